@@ -1,0 +1,42 @@
+# One concern a target; every target works on a machine that has only python3 (3.10 or newer) and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install install-test quickstart test lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: re-installed when the metadata or the pins change, not on every call.
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py constraints.txt
+	$(PIP) install -q -c constraints.txt -e ".[quickstart]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+install-test: $(VENV)/.installed-dev
+
+quickstart: install
+	$(BIN)/onerec-hf quickstart --output_dir runs/quickstart --overwrite
+
+test: install-test
+	$(BIN)/python -m pytest
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install-test
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
