@@ -1,0 +1,69 @@
+"""
+OneRec as a Hugging Face plugin: `import onerec_hf` registers the model with the Auto classes, and everything public is found here.
+
+    >>> import onerec_hf
+    >>> from transformers import AutoConfig
+    >>> type(AutoConfig.for_model("onerec")).__name__
+    'OneRecConfig'
+"""
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ItemCatalogue": "modeling.catalogue_onerec",
+    "OneRecConfig": "modeling.configuration_onerec",
+    "SemanticIDLogitsProcessor": "modeling.generation_onerec",
+    "OneRecForConditionalGeneration": "modeling.modeling_onerec",
+    "OneRecModel": "modeling.modeling_onerec",
+    "OneRecProcessor": "modeling.processing_onerec",
+    "OneRecTokenizer": "modeling.tokenization_onerec",
+    "SemanticIDTrie": "modeling.trie_onerec",
+}
+
+__all__ = sorted([*_PUBLIC, "register_auto_classes"])
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
+    from onerec_hf.modeling.trie_onerec import SemanticIDTrie
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'onerec_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"onerec_hf.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+def register_auto_classes() -> None:
+    """Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor. May be called again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
+
+    AutoConfig.register("onerec", OneRecConfig, exist_ok=True)
+    AutoModel.register(OneRecConfig, OneRecModel, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(OneRecConfig, OneRecForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(OneRecConfig, OneRecTokenizer, exist_ok=True)
+    AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
+
+
+# The command line answers `--help` without torch and transformers (seconds of imports), so its process registers when a command
+# starts, not here.
+if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] != "onerec-hf":
+    register_auto_classes()

@@ -1,0 +1,1 @@
+"""Trainers, each beside its config."""

@@ -1,0 +1,143 @@
+"""OneRec configuration: one flat config for the encoder and the sparse-MoE decoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
+NUM_SPECIAL_TOKENS = 4
+
+
+@strict
+class OneRecConfig(PreTrainedConfig):
+    r"""
+    Configuration of a OneRec generator (arXiv 2502.18965, section 3.2): an encoder over the user's history, written as
+    `SEP a b c` per item, and a decoder with sparse mixture-of-experts layers that writes a session as `BOS a b c` per item.
+
+    Token ids are computed, not looked up: code `k` of level `l` has the id `4 + sum(codebook_sizes[:l]) + k`, after `<pad>`=0,
+    `<bos>`=1, `<eos>`=2 and `<sep>`=3. `vocab_size` is rounded up to a multiple of 64: a tied embedding whose rows do not divide by the
+    number of FSDP shards trains wrong without a message.
+
+    Args:
+        codebook_sizes (`list[int]`, defaults to `[256, 256, 256]`):
+            Codes per level of a semantic ID; its length is the number of levels.
+        session_length (`int`, defaults to 5):
+            Items of a session (the paper's m): the default length of `generate()` and `recommend()`.
+        hidden_size, encoder_layers, decoder_layers, num_attention_heads, num_key_value_heads, head_dim:
+            Width and depth of both stacks. `num_hidden_layers` reads as `decoder_layers`.
+        intermediate_size (`int`, defaults to 1024):
+            Width of the (SwiGLU) feed-forward layers of the encoder, and of the decoder where `num_experts` is 1.
+        moe_intermediate_size (`int`, *optional*):
+            Width of one expert; `intermediate_size` when not given (section 3.2: an expert is a feed-forward layer).
+        num_experts, num_experts_per_tok (`int`, default to 24 and 2):
+            Experts of each decoder layer and how many a token uses. `num_experts=1` gives a dense decoder.
+        norm_topk_prob (`bool`, defaults to `False`):
+            Whether the gates of the chosen experts are rescaled to sum to one. The paper's equation does not.
+        router_bias_update_rate (`float`, defaults to 0.001):
+            Step of the loss-free balancing bias (technical report, arXiv 2506.13695), which moves the choice of experts, never
+            their gates. 0 switches it off. Applied by `RouterBalanceCallback`.
+        router_aux_loss_coef, output_router_logits:
+            The classic load-balancing loss, added when `output_router_logits=True`.
+        encoder_is_causal (`bool`, defaults to `False`):
+            Causal self-attention in the encoder; the paper's encoder is fully visible.
+        cross_attention_rope (`bool`, defaults to `True`):
+            Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
+            ago each history item was. `False` is the plain cross-attention of T5.
+        catalogue_hash (`str`, *optional*):
+            Hash of the item catalogue that the model was trained with; another catalogue is refused.
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> config = OneRecConfig(codebook_sizes=[64, 64, 64], hidden_size=32, num_attention_heads=2)
+        >>> config.vocab_size, config.level_offsets, config.tokens_per_item
+        (256, [4, 68, 132], 4)
+    """
+
+    model_type = "onerec"
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "tokens_per_expert"]
+    # The caches size themselves from num_hidden_layers, and they live in the decoder.
+    attribute_map = {"num_hidden_layers": "decoder_layers", "num_local_experts": "num_experts"}
+    base_model_fsdp_plan = None  # the inherited default names the modules of a decoder-only model
+
+    codebook_sizes: list[int] | None = None
+    session_length: int = 5
+    vocab_size: int | None = None
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    moe_intermediate_size: int | None = None
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    dropout_rate: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    encoder_is_causal: bool = False
+    cross_attention_rope: bool = True
+    num_experts: int = 24
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = False
+    router_bias_update_rate: float | int = 0.001
+    router_aux_loss_coef: float | int = 0.001
+    output_router_logits: bool = False
+    catalogue_hash: str | None = None
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    sep_token_id: int | None = 3
+    decoder_start_token_id: int | None = 1
+
+    def __post_init__(self, **kwargs):
+        if self.codebook_sizes is None:
+            self.codebook_sizes = [256, 256, 256]
+        self.codebook_sizes = [int(size) for size in self.codebook_sizes]
+        if self.vocab_size is None:
+            self.vocab_size = -(-(NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)) // 64) * 64
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes must hold positive sizes, one per level; got {self.codebook_sizes}")
+        if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} cannot hold {NUM_SPECIAL_TOKENS} special tokens and codebooks of "
+                f"{self.codebook_sizes}; leave vocab_size out and it is computed"
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts and self.num_experts > 1:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and num_experts={self.num_experts}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
+
+    @property
+    def num_codebooks(self) -> int:
+        """Levels of a semantic ID."""
+        return len(self.codebook_sizes)
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Tokens that one item takes in either stack: its separator (SEP or BOS) and one code per level."""
+        return len(self.codebook_sizes) + 1
+
+    @property
+    def level_offsets(self) -> list[int]:
+        """Token id of code 0 of each level."""
+        return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(len(self.codebook_sizes))]
+
+
+__all__ = ["NUM_SPECIAL_TOKENS", "OneRecConfig"]

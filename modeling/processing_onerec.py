@@ -1,0 +1,209 @@
+"""Processor: item ids in, token tensors out, and back. It is the tokenizer plus the item catalogue."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
+from .tokenization_onerec import OneRecTokenizer  # a repository with its own code needs this file too
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+
+class OneRecProcessor(ProcessorMixin):
+    """
+    Turns histories and sessions of item ids into model inputs, and generated tokens into item ids.
+
+    Args:
+        tokenizer (`OneRecTokenizer`): made with the catalogue's codebook sizes.
+        catalogue (`ItemCatalogue`): item ids and their semantic IDs.
+        max_history (`int`, *optional*): the latest items of a history that the encoder reads; all when not given. It is saved, so
+            that a loaded model reads as much as it was trained on.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue, OneRecProcessor
+        >>> catalogue = ItemCatalogue(["m4", "m17"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
+        >>> processor = OneRecProcessor.from_catalogue(catalogue, max_history=20)
+        >>> inputs = processor([["m4"], ["m17", "m4"]], sessions=[["m17"], ["m17"]], return_tensors="pt")
+        >>> inputs["input_ids"].tolist()  # SEP a b, right-padded
+        [[3, 4, 7, 0, 0, 0], [3, 5, 6, 3, 4, 7]]
+        >>> inputs["decoder_input_ids"].tolist(), inputs["labels"].tolist()
+        ([[1, 5], [1, 5]], [[5, 6], [5, 6]])
+        >>> processor.batch_decode(inputs["labels"])
+        [['m17'], ['m17']]
+    """
+
+    def __init__(
+        self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
+    ):
+        super().__init__(tokenizer, **kwargs)
+        self.max_history = max_history
+        self.catalogue = catalogue
+        if catalogue is not None and tokenizer.codebook_sizes != catalogue.codebook_sizes:
+            raise ValueError(
+                f"the tokenizer was made for codebooks of {tokenizer.codebook_sizes}, the catalogue has "
+                f"{catalogue.codebook_sizes}; they belong to different models"
+            )
+
+    @classmethod
+    def from_catalogue(cls, catalogue: ItemCatalogue, max_history: int | None = None) -> OneRecProcessor:
+        """A processor with a fresh tokenizer for the catalogue."""
+        return cls(OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history)
+
+    def __call__(
+        self,
+        histories: Sequence[Sequence],
+        sessions: Sequence[Sequence] | None = None,
+        max_history: int | None = None,
+        unknown: str = "error",
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """
+        Args:
+            histories: per user, item ids, oldest first.
+            sessions: per user, the items to learn, in order; lengths may differ.
+            max_history: overrides the processor's own.
+            unknown: "error" raises on an item id that the catalogue lacks; "skip" leaves it out and warns with the count.
+            return_tensors: "pt".
+
+        Returns:
+            `input_ids`, `attention_mask` (users, items * (levels + 1)): `SEP a b c` per item, padded on the right; with sessions also
+            `decoder_input_ids`, `decoder_attention_mask`, `labels` (users, items * (levels + 1) - 1): `BOS a b c BOS ...`, and labels
+            that are -100 on BOS (it is given, never predicted) and padding. All int64.
+
+        Raises:
+            KeyError: an unknown item with `unknown="error"`.
+            ValueError: an empty history or session (which users), or unequal numbers of histories and sessions.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f'OneRecProcessor returns PyTorch tensors (return_tensors="pt"); got {return_tensors!r}')
+        if unknown not in ("error", "skip"):
+            raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r}')
+        if self.catalogue is None:
+            raise ValueError(
+                "this processor has no item catalogue; load it from the folder that the model was saved to"
+            )
+        if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
+            raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
+        keep = max_history if max_history is not None else self.max_history
+        rows, lengths = self._rows(histories, unknown, "history", keep)
+        tokenizer = self.tokenizer
+        inputs = self._write(rows, lengths, tokenizer.sep_token_id)
+        data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long()}
+        if sessions is not None:
+            if len(sessions) != len(histories):
+                raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions")
+            rows, lengths = self._rows(sessions, unknown, "session", None)
+            written = self._write(rows, lengths, tokenizer.bos_token_id)
+            data["decoder_input_ids"] = written[:, :-1].contiguous()
+            data["decoder_attention_mask"] = (data["decoder_input_ids"] != tokenizer.pad_token_id).long()
+            special = (written == tokenizer.bos_token_id) | (written == tokenizer.pad_token_id)
+            data["labels"] = written.masked_fill(special, -100)[:, 1:].contiguous()
+        return BatchFeature(data)
+
+    def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
+        """Catalogue rows of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        rows = self.catalogue.rows(
+            [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
+        )
+        owner = np.repeat(np.arange(len(lists)), lengths)
+        if (missing := rows < 0).any():
+            warnings.warn(f"left out {int(missing.sum())} of {len(rows)} {what} items: not in the catalogue")
+            rows, owner = rows[~missing], owner[~missing]
+            lengths = np.bincount(owner, minlength=len(lists))
+        if (lengths == 0).any():
+            empty = np.flatnonzero(lengths == 0)
+            raise ValueError(
+                f"{len(empty)} of {len(lists)} users have an empty {what} (first: number {empty[0]}); leave these users out, or show "
+                "them the most popular items: there is nothing to read about them"
+            )
+        if keep is not None:
+            place_from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows))
+            rows, owner = rows[place_from_end <= keep], owner[place_from_end <= keep]
+            lengths = np.minimum(lengths, keep)
+        return rows, lengths
+
+    def _write(self, rows: np.ndarray, lengths: np.ndarray, separator: int) -> torch.Tensor:
+        """(users, longest * (levels + 1)) tokens: separator and codes per item, padded on the right."""
+        levels = len(self.tokenizer.codebook_sizes)
+        item = np.empty((len(rows), levels + 1), dtype=np.int64)
+        item[:, 0] = separator
+        item[:, 1:] = self.catalogue.codes[rows] + np.asarray(self.tokenizer.level_offsets)
+        written = np.full((len(lengths), int(lengths.max()), levels + 1), self.tokenizer.pad_token_id, dtype=np.int64)
+        written[np.arange(written.shape[1]) < lengths[:, None]] = item
+        return torch.from_numpy(written.reshape(len(lengths), -1))
+
+    def _blocks(self, sequences: torch.Tensor) -> torch.Tensor:
+        """(n, t) tokens, with or without the first BOS, as (n, items, levels + 1)."""
+        width = len(self.tokenizer.codebook_sizes) + 1
+        bos = self.tokenizer.bos_token_id
+        if not (sequences[:, :1] == bos).any():
+            sequences = torch.cat([sequences.new_full((len(sequences), 1), bos), sequences], dim=1)
+        items = sequences.shape[1] // width
+        return sequences[:, : items * width].reshape(len(sequences), items, width)
+
+    def item_rows(self, sequences) -> torch.Tensor:
+        """
+        Catalogue rows of generated sequences.
+
+        Args:
+            sequences: (n, t) token ids as `generate()` returns them (beginning with BOS), or labels (beginning with a code).
+
+        Returns:
+            (n, items) int64: the row of each item by its position; -1 where the tokens name no item of the catalogue.
+        """
+        blocks = self._blocks(torch.as_tensor(sequences))
+        codes = blocks[..., 1:] - torch.tensor(self.tokenizer.level_offsets, device=blocks.device)
+        return self.catalogue.rows_of_codes(codes)
+
+    def batch_decode(self, sequences: torch.Tensor | ModelOutput, **kwargs) -> list[list]:
+        """
+        Item ids of generated sequences: one list per sequence, in order; `None` where tokens name no item. Padding (a beam that found
+        no further item) is left out.
+        """
+        sequences = torch.as_tensor(getattr(sequences, "sequences", sequences)).cpu()
+        rows, first_code = self.item_rows(sequences), self._blocks(sequences)[..., 1]
+        written = (first_code != self.tokenizer.pad_token_id) & (first_code != -100)
+        ids = self.catalogue.ids(rows.flatten().numpy())
+        width = rows.shape[1]
+        return [
+            [ids[i * width + j] for j, keep in enumerate(keeps) if keep] for i, keeps in enumerate(written.tolist())
+        ]
+
+    def decode(self, sequence, **kwargs) -> list:
+        """Item ids of one generated sequence."""
+        return self.batch_decode(torch.as_tensor(sequence)[None])[0]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, "decoder_input_ids", "decoder_attention_mask", "labels"]
+
+    def to_dict(self):
+        output = super().to_dict()
+        output.pop("catalogue", None)  # it has a file of its own
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        os.makedirs(save_directory, exist_ok=True)
+        if self.catalogue is not None:
+            self.catalogue.save(os.path.join(save_directory, CATALOGUE_NAME))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor.catalogue = ItemCatalogue.find(pretrained_model_name_or_path, **kwargs)
+        return processor
+
+
+__all__ = ["OneRecProcessor"]

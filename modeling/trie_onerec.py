@@ -1,0 +1,105 @@
+"""The catalogue's semantic IDs as a trie of sorted arrays (CSR): every lookup is vectorised over rows, no Python loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class SemanticIDTrie:
+    """
+    A trie over N distinct code tuples. The codes are sorted lexicographically; leaf `i` is the i-th tuple in that order, and the nodes
+    of a level are the distinct prefixes in that order, so that the leaves below a node, and its children, are contiguous ranges.
+
+    Per level `l` it keeps (all int64):
+      - `codes[l]` (nodes,): the last code of each prefix,
+      - `parents[l]` (nodes,): its node on the level above (0 = root on level 0),
+      - `children[l]` (nodes above + 1,): where the children of each node above begin,
+      - `leaves[l]` (nodes + 1,): where the leaves below each node begin.
+
+    Args:
+        codes: (N, L) integers, `0 <= codes[:, l] < codebook_sizes[l]`, rows distinct.
+        codebook_sizes: size of each level.
+        order: (N,) the row numbers in lexicographic order of their codes; computed when not given.
+
+    Example:
+        >>> trie = SemanticIDTrie([[1, 0], [0, 2], [1, 3]], codebook_sizes=[2, 4])
+        >>> trie.find_leaves(torch.tensor([[1, 3], [0, 0]])).tolist()  # -1: no item has this semantic ID
+        [2, -1]
+        >>> trie.leaf_to_row.tolist()
+        [1, 0, 2]
+    """
+
+    def __init__(self, codes, codebook_sizes: Sequence[int], order=None):
+        codes = np.asarray(codes, dtype=np.int64)
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        order = np.lexsort(codes.T[::-1]) if order is None else np.asarray(order, dtype=np.int64)
+        codes = codes[order]
+        self.num_leaves, self.num_levels = codes.shape
+        self.leaf_to_row = torch.from_numpy(np.ascontiguousarray(order))
+        self.row_to_leaf = torch.empty_like(self.leaf_to_row)
+        self.row_to_leaf[self.leaf_to_row] = torch.arange(self.num_leaves)
+        self.codes, self.parents, self.children, self.leaves = [], [], [], []
+        starts_node = np.zeros(self.num_leaves, dtype=bool)
+        starts_node[0] = True
+        above = np.zeros(1, dtype=np.int64)
+        for level in range(self.num_levels):
+            starts_node[1:] |= codes[1:, level] != codes[:-1, level]
+            first = np.flatnonzero(starts_node)
+            self.codes.append(torch.from_numpy(codes[first, level].copy()))
+            self.parents.append(torch.from_numpy(np.searchsorted(above, first, side="right") - 1))
+            self.children.append(torch.from_numpy(np.append(np.searchsorted(first, above), len(first))))
+            self.leaves.append(torch.from_numpy(np.append(first, self.num_leaves)))
+            above = first
+        if len(first) != self.num_leaves:
+            raise ValueError(f"{self.num_leaves - len(first)} of {self.num_leaves} semantic IDs are not unique")
+        self._keys = [
+            parents * size + codes
+            for parents, size, codes in zip(self.parents, self.codebook_sizes, self.codes, strict=True)
+        ]
+        self.max_children = [int(begin.diff().max()) for begin in self.children]
+
+    def to(self, device: torch.device | str) -> SemanticIDTrie:
+        """A copy on `device` (itself where it already is there)."""
+        if self.leaf_to_row.device == torch.device(device):
+            return self
+        moved = object.__new__(SemanticIDTrie)
+        for name, value in self.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(device)
+            elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+                value = [tensor.to(device) for tensor in value]
+            setattr(moved, name, value)
+        return moved
+
+    def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """The child of each node (on `level - 1`) along a code of `level`; -1 where there is none or the node is -1."""
+        keys = self._keys[level]
+        wanted = nodes * self.codebook_sizes[level] + codes
+        position = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+        size = self.codebook_sizes[level]
+        found = (keys[position] == wanted) & (nodes >= 0) & (codes >= 0) & (codes < size)
+        return torch.where(found, position, -1)
+
+    def find_nodes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Node of each prefix: (..., l) codes with 0 <= l <= L give (...,) nodes of level l - 1; -1 where no item has it."""
+        nodes = codes.new_zeros(codes.shape[:-1])
+        for level in range(codes.shape[-1]):
+            nodes = self.descend(level, nodes, codes[..., level])
+        return nodes
+
+    def find_leaves(self, codes: torch.Tensor) -> torch.Tensor:
+        """Leaf of each full code tuple: (..., L) codes give (...,) leaves; -1 where no item has it."""
+        return self.find_nodes(codes)
+
+    def ancestors(self, level: int, leaves: torch.Tensor) -> torch.Tensor:
+        """The node of `level` above each leaf."""
+        return torch.searchsorted(self.leaves[level], leaves, right=True) - 1
+
+    def __deepcopy__(self, memo):  # immutable, and as large as the catalogue: copies of a model share it
+        return self
+
+
+__all__ = ["SemanticIDTrie"]

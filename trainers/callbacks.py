@@ -1,0 +1,100 @@
+"""Callbacks of the generator's training: expert balance, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+
+logger = logging.get_logger(__name__)
+
+
+class RouterBalanceCallback(TrainerCallback):
+    """
+    Loss-free balancing of the experts (technical report, arXiv 2506.13695; DeepSeek-V3): counts which experts the step's tokens chose,
+    over accumulation and ranks, and before each optimizer step moves the routers' bias. [`OneRecTrainer`] adds it by itself; give it to a plain
+    `Trainer` that trains a OneRec model with experts.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> trainer = Trainer(model=model, callbacks=[RouterBalanceCallback()], ...)  # doctest: +SKIP
+    """
+
+    def __init__(self):
+        self._tokens: torch.Tensor | None = None
+        self._violations: list[float] = []
+        self._hook = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._model = next(
+            (module for module in model.modules() if isinstance(module, OneRecForConditionalGeneration)), None
+        )
+        if self._model is None:
+            raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
+        self._tokens = None
+        if self._model.config.num_experts > 1:
+            self._hook = self._model.register_forward_hook(self._count)
+
+    def _count(self, module, args, output):
+        if output.tokens_per_expert is not None:
+            self._tokens = output.tokens_per_expert + (0 if self._tokens is None else self._tokens)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._tokens is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._tokens)
+        load = self._tokens.float()
+        self._violations.append(float((load.amax(1) / load.mean(1) - 1).mean()))
+        self._model.update_router_bias(self._tokens)
+        self._tokens = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def pop_logs(self) -> dict[str, float]:
+        """`router/max_violation` since the last call: how much more than the mean the busiest expert got, mean over layers and steps."""
+        if not self._violations:
+            return {}
+        mean, self._violations = sum(self._violations) / len(self._violations), []
+        return {"router/max_violation": mean}
+
+
+class InterruptCallback(TrainerCallback):
+    """
+    The first Ctrl-C lets the step finish, saves a checkpoint and stops; the second one interrupts at once. `interrupted` tells that it
+    happened.
+    """
+
+    def __init__(self):
+        self.interrupted = False
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request_stop)
+
+    def _request_stop(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("Ctrl-C: finishing this step and saving a checkpoint (Ctrl-C again stops at once)")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Gives Ctrl-C back to whoever had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

@@ -1,0 +1,49 @@
+"""Arguments of [`OneRecTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments
+
+
+@dataclass
+class OneRecTrainingArguments(Seq2SeqTrainingArguments):
+    """
+    `Seq2SeqTrainingArguments` and how generated sessions are judged. `predict_with_generate` is on: evaluation ranks the whole
+    catalogue by constrained beam search; switch it off to compute the loss alone.
+
+    Args:
+        max_history: items of a history that the encoder reads, the latest ones; the processor's own number when not given.
+        eval_top_k: the k of Recall@k, NDCG@k, ...
+        eval_num_beams: beams of the ranking; at least the largest k.
+        eval_exclude_seen: leave out the items of a user's history from the ranking.
+
+    Example:
+        >>> args = OneRecTrainingArguments("out", eval_top_k=[10], eval_num_beams=20, report_to="none")
+        >>> args.predict_with_generate
+        True
+    """
+
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Rank the catalogue by beam search in evaluation, beside the loss."}
+    )
+    max_history: int | None = field(
+        default=None, metadata={"help": "Items of a history that the encoder reads, the latest ones."}
+    )
+    eval_top_k: list[int] = field(
+        default_factory=lambda: [5, 10], metadata={"help": "The k of Recall@k, NDCG@k, MRR@k and coverage@k."}
+    )
+    eval_num_beams: int = field(default=50, metadata={"help": "Beams of the ranking; at least the largest k."})
+    eval_exclude_seen: bool = field(
+        default=True, metadata={"help": "Leave out the items of a user's history from the ranking."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate (paper, section 4.1: 2e-4)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.eval_top_k or min(self.eval_top_k) < 1:
+            raise ValueError(f"eval_top_k must hold positive numbers; got {self.eval_top_k}")
+        if self.eval_num_beams < max(self.eval_top_k):
+            raise ValueError(
+                f"eval_num_beams={self.eval_num_beams} cannot rank the top {max(self.eval_top_k)}; raise it to "
+                f"{max(self.eval_top_k)} or more"
+            )
