@@ -1,1 +1,22 @@
 """Trainers, each beside its config."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+_PUBLIC = {
+    "InterruptCallback": "callbacks",
+    "RouterBalanceCallback": "callbacks",
+    "OneRecTrainingArguments": "onerec_config",
+    "OneRecTrainer": "onerec_trainer",
+}
+
+if TYPE_CHECKING:
+    from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
+    from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
+    from onerec_hf.trainers.onerec_trainer import OneRecTrainer
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

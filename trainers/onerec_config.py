@@ -12,7 +12,6 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     catalogue by constrained beam search; switch it off to compute the loss alone.
 
     Args:
-        max_history: items of a history that the encoder reads, the latest ones; the processor's own number when not given.
         eval_top_k: the k of Recall@k, NDCG@k, ...
         eval_num_beams: beams of the ranking; at least the largest k.
         eval_exclude_seen: leave out the items of a user's history from the ranking.
@@ -25,9 +24,6 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
 
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Rank the catalogue by beam search in evaluation, beside the loss."}
-    )
-    max_history: int | None = field(
-        default=None, metadata={"help": "Items of a history that the encoder reads, the latest ones."}
     )
     eval_top_k: list[int] = field(
         default_factory=lambda: [5, 10], metadata={"help": "The k of Recall@k, NDCG@k, MRR@k and coverage@k."}

@@ -34,7 +34,7 @@ class OneRecTrainer(Seq2SeqTrainer):
     Args:
         model: a `OneRecForConditionalGeneration`, a PEFT model around one, or a path or Hub id.
         args: [`OneRecTrainingArguments`].
-        processing_class: the [`OneRecProcessor`]; its catalogue becomes the model's.
+        processing_class: the [`OneRecProcessor`]; its catalogue becomes the model's, its `max_history` says how much the encoder reads.
         train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored.
 
     Example:
@@ -64,11 +64,8 @@ class OneRecTrainer(Seq2SeqTrainer):
             raise ValueError("OneRecTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
         generator = model.get_base_model() if hasattr(model, "get_base_model") else model
         generator.set_catalogue(processing_class.catalogue)
-        max_history = args.max_history
-        if max_history is not None:
-            processing_class.max_history = max_history  # saved with the artefact: the model reads what it was trained on
         self.eval_data_collator = data_collator or OneRecDataCollator(
-            processing_class, max_history, with_seen=args.eval_exclude_seen
+            processing_class, with_seen=args.eval_exclude_seen
         )
         self._router_balance, self._interrupt = RouterBalanceCallback(), InterruptCallback()
         if args.predict_with_generate and compute_metrics is None:
@@ -76,7 +73,7 @@ class OneRecTrainer(Seq2SeqTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or OneRecDataCollator(processing_class, max_history),
+            data_collator=data_collator or OneRecDataCollator(processing_class),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

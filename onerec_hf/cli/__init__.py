@@ -1,0 +1,1 @@
+"""The `onerec-hf` command: thin scripts over the library."""

@@ -1,0 +1,52 @@
+"""Interactions, items, positive feedback, sessions, splits and named sources: from a table to training examples."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onerec_hf.data.feedback import PositiveFeedback
+    from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
+    from onerec_hf.data.sequences import UserSequences
+    from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
+    from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
+    from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
+    from onerec_hf.data.tables import DataError
+    from onerec_hf.data.windows import window_examples
+
+# name -> module: importing the room costs nothing until something in it is used.
+_PUBLIC = {
+    "SOURCES": "sources",
+    "DataError": "tables",
+    "ItemTable": "interactions",
+    "LeaveOneOutSplit": "splits",
+    "PositiveFeedback": "feedback",
+    "RecommendationData": "sources",
+    "SessionCriteria": "sessions",
+    "Split": "splits",
+    "TemporalSplit": "splits",
+    "UserSequences": "sequences",
+    "canonical_ids": "interactions",
+    "find_sessions": "sessions",
+    "leave_one_out": "splits",
+    "load_files": "sources",
+    "load_source": "sources",
+    "read_interactions": "interactions",
+    "read_items": "interactions",
+    "session_examples": "sessions",
+    "temporal_split": "splits",
+    "window_examples": "windows",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'onerec_hf.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"onerec_hf.data.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,118 @@
+"""Arguments that commands share, as dataclasses for TrlParser (`--config file.yaml`, command line on top)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+
+def parse(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """Parses `argv` into the dataclasses; an unknown option, in the file too, is an error. Exits with 2 as argparse does."""
+    from trl import TrlParser
+
+    parser = TrlParser(dataclasses, prog=f"onerec-hf {prog}")
+    return parser.parse_args_and_config(list(argv))
+
+
+@dataclass
+class DataArguments:
+    """Which interactions, and how they become examples."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or give --interactions."
+        },
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
+    interactions: str | None = field(
+        default=None,
+        metadata={"help": "Your own table: .csv, .tsv, .parquet or .jsonl with user, item and timestamp."},
+    )
+    items: str | None = field(
+        default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
+    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+    positive: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
+        },
+    )
+    min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
+    session_length: int = field(default=5, metadata={"help": "Items of a training session (the paper's m)."})
+    max_history: int = field(default=50, metadata={"help": "Latest items of a history that the encoder reads."})
+    stride: int = field(default=1, metadata={"help": "Step between a user's training sessions."})
+
+
+@dataclass
+class SemanticIDArguments:
+    """How items get their semantic IDs."""
+
+    codebook_sizes: list[int] = field(
+        default_factory=lambda: [256, 256, 256],
+        metadata={"help": "Codes per level; the largest at most the number of items."},
+    )
+    embedding: str = field(
+        default="auto",
+        metadata={
+            "help": "What the IDs are made from, joined by '+': given, text, behaviour. auto: given+behaviour, or text+behaviour."
+        },
+    )
+    embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
+    behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of behaviour beside the other embeddings."})
+    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of balanced k-means per level."})
+    semantic_id_seed: int = field(default=0, metadata={"help": "Seed of the clustering."})
+
+
+@dataclass
+class ModelArguments:
+    """Size of a new generator, or the one to go on from."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A saved OneRec (folder or Hub id) to go on from, with its catalogue; else a new one is made."
+        },
+    )
+    hidden_size: int = field(default=128, metadata={"help": "Width of both stacks."})
+    encoder_layers: int = field(default=2, metadata={"help": "Encoder layers."})
+    decoder_layers: int = field(default=2, metadata={"help": "Decoder layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width of the encoder's feed-forward layers."})
+    moe_intermediate_size: int = field(default=128, metadata={"help": "Width of one expert."})
+    num_experts: int = field(default=24, metadata={"help": "Experts per decoder layer; 1 is a dense decoder."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that a token uses."})
+    norm_topk_prob: bool = field(default=False, metadata={"help": "Rescale the chosen experts' gates to sum to one."})
+    router_bias_update_rate: float = field(default=0.001, metadata={"help": "Step of the loss-free balancing bias."})
+    dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
+    encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
+    cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
+
+    def config(self, codebook_sizes: Sequence[int], session_length: int) -> OneRecConfig:
+        """The configuration of a new model."""
+        from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+        sizes = {name: value for name, value in asdict(self).items() if name not in ("model", "attn_implementation")}
+        return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
+
+
+@dataclass
+class OutputArguments:
+    """Where results go."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into a folder that exists already, replacing its earlier results."}
+    )

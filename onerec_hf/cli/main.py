@@ -1,0 +1,73 @@
+"""Entry point of `onerec-hf`: finds the command and imports only what it needs (`--help` answers without torch)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
+    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs",
+    "train": "train a generator on interactions",
+    "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
+    "recommend": "histories (file or stdin) to recommended items, as JSON lines",
+}
+
+USAGE = "\n".join(
+    [
+        "usage: onerec-hf COMMAND [options]        onerec-hf COMMAND --help",
+        "",
+        "OneRec for Hugging Face: generative recommendation with semantic IDs.",
+        "",
+        *(f"  {name:<14}{text}" for name, text in COMMANDS.items()),
+        "",
+        "Every command takes --config FILE.yaml for its options. ONEREC_HF_DEBUG=1 shows tracebacks.",
+    ]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command and returns its exit status: 0, 2 for what the user can mend (one message on stderr), 130 after Ctrl-C.
+
+    Example:
+        >>> main(["--version"])
+        onerec-hf 0.1.0
+        0
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from onerec_hf import __version__
+
+        print(f"onerec-hf {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"onerec-hf: unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"onerec_hf.cli.{argv[0].replace('-', '_')}")
+    import onerec_hf
+
+    onerec_hf.register_auto_classes()
+    try:
+        command.main(argv[1:])
+    except KeyboardInterrupt as interrupt:
+        print(f"\nonerec-hf: interrupted. {interrupt}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if os.environ.get("ONEREC_HF_DEBUG"):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"onerec-hf {argv[0]}: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Interactions and items: from files, DataFrames and datasets to two tables whose ids, times and embeddings can be trusted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.data.tables import (
+    DataError,
+    canonical_ids,
+    column_of,
+    first,
+    integers_from_text,
+    load_table,
+    require_columns,
+)
+
+if TYPE_CHECKING:
+    from onerec_hf.data.tables import TableSource
+
+__all__ = ["DataError", "ItemTable", "canonical_ids", "read_interactions", "read_items"]
+
+_CHUNK = 65_536
+
+
+def read_interactions(
+    source: TableSource,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    timestamp_column: str = "timestamp",
+    feedback_columns: Sequence[str] | None = None,
+    session_column: str | None = None,
+) -> pd.DataFrame:
+    """
+    One row per interaction, sorted by user and time (stable: rows of one instant stay in the order given).
+
+    Ids are kept exactly. In a .csv/.tsv an id column becomes integers only where every value is a canonical integer: one "00123"
+    keeps the whole column text.
+
+    Args:
+        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        user_column, item_column, timestamp_column: their names in the source.
+        feedback_columns: further columns to keep; every other column when None.
+        session_column: the session ids' column; "session_id" where there is one.
+
+    Returns:
+        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are cut
+        after sorting), `session_id` where there is one, then the feedback columns.
+
+    Raises:
+        DataError: unreadable or empty source, missing columns, null or mixed ids, timestamps that are not finite numbers or datetimes.
+
+    Warns:
+        UserWarning: how many rows repeat another in every column; they are dropped.
+
+    Example:
+        >>> rows = pd.DataFrame({"user": ["b", "a", "a"], "movie": ["07", "7", "8"], "t": [3, 2, 1], "rating": [5.0, 3.0, 4.0]})
+        >>> read_interactions(rows, user_column="user", item_column="movie", timestamp_column="t")
+          user_id item_id  timestamp  rating
+        0       a       8          1     4.0
+        1       a       7          2     3.0
+        2       b      07          3     5.0
+    """
+    table = load_table(source, (user_column, item_column, session_column or "session_id"))
+    if session_column is None and "session_id" in table.columns:
+        session_column = "session_id"
+    names = {"user_id": user_column, "item_id": item_column, "timestamp": timestamp_column}
+    if session_column is not None:
+        names["session_id"] = session_column
+    require_columns(table, [*names.values(), *(feedback_columns or ())], "interactions")
+    if feedback_columns is None:
+        feedback_columns = [column for column in table.columns if column not in names.values()]
+    taken = [column for column in feedback_columns if column in names]
+    if taken:
+        raise DataError(
+            f"interactions: column {taken[0]!r} would stand beside the {taken[0]} made from {names[taken[0]]!r}. Drop or rename "
+            "it, or list the columns to keep in feedback_columns."
+        )
+
+    repeated = _comparable(table).duplicated().to_numpy()
+    if repeated.any():
+        warnings.warn(
+            f"interactions: dropped {repeated.sum():,} of {len(table):,} rows that repeat another row in every column "
+            f"(first: row {int(repeated.argmax())})."
+        )
+    columns: dict[str, Any] = {}
+    for name, column in names.items():
+        read = _instants if name == "timestamp" else _ids
+        columns[name] = read(source, column_of(table, column), column)
+    columns |= {column: table[column] for column in feedback_columns}
+    result = pd.DataFrame(columns).loc[~repeated]
+    users = pd.factorize(result["user_id"], sort=True)[0]
+    order = np.lexsort((result["timestamp"].to_numpy(), users))
+    result = result.iloc[order].reset_index(drop=True)
+    unit = 1_000_000 if pd.api.types.is_datetime64_any_dtype(table[timestamp_column]) else 1
+    result["timestamp"] = (result["timestamp"] // unit).astype(np.int64)
+    return result
+
+
+def _ids(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
+    """(N,) ids; text files do not say which of their columns are numbers."""
+    from_text = isinstance(source, str | Path) and Path(source).suffix.lower() in (".csv", ".tsv")
+    return canonical_ids(integers_from_text(series) if from_text else series, column)
+
+
+def _comparable(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with lists and arrays, which `duplicated` cannot hash, written out."""
+    unhashable = [
+        column
+        for column in table.columns
+        if table[column].dtype == object and pd.api.types.infer_dtype(table[column], skipna=True) == "mixed"
+    ]
+    written = {c: table[c].map(lambda v: repr(v.tolist() if isinstance(v, np.ndarray) else v)) for c in unhashable}
+    return table.assign(**written)
+
+
+def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
+    """(N,) numbers to sort by: int64 or float64 as given, microseconds since 1970 UTC for datetimes."""
+    cure = "Use numbers (seconds since 1970) or pandas.to_datetime(column)."
+    if pd.api.types.is_bool_dtype(series.dtype):
+        raise DataError(f"column {column!r}: timestamps are booleans. Is this the right column? {cure}")
+    if pd.api.types.is_datetime64_any_dtype(series.dtype):
+        bad = series.isna().to_numpy()
+        zone = getattr(series.dtype, "tz", None)
+        values = (series if zone is None else series.dt.tz_convert(None)).to_numpy("datetime64[us]").astype(np.int64)
+    else:
+        parsed: Any = pd.to_numeric(series, errors="coerce")
+        numbers = parsed.to_numpy(dtype=np.float64, na_value=np.nan)
+        bad = ~(np.abs(numbers) < 2.0**63)
+        exact = not bad.any() and pd.api.types.is_integer_dtype(parsed.dtype)
+        values = parsed.to_numpy(dtype=np.int64) if exact else numbers
+    if bad.any():
+        raise DataError(
+            f"column {column!r}: {bad.sum():,} of {len(series):,} timestamps are no finite numbers or datetimes "
+            f"(first: {first(series, bad)}). {cure}"
+        )
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class ItemTable:
+    """
+    One row per item.
+
+    Args:
+        item_ids: (N,) distinct ids, int64 or object array of `str`.
+        frame: (N rows) `item_id` and the text columns.
+        embeddings: (N, d) float32, row i belongs to `item_ids[i]`, or None.
+
+    Example:
+        >>> items = read_items(pd.DataFrame({"item_id": ["a", "b"], "title": ["Alien", "Brazil"]}))
+        >>> len(items), items.select(["b"]).frame["title"].tolist()
+        (2, ['Brazil'])
+    """
+
+    item_ids: np.ndarray
+    frame: pd.DataFrame
+    embeddings: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def select(self, item_ids: Sequence | np.ndarray) -> ItemTable:
+        """
+        The rows of these items, in this order.
+
+        Raises:
+            DataError: how many of the items have no row, and the first three.
+
+        Example:
+            >>> items = read_items(pd.DataFrame({"item_id": [1, 2], "title": ["Alien", "Brazil"]}))
+            >>> items.select([2, 1]).item_ids.tolist()
+            [2, 1]
+        """
+        wanted = canonical_ids(pd.Series(item_ids), "item_id") if len(item_ids) else self.item_ids[:0]
+        rows = pd.Index(self.item_ids).get_indexer(pd.Index(wanted))
+        missing = wanted[rows < 0]
+        if len(missing):
+            types = {"O": "strings", "i": "integers"}
+            cure = "Add their rows, or drop their interactions."
+            if wanted.dtype != self.item_ids.dtype:
+                cure = (
+                    f"The interactions' ids are {types[wanted.dtype.kind]}, the item table's {types[self.item_ids.dtype.kind]}: "
+                    "convert one."
+                )
+            raise DataError(
+                f"items: {len(missing):,} of {len(wanted):,} interacted items have no row in the item table "
+                f"(first: {', '.join(map(repr, missing[:3].tolist()))}). {cure}"
+            )
+        embeddings = None if self.embeddings is None else self.embeddings[rows]
+        return ItemTable(self.item_ids[rows], self.frame.iloc[rows].reset_index(drop=True), embeddings)
+
+
+def read_items(
+    source: TableSource,
+    *,
+    item_column: str = "item_id",
+    text_columns: Sequence[str] | None = None,
+    embedding_column: str | None = None,
+    embeddings: np.ndarray | str | Path | None = None,
+) -> ItemTable:
+    """
+    The item table, in the source's row order.
+
+    Args:
+        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        item_column: the ids' column; ids are kept exactly (see `read_interactions`).
+        text_columns: further columns to keep; every other column when None.
+        embedding_column: a column of lists, one embedding a row, all of one length.
+        embeddings: (N, d) array aligned with the source's rows, or the path of such a .npy file (float32 stays memory-mapped).
+
+    Raises:
+        DataError: unreadable or empty source, missing columns, null, mixed or repeated ids, embeddings of another row count, ragged,
+            not 2-D, not numeric or not finite.
+
+    Example:
+        >>> items = read_items(pd.DataFrame({"item_id": [7, 8], "title": ["Alien", "Brazil"], "e": [[0.0, 1.0], [1.0, 0.0]]}),
+        ...                    embedding_column="e")
+        >>> items.item_ids.tolist(), list(items.frame), items.embeddings.shape
+        ([7, 8], ['item_id', 'title'], (2, 2))
+    """
+    if embedding_column is not None and embeddings is not None:
+        raise DataError("items: embedding_column and embeddings are both given. Give one.")
+    table = load_table(source, (item_column, *(text_columns or ())))
+    embedding_columns = [] if embedding_column is None else [embedding_column]
+    require_columns(table, [item_column, *(text_columns or ()), *embedding_columns], "items")
+    ids = _ids(source, column_of(table, item_column), item_column)
+    repeated = pd.Series(ids).duplicated().to_numpy()
+    if repeated.any():
+        raise DataError(
+            f"column {item_column!r}: {repeated.sum():,} of {len(ids):,} rows repeat an earlier item id (first: "
+            f"{first(ids, repeated)}). Keep one row per item."
+        )
+    if text_columns is None:
+        text_columns = [column for column in table.columns if column not in (item_column, embedding_column)]
+    if "item_id" in text_columns and item_column != "item_id":
+        raise DataError(
+            f"items: column 'item_id' would stand beside the item_id made from {item_column!r}. Drop or rename it, or list the "
+            "columns to keep in text_columns."
+        )
+    frame = pd.DataFrame({"item_id": ids} | {column: table[column] for column in text_columns})
+    if embedding_column is not None:
+        embeddings = _stack(column_of(table, embedding_column), embedding_column, ids)
+    matrix = None if embeddings is None else check_embeddings(embeddings, ids)
+    return ItemTable(ids, frame, matrix)
+
+
+def _stack(series: pd.Series, column: str, ids: np.ndarray) -> np.ndarray:
+    lengths = series.map(lambda row: len(row) if isinstance(row, list | tuple | np.ndarray) else -1).to_numpy()
+    bad = lengths != lengths[0] if lengths[0] > 0 else lengths <= 0
+    if bad.any():
+        row = int(bad.argmax())
+        found = "no list" if lengths[row] < 0 else f"{lengths[row]} numbers"
+        expected = f"{lengths[0]} as in the first row" if lengths[0] > 0 else "one number or more"
+        raise DataError(
+            f"column {column!r}: {bad.sum():,} of {len(series):,} embeddings have a length of their own (first: item "
+            f"{ids[row : row + 1].tolist()[0]!r} has {found}, expected {expected}). Every item needs one vector of one length."
+        )
+    try:
+        return np.stack([np.asarray(row, dtype=np.float32) for row in series])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"column {column!r}: embeddings must be lists of numbers ({error}).") from error
+
+
+def check_embeddings(embeddings: np.ndarray | str | Path, item_ids: np.ndarray) -> np.ndarray:
+    """
+    (N, d) float32 embeddings, one finite row per item; a float32 .npy file stays memory-mapped.
+
+    Raises:
+        DataError: unreadable file, not 2-D, not numeric, another row count than `item_ids`, NaN or infinity.
+
+    Example:
+        >>> check_embeddings(np.ones((2, 3), dtype=np.float16), np.array([7, 8])).dtype
+        dtype('float32')
+    """
+    if isinstance(embeddings, str | Path):
+        try:
+            embeddings = np.load(embeddings, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"embeddings {embeddings}: cannot be read as .npy: {error}") from error
+    matrix = np.asanyarray(embeddings)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "fiu":
+        raise DataError(
+            f"embeddings: expected an (items, d) array of real numbers, got shape {matrix.shape} of {matrix.dtype}."
+        )
+    if len(matrix) != len(item_ids):
+        raise DataError(
+            f"embeddings: {len(matrix):,} rows for {len(item_ids):,} items. Row i must belong to the item table's row i."
+        )
+    matrix = matrix.astype(np.float32, copy=False)
+    bad = np.concatenate([~np.isfinite(matrix[i : i + _CHUNK]).all(axis=1) for i in range(0, len(matrix), _CHUNK)])
+    if bad.any():
+        raise DataError(
+            f"embeddings: {bad.sum():,} of {len(matrix):,} rows hold NaN or infinity (first: item "
+            f"{item_ids[bad][:1].tolist()[0]!r}). Embed these items again or drop them."
+        )
+    return matrix

@@ -1,0 +1,141 @@
+"""Every user's items in time order, held flat: what splits and windows are cut from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.data.tables import DataError, canonical_ids, column_of, require_columns
+
+
+@dataclass(frozen=True, eq=False)
+class UserSequences:
+    """
+    U users' items, user after user, each in time order. No user is empty.
+
+    Args:
+        user_ids: (U,) int64 or object array of `str`, sorted.
+        item_ids: (T,) int64 or object array of `str`.
+        timestamps: (T,) int64.
+        offsets: (U + 1,) int64; user u's items are `item_ids[offsets[u]:offsets[u + 1]]`.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": ["b", "a", "a"], "item_id": [3, 2, 1], "timestamp": [5, 9, 8]})
+        >>> sequences = UserSequences.from_interactions(rows)
+        >>> len(sequences), sequences.user_ids.tolist(), sequences[0].tolist()
+        (2, ['a', 'b'], [1, 2])
+    """
+
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    timestamps: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_interactions(cls, interactions: pd.DataFrame) -> UserSequences:
+        """
+        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable within one instant).
+
+        Raises:
+            DataError: missing columns, no rows, ids that `canonical_ids` refuses.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1, 1], "item_id": ["y", "x"], "timestamp": [0, 0]})
+            >>> UserSequences.from_interactions(rows)[0].tolist()
+            ['y', 'x']
+        """
+        require_columns(interactions, ["user_id", "item_id", "timestamp"], "interactions")
+        if not len(interactions):
+            raise DataError("interactions: the table has no rows.")
+        codes, user_ids = pd.factorize(canonical_ids(column_of(interactions, "user_id"), "user_id"), sort=True)
+        timestamps = interactions["timestamp"].to_numpy(dtype=np.int64)
+        order = np.lexsort((timestamps, codes))
+        items = canonical_ids(column_of(interactions, "item_id"), "item_id")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(user_ids)))]).astype(np.int64)
+        return cls(np.asarray(user_ids), items[order], timestamps[order], offsets)
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def __getitem__(self, u: int) -> np.ndarray:
+        u = range(len(self))[u]
+        return self.item_ids[self.offsets[u] : self.offsets[u + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(U,) int64: how many items each user has."""
+        return np.diff(self.offsets)
+
+    @property
+    def user_rows(self) -> np.ndarray:
+        """(T,) int64: the user row (0..U-1) of every item."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def lists(self) -> list[np.ndarray]:
+        """
+        The U sequences, one array each.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1, 2, 1], "item_id": [7, 8, 9], "timestamp": [0, 1, 2]})
+            >>> [items.tolist() for items in UserSequences.from_interactions(rows).lists()]
+            [[7, 9], [8]]
+        """
+        return np.split(self.item_ids, self.offsets[1:-1])
+
+    def item_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The distinct item ids, sorted, and how often each stands in the sequences.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
+            >>> [values.tolist() for values in UserSequences.from_interactions(rows).item_counts()]
+            [[7, 9], [1, 2]]
+        """
+        codes, items = pd.factorize(self.item_ids, sort=True)
+        return np.asarray(items), np.bincount(codes, minlength=len(items))
+
+    def where(self, keep: np.ndarray) -> UserSequences:
+        """
+        The sequences with only the items where `keep`, a (T,) bool mask, is true; users left with none are dropped.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
+            >>> UserSequences.from_interactions(rows).where(np.array([False, True, False])).user_ids.tolist()
+            [2]
+        """
+        lengths = np.bincount(self.user_rows[keep], minlength=len(self))
+        offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
+        return UserSequences(self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets)
+
+    def k_core(self, min_user: int = 1, min_item: int = 5, iterative: bool = False) -> UserSequences:
+        """
+        Drops items with fewer than `min_item` interactions, then users left with fewer than `min_user`.
+
+        Args:
+            iterative: repeat until nothing more is dropped (the k-core proper); once otherwise.
+
+        Raises:
+            DataError: nothing is left.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
+            >>> core = UserSequences.from_interactions(rows).k_core(min_item=2)
+            >>> [items.tolist() for items in core.lists()]
+            [[9], [9]]
+        """
+        users, items = self.user_rows, pd.factorize(self.item_ids)[0]
+        keep = np.ones(len(items), dtype=bool)
+        while True:
+            before = keep
+            keep = before & (np.bincount(items[before], minlength=items.max() + 1)[items] >= min_item)
+            keep &= np.bincount(users[keep], minlength=len(self))[users] >= min_user
+            if not iterative or keep.sum() == before.sum():
+                break
+        if not keep.any():
+            raise DataError(
+                f"filtering leaves nothing of {len(self):,} users and {len(items):,} interactions: no user has {min_user} items "
+                f"with {min_item} interactions each. Lower min_user or min_item."
+            )
+        return self.where(keep)

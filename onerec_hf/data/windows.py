@@ -1,0 +1,128 @@
+"""
+Cutting flat sequences into training examples: the fallback for data that does not mark its sessions.
+
+An example is a `history` and the `session` that follows it. Both are slices of a flat array, so a million of them are one Arrow gather.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from onerec_hf.data.sequences import UserSequences
+
+if TYPE_CHECKING:
+    import datasets
+
+# Arrow's list and string offsets are 32 bits: a chunk holds about this many items.
+_CHUNK_ITEMS = 1 << 24
+
+
+def window_bounds(
+    lengths: np.ndarray, session_length: int = 5, stride: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Where each window's session starts and stops, for sequences of these lengths; sequences of fewer than two items give none.
+
+    With `stride` 1 every position 1..n-1 starts a session, so every item is once the next item; the last ones are shorter. With a
+    larger stride the sessions are laid from the end, so the last item is always covered and only the first session may be shorter;
+    `stride == session_length` makes every position 1..n-1 a target exactly once.
+
+    Args:
+        lengths: (U,) sequence lengths.
+
+    Returns:
+        (W,) row of the sequence, (W,) start and (W,) stop of the session inside it; by row, then by start.
+
+    Example:
+        >>> [bounds.tolist() for bounds in window_bounds(np.array([4, 1]), session_length=2)]
+        [[0, 0, 0], [1, 2, 3], [3, 4, 4]]
+        >>> [bounds.tolist() for bounds in window_bounds(np.array([6]), session_length=2, stride=2)]
+        [[0, 0, 0], [1, 2, 4], [2, 4, 6]]
+    """
+    if session_length < 1 or stride < 1:
+        raise ValueError(f"session_length ({session_length}) and stride ({stride}) must be at least 1.")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if stride == 1:
+        counts = np.maximum(lengths - 1, 0)
+    else:
+        # Step back while position 1 is not yet covered, and while at least one target remains.
+        steps_to_cover = -(-np.maximum(lengths - session_length - 1, 0) // stride)
+        counts = np.where(lengths >= 2, 1 + np.minimum(steps_to_cover, (lengths - 2) // stride), 0)
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if stride == 1:
+        starts = 1 + nth
+        return rows, starts, np.minimum(starts + session_length, lengths[rows])
+    stops = lengths[rows] - stride * (counts[rows] - 1 - nth)
+    return rows, np.maximum(stops - session_length, 1), stops
+
+
+def window_examples(
+    sequences: UserSequences, session_length: int = 5, max_history: int | None = 50, stride: int = 1
+) -> datasets.Dataset:
+    """
+    Sliding windows over every user's sequence: up to `session_length` items and the up to `max_history` items before them.
+
+    Returns:
+        columns `user_id`, `history` (list of ids, never empty), `session` (list of ids); see `window_bounds` for the positions.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 3]})
+        >>> windows = window_examples(UserSequences.from_interactions(rows), session_length=2, max_history=2)
+        >>> list(windows["history"]), list(windows["session"])
+        ([[5], [5, 6], [6, 7]], [[6, 7], [7, 8], [8]])
+    """
+    if max_history is not None and max_history < 1:
+        raise ValueError(f"max_history ({max_history}) must be at least 1, or None for the whole history.")
+    rows, starts, stops = window_bounds(sequences.lengths, session_length, stride)
+    base = sequences.offsets[rows]
+    history_starts = np.zeros_like(starts) if max_history is None else np.maximum(starts - max_history, 0)
+    history = (sequences.item_ids, base + history_starts, base + starts)
+    return examples(sequences.user_ids[rows], history, (sequences.item_ids, base + starts, base + stops))
+
+
+def examples(
+    user_ids: np.ndarray,
+    history: tuple[np.ndarray, np.ndarray, np.ndarray],
+    session: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> datasets.Dataset:
+    """
+    A Dataset of (history, session) examples from slices of flat id arrays.
+
+    Args:
+        user_ids: (E,) ids.
+        history, session: flat ids, (E,) starts and (E,) stops of each example's slice.
+
+    Example:
+        >>> items = np.array([5, 6, 7])
+        >>> examples(np.array([1]), (items, np.array([0]), np.array([2])), (items, np.array([2]), np.array([3])))[0]
+        {'user_id': 1, 'history': [5, 6], 'session': [7]}
+    """
+    from datasets import Dataset
+
+    id_type = pa.int64() if user_ids.dtype.kind == "i" else pa.string()
+    columns = {
+        "user_id": pa.array(user_ids, type=id_type),
+        "history": _slices(*history),
+        "session": _slices(*session),
+    }
+    return Dataset(pa.table(columns))
+
+
+def _slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
+    """(E,) lists `values[starts[i]:stops[i]]`."""
+    flat = pa.array(values, type=pa.int64() if values.dtype.kind == "i" else pa.string())
+    ends = np.cumsum(stops - starts)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(_CHUNK_ITEMS, total, _CHUNK_ITEMS))
+    chunks = []
+    for start, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
+        lengths = (stops - starts)[start:stop]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        indices = np.repeat(starts[start:stop] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat.take(pa.array(indices))))
+    return pa.chunked_array(chunks)

@@ -1,0 +1,84 @@
+"""The results file that quickstart, evaluation and benchmarks write: rows of named numbers with machine, versions, date and command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_PACKAGES = ("onerec-hf", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
+
+
+def result_row(
+    name: str, value: float, unit: str, against: str | None = None, spread: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """
+    One row: what was measured, in which unit, beside what, and [min, max] over repetitions.
+
+    Example:
+        >>> result_row("onerec/recall@10", 0.1, "share", against="popularity/recall@10")["unit"]
+        'share'
+    """
+    return {
+        "name": name,
+        "value": float(value),
+        "unit": unit,
+        "against": against,
+        "spread": None if spread is None else [float(low_high) for low_high in spread],
+    }
+
+
+def machine() -> str:
+    """
+    Processor, cores and memory of this machine in one line.
+
+    Example:
+        >>> "core" in machine()
+        True
+    """
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def write_results(
+    path: str | os.PathLike, rows: list[dict[str, Any]], command: str | None = None, **more: Any
+) -> None:
+    """
+    Writes `{"machine", "versions", "date", "command", "rows", ...}` as JSON, to a temporary name first.
+
+    Args:
+        rows: of [`result_row`].
+        command: the command line; this process's when not given.
+        more: further top-level entries (seed, protocol, ...).
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_results(f"{folder}/results.json", [result_row("seconds", 1.5, "s")], seed=0)
+        ...     sorted(json.load(open(f"{folder}/results.json")))
+        ['command', 'date', 'machine', 'rows', 'seed', 'versions']
+    """
+    content = {
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": command or shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "rows": rows,
+        **more,
+    }
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(temporary, path)
