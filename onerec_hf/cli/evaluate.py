@@ -30,7 +30,6 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--split is test or validation, not {args.split!r}")
     import tempfile
 
-    import numpy as np
     from transformers import AutoModelForSeq2SeqLM
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor

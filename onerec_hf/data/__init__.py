@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onerec_hf.data.collators import OneRecDataCollator
     from onerec_hf.data.feedback import PositiveFeedback
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
     from onerec_hf.data.sequences import UserSequences
@@ -21,6 +22,7 @@ _PUBLIC = {
     "DataError": "tables",
     "ItemTable": "interactions",
     "LeaveOneOutSplit": "splits",
+    "OneRecDataCollator": "collators",
     "PositiveFeedback": "feedback",
     "RecommendationData": "sources",
     "SessionCriteria": "sessions",

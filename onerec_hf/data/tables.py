@@ -20,7 +20,6 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 # What counts as missing in a text file, ids excepted: "NA" and "null" are ids somebody has.
 _MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
-_EXACT_FLOAT = 2**53
 
 
 class DataError(ValueError):
@@ -194,7 +193,8 @@ def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
             ) from None
     if kind in ("floating", "mixed-integer-float"):
         values = series.to_numpy(dtype=np.float64)
-        bad = ~((np.floor(values) == values) & (np.abs(values) <= _EXACT_FLOAT))
+        exact_below = 2**24 if series.dtype == np.float32 else 2**53
+        bad = ~((np.floor(values) == values) & (np.abs(values) < exact_below))
         if bad.any():
             raise DataError(
                 f"column {column!r}: ids are floats, and {bad.sum():,} of {total:,} are no exact integers (first: row "

@@ -56,5 +56,5 @@ def test_apply_refuses(rule, message):
 
 
 def test_text_column():
-    with pytest.raises(DataError, match="'rating': expected numbers, got .* 'good'"):
+    with pytest.raises(DataError, match=r"'rating': expected numbers, got .* 'good'"):
         PositiveFeedback({"rating": 4}).apply(pd.DataFrame({"rating": ["good", "bad"]}))

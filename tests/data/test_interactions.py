@@ -53,6 +53,7 @@ class TestIds:
             ([1.0, 2.5], r"floats, and 1 of 2 are no exact integers \(first: row 1, 2.5\)"),
             ([1.0, np.inf], "no exact integers"),
             ([2.0**60], "no exact integers"),
+            (np.array([2**24 + 1], dtype=np.float32), "no exact integers"),
             ([True, False], "booleans"),
             ([2**64], "beyond 64 bits"),
             (np.array([2**63], dtype=np.uint64), "beyond 64 bits"),
@@ -132,7 +133,7 @@ class TestReadInteractions:
 
     @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
     def test_datetimes_become_seconds_but_sort_finely(self, unit):
-        times = pd.to_datetime(["1970-01-01 00:01:00.5", "1970-01-01 00:01:00.2", "1969-12-31 23:59:59"])
+        times = pd.to_datetime(["1970-01-01 00:01:00.5", "1970-01-01 00:01:00.2", "1969-12-31 23:59:59.0"])
         result = read_interactions(table(user_id=1, timestamp=times.astype(f"datetime64[{unit}]")))
         assert result["timestamp"].tolist() == [-1, 60, 60]
         assert result["timestamp"].dtype == np.int64
