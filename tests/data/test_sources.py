@@ -30,7 +30,8 @@ def test_movielens():
     frame = check_items(data).frame
     assert (frame["text"] != "").sum() >= 9_060
     assert not frame["text"].str.contains(r"no genres listed|\(nan\)|^nan").any()
-    assert len(data.positive.apply(data.interactions)) == 51_568
+    assert len(data.positive.apply(data.interactions)) == 100_004  # every rating counts
+    assert len(PositiveFeedback({"rating": 4}).apply(data.interactions)) == 51_568
     assert "GroupLens" in data.description
 
 
