@@ -37,7 +37,9 @@ def imports(file: Path):
 
 @pytest.mark.parametrize("file", sorted(ROOMS["modeling"].glob("*.py")), ids=lambda file: file.name)
 def test_modeling_travels_alone(file):
-    allowed = {"torch", "transformers", "huggingface_hub", "numpy", "safetensors", "__future__"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "transformers", "huggingface_hub", "numpy", "safetensors", "__future__"} | set(
+        sys.stdlib_module_names
+    )
     for module, level in imports(file):
         if level:
             assert level == 1, f"{file.name}: only siblings travel along, not {'.' * level}{module}"

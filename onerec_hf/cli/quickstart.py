@@ -27,7 +27,7 @@ class QuickstartArguments(OutputArguments):
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
     )
-    max_steps: int = field(default=1000, metadata={"help": "Training steps of 64 sessions."})
+    max_steps: int = field(default=1200, metadata={"help": "Training steps of 64 sessions."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
@@ -44,8 +44,7 @@ def main(argv: list[str]) -> None:
         interactions=args.interactions,
         items=args.items,
         embeddings=args.embeddings,
-        max_history=20,
-        stride=5,
+        max_history=10,
     )
     data = prepare_data(data_args)
     size = codebook_size(len(data.item_ids))
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> None:
         folder,
         data_args,
         SemanticIDArguments(codebook_sizes=[size] * 3, semantic_id_seed=args.seed),
-        ModelArguments(hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_experts=8),
+        ModelArguments(hidden_size=64, intermediate_size=128, moe_intermediate_size=64),
         training_args,
     )
     rows = evaluate_beside_baselines(trainer, data, "test")

@@ -14,7 +14,9 @@ class Reference:
         self.weights = {name: value.double() for name, value in model.state_dict().items()}
 
     def _norm(self, name, x):
-        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * self.weights[f"{name}.weight"]
+        return (
+            x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * self.weights[f"{name}.weight"]
+        )
 
     def _linear(self, name, x):
         return x @ self.weights[f"{name}.weight"].T

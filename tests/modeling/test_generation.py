@@ -25,7 +25,9 @@ def brute_force(history, session_length, excluded=(), distinct=True):
     reference = Reference(MODEL)
     tokens = PROCESSOR([history])["input_ids"][0]
     names = [item for item in ITEMS if item not in excluded]
-    sessions = itertools.permutations(names, session_length) if distinct else itertools.product(names, repeat=session_length)
+    sessions = (
+        itertools.permutations(names, session_length) if distinct else itertools.product(names, repeat=session_length)
+    )
     scored = []
     for session in sessions:
         codes = CATALOGUE.codes[CATALOGUE.rows(session)].tolist()
@@ -96,9 +98,7 @@ def test_equals_transformers_beam_search_with_a_python_trie(num_beams):
         "eos_token_id": None,
         "do_sample": False,
     }
-    theirs = MODEL.generate(
-        **inputs, constrained=False, prefix_allowed_tokens_fn=prefix_allowed_tokens, **arguments
-    )
+    theirs = MODEL.generate(**inputs, constrained=False, prefix_allowed_tokens_fn=prefix_allowed_tokens, **arguments)
     ours = MODEL.recommend(**inputs, session_length=1, num_beams=num_beams, num_return_sequences=num_beams)
     through_generate = MODEL.generate(**inputs, **arguments)
     assert torch.equal(ours, theirs)
@@ -125,7 +125,9 @@ def test_sampling_is_constrained_too():
 def test_no_illegal_repeated_or_excluded_item_ever(data):
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     possible = int(torch.tensor(sizes).prod())
-    catalogue = make_catalogue(data.draw(st.integers(min(2, possible), possible)), sizes, seed=data.draw(st.integers(0, 9)))
+    catalogue = make_catalogue(
+        data.draw(st.integers(min(2, possible), possible)), sizes, seed=data.draw(st.integers(0, 9))
+    )
     model, processor = make_model(catalogue), OneRecProcessor.from_catalogue(catalogue)
     histories = data.draw(
         st.lists(st.lists(st.sampled_from(catalogue.item_ids), min_size=1, max_size=4), min_size=1, max_size=3)

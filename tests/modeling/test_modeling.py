@@ -71,7 +71,8 @@ def test_padding_changes_nothing(model, processor, padding):
 
 
 @pytest.mark.parametrize(
-    "attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]  # flex compiles a kernel
+    "attention",
+    ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)],  # flex compiles a kernel
 )
 def test_attention_backends_agree(model, batch, attention):
     wanted = model(**batch).logits
@@ -235,7 +236,9 @@ def test_tied_embeddings_survive_saving(model, tmp_path):
     table = loaded.lm_head.weight
     assert table is loaded.model.encoder.embed_tokens.weight
     assert table is loaded.model.decoder.embed_tokens.weight
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_every_parameter_gets_a_gradient(batch):

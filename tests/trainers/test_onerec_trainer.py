@@ -28,7 +28,9 @@ def examples(count=64, seed=0):
         {
             "user_id": list(range(count)),
             "history": [[f"m{(s + j) % 30}" for j in range(n)] for s, n in zip(starts, lengths, strict=True)],
-            "session": [[f"m{(s + n + j) % 30}" for j in range(1 + s % 2)] for s, n in zip(starts, lengths, strict=True)],
+            "session": [
+                [f"m{(s + n + j) % 30}" for j in range(1 + s % 2)] for s, n in zip(starts, lengths, strict=True)
+            ],
         }
     )
 
@@ -208,7 +210,9 @@ class PressCtrlC(TrainerCallback):
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     trainer = make_trainer(tmp_path / "a", callbacks=[PressCtrlC()])
-    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 3; resume it with resume_from_checkpoint=.*checkpoint-3"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped at step 3; resume it with resume_from_checkpoint=.*checkpoint-3"
+    ):
         trainer.train()
     assert signal.getsignal(signal.SIGINT) is before
     whole, resumed = make_trainer(tmp_path / "b"), make_trainer(tmp_path / "c")
@@ -222,7 +226,8 @@ def test_starts_from_a_path(tmp_path):
     model.save_pretrained(tmp_path / "model")
     trainer = make_trainer(tmp_path / "run", str(tmp_path / "model"))
     assert all(
-        torch.equal(a, b) for a, b in zip(trainer.model.state_dict().values(), model.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(trainer.model.state_dict().values(), model.state_dict().values(), strict=True)
     )
 
 

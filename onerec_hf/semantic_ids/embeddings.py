@@ -1,0 +1,153 @@
+"""Item embeddings to make semantic IDs from: text (TF-IDF), behaviour (co-occurrence), or several side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+
+def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.ndarray:
+    """
+    TF-IDF of words and word pairs, reduced by truncated SVD.
+
+    Args:
+        texts: one per item; an empty text gives a zero row.
+        dim: dimensions; fewer come back where items or words do not span as many.
+        seed: of the SVD.
+
+    Returns:
+        (N, at most dim) float32, rows of length one.
+
+    Raises:
+        ValueError: no text holds a word.
+
+    Example:
+        >>> vectors = text_embeddings(["red lipstick", "red nail polish", "garden hose", ""], dim=2)
+        >>> vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]), vectors[3].tolist()
+        ((4, 2), True, [0.0, 0.0])
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        matrix = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
+    except ValueError as error:
+        raise ValueError(f"none of {len(texts)} texts holds a word to embed ({error})") from None
+    return _unit_rows(_reduce(matrix, dim, seed))
+
+
+def behaviour_embeddings(
+    sequences: Sequence[np.ndarray], num_items: int, dim: int = 64, window: int = 5, seed: int = 0
+) -> np.ndarray:
+    """
+    Items that users consume close together get close vectors: positive pointwise mutual information of co-occurrence, reduced by
+    truncated SVD (the rows are `U * sqrt(S)`).
+
+    Args:
+        sequences: per user, rows of items in time order.
+        num_items: rows of the result.
+        dim: dimensions; fewer come back where the items do not span as many.
+        window: how many steps apart two items still count as together; a pair d steps apart counts 1/d.
+        seed: of the SVD.
+
+    Returns:
+        (num_items, at most dim) float32, rows of length one; zero rows for items that never stood beside another.
+
+    Example:
+        >>> vectors = behaviour_embeddings([np.array([0, 1]), np.array([0, 1]), np.array([2, 3])], num_items=5, dim=3)
+        >>> vectors.shape, vectors[4].tolist()
+        ((5, 3), [0.0, 0.0, 0.0])
+    """
+    matrix = positive_pmi(cooccurrence(sequences, num_items, window))
+    reduced = _reduce(matrix, dim, seed, scale_power=0.5)
+    return _unit_rows(reduced)
+
+
+def cooccurrence(sequences: Sequence[np.ndarray], num_items: int, window: int) -> scipy.sparse.csr_matrix:
+    """
+    (num_items, num_items) symmetric counts of pairs at most `window` steps apart inside a sequence, 1/d for d steps.
+
+    Example:
+        >>> cooccurrence([np.array([0, 1, 2])], 3, window=2).toarray().tolist()
+        [[0.0, 1.0, 0.5], [1.0, 0.0, 1.0], [0.5, 1.0, 0.0]]
+    """
+    import scipy.sparse
+
+    flat = np.concatenate(sequences)
+    owner = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    counts = scipy.sparse.csr_matrix((num_items, num_items))
+    for distance in range(1, window + 1):
+        together = owner[:-distance] == owner[distance:]
+        first, second = flat[:-distance][together], flat[distance:][together]
+        weight = np.full(len(first), 1 / distance)
+        counts = counts + scipy.sparse.csr_matrix((weight, (first, second)), shape=counts.shape)
+    return counts + counts.T
+
+
+def positive_pmi(counts: scipy.sparse.csr_matrix, smoothing: float = 0.75) -> scipy.sparse.csr_matrix:
+    """
+    max(0, log p(i, j) / (p(i) q(j))) of co-occurrence counts, with q(j) proportional to count(j)^smoothing (Levy et al., 2015).
+
+    Example:
+        >>> positive_pmi(cooccurrence([np.array([0, 1])], 2, window=1)).toarray().round(3).tolist()
+        [[0.0, 0.693], [0.693, 0.0]]
+    """
+    import scipy.sparse
+
+    pairs = counts.tocoo()
+    by_item = np.asarray(counts.sum(1)).ravel()
+    context = by_item**smoothing
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.log(pairs.data * context.sum() / (by_item[pairs.row] * context[pairs.col]))
+    keep = values > 0
+    return scipy.sparse.csr_matrix((values[keep], (pairs.row[keep], pairs.col[keep])), shape=counts.shape)
+
+
+def combine_embeddings(parts: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
+    """
+    Embeddings side by side: each with rows of length one, times its weight.
+
+    Example:
+        >>> combine_embeddings([np.array([[3.0, 4.0]]), np.array([[2.0]])], weights=[1, 0.5]).astype(float).round(2).tolist()
+        [[0.6, 0.8, 0.5]]
+    """
+    weights = [1.0] * len(parts) if weights is None else weights
+    return np.concatenate(
+        [weight * _unit_rows(part) for part, weight in zip(parts, weights, strict=True)], axis=1, dtype=np.float32
+    )
+
+
+def embedding_fingerprint(embeddings: np.ndarray, recipe: str) -> str:
+    """
+    SHA-256 over the recipe's name and the embeddings' type, shape and bytes: which vectors the semantic IDs came from.
+
+    Example:
+        >>> len(embedding_fingerprint(np.zeros((2, 2)), "zeros"))
+        64
+    """
+    digest = hashlib.sha256(f"{recipe}|{embeddings.dtype.str}|{embeddings.shape}".encode())
+    digest.update(np.ascontiguousarray(embeddings).tobytes())
+    return digest.hexdigest()
+
+
+def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> np.ndarray:
+    """(n, d) float32 `U * S^scale_power` of the largest d singular values; d is `dim`, or what the matrix spans if that is less."""
+    from sklearn.decomposition import TruncatedSVD
+
+    dim = max(1, min(dim, min(matrix.shape) - 1))
+    svd = TruncatedSVD(dim, random_state=seed)
+    reduced = svd.fit_transform(matrix)
+    scale = np.maximum(svd.singular_values_, 1e-12) ** (scale_power - 1)
+    return (reduced * scale).astype(np.float32)
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one; rows of (almost) nothing become zero."""
+    rows = np.asarray(rows, dtype=np.float32)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(length > 1e-6, rows / np.maximum(length, 1e-6), 0.0).astype(np.float32)
