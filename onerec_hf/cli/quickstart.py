@@ -81,8 +81,9 @@ def main(argv: list[str]) -> None:
 
 
 def codebook_size(num_items: int) -> int:
-    """The power of two, 8 to 256, that gives about 50 items a first-level code: small sets collapse with large codebooks."""
-    return max(8, min(256, 1 << ((num_items // 50) or 1).bit_length() - 1))
+    """The power of two, 16 to 256, that gives about 50 items a first-level code: small sets collapse with large codebooks."""
+    power = 1 << (max(1, num_items // 50).bit_length() - 1)
+    return min(num_items, max(16, min(256, power)))
 
 
 def check_reload(trainer, folder: Path, data: PreparedData) -> None:

@@ -37,12 +37,13 @@ def make_unique(codes: torch.Tensor, last_residuals: torch.Tensor, last_codebook
     from scipy.optimize import linear_sum_assignment
 
     codes = codes.clone()
-    buckets, bucket_of = torch.unique(codes[:, :-1], dim=0, return_inverse=True)
+    prefixes = torch.cat([torch.zeros_like(codes[:, :1]), codes[:, :-1]], dim=1)  # the root, so that one level has a prefix too
+    buckets, bucket_of = torch.unique(prefixes, dim=0, return_inverse=True)
     sizes = bucket_of.bincount(minlength=len(buckets))
     if (sizes > len(last_codebook)).any():
         fullest = int(sizes.argmax())
         raise ValueError(
-            f"{int(sizes[fullest])} items share the prefix {tuple(buckets[fullest].tolist())}, but the last level has only "
+            f"{int(sizes[fullest])} items share the prefix {tuple(buckets[fullest, 1:].tolist())}, but the last level has only "
             f"{len(last_codebook)} codes to tell them apart; use a larger last codebook or one level more"
         )
     full = bucket_of * len(last_codebook) + codes[:, -1]

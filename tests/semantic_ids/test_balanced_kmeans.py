@@ -1,0 +1,111 @@
+"""BalancedKMeans: exact balance always, and an error below the paper's greedy algorithm."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onerec_hf.semantic_ids import BalancedKMeans
+
+
+def clustered(count, dim, centers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(centers, dim, generator=generator)
+    weights = torch.rand(centers, generator=generator) ** 2 + 1e-3
+    which = torch.multinomial(weights, count, replacement=True, generator=generator)
+    return means[which] + 0.5 * torch.randn(count, dim, generator=generator)
+
+
+@st.composite
+def points_and_clusters(draw):
+    count = draw(st.integers(1, 60))
+    kind = draw(st.sampled_from(["random", "few values", "constant"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    dim = draw(st.integers(1, 4))
+    points = torch.randn(count, dim, generator=generator)
+    if kind == "few values":
+        points = points.round()
+    elif kind == "constant":
+        points = torch.ones(count, dim)
+    return points, draw(st.integers(1, count))
+
+
+@settings(max_examples=120, deadline=None)
+@given(points_and_clusters(), st.sampled_from(["optimal", "greedy"]), st.sampled_from(["k-means++", "random"]))
+def test_sizes_differ_by_at_most_one(case, assignment, init):
+    points, clusters = case
+    kmeans = BalancedKMeans(clusters, assignment=assignment, init=init, max_iter=5).fit(points)
+    sizes = kmeans.labels_.bincount(minlength=clusters)
+    size, more = divmod(len(points), clusters)
+    assert sorted(sizes.tolist()) == sorted([size + 1] * more + [size] * (clusters - more))
+    means = torch.stack([points[kmeans.labels_ == k].mean(0) for k in range(clusters)])
+    torch.testing.assert_close(kmeans.cluster_centers_, means, atol=1e-5, rtol=1e-4)
+    error = (points - means[kmeans.labels_]).square().sum(1).mean()
+    assert kmeans.inertia_ == pytest.approx(float(error), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_error_lies_between_plain_and_greedy(seed):
+    points = clustered(1500, 16, 60, seed)
+    optimal = BalancedKMeans(32, seed=seed).fit(points).inertia_
+    greedy = BalancedKMeans(32, assignment="greedy", seed=seed).fit(points).inertia_
+    assert optimal < 0.97 * greedy
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000))
+def test_assignment_is_close_to_the_best_balanced_one(seed):
+    """Six points to three given centers: all 90 balanced assignments are tried."""
+    generator = torch.Generator().manual_seed(seed)
+    points, centers = torch.randn(6, 2, generator=generator), torch.randn(3, 2, generator=generator)
+    labels, _ = BalancedKMeans(3)._assign(points, centers, torch.zeros(3))
+    cost = torch.cdist(points, centers).square()
+    best = min(
+        float(cost[torch.arange(6), torch.tensor(choice)].sum())
+        for choice in set(itertools.permutations([0, 0, 1, 1, 2, 2]))
+    )
+    got = float(cost[torch.arange(6), labels].sum())
+    assert labels.bincount(minlength=3).tolist() == [2, 2, 2]
+    spread = float(cost.max() - cost.min())
+    assert got <= best + 0.35 * spread  # a heuristic finish, bounded; exact optimality is not claimed
+
+
+def test_hand_computed_split():
+    kmeans = BalancedKMeans(2).fit(np.array([[0.0], [1.0], [2.0], [10.0]]))
+    first = kmeans.labels_[0]
+    assert (kmeans.labels_ == first).tolist() == [True, True, False, False]
+    assert kmeans.inertia_ == pytest.approx((0.25 + 0.25 + 16 + 16) / 4)
+
+
+def test_is_deterministic_and_predicts_the_nearest():
+    points = clustered(300, 8, 12, 0)
+    first, second = BalancedKMeans(10, seed=3).fit(points), BalancedKMeans(10, seed=3).fit(points)
+    assert torch.equal(first.labels_, second.labels_)
+    new = clustered(50, 8, 12, 1)
+    distances = torch.cdist(new, first.cluster_centers_)
+    assert torch.equal(first.predict(new), distances.argmin(1))
+
+
+def test_stops_when_nothing_changes():
+    points = torch.cat([torch.zeros(5, 2), torch.full((5, 2), 9.0)])
+    assert BalancedKMeans(2, max_iter=50).fit(points).n_iter_ < 5
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: BalancedKMeans(3).fit(torch.zeros(2, 2)), "fewer items than codes: 2 items cannot fill 3"),
+        (lambda: BalancedKMeans(1).fit(torch.tensor([[0.0], [float("nan")], [1.0]])), "1 of 3 rows.*first: row 1"),
+        (lambda: BalancedKMeans(1).fit(torch.tensor([[float("inf")]])), "NaN or infinite"),
+        (lambda: BalancedKMeans(1).fit(torch.zeros(3)), "items, dimensions"),
+        (lambda: BalancedKMeans(0), "at least 1"),
+        (lambda: BalancedKMeans(2, init="first"), "init must be"),
+        (lambda: BalancedKMeans(2, assignment="fair"), "assignment must be"),
+    ],
+)
+def test_refuses(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,69 @@
+"""Embeddings: co-occurrence against a plain loop, geometry that follows text and behaviour, fingerprints."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, embedding_fingerprint, text_embeddings
+from onerec_hf.semantic_ids.embeddings import cooccurrence, positive_pmi
+
+sequences = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sequences, st.integers(1, 4))
+def test_cooccurrence_equals_a_plain_loop(lists, window):
+    wanted = np.zeros((8, 8))
+    for items in lists:
+        for i, first in enumerate(items):
+            for distance in range(1, window + 1):
+                if i + distance < len(items):
+                    wanted[first, items[i + distance]] += 1 / distance
+                    wanted[items[i + distance], first] += 1 / distance
+    got = cooccurrence([np.array(items) for items in lists], 8, window).toarray()
+    np.testing.assert_allclose(got, wanted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sequences)
+def test_positive_pmi_equals_the_definition(lists):
+    counts = cooccurrence([np.array(items) for items in lists], 8, 3)
+    dense, wanted = counts.toarray(), np.zeros((8, 8))
+    total, by_item = dense.sum(), dense.sum(1)
+    for i, j in zip(*dense.nonzero(), strict=True):
+        context = by_item[j] ** 0.75 / (by_item**0.75).sum()
+        wanted[i, j] = max(0.0, np.log(dense[i, j] / total / (by_item[i] / total * context)))
+    np.testing.assert_allclose(positive_pmi(counts).toarray(), wanted, atol=1e-9)
+
+
+def test_items_consumed_together_are_close():
+    rng = np.random.default_rng(0)
+    groups = [np.arange(10), np.arange(10, 20)]
+    vectors = behaviour_embeddings([rng.permutation(group) for group in groups * 30], 21, dim=4)
+    similar = vectors @ vectors.T
+    assert similar[:10, :10].min() > similar[:10, 10:20].max()
+    assert not vectors[20].any()
+    np.testing.assert_allclose(np.linalg.norm(vectors[:20], axis=1), 1, atol=1e-5)
+
+
+def test_text_dimensions_never_exceed_what_there_is():
+    assert text_embeddings(["red nail", "blue nail", ""], dim=64).shape == (3, 2)
+    with pytest.raises(ValueError, match="none of 2 texts"):
+        text_embeddings(["", ""])
+
+
+def test_combine_weighs_parts_and_keeps_zero_rows():
+    combined = combine_embeddings([np.array([[3.0, 4.0], [0, 0]]), np.array([[2.0], [5.0]])], [1, 2])
+    np.testing.assert_allclose(combined, [[0.6, 0.8, 2], [0, 0, 2]], atol=1e-6)
+    assert combined.dtype == np.float32
+
+
+def test_fingerprint_names_data_and_recipe():
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    base = embedding_fingerprint(vectors, "a")
+    assert base == embedding_fingerprint(vectors.copy(), "a")
+    changed = vectors.copy()
+    changed[1, 2] += 1e-3
+    others = [(vectors, "b"), (changed, "a"), (vectors.reshape(3, 2), "a"), (vectors.astype(np.float64), "a")]
+    assert len({base, *(embedding_fingerprint(*other) for other in others)}) == 5

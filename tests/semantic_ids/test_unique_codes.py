@@ -1,0 +1,45 @@
+"""make_unique: no two items share a semantic ID, at the least cost, and nothing else changes."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onerec_hf.semantic_ids import make_unique
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 3), st.integers(2, 8))
+def test_unique_with_as_few_changes_as_needed(seed, count, levels, last):
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.randint(0, 4, (count, levels - 1), generator=generator)
+    codes = torch.cat([upper, torch.randint(0, last, (count, 1), generator=generator)], 1)
+    largest = max(int((upper == row).all(1).sum()) for row in upper)
+    residuals, codebook = torch.randn(count, 3, generator=generator), torch.randn(last, 3, generator=generator)
+    if largest > last:
+        with pytest.raises(ValueError, match=rf"{largest} items share the prefix .* only {last} codes"):
+            make_unique(codes, residuals, codebook)
+        return
+    result = make_unique(codes, residuals, codebook)
+    assert len(torch.unique(result.codes, dim=0)) == count
+    assert torch.equal(result.codes[:, :-1], upper)
+    assert torch.equal(result.moved, result.codes[:, -1] != codes[:, -1])
+    # Prefixes without a collision stay as they are.
+    for i in range(count):
+        same = (upper == upper[i]).all(1)
+        if len(torch.unique(codes[same, -1])) == int(same.sum()):
+            assert torch.equal(result.codes[same], codes[same])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cost_is_the_least_of_all_permutations(seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.zeros(4, 2, dtype=torch.long)
+    residuals, codebook = torch.randn(4, 2, generator=generator), torch.randn(6, 2, generator=generator)
+    cost = torch.cdist(residuals, codebook).square()
+    rows = torch.arange(4)
+    best = min(float(cost[rows, torch.tensor(choice)].sum()) for choice in itertools.permutations(range(6), 4))
+    chosen = make_unique(codes, residuals, codebook).codes[:, 1]
+    assert float(cost[rows, chosen].sum()) == pytest.approx(best, rel=1e-5)
