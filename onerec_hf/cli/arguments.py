@@ -59,6 +59,9 @@ class DataArguments:
 class SemanticIDArguments:
     """How items get their semantic IDs."""
 
+    semantic_ids: str | None = field(
+        default=None, metadata={"help": "Folder of `semantic-ids fit` to take the IDs from; else they are fitted."}
+    )
     codebook_sizes: list[int] = field(
         default_factory=lambda: [256, 256, 256],
         metadata={"help": "Codes per level; the largest at most the number of items."},

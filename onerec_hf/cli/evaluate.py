@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import DataArguments, parse
-from onerec_hf.cli.steps import prepare_data, say
+from onerec_hf.cli.steps import check_catalogue, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results
 from onerec_hf.evaluation.results import write_results
 
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--split is test or validation, not {args.split!r}")
     import tempfile
 
+    import torch
     from transformers import AutoModelForSeq2SeqLM
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -37,15 +38,14 @@ def main(argv: list[str]) -> None:
 
     processor = OneRecProcessor.from_pretrained(args.model)
     data = prepare_data(data_args)
-    unknown = processor.catalogue.rows(data.item_ids, unknown="mask") < 0
-    if unknown.any():
-        raise ValueError(
-            f"{int(unknown.sum())} of {len(data.item_ids)} items of the data are not in the model's catalogue, e.g. "
-            f"{data.item_ids[unknown][:3].tolist()}: give the data options that the model was trained with (--min_item_interactions, --positive)"
-        )
+    check_catalogue(processor, data)
     with tempfile.TemporaryDirectory() as scratch:
         training_args = OneRecTrainingArguments(
-            scratch, per_device_eval_batch_size=args.batch_size, eval_top_k=args.top_k, eval_num_beams=args.num_beams
+            scratch,
+            per_device_eval_batch_size=args.batch_size,
+            eval_top_k=args.top_k,
+            eval_num_beams=args.num_beams,
+            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = OneRecTrainer(
             AutoModelForSeq2SeqLM.from_pretrained(args.model), training_args, processing_class=processor

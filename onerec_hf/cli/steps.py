@@ -141,6 +141,25 @@ def fit_catalogue(data: PreparedData, args: SemanticIDArguments) -> SemanticIDs:
     return fitted
 
 
+def check_catalogue(processor: OneRecProcessor, data: PreparedData) -> None:
+    """
+    Checks that the processor knows every item of the data.
+
+    Raises:
+        ValueError: it does not (how many items, the first three).
+    """
+    if processor.catalogue is None:
+        raise ValueError(
+            "this folder holds no item catalogue; name one that `onerec-hf semantic-ids fit` or `train` wrote"
+        )
+    unknown = processor.catalogue.rows(data.item_ids, unknown="mask") < 0
+    if unknown.any():
+        raise ValueError(
+            f"{int(unknown.sum())} of {len(data.item_ids)} items of the data are not in the model's catalogue, e.g. "
+            f"{data.item_ids[unknown][:3].tolist()}: give the data options that it was made with (--min_item_interactions, --positive)"
+        )
+
+
 def new_model(args: ModelArguments, processor: OneRecProcessor, session_length: int) -> OneRecForConditionalGeneration:
     """A fresh generator for the processor's catalogue."""
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration

@@ -11,6 +11,7 @@ from onerec_hf.cli.arguments import DataArguments, ModelArguments, OutputArgumen
 from onerec_hf.cli.steps import (
     PreparedData,
     baseline_rankings,
+    check_catalogue,
     claim_folder,
     fit_catalogue,
     new_model,
@@ -67,6 +68,7 @@ def train(
     early_stopping_patience: int | None = None,
 ) -> OneRecTrainer:
     """Fits semantic IDs (or takes those of the model or checkpoint to go on from), trains, and returns the trainer."""
+    import torch
     from transformers import AutoModelForSeq2SeqLM, EarlyStoppingCallback, set_seed
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -80,13 +82,19 @@ def train(
         processor = OneRecProcessor.from_pretrained(model_args.model)
         model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model)
     else:
-        fitted = fit_catalogue(data, id_args)
-        processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
-        fitted.quantizer.save(folder / CODEBOOKS_NAME)
+        if id_args.semantic_ids is not None:
+            processor = OneRecProcessor.from_pretrained(id_args.semantic_ids)
+            processor.max_history = data_args.max_history
+        else:
+            fitted = fit_catalogue(data, id_args)
+            processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
+            fitted.quantizer.save(folder / CODEBOOKS_NAME)
         processor.save_pretrained(folder)  # a resumed run takes these IDs, not newly fitted ones
         model = new_model(model_args, processor, data_args.session_length)
+    check_catalogue(processor, data)
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
     training_args.output_dir = str(folder / "checkpoints")
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     trainer = OneRecTrainer(
         model,
         training_args,
@@ -125,6 +133,7 @@ def save(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[di
     from onerec_hf.hub_cards import write_generator_card
 
     trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle: nothing in an artefact is unpickled
     write_results(
         folder / "results.json",
         rows,

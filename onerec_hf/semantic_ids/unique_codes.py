@@ -37,7 +37,9 @@ def make_unique(codes: torch.Tensor, last_residuals: torch.Tensor, last_codebook
     from scipy.optimize import linear_sum_assignment
 
     codes = codes.clone()
-    prefixes = torch.cat([torch.zeros_like(codes[:, :1]), codes[:, :-1]], dim=1)  # the root, so that one level has a prefix too
+    prefixes = torch.cat(
+        [torch.zeros_like(codes[:, :1]), codes[:, :-1]], dim=1
+    )  # the root, so that one level has a prefix too
     buckets, bucket_of = torch.unique(prefixes, dim=0, return_inverse=True)
     sizes = bucket_of.bincount(minlength=len(buckets))
     if (sizes > len(last_codebook)).any():
