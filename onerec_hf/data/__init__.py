@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator
     from onerec_hf.data.feedback import PositiveFeedback
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
+    from onerec_hf.data.recbole import read_recbole, write_recbole
     from onerec_hf.data.sequences import UserSequences
     from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
@@ -36,9 +37,11 @@ _PUBLIC = {
     "load_source": "sources",
     "read_interactions": "interactions",
     "read_items": "interactions",
+    "read_recbole": "recbole",
     "session_examples": "sessions",
     "temporal_split": "splits",
     "window_examples": "windows",
+    "write_recbole": "recbole",
 }
 
 __all__ = sorted(_PUBLIC)

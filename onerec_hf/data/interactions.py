@@ -41,11 +41,11 @@ def read_interactions(
     """
     One row per interaction, sorted by user and time (stable: rows of one instant stay in the order given).
 
-    Ids are kept exactly. In a .csv/.tsv an id column becomes integers only where every value is a canonical integer: one "00123"
+    Ids are kept exactly. In a text file an id column becomes integers only where every value is a canonical integer: one "00123"
     keeps the whole column text.
 
     Args:
-        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
         user_column, item_column, timestamp_column: their names in the source.
         feedback_columns: further columns to keep; every other column when None.
         session_column: the session ids' column; "session_id" where there is one.
@@ -210,7 +210,7 @@ def read_items(
     The item table, in the source's row order.
 
     Args:
-        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
         item_column: the ids' column; ids are kept exactly (see `read_interactions`).
         text_columns: further columns to keep; every other column when None.
         embedding_column: a column of lists, one embedding a row, all of one length.

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     TableSource = str | Path | pd.DataFrame | datasets.Dataset
 
-SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".inter", ".item")
 
 # What counts as missing in a text file, ids excepted: "NA" and "null" are ids somebody has.
-_MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
 
 
@@ -37,7 +37,7 @@ def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -
     The table behind a path, a DataFrame or a `datasets.Dataset`, rows numbered from 0.
 
     Args:
-        source: path of a .csv, .tsv, .parquet or .jsonl file, a DataFrame, or a `datasets.Dataset`.
+        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
         text_columns: columns of a .csv/.tsv to read as the text that stands there (ids: nothing is turned into a number, and only the
             empty field is missing). `canonical_ids` of such a column goes through `integers_from_text` first.
 
@@ -75,6 +75,10 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
         raise DataError(f"{path}: unsupported suffix {path.suffix!r}. Supported: {', '.join(SUFFIXES)}.")
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
+    if path.suffix.lower() in (".inter", ".item"):
+        from onerec_hf.data.recbole import read_atomic  # it builds on this module
+
+        return read_atomic(path)
     try:
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)
@@ -94,7 +98,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
                 index_col=False,
                 dtype=dict.fromkeys(text, str),
                 keep_default_na=False,
-                na_values={column: [""] if column in text else _MISSING_TEXT for column in columns},
+                na_values={column: [""] if column in text else MISSING_TEXT for column in columns},
                 low_memory=False,
             )
     except (
