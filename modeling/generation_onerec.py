@@ -138,19 +138,27 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """
-        Gives the model its catalogue; the first one is written into the config by its hash.
+        Gives the model its catalogue, and writes its hash into the config: the first one, and later any that grew from it
+        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, new items' as all others'.
 
         Raises:
-            ValueError: codebooks of other sizes, or another catalogue than the one that the model was trained with.
+            ValueError: codebooks of other sizes, or a catalogue that did not grow from the model's own.
         """
         if catalogue.codebook_sizes != list(self.config.codebook_sizes):
             raise ValueError(
                 f"the model has codebooks of {self.config.codebook_sizes}, the catalogue of {catalogue.codebook_sizes}; "
                 "they belong to different models"
             )
-        if self.config.catalogue_hash not in (None, catalogue.hash):
+        own = self.config.catalogue_hash
+        if own not in (None, catalogue.hash, *catalogue.lineage):
+            if self.catalogue is not None and catalogue.hash in self.catalogue.lineage:
+                raise ValueError(
+                    f"this catalogue is older than the model's own: version {catalogue.version} with {len(catalogue)} items, the model's "
+                    f"is version {self.catalogue.version} with {len(self.catalogue)}; give it a catalogue that grew from its own, or "
+                    "set model.config.catalogue_hash to None to go back"
+                )
             raise ValueError(
-                f"this model was trained with the catalogue {self.config.catalogue_hash[:12]}..., this is {catalogue.hash[:12]}... "
+                f"this model was trained with the catalogue {own[:12]}..., this is {catalogue.hash[:12]}... "
                 f"({len(catalogue)} items); load the catalogue that was saved with the model, or train for this one"
             )
         self.config.catalogue_hash = catalogue.hash
@@ -259,7 +267,10 @@ class OneRecGenerationMixin(GenerationMixin):
         return sequences
 
     def _constraint(self, exclude: torch.Tensor | None, distinct: bool) -> SemanticIDLogitsProcessor:
-        """The catalogue's constraint on the model's device; `exclude` (users, e) holds catalogue rows, padded with -1."""
+        """
+        The catalogue's constraint on the model's device: its active items. `exclude` (users, e) holds catalogue rows, padded with -1;
+        retired ones among them have no leaf, and nothing to exclude.
+        """
         if self.catalogue is None:
             raise ValueError(
                 "this model has no item catalogue; give it one with model.set_catalogue(processor.catalogue)"

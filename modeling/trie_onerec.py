@@ -10,8 +10,9 @@ import torch
 
 class SemanticIDTrie:
     """
-    A trie over N distinct code tuples. The codes are sorted lexicographically; leaf `i` is the i-th tuple in that order, and the nodes
+    A trie over M distinct code tuples. The codes are sorted lexicographically; leaf `i` is the i-th tuple in that order, and the nodes
     of a level are the distinct prefixes in that order, so that the leaves below a node, and its children, are contiguous ranges.
+    `leaf_to_row` (M,) and `row_to_leaf` (N,) lead from leaves to rows of `codes` and back; a row that the trie leaves out has leaf -1.
 
     Per level `l` it keeps (all int64):
       - `codes[l]` (nodes,): the last code of each prefix,
@@ -22,7 +23,7 @@ class SemanticIDTrie:
     Args:
         codes: (N, L) integers, `0 <= codes[:, l] < codebook_sizes[l]`, rows distinct.
         codebook_sizes: size of each level.
-        order: (N,) the row numbers in lexicographic order of their codes; computed when not given.
+        order: (M,) the rows that the trie holds, in lexicographic order of their codes; all of them when not given.
 
     Example:
         >>> trie = SemanticIDTrie([[1, 0], [0, 2], [1, 3]], codebook_sizes=[2, 4])
@@ -33,26 +34,26 @@ class SemanticIDTrie:
     """
 
     def __init__(self, codes, codebook_sizes: Sequence[int], order=None):
-        codes = np.asarray(codes, dtype=np.int64)
+        codes = np.asarray(codes)
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         order = np.lexsort(codes.T[::-1]) if order is None else np.asarray(order, dtype=np.int64)
-        codes = codes[order]
+        self.leaf_to_row = torch.tensor(order)
+        self.row_to_leaf = torch.full((len(codes),), -1)
+        self.row_to_leaf[self.leaf_to_row] = torch.arange(len(order))
+        codes = codes.take(order, axis=0)
         self.num_leaves, self.num_levels = codes.shape
-        self.leaf_to_row = torch.from_numpy(np.ascontiguousarray(order))
-        self.row_to_leaf = torch.empty_like(self.leaf_to_row)
-        self.row_to_leaf[self.leaf_to_row] = torch.arange(self.num_leaves)
         self.codes, self.parents, self.children, self.leaves = [], [], [], []
         starts_node = np.zeros(self.num_leaves, dtype=bool)
         starts_node[0] = True
-        above = np.zeros(1, dtype=np.int64)
         for level in range(self.num_levels):
-            starts_node[1:] |= codes[1:, level] != codes[:-1, level]
+            column, starts_above = np.ascontiguousarray(codes[:, level]), starts_node.copy()
+            starts_node[1:] |= column[1:] != column[:-1]
             first = np.flatnonzero(starts_node)
-            self.codes.append(torch.from_numpy(codes[first, level].copy()))
-            self.parents.append(torch.from_numpy(np.searchsorted(above, first, side="right") - 1))
-            self.children.append(torch.from_numpy(np.append(np.searchsorted(first, above), len(first))))
+            opens_parent = starts_above[first]
+            self.codes.append(torch.from_numpy(column[first].astype(np.int64)))
+            self.parents.append(torch.from_numpy(np.cumsum(opens_parent) - 1))
+            self.children.append(torch.from_numpy(np.append(np.flatnonzero(opens_parent), len(first))))
             self.leaves.append(torch.from_numpy(np.append(first, self.num_leaves)))
-            above = first
         if len(first) != self.num_leaves:
             raise ValueError(f"{self.num_leaves - len(first)} of {self.num_leaves} semantic IDs are not unique")
         self._keys = [
@@ -60,11 +61,18 @@ class SemanticIDTrie:
             for parents, size, codes in zip(self.parents, self.codebook_sizes, self.codes, strict=True)
         ]
         self.max_children = [int(begin.diff().max()) for begin in self.children]
+        self._copies: dict[torch.device, SemanticIDTrie] = {}
 
     def to(self, device: torch.device | str) -> SemanticIDTrie:
-        """A copy on `device` (itself where it already is there)."""
-        if self.leaf_to_row.device == torch.device(device):
+        """A copy on `device` (itself where it already is there). It is made once: every request asks for it."""
+        device = torch.device(device)
+        if self.leaf_to_row.device == device:
             return self
+        if device not in self._copies:
+            self._copies[device] = self._copy_to(device)
+        return self._copies[device]
+
+    def _copy_to(self, device: torch.device) -> SemanticIDTrie:
         moved = object.__new__(SemanticIDTrie)
         for name, value in self.__dict__.items():
             if isinstance(value, torch.Tensor):
@@ -72,6 +80,7 @@ class SemanticIDTrie:
             elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
                 value = [tensor.to(device) for tensor in value]
             setattr(moved, name, value)
+        moved._copies = {}
         return moved
 
     def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""ItemCatalogue: ids kept exactly, lookups, identity by hash, and files that are refused rather than misread."""
+"""ItemCatalogue: ids kept exactly, lookups, identity by hash, and files that are mapped, or refused rather than misread."""
+
+import json
 
 import numpy as np
 import pytest
@@ -51,6 +53,7 @@ def test_file_round_trip(tmp_path_factory, item_ids):
     assert loaded.rows(item_ids).tolist() == list(range(len(item_ids)))
     assert loaded.popularity.tolist() == list(range(len(item_ids)))
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+    loaded.verify()
 
 
 def test_rows_of_codes_equal_a_dictionary():
@@ -98,6 +101,47 @@ def test_unknown_items(catalogue):
         catalogue.rows([1])
 
 
+def test_ids_of_every_sort(catalogue):
+    """Longer than any id of the catalogue, beyond ASCII, or not a list."""
+    assert catalogue.rows(["m1" + "0" * 50, "é", "m3"], unknown="mask").tolist() == [-1, -1, 3]
+    assert catalogue.rows(np.array(["m3", "m4"])).tolist() == [3, 4]
+    assert catalogue.rows(f"m{i}" for i in range(3)).tolist() == [0, 1, 2]
+    assert catalogue.rows([]).tolist() == catalogue.rows(np.zeros(0)).tolist() == []
+    assert catalogue.ids([3, -1]) == ["m3", None]
+    numbers = ItemCatalogue(torch.tensor([5, -3]), [[0], [1]], [2])
+    assert numbers.rows(torch.tensor([-3, 5])).tolist() == numbers.rows(np.array([-3, 5], np.int8)).tolist() == [1, 0]
+    assert [type(item) for item in numbers.item_ids] == [int, int]
+    with pytest.raises(ValueError, match="must not end in a NUL"):
+        ItemCatalogue(["a", "b\0"], [[0], [1]], [2])
+    for beyond in ([2**63, 1], np.array([2**63, 1], dtype=np.uint64)):
+        with pytest.raises(ValueError, match="fit in 64 bits with a sign; got 9223372036854775808"):
+            ItemCatalogue(beyond, [[0], [1]], [2])
+
+
+def test_code_spaces_beyond_64_bits():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (500, 9))
+    codes[:, :6] = codes[:1, :6]  # so that prefixes are shared
+    catalogue = ItemCatalogue(range(500), codes, [256] * 9)
+    assert catalogue.rows_of_codes(torch.from_numpy(codes)).tolist() == list(range(500))
+    assert catalogue.trie.find_leaves(torch.from_numpy(codes)).tolist() == catalogue.trie.row_to_leaf.tolist()
+    free = catalogue.free_last_codes(codes[:, :-1])
+    assert [bool(free[row, code]) for row, code in enumerate(codes[:, -1])] == [False] * 500
+    assert (~free).sum() == sum((codes[:, :-1] == code[:-1]).all(1).sum() for code in codes)
+
+
+def test_a_loaded_catalogue_is_mapped_and_read_only(catalogue, tmp_path):
+    path = tmp_path / "catalogue.safetensors"
+    catalogue.save(path)
+    loaded = ItemCatalogue.load(path)
+    for array in (loaded.codes, loaded.active, loaded._keys, loaded._id_order, loaded._code_order):
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+        assert array.flags.aligned
+    with pytest.raises(ValueError, match="read-only"):
+        catalogue.codes[0] = 0
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_truncated_file(catalogue, tmp_path, keep):
     path = tmp_path / "catalogue.safetensors"
@@ -119,3 +163,106 @@ def test_other_files_and_versions(catalogue, tmp_path):
     save_file(load_file(path), path, metadata={"format": "onerec-catalogue", "version": "99"})
     with pytest.raises(ValueError, match="version 99"):
         ItemCatalogue.load(path)
+
+
+def test_files_that_are_no_safetensors(tmp_path):
+    path = tmp_path / "catalogue.safetensors"
+    for content in (
+        b"",
+        b"\1\0",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"PK\3\4" * 9,
+        b"\2" + b"\0" * 7 + b"[]",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            ItemCatalogue.load(path)
+    path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)  # deeper than Python recurses
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        ItemCatalogue.load(path)
+    with pytest.raises(FileNotFoundError):
+        ItemCatalogue.load(tmp_path / "nothing")
+
+
+def _rewritten(data: bytes, change) -> bytes:
+    """A safetensors file with its header changed by a function, aligned as before."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["codes"].update(shape=[2**60, 3]),
+        lambda header: header["codes"].update(shape=[40, 2]),
+        lambda header: header["codes"].update(shape=[-40, -3]),
+        lambda header: header["codes"].update(shape=[True, 3]),
+        lambda header: header["codes"].update(dtype="F32"),
+        lambda header: header["codes"].update(data_offsets=[0, 480]),
+        lambda header: header["codes"].update(data_offsets=[10**12, 10**12 + 480]),
+        lambda header: header["id_order"].update(data_offsets=[4, 324]),
+        lambda header: header["id_order"].update(shape=[39], data_offsets=[0, 312]),
+        lambda header: header["item_ids"].update(shape=[120, 1]),
+        lambda header: header["active"].update(shape=[40, 1]),
+        lambda header: header.update(codes=7),
+        lambda header: header.pop("code_order"),
+        lambda header: header.update(more=header["active"]),
+        lambda header: header["__metadata__"].pop("hash"),
+        lambda header: header["__metadata__"].update(id_type="int"),
+        lambda header: header["__metadata__"].update(codebook_sizes="4,5"),
+        lambda header: header["__metadata__"].update(codebook_sizes="4,x,6"),
+        lambda header: header["__metadata__"].update(codebook_sizes="9" * 5000),
+        lambda header: [
+            header[name].update(shape=[0, *header[name]["shape"][1:]]) for name in header if name[0] != "_"
+        ],
+    ],
+)
+def test_headers_that_describe_something_else(catalogue, tmp_path, change):
+    path = tmp_path / "catalogue.safetensors"
+    catalogue.save(path)
+    data = path.read_bytes()
+    path.write_bytes(_rewritten(data, lambda header: None))
+    assert ItemCatalogue.load(path).item_ids == catalogue.item_ids
+    path.write_bytes(_rewritten(data, change))
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        ItemCatalogue.load(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_damage_is_refused_or_harmless_to_load(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("catalogue") / "catalogue.safetensors"
+    catalogue = make_catalogue()
+    catalogue.save(path)
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    whole = data.draw(st.booleans())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, (len(content) if whole else header) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    keep = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
+    path.write_bytes(bytes(content[:keep]) + data.draw(st.binary(max_size=3)))
+    try:
+        loaded = ItemCatalogue.load(path)
+    except ValueError:
+        return
+    try:
+        loaded.verify()
+    except ValueError:
+        return
+    assert loaded.item_ids == catalogue.item_ids
+    assert (loaded.codes == catalogue.codes).all()
+
+
+def test_verify_finds_what_the_header_does_not_show(catalogue, tmp_path):
+    path = tmp_path / "catalogue.safetensors"
+    catalogue.save(path)
+    data = bytearray(path.read_bytes())
+    data[-130] ^= 1  # within the ids
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"does not match its hash|item ids repeat"):
+        ItemCatalogue.load(path).verify()

@@ -53,3 +53,26 @@ def test_find_leaves_says_minus_one_for_every_absent_tuple(case):
 def test_refuses_collisions():
     with pytest.raises(ValueError, match="1 of 3 semantic IDs are not unique"):
         SemanticIDTrie([[0, 1], [0, 1], [1, 1]], [2, 2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(tries(), st.data())
+def test_rows_left_out_have_no_leaf(case, data):
+    codes, sizes = case
+    kept = np.array(data.draw(st.lists(st.sampled_from(range(len(codes))), min_size=1, unique=True)))
+    order = kept[np.lexsort(codes[kept].T[::-1])]
+    trie, alone = SemanticIDTrie(codes, sizes, order=order), SemanticIDTrie(codes[kept], sizes)
+    for name in ("codes", "parents", "children", "leaves"):
+        for mine, theirs in zip(getattr(trie, name), getattr(alone, name), strict=True):
+            assert torch.equal(mine, theirs)
+    assert trie.leaf_to_row.tolist() == order.tolist()
+    places = {row: leaf for leaf, row in enumerate(order.tolist())}
+    assert trie.row_to_leaf.tolist() == [places.get(row, -1) for row in range(len(codes))]
+
+
+def test_a_device_gets_one_copy():
+    trie = SemanticIDTrie([[0, 1], [1, 1]], [2, 2])
+    assert trie.to("cpu") is trie
+    assert trie.to("meta") is trie.to("meta")
+    assert trie.to("meta").leaves[1].device.type == "meta"
+    assert trie.leaves[1].device.type == "cpu"
