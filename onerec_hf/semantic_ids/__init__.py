@@ -8,12 +8,27 @@ _PUBLIC = {
     "behaviour_embeddings": "embeddings",
     "combine_embeddings": "embeddings",
     "embedding_fingerprint": "embeddings",
+    "reduce_embeddings": "embeddings",
+    "sentence_embeddings": "embeddings",
     "text_embeddings": "embeddings",
-    "SemanticIDReport": "fit",
     "SemanticIDs": "fit",
+    "extend_catalogue": "fit",
     "fit_semantic_ids": "fit",
+    "read_grid_tensor": "grid_tensor",
+    "write_grid_tensor": "grid_tensor",
+    "ImportResult": "imported",
+    "ImportedIDs": "imported",
+    "read_index_json": "interchange",
+    "read_semantic_id_strings": "interchange",
+    "write_index_json": "interchange",
+    "Quantizer": "quantizer",
+    "make_quantizer": "quantizer",
+    "SemanticIDReport": "report",
+    "compare_reports": "report",
+    "plot_reports": "report",
     "ResidualQuantizer": "residual_quantizer",
     "UniqueResult": "unique_codes",
+    "add_digit": "unique_codes",
     "make_unique": "unique_codes",
 }
 
@@ -25,11 +40,18 @@ if TYPE_CHECKING:
         behaviour_embeddings,
         combine_embeddings,
         embedding_fingerprint,
+        reduce_embeddings,
+        sentence_embeddings,
         text_embeddings,
     )
-    from onerec_hf.semantic_ids.fit import SemanticIDReport, SemanticIDs, fit_semantic_ids
+    from onerec_hf.semantic_ids.fit import SemanticIDs, extend_catalogue, fit_semantic_ids
+    from onerec_hf.semantic_ids.grid_tensor import read_grid_tensor, write_grid_tensor
+    from onerec_hf.semantic_ids.imported import ImportedIDs, ImportResult
+    from onerec_hf.semantic_ids.interchange import read_index_json, read_semantic_id_strings, write_index_json
+    from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
+    from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
-    from onerec_hf.semantic_ids.unique_codes import UniqueResult, make_unique
+    from onerec_hf.semantic_ids.unique_codes import UniqueResult, add_digit, make_unique
 
 
 def __getattr__(name: str):

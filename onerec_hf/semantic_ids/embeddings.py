@@ -1,4 +1,4 @@
-"""Item embeddings to make semantic IDs from: text (TF-IDF), behaviour (co-occurrence), or several side by side."""
+"""Item embeddings to make semantic IDs from: text (TF-IDF, language models), behaviour (co-occurrence), several side by side, reduced."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import scipy.sparse
+    from sentence_transformers import SentenceTransformer
 
 
 def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.ndarray:
@@ -39,6 +40,61 @@ def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.nd
     except ValueError as error:
         raise ValueError(f"none of {len(texts)} texts holds a word to embed ({error})") from None
     return _unit_rows(_reduce(matrix, dim, seed))
+
+
+def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, batch_size: int = 64) -> np.ndarray:
+    """
+    Texts through a sentence-transformers model (the extra `text`).
+
+    Args:
+        texts: one per item; an empty text gives a zero row.
+        model: a `SentenceTransformer`, or the folder or Hub id of one.
+        batch_size: texts at a time.
+
+    Returns:
+        (N, d) float32, rows of length one.
+
+    Raises:
+        ValueError: sentence-transformers is not installed.
+
+    Example:
+        >>> vectors = sentence_embeddings(["red lipstick"], "sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError(
+            'texts are read by sentence-transformers, which is not installed. Run: pip install "onerec-hf[text]"'
+        ) from None
+    model = SentenceTransformer(model) if isinstance(model, str) else model
+    vectors = np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+    vectors[[not text.strip() for text in texts]] = 0
+    return _unit_rows(vectors)
+
+
+def reduce_embeddings(embeddings: np.ndarray, dim: int, whiten: bool = False, seed: int = 0) -> np.ndarray:
+    """
+    Principal components: the mean taken off, the `dim` directions of largest variance kept.
+
+    Args:
+        embeddings: (N, d).
+        dim: dimensions; fewer come back where N or d is smaller.
+        whiten: scale every direction to variance one, so that weak ones count as much as strong ones.
+        seed: of the randomised solver.
+
+    Returns:
+        (N, at most dim) float32.
+
+    Example:
+        >>> vectors = np.random.default_rng(0).normal(size=(100, 8)) * np.arange(1, 9)
+        >>> reduce_embeddings(vectors, 3, whiten=True).std(0).round(1).tolist()
+        [1.0, 1.0, 1.0]
+    """
+    from sklearn.decomposition import PCA
+
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    pca = PCA(min(dim, *embeddings.shape), whiten=whiten, random_state=seed)
+    return pca.fit_transform(embeddings).astype(np.float32)
 
 
 def behaviour_embeddings(

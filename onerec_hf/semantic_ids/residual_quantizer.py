@@ -1,30 +1,32 @@
-"""Residual quantiser: a codebook per level, each level clustering what the levels before left over (paper, section 3.1)."""
+"""Residual k-means: a codebook per level, each level clustering what the levels before left over (paper, section 3.1)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_points, nearest
+from onerec_hf.semantic_ids.balanced_assignment import nearest
+from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_enough, check_points, means
+from onerec_hf.semantic_ids.quantizer import Quantizer
 
 
-class ResidualQuantizer:
+class ResidualQuantizer(Quantizer):
     """
-    `r^1 = e; s^l = cluster of r^l; r^(l+1) = r^l - c^l[s^l]`, with balanced k-means on every level.
+    `r^1 = e; s^l = cluster of r^l; r^(l+1) = r^l - c^l[s^l]`, with k-means on every level.
 
     Args:
         codebook_sizes: codes per level.
-        max_iter, assignment, seed: as for [`BalancedKMeans`].
+        clustering: "balanced" ([`BalancedKMeans`], the paper's) or "kmeans" (faiss's plain k-means, the extra `faiss`).
+        max_iter: most iterations per level.
+        assignment, max_points_per_cluster: as for [`BalancedKMeans`]; plain k-means takes `max_points_per_cluster` too.
+        seed: of the first level; level l uses `seed + l`.
 
     Attributes:
-        codebooks_: one (K_l, d) float32 tensor per level. codes_: (N, L) int64, the balanced assignment of the fit; encoding the same points
-        again by nearest centroid does not give it.
+        codebooks_: one (K_l, d) float32 tensor per level. codes_: (N, L) int64, the assignment of the fit; with balanced clusters, encoding
+        the same points again by nearest centroid does not give it.
 
     Example:
         >>> points = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
@@ -36,41 +38,77 @@ class ResidualQuantizer:
     """
 
     codebooks_: list[torch.Tensor]
-    codes_: torch.Tensor
 
     def __init__(
         self,
         codebook_sizes: Sequence[int],
         *,
+        clustering: Literal["balanced", "kmeans"] = "balanced",
         max_iter: int = 20,
         assignment: Literal["optimal", "greedy"] = "optimal",
+        max_points_per_cluster: int | None = 256,
         seed: int = 0,
     ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         if not self.codebook_sizes:
             raise ValueError("codebook_sizes must name at least one level")
+        if clustering not in ("balanced", "kmeans"):
+            raise ValueError(f'clustering must be "balanced" or "kmeans"; got {clustering!r}')
+        self.method = clustering
         self.max_iter, self.assignment, self.seed = max_iter, assignment, seed
+        self.max_points_per_cluster = max_points_per_cluster
 
     def fit(self, points: torch.Tensor | np.ndarray) -> ResidualQuantizer:
         """Fits all levels to (N, d) points."""
-        residual = check_points(points).float()
+        residual = check_points(points).float().clone()
+        check_enough(residual, max(self.codebook_sizes))
+        cluster = self._balanced if self.method == "balanced" else self._plain
         self.codebooks_, codes = [], []
         for level, size in enumerate(self.codebook_sizes):
-            kmeans = BalancedKMeans(
-                size, max_iter=self.max_iter, assignment=self.assignment, seed=self.seed + level
-            ).fit(residual)
-            self.codebooks_.append(kmeans.cluster_centers_)
-            codes.append(kmeans.labels_)
-            residual = residual - kmeans.cluster_centers_[kmeans.labels_]
+            centers, labels = cluster(residual, size, self.seed + level)
+            self.codebooks_.append(centers)
+            codes.append(labels)
+            _subtract(residual, centers, labels)
         self.codes_ = torch.stack(codes, dim=1)
         return self
 
+    def _balanced(self, points: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kmeans = BalancedKMeans(
+            size,
+            max_iter=self.max_iter,
+            assignment=self.assignment,
+            max_points_per_cluster=self.max_points_per_cluster,
+            seed=seed,
+        ).fit(points)
+        return kmeans.cluster_centers_, kmeans.labels_
+
+    def _plain(self, points: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            import faiss
+        except ImportError:
+            raise ValueError(
+                'clustering "kmeans" is done by faiss, which is not installed. Run: pip install "onerec-hf[faiss]"'
+            ) from None
+        most = len(points) if self.max_points_per_cluster is None else self.max_points_per_cluster
+        kmeans: Any = faiss.Kmeans(
+            points.shape[1],
+            size,
+            niter=self.max_iter,
+            seed=seed,
+            min_points_per_centroid=1,
+            max_points_per_centroid=most,
+        )
+        kmeans.train(points.cpu().numpy())
+        centers = torch.from_numpy(kmeans.centroids).to(points.device)
+        labels = nearest(points, centers)
+        return means(points, labels, centers), labels
+
     def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
         """(n, L) int64 nearest codes, level by level, of (n, d) new points."""
-        residual, codes = check_points(points).float(), []
+        residual, codes = check_points(points).float().clone(), []
         for codebook in self.codebooks_:
             codes.append(nearest(residual, codebook))
-            residual = residual - codebook[codes[-1]]
+            _subtract(residual, codebook, codes[-1])
         return torch.stack(codes, dim=1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -78,36 +116,26 @@ class ResidualQuantizer:
         levels = zip(self.codebooks_, codes.unbind(1), strict=False)  # fewer levels than codebooks are a coarser point
         return torch.stack([codebook[column] for codebook, column in levels]).sum(0)
 
-    def reconstruction_error(self, points: torch.Tensor | np.ndarray, codes: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance between (n, d) points and what their codes decode to."""
-        return (torch.as_tensor(points).float() - self.decode(codes)).square().sum(1).mean()
+    def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, d) residuals before the last level and the (K, d) last codebook."""
+        residual = points.float().clone()
+        for codebook, column in zip(self.codebooks_[:-1], codes.unbind(1), strict=False):
+            _subtract(residual, codebook, column)
+        return residual, self.codebooks_[-1]
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the codebooks as one safetensors file: to a temporary name first, then renamed."""
-        tensors = {f"codebook.{level}": codebook.contiguous() for level, codebook in enumerate(self.codebooks_)}
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        save_file(tensors, temporary, metadata={"format": "onerec-codebooks", "version": "1"})
-        os.replace(temporary, path)
+    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {f"codebook.{level}": codebook for level, codebook in enumerate(self.codebooks_)}
+        return tensors, {"clustering": self.method}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ResidualQuantizer:
-        """
-        Reads codebooks; the loaded quantiser encodes and decodes, it has no fit-time `codes_`.
-
-        Raises:
-            ValueError: the file is cut short or holds no codebooks.
-        """
-        try:
-            tensors = load_file(os.fspath(path))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{os.fspath(path)} is damaged or cut short ({error}); copy or download it again"
-            ) from error
-        codebooks = [tensors[f"codebook.{level}"] for level in range(len(tensors)) if f"codebook.{level}" in tensors]
-        if not codebooks or len(codebooks) != len(tensors):
-            raise ValueError(
-                f"{os.fspath(path)} holds no codebooks (its tensors: {', '.join(sorted(tensors)) or 'none'})"
-            )
-        quantizer = cls([len(codebook) for codebook in codebooks])
+    def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ResidualQuantizer:
+        codebooks = [tensors[f"codebook.{level}"] for level in range(len(tensors))]
+        quantizer = cls([len(codebook) for codebook in codebooks], **settings)
         quantizer.codebooks_ = codebooks
         return quantizer
+
+
+def _subtract(points: torch.Tensor, centers: torch.Tensor, labels: torch.Tensor, rows: int = 65_536) -> None:
+    """Takes each point's centroid off it, in place: at a million items a second copy of the points would count."""
+    for chunk, own in zip(points.split(rows), labels.split(rows), strict=True):
+        chunk -= centers[own]

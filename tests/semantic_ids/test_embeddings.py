@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, embedding_fingerprint, text_embeddings
+from onerec_hf.semantic_ids import (
+    behaviour_embeddings,
+    combine_embeddings,
+    embedding_fingerprint,
+    reduce_embeddings,
+    sentence_embeddings,
+    text_embeddings,
+)
 from onerec_hf.semantic_ids.embeddings import cooccurrence, positive_pmi
 
 sequences = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -67,3 +74,42 @@ def test_fingerprint_names_data_and_recipe():
     changed[1, 2] += 1e-3
     others = [(vectors, "b"), (changed, "a"), (vectors.reshape(3, 2), "a"), (vectors.astype(np.float64), "a")]
     assert len({base, *(embedding_fingerprint(*other) for other in others)}) == 5
+
+
+def test_principal_components_keep_distances_that_matter():
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 10)) + 5
+    reduced = reduce_embeddings(plane, 2)
+    wanted = np.linalg.norm(plane[:, None] - plane[None], axis=2)
+    np.testing.assert_allclose(np.linalg.norm(reduced[:, None] - reduced[None], axis=2), wanted, atol=1e-3)
+    np.testing.assert_allclose(np.cov(reduce_embeddings(plane, 2, whiten=True).T), np.eye(2), atol=1e-3)
+    assert reduce_embeddings(plane, 64).shape == (200, 10)
+
+
+def test_sentence_transformers_read_texts(tmp_path):
+    """A tiny language model with random weights, saved and loaded by its folder."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "lipstick", "hose"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
+    BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    ).save_pretrained(tmp_path / "bert")
+    word_model = models.Transformer(str(tmp_path / "bert"))
+    SentenceTransformer(modules=[word_model, models.Pooling(16)]).save(str(tmp_path / "sentence"))
+    vectors = sentence_embeddings(["red lipstick", "blue hose", " "], str(tmp_path / "sentence"))
+    assert vectors.shape == (3, 16)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0], atol=1e-5)
+    assert not np.allclose(vectors[0], vectors[1])
+
+
+def test_without_sentence_transformers_it_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ValueError, match=r"onerec-hf\[text\]"):
+        sentence_embeddings(["red"], "any")

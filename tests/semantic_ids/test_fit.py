@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.semantic_ids import fit_semantic_ids
+from onerec_hf.semantic_ids import extend_catalogue, fit_semantic_ids
 
 VECTORS = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
 IDS = [f"item-{i}" for i in range(120)]
@@ -28,6 +28,44 @@ def test_catalogue_is_unique_and_report_is_true():
     assert report.residual_energy == pytest.approx([error / variance for error in errors], rel=1e-4)
     assert f"{report.collisions} collisions" in report.table()
     assert report.as_dict()["num_items"] == 120
+
+
+def test_extra_digit_keeps_the_codes_and_counts_the_groups():
+    fitted = fit_semantic_ids(IDS, VECTORS, [6, 5], on_collision="extra-digit")
+    codes = fitted.catalogue.codes
+    assert np.array_equal(codes[:, :2], fitted.quantizer.codes_.numpy())
+    largest = int(torch.unique(fitted.quantizer.codes_, dim=0, return_counts=True)[1].max())
+    assert fitted.catalogue.codebook_sizes == [6, 5, largest]
+    assert (fitted.report.extra_digit, fitted.report.moved) == (largest, 0)
+    assert len(np.unique(codes, axis=0)) == 120
+
+
+def test_new_items_get_their_nearest_free_codes():
+    fitted = fit_semantic_ids(IDS, VECTORS, [6, 5, 10])
+    new = np.concatenate([VECTORS[:3] + 1e-4, np.random.default_rng(5).normal(size=(7, 8)).astype(np.float32)])
+    names = [f"new-{i}" for i in range(10)]
+    grown = extend_catalogue(fitted.catalogue, fitted.quantizer, names, new)
+    assert np.array_equal(grown.codes[:120], fitted.catalogue.codes)
+    assert len(np.unique(grown.codes, axis=0)) == 130
+    codes = grown.codes[grown.rows(names)]
+    nearest = fitted.quantizer.encode(new).numpy()
+    assert np.array_equal(codes[:, :2], nearest[:, :2])
+    taken = {tuple(row) for row in fitted.catalogue.codes.tolist()}
+    for code, wanted in zip(codes.tolist(), nearest.tolist(), strict=True):
+        alone = (nearest[:, :2] == np.array(wanted[:2])).all(1).sum() == 1
+        if alone and tuple(wanted) not in taken:
+            assert code == wanted
+
+
+def test_new_items_without_room_are_refused():
+    fitted = fit_semantic_ids(range(8), np.arange(8.0)[:, None], [2, 4])
+    with pytest.raises(ValueError, match="items share the prefix .* only 0 codes"):
+        extend_catalogue(fitted.catalogue, fitted.quantizer, [8], np.array([[9.0]]))
+    other = fit_semantic_ids(range(8), np.arange(8.0)[:, None], [2, 8])
+    with pytest.raises(ValueError, match=r"codebooks of \[2, 8\], the catalogue of \[2, 4\]"):
+        extend_catalogue(fitted.catalogue, other.quantizer, [8], np.array([[9.0]]))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        extend_catalogue(fitted.catalogue, fitted.quantizer, [8], np.array([[np.nan]]))
 
 
 def test_is_deterministic():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.semantic_ids import make_unique
+from onerec_hf.semantic_ids import add_digit, make_unique
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,3 +43,30 @@ def test_cost_is_the_least_of_all_permutations(seed):
     best = min(float(cost[rows, torch.tensor(choice)].sum()) for choice in itertools.permutations(range(6), 4))
     chosen = make_unique(codes, residuals, codebook).codes[:, 1]
     assert float(cost[rows, chosen].sum()) == pytest.approx(best, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 12), st.integers(2, 9))
+def test_only_allowed_codes_are_given(seed, count, last):
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.randint(0, 3, (count, 1), generator=generator)
+    codes = torch.cat([upper, torch.randint(0, last, (count, 1), generator=generator)], 1)
+    by_prefix = torch.rand(3, last, generator=generator) < 0.7
+    residuals, codebook = torch.randn(count, 2, generator=generator), torch.randn(last, 2, generator=generator)
+    allowed = by_prefix[upper.squeeze(1)]
+    crowded = any(int((upper == k).sum()) > int(by_prefix[k].sum()) for k in upper.flatten().tolist())
+    if crowded:
+        with pytest.raises(ValueError, match="to tell them apart"):
+            make_unique(codes, residuals, codebook, allowed)
+        return
+    result = make_unique(codes, residuals, codebook, allowed)
+    assert len(torch.unique(result.codes, dim=0)) == count
+    assert allowed.gather(1, result.codes[:, 1:]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30))
+def test_the_extra_digit_counts_each_group_in_row_order(rows):
+    longer = add_digit(torch.tensor(rows))
+    assert longer[:, :2].tolist() == [list(row) for row in rows]
+    assert longer[:, 2].tolist() == [rows[:i].count(row) for i, row in enumerate(rows)]

@@ -1,0 +1,178 @@
+"""Assigning points to centroids so that every centroid gets the same number: prices that even out demand, then an exact finish."""
+
+from __future__ import annotations
+
+import torch
+
+# Rows x centroids distances held at a time; the sample that prices are searched on may hold more.
+_CHUNK_ENTRIES, _SAMPLE_ENTRIES = 1 << 20, 1 << 27
+# Sets up to this size are assigned at the least cost by scipy's solver, larger ones by prices.
+_SOLVER_POINTS = 512
+# Sinkhorn steps on one kernel. Each scales a centroid by at most 1000: the eighth power is still a float32, and what underflowed in the
+# kernel would still be nothing.
+_SCALING_STEPS = 8
+_MAX_ROUNDS = 32
+
+
+class CentroidPrices:
+    """
+    A price per centroid, added to its squared distance, at which demand meets capacity: the dual variables of balanced assignment,
+    found by entropic optimal transport (Sinkhorn steps) on a sample of points. They are kept from one k-means iteration to the next,
+    since centroids move little.
+
+    The temperature of a point's choice is a multiple of its mean gap between best and second best centroid. It rises where the steps did
+    not reach balance (far centroids have to be made attractive) and falls where they did (soft demand then nears the hard one).
+
+    Args:
+        clusters: number of centroids.
+        device: of the points.
+    """
+
+    def __init__(self, clusters: int, device: torch.device):
+        self.values = torch.zeros(clusters, device=device)
+        self._heat, self._temperature = 0.5, 0.0
+
+    def sample_size(self, points: int) -> int:
+        """Rows that `refine` wants of this many points."""
+        clusters = len(self.values)
+        return min(points, max(16 * clusters, 4096), max(1, _SAMPLE_ENTRIES // clusters))
+
+    def refine(self, sample: torch.Tensor, centers: torch.Tensor, steps: int = 16, tolerance: float = 0.02) -> None:
+        """Moves the prices until the sample's soft demand is off balance by less than `tolerance`, at most `steps` times."""
+        if len(centers) == 1:
+            return
+        best = (squares(sample[:2048], centers) + self.values).topk(2, dim=1, largest=False).values
+        gap = float((best[:, 1] - best[:, 0]).mean())
+        if gap == 0:  # every point is as near to two centroids: prices cannot tell points apart
+            self._temperature = 0.0
+            return
+        self._temperature = self._heat * gap
+        balanced = False
+        for _ in range(0, steps, _SCALING_STEPS):
+            kernel = self._kernel(sample, centers)
+            scaling = torch.ones_like(self.values)  # exp(-change of price / temperature)
+            for _ in range(_SCALING_STEPS):
+                # Sinkhorn's form of the soft demand: two products with the kernel, no exponential.
+                demand = scaling * ((kernel @ scaling).reciprocal() @ kernel) * (len(centers) / len(sample))
+                balanced = float((demand - 1).clamp(min=0).mean()) < tolerance
+                if balanced:
+                    break
+                scaling = scaling / (demand + 1e-3)
+            self.values = self.values - self._temperature * scaling.log()
+            if balanced:
+                break
+        self._heat = max(0.1, 0.75 * self._heat) if balanced else min(2.0, 1.4 * self._heat)
+
+    def _kernel(self, sample: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        """(n, K) exp(-(cost - least cost of the row) / temperature) at the present prices."""
+        offset, table = centers.square().sum(1) + self.values, centers.T.contiguous()
+        kernel = sample.new_empty(len(sample), len(centers))
+        for rows, chunk in zip(kernel.split(_rows(centers)), sample.split(_rows(centers)), strict=True):
+            cost = torch.addmm(offset, chunk, table, alpha=-2)
+            torch.exp(cost.sub_(cost.amin(1, keepdim=True)).mul_(-1 / self._temperature), out=rows)
+        return kernel
+
+    def correct(self, counts: torch.Tensor) -> None:
+        """A damped step by how many of all points chose each centroid, which the sample only estimates."""
+        demand = counts * (len(counts) / counts.sum())
+        self.values = self.values + 0.5 * self._temperature * torch.log(demand + 0.1)
+
+
+def squares(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """(n, K) squared distances less each point's own square, which no comparison between centroids needs."""
+    return torch.addmm(centers.square().sum(1), points, centers.T, alpha=-2)
+
+
+def nearest(points: torch.Tensor, centers: torch.Tensor, prices: torch.Tensor | None = None) -> torch.Tensor:
+    """(n,) int64 cheapest of (K, d) centroids for (n, d) points, in chunks of rows."""
+    offset = centers.square().sum(1) if prices is None else centers.square().sum(1) + prices
+    table = centers.T.contiguous()
+    return torch.cat(
+        [torch.addmm(offset, chunk, table, alpha=-2).min(1).indices for chunk in points.split(_rows(centers))]
+    )
+
+
+def two_nearest(
+    points: torch.Tensor, centers: torch.Tensor, prices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n,) cheapest centroid and (n,) regret: how much more the second cheapest costs (infinite where there is none)."""
+    offset, table = centers.square().sum(1) + prices, centers.T.contiguous()
+    choices, regrets = [], []
+    for chunk in points.split(_rows(centers)):
+        cost = torch.addmm(offset, chunk, table, alpha=-2)
+        least, choice = cost.min(1)
+        cost.scatter_(1, choice[:, None], float("inf"))
+        choices.append(choice)
+        regrets.append(cost.min(1).values - least)
+    return torch.cat(choices), torch.cat(regrets)
+
+
+def assign_balanced(
+    points: torch.Tensor, centers: torch.Tensor, prices: CentroidPrices
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (N,) labels whose counts differ by at most one, and the (K,) counts that the prices alone would have given.
+
+    Up to 512 points are assigned at the least total cost. More of them ask for their cheapest centroid in rounds; a centroid keeps those
+    that would lose most elsewhere and closes when it is full.
+    """
+    choice, regret = two_nearest(points, centers, prices.values)
+    demand = choice.bincount(minlength=len(centers))
+    if len(points) <= _SOLVER_POINTS:
+        return _least_cost(points, centers), demand
+    return _fill(points, centers, prices.values, choice, regret, demand), demand
+
+
+def _fill(points, centers, prices, choice, regret, demand) -> torch.Tensor:
+    clusters = len(centers)
+    size, more = divmod(len(points), clusters)
+    room = torch.full_like(demand, size)
+    room[demand.argsort(descending=True, stable=True)[:more]] += 1
+    labels = torch.empty_like(choice)
+    left = torch.arange(len(points), device=points.device)
+    every = torch.arange(clusters, device=points.device)
+    for _ in range(_MAX_ROUNDS):
+        # By centroid, largest regret first; the first `room` of each stay.
+        order = regret.argsort(descending=True, stable=True)
+        order = order[choice[order].argsort(stable=True)]
+        asked = choice[order]
+        stays = torch.arange(len(asked), device=asked.device) - torch.searchsorted(asked, every)[asked] < room[asked]
+        labels[left[order[stays]]] = asked[stays]
+        room = room - asked[stays].bincount(minlength=clusters)
+        left = left[order[~stays].sort().values]
+        if not len(left):
+            return labels
+        is_open = room.nonzero().squeeze(1)
+        position, regret = two_nearest(points[left], centers[is_open], prices[is_open])
+        choice = is_open[position]
+    # Points that are still left after so many rounds are equal or nearly so (copies of one item): who goes where matters little.
+    slots = every.repeat_interleave(room)
+    if len(left) <= _SOLVER_POINTS:
+        cost = squares(points[left].double(), centers.double())[:, slots]
+        labels[left] = slots[_solve(cost)]
+    else:
+        labels[left] = slots
+    return labels
+
+
+def _least_cost(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The balanced assignment of least total squared distance."""
+    clusters = len(centers)
+    size, more = divmod(len(points), clusters)
+    cost = squares(points.double(), centers.double())
+    slots = torch.arange(clusters, device=points.device).repeat(size + (more > 0))
+    cost = cost.repeat(1, size + (more > 0))
+    if more:  # any centroid may take one point above `size`, but only when all have `size`
+        cost[:, -clusters:] += (cost.max() - cost.min() + 1) * len(points)
+    return slots[_solve(cost)]
+
+
+def _solve(cost: torch.Tensor) -> torch.Tensor:
+    """(n,) distinct columns of an (n, m) cost matrix, n <= m, at the least sum."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(cost.device)
+
+
+def _rows(centers: torch.Tensor) -> int:
+    return max(1, _CHUNK_ENTRIES // len(centers))

@@ -1,0 +1,146 @@
+"""What every quantiser of item embeddings offers: fit, encode, decode, and a file to keep it in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_FORMAT, _VERSION = "onerec-quantizer", "1"
+# method -> module and class: importing the room costs nothing until a method is used.
+_CLASSES = {
+    "balanced": ("residual_quantizer", "ResidualQuantizer"),
+    "kmeans": ("residual_quantizer", "ResidualQuantizer"),
+    "rq-vae": ("rq_vae", "RQVAEQuantizer"),
+}
+METHODS = tuple(_CLASSES)
+
+
+class Quantizer(ABC):
+    """
+    Turns (N, d) embeddings into (N, L) codes, level by level.
+
+    Attributes:
+        codebook_sizes: codes per level.
+        codes_: (N, L) int64, the codes of the fit. Where a method balances its clusters, encoding the same points again does not give
+            them. A loaded quantiser has none.
+    """
+
+    method: ClassVar[str] | str
+    codebook_sizes: list[int]
+    codes_: torch.Tensor
+
+    @abstractmethod
+    def fit(self, points: torch.Tensor | np.ndarray) -> Self:
+        """Learns the codebooks from (N, d) finite points and sets `codes_`."""
+
+    @abstractmethod
+    def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """(n, L) int64 codes of (n, d) new points."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, d) float32 points that (n, l) codes stand for, l <= L levels."""
+
+    @abstractmethod
+    def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the last level chooses by: (n, e) residuals that the other levels of `codes` (n, L) leave over, and the (K, e) last codebook.
+        Unique codes are assigned by the squared distances between the two.
+        """
+
+    @abstractmethod
+    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON settings that `_restore` needs."""
+
+    @classmethod
+    @abstractmethod
+    def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> Self:
+        """A quantiser that encodes and decodes as the saved one."""
+
+    def reconstruction_error(self, points: torch.Tensor | np.ndarray, codes: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance between (n, d) points and what their (n, l) codes decode to."""
+        points = torch.as_tensor(points).float()
+        chunks = zip(points.split(_ROWS), codes.split(_ROWS), strict=True)
+        total = sum((chunk - self.decode(part)).square().sum(dtype=torch.double) for chunk, part in chunks)
+        return torch.as_tensor(total).float() / len(points)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file: to a temporary name first, then renamed."""
+        tensors, settings = self._state()
+        metadata = {"format": _FORMAT, "version": _VERSION, "method": self.method, "settings": json.dumps(settings)}
+        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Quantizer:
+        """
+        Reads a saved quantiser, of whichever method.
+
+        Raises:
+            ValueError: the file is cut short, holds no quantiser, or is of another version.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged or cut short ({error}); copy or download it again"
+            ) from error
+        if metadata.get("format") != _FORMAT:
+            names = ", ".join(sorted(tensors)) or "none"
+            raise ValueError(f"{os.fspath(path)} holds no codebooks of a quantiser (its tensors: {names})")
+        if metadata.get("version") != _VERSION or metadata.get("method") not in _CLASSES:
+            raise ValueError(
+                f"{os.fspath(path)} is of quantiser version {metadata.get('version')} and method {metadata.get('method')!r}; this "
+                f"onerec_hf reads version {_VERSION} and {', '.join(METHODS)}: update onerec_hf"
+            )
+        return _class_of(metadata["method"])._restore(tensors, json.loads(metadata["settings"]))
+
+
+# Rows that are decoded at a time where a whole table has to be compared with its reconstruction.
+_ROWS = 65_536
+
+
+def make_quantizer(
+    method: str, codebook_sizes: Sequence[int], *, max_iter: int = 20, seed: int = 0, **settings
+) -> Quantizer:
+    """
+    A quantiser by the name of its method.
+
+    Args:
+        method: "balanced" (balanced k-means on every level, the paper's), "kmeans" (plain k-means by faiss) or "rq-vae" (TIGER's).
+        codebook_sizes: codes per level.
+        max_iter: most iterations of k-means per level; RQ-VAE has `epochs` instead.
+        settings: further arguments of the method's class.
+
+    Raises:
+        ValueError: an unknown method.
+
+    Example:
+        >>> make_quantizer("balanced", [4, 4], seed=1).codebook_sizes
+        [4, 4]
+    """
+    if method not in _CLASSES:
+        raise ValueError(f"unknown quantiser {method!r}; there are {', '.join(METHODS)}")
+    if method == "rq-vae":
+        return _class_of(method)(codebook_sizes, seed=seed, **settings)
+    return _class_of(method)(codebook_sizes, clustering=method, max_iter=max_iter, seed=seed, **settings)
+
+
+def _class_of(method: str) -> Any:
+    module, name = _CLASSES[method]
+    return getattr(importlib.import_module(f"onerec_hf.semantic_ids.{module}"), name)

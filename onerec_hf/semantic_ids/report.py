@@ -1,0 +1,208 @@
+"""What semantic IDs are worth: error, balance, entropy, collisions and whether neighbours share prefixes; side by side for quantisers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from onerec_hf.semantic_ids.balanced_assignment import squares
+from onerec_hf.semantic_ids.quantizer import Quantizer
+
+_NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
+
+
+@dataclass(frozen=True)
+class SemanticIDReport:
+    """
+    What came out of a fit. Lists have an entry per level of the quantiser.
+
+    Args:
+        method: the quantiser's.
+        num_items, codebook_sizes: of the catalogue.
+        residual_energy: the share of the embeddings' variance that the codes up to this level leave over (squared residuals over squared
+            distances to the mean), before collisions were resolved. `reconstruction_error` is the mean squared residual itself.
+        cluster_sizes: the smallest and largest number of items on a code, as all that follows after collisions were resolved; with
+            balanced codes all levels but the last differ by at most one.
+        utilisation: the share of codes that some item has.
+        entropy: of the codes' distribution, over its largest value log K.
+        distinct_prefixes: different tuples of the codes up to this level.
+        neighbour_agreement: of the 10 nearest neighbours in embedding space (of at most 1,000 sampled items), the share with the same codes
+            up to this level.
+        collisions: items that shared all codes with an earlier item, before they were resolved.
+        moved: items whose last code was changed to resolve them.
+        extra_digit: codes of the level that was added to resolve them, 0 where none was.
+    """
+
+    method: str
+    num_items: int
+    codebook_sizes: list[int]
+    residual_energy: list[float]
+    reconstruction_error: list[float]
+    cluster_sizes: list[list[int]]
+    utilisation: list[float]
+    entropy: list[float]
+    distinct_prefixes: list[int]
+    neighbour_agreement: list[float]
+    collisions: int
+    moved: int
+    extra_digit: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain lists and numbers."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """As aligned text."""
+        return compare_reports([self])
+
+    def resolution(self) -> str:
+        """One sentence about collisions."""
+        collided = f"{self.collisions:,} collisions among {self.num_items:,} items"
+        if self.extra_digit:
+            return f"{collided}, resolved by a level of {self.extra_digit:,} codes more"
+        return f"{collided}, resolved by moving {self.moved:,} ({self.moved / self.num_items:.1%})"
+
+
+def describe_ids(
+    embeddings: torch.Tensor,
+    quantizer: Quantizer,
+    codes: torch.Tensor,
+    moved: int,
+    extra_digit: int = 0,
+    seed: int = 0,
+) -> SemanticIDReport:
+    """
+    The report of a fitted quantiser and of the codes that were made unique.
+
+    Args:
+        embeddings: (N, d) float32, what was quantised.
+        codes: (N, L) int64, the quantiser's levels after collisions were resolved.
+        moved, extra_digit: how they were resolved.
+        seed: of the sample whose neighbours are looked up.
+    """
+    sizes = quantizer.codebook_sizes
+    mean = embeddings.mean(0)
+    variance = sum(float((rows - mean).square().sum(dtype=torch.double)) for rows in embeddings.split(65_536))
+    variance = max(variance / len(embeddings), 1e-12)
+    errors = [
+        float(quantizer.reconstruction_error(embeddings, quantizer.codes_[:, : level + 1]))
+        for level in range(len(sizes))
+    ]
+    counts = [column.bincount(minlength=size) for column, size in zip(codes.unbind(1), sizes, strict=True)]
+    prefixes = _prefix_numbers(codes)
+    return SemanticIDReport(
+        method=str(quantizer.method),
+        num_items=len(codes),
+        codebook_sizes=list(sizes),
+        residual_energy=[error / variance for error in errors],
+        reconstruction_error=errors,
+        cluster_sizes=[[int(count.min()), int(count.max())] for count in counts],
+        utilisation=[float((count > 0).double().mean()) for count in counts],
+        entropy=[_entropy(count) for count in counts],
+        distinct_prefixes=[int(numbers.max()) + 1 for numbers in prefixes],
+        neighbour_agreement=_neighbour_agreement(embeddings, prefixes, seed),
+        collisions=len(codes) - int(_prefix_numbers(quantizer.codes_)[-1].max()) - 1,
+        moved=moved,
+        extra_digit=extra_digit,
+    )
+
+
+def _prefix_numbers(codes: torch.Tensor) -> list[torch.Tensor]:
+    """Per level, a number 0, 1, ... for the codes up to it."""
+    numbers = [torch.unique(codes[:, 0], return_inverse=True)[1]]
+    for column in codes.unbind(1)[1:]:
+        numbers.append(torch.unique(numbers[-1] * (int(column.max()) + 1) + column, return_inverse=True)[1])
+    return numbers
+
+
+def _entropy(counts: torch.Tensor) -> float:
+    if len(counts) == 1:
+        return 1.0
+    share = counts.double() / counts.sum()
+    return float(-torch.xlogy(share, share).sum() / np.log(len(counts)))
+
+
+def _neighbour_agreement(embeddings: torch.Tensor, prefixes: list[torch.Tensor], seed: int) -> list[float]:
+    items = len(embeddings)
+    neighbours = min(_NEIGHBOURS, items - 1)
+    if neighbours == 0:
+        return [1.0] * len(prefixes)
+    queries = torch.randperm(items, generator=torch.Generator().manual_seed(seed))[:_QUERIES].to(embeddings.device)
+    agreed = np.zeros(len(prefixes))
+    for rows in queries.split(_QUERY_ROWS):
+        distances = squares(embeddings[rows], embeddings)
+        distances[torch.arange(len(rows), device=rows.device), rows] = float("inf")
+        near = distances.topk(neighbours, dim=1, largest=False).indices
+        agreed += [float((numbers[near] == numbers[rows, None]).double().mean(1).sum()) for numbers in prefixes]
+    return (agreed / len(queries)).tolist()
+
+
+def compare_reports(reports: Sequence[SemanticIDReport]) -> str:
+    """
+    Reports side by side as aligned text: a line per method and level, then a sentence per method about its collisions.
+
+    Example:
+        >>> from onerec_hf.semantic_ids import fit_semantic_ids
+        >>> vectors = np.random.default_rng(0).normal(size=(50, 8))
+        >>> fitted = fit_semantic_ids(range(50), vectors, codebook_sizes=[5, 5, 5])
+        >>> print(compare_reports([fitted.report]).splitlines()[0])
+        method    level  codes  items per code   used  entropy  variance left  distinct prefixes  neighbours agree
+    """
+    header = (
+        "method    level  codes  items per code   used  entropy  variance left  distinct prefixes  neighbours agree"
+    )
+    lines = [header]
+    for report in reports:
+        for level, size in enumerate(report.codebook_sizes):
+            low, high = report.cluster_sizes[level]
+            spread = f"{low}" if low == high else f"{low} to {high}"
+            lines.append(
+                f"{report.method if level == 0 else '':<8}  {level + 1:>5}  {size:>5}  {spread:>14}  {report.utilisation[level]:>5.0%}  "
+                f"{report.entropy[level]:>7.4f}  {report.residual_energy[level]:>13.1%}  {report.distinct_prefixes[level]:>17,}  "
+                f"{report.neighbour_agreement[level]:>16.1%}"
+            )
+    lines += [f"{report.method}: {report.resolution()}" for report in reports]
+    return "\n".join(lines)
+
+
+def plot_reports(reports: Sequence[SemanticIDReport], path: str | os.PathLike) -> None:
+    """
+    Draws variance left, entropy, distinct prefixes and neighbour agreement per level, a line per method, as a PNG (needs the extra
+    `plots`).
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            'the report is drawn by matplotlib, which is not installed. Run: pip install "onerec-hf[plots]"'
+        ) from None
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    panels = {
+        "variance left": "residual_energy",
+        "entropy / log K": "entropy",
+        "distinct prefixes / items": "distinct_prefixes",
+        "10 nearest neighbours with the same prefix": "neighbour_agreement",
+    }
+    for axes, (title, field) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for report in reports:
+            values = np.asarray(getattr(report, field), dtype=float)
+            if field == "distinct_prefixes":
+                values = values / report.num_items
+            axes.plot(range(1, len(values) + 1), values, marker="o", label=report.method)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("level")
+        axes.set_xticks(range(1, max(len(report.codebook_sizes) for report in reports) + 1))
+        axes.set_ylim(0, None)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
