@@ -10,6 +10,8 @@ _PUBLIC = {
     "OneRecTrainer": "onerec_trainer",
 }
 
+__all__ = sorted(_PUBLIC)
+
 if TYPE_CHECKING:
     from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
     from onerec_hf.trainers.onerec_config import OneRecTrainingArguments

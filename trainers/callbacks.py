@@ -37,7 +37,8 @@ class RouterBalanceCallback(TrainerCallback):
         if self._model is None:
             raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
         self._tokens = None
-        if self._model.config.num_experts > 1:
+        # A frozen router keeps its bias: an adapter's checkpoint would not hold the moved one.
+        if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
 
     def _count(self, module, args, output):

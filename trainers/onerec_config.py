@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 
 
@@ -36,6 +37,7 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
         if not self.eval_top_k or min(self.eval_top_k) < 1:
             raise ValueError(f"eval_top_k must hold positive numbers; got {self.eval_top_k}")
         if self.eval_num_beams < max(self.eval_top_k):

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
@@ -16,8 +18,6 @@ from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallbac
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
@@ -85,6 +85,21 @@ class OneRecTrainer(Seq2SeqTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session"]
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(self._with_lengths(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+
+    def _with_lengths(self, dataset):
+        """The dataset with the column that grouping by length looks for: how many items of its history the encoder reads."""
+        column = self.args.length_column_name
+        grouped = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if not grouped or not isinstance(dataset, Dataset) or column in dataset.column_names:
+            return dataset
+        lengths = pc.list_value_length(dataset.with_format("arrow")[:]["history"])
+        return dataset.add_column(column, pc.min_element_wise(lengths, self.processing_class.max_history))  # type: ignore[call-arg]
 
     @contextmanager
     def _collating_for_evaluation(self):

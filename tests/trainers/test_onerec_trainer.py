@@ -79,6 +79,18 @@ def test_it_learns_the_next_item(tmp_path):
     assert trained["eval_illegal_share"] == 0
 
 
+def test_histories_of_like_length_share_a_batch(tmp_path):
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        loader = make_trainer(tmp_path, train_sampling_strategy=strategy).get_train_dataloader()
+        masks = [batch["attention_mask"] for batch in loader]
+        assert sum(len(mask) for mask in masks) == 64
+        padding[strategy] = sum(int((1 - mask).sum()) for mask in masks)
+    assert padding["group_by_length"] < 0.6 * padding["random"]
+    grouped = make_trainer(tmp_path, train_sampling_strategy="group_by_length").evaluate()
+    assert grouped["eval_recall@5"] == make_trainer(tmp_path).evaluate()["eval_recall@5"]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, checkpointing):
     """Batches of 8 = 4 x 2: token counts differ between micro-batches, num_items_in_batch makes them equal."""
@@ -250,3 +262,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(Exception, match=r"model\.safetensors|[Hh]eader|[Ii]ncomplete"):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint-6")
+
+
+def test_a_frozen_router_keeps_its_bias(tmp_path):
+    """With LoRA on attention an adapter is all that is saved; what it was trained beside must not have moved."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model(CATALOGUE, initializer_range=0.05, router_bias_update_rate=0.05)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    before = {name: value.clone() for name, value in base.state_dict().items() if "lora" not in name}
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.train()
+    after = base.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
+    assert any(bool(value.any()) for name, value in after.items() if "lora_B" in name)
