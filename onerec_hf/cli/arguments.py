@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,32 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
 
-def parse(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
-    """Parses `argv` into the dataclasses; an unknown option, in the file too, is an error. Exits with 2 as argparse does."""
-    from trl import TrlParser
+def parse(
+    dataclasses: tuple[type, ...], argv: Sequence[str], prog: str, required: Sequence[str] = ()
+) -> tuple[Any, ...]:
+    """
+    Parses `argv` into the dataclasses.
 
-    parser = TrlParser(dataclasses, prog=f"onerec-hf {prog}")
-    return parser.parse_args_and_config(list(argv))
+    Args:
+        required: options that have to be given, whatever default the dataclass has.
+
+    Raises:
+        ValueError: an unknown option (in the YAML file too), one that is lacking, or a value that does not fit.
+    """
+    from onerec_hf.cli.parser import CommandParser
+
+    return CommandParser(dataclasses, f"onerec-hf {prog}", required).parse_command(argv)
+
+
+def command_line(prog: str, argv: Sequence[str]) -> str:
+    """
+    The command as a shell takes it, for result files and messages.
+
+    Example:
+        >>> command_line("train", ["--output_dir", "my model"])
+        "onerec-hf train --output_dir 'my model'"
+    """
+    return shlex.join(["onerec-hf", *prog.split(), *argv])
 
 
 @dataclass
@@ -105,11 +126,21 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
     def config(self, codebook_sizes: Sequence[int], session_length: int) -> OneRecConfig:
-        """The configuration of a new model."""
+        """
+        The configuration of a new model.
+
+        Raises:
+            ValueError: sizes that do not fit together.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
         sizes = {name: value for name, value in asdict(self).items() if name not in ("model", "attn_implementation")}
-        return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
+        try:
+            return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
+        except StrictDataclassError as error:
+            raise ValueError(f"model options: {error.__cause__ or error}") from error
 
 
 @dataclass

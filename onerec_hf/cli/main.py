@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
@@ -53,20 +54,31 @@ def main(argv: list[str] | None = None) -> int:
 
     onerec_hf.register_auto_classes()
     try:
-        command.main(argv[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command.main(argv[1:])
+    except SystemExit as exit:  # --help
+        return int(exit.code or 0)
     except KeyboardInterrupt as interrupt:
-        print(f"\nonerec-hf: interrupted. {interrupt}", file=sys.stderr)
+        print(f"\nonerec-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (`| head`) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         if os.environ.get("ONEREC_HF_DEBUG"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"onerec-hf {argv[0]}: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Our warnings speak to the person at the command line, who has no use for the source line they come from."""
+    ours = os.path.abspath(filename).startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    text = f"onerec-hf: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 if __name__ == "__main__":

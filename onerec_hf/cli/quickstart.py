@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onerec_hf.cli.arguments import DataArguments, ModelArguments, OutputArguments, SemanticIDArguments, parse
-from onerec_hf.cli.steps import PreparedData, claim_folder, prepare_data, say
-from onerec_hf.cli.train import evaluate_beside_baselines, print_results, save, train
+from onerec_hf.cli.arguments import (
+    DataArguments,
+    ModelArguments,
+    OutputArguments,
+    SemanticIDArguments,
+    command_line,
+    parse,
+)
+from onerec_hf.cli.steps import PreparedData, check_folder, prepare_data, say
+from onerec_hf.cli.train import evaluate_beside_baselines, print_results, report, resumable, train
 from onerec_hf.evaluation.results import result_row
 
 
@@ -35,7 +43,9 @@ def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecTrainingArguments
 
     (args,) = parse((QuickstartArguments,), argv, "quickstart")
-    folder = claim_folder(args.output_dir, args.overwrite)
+    if args.max_steps < 1:
+        raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
+    folder = check_folder(args.output_dir, args.overwrite)
     started = time.perf_counter()
     dataset = args.dataset or ("movielens" if args.interactions is None else None)
     data_args = DataArguments(
@@ -69,9 +79,11 @@ def main(argv: list[str]) -> None:
         ModelArguments(hidden_size=64, intermediate_size=128, moe_intermediate_size=64),
         training_args,
     )
-    rows = evaluate_beside_baselines(trainer, data, "test")
+    with resumable(folder, command=None):
+        rows = evaluate_beside_baselines(trainer, data, "test")
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    save(trainer, folder, data, rows)
+    report(trainer, folder, data, rows, command_line("quickstart", argv))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     check_reload(trainer, folder, data)
     print_sessions(folder, data)
     print_results(rows)
@@ -124,6 +136,6 @@ def print_sessions(folder: Path, data: PreparedData, users: int = 3) -> None:
         examples["user_id"], histories, sessions, examples["session"], strict=True
     ):
         print(f"\nuser {user}")
-        for label, items in (("watched last", history[-5:]), ("session", session), ("held out", target)):
-            print(f"  {label:<13}" + "; ".join(str(titles.get(item, item)) for item in items))
+        for label, items in (("latest", history[-5:]), ("session", session), ("held out", target)):
+            print(f"  {label:<10}" + "; ".join(str(titles.get(item, item)) for item in items))
     print()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.steps import load_model, load_processor, say
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
 
 
 @dataclass
@@ -25,9 +31,14 @@ class RecommendArguments:
     )
     session_length: int = field(default=1, metadata={"help": "Items per session; 1 gives a ranked list of items."})
     top_k: int = field(default=10, metadata={"help": "Sessions (or items) per user, best first."})
-    num_beams: int = field(default=50, metadata={"help": "Beams per user; at least top_k."})
+    num_beams: int = field(default=50, metadata={"help": "Beams per user; top_k where that is more."})
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
-    unknown: str = field(default="error", metadata={"help": "Unknown items in a history: error, or skip (counted)."})
+    unknown: str = field(
+        default="error",
+        metadata={
+            "help": "Unknown items in a history: error, or skip (counted; a user without any known item gets an empty answer)."
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Users per batch."})
 
 
@@ -35,62 +46,129 @@ def main(argv: list[str]) -> None:
     (args,) = parse((RecommendArguments,), argv, "recommend")
     if args.model is None:
         raise ValueError("give --model: the folder or Hub id of a saved OneRec")
-    from transformers import AutoModelForSeq2SeqLM
+    if args.unknown not in ("error", "skip"):
+        raise ValueError(f"--unknown is error or skip, not {args.unknown!r}")
+    for option in ("session_length", "top_k", "num_beams", "batch_size"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")
+    if args.histories != "-" and not os.path.isfile(args.histories):
+        raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
+    import torch
 
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-
-    processor = OneRecProcessor.from_pretrained(args.model)
-    model = AutoModelForSeq2SeqLM.from_pretrained(args.model).eval()
-    stream = sys.stdin if args.histories == "-" else open(args.histories, encoding="utf-8")  # noqa: SIM115 (stdin stays open)
-    requests = read_requests(stream)
-    while batch := list(islice(requests, args.batch_size)):
-        histories = [request["history"] for request in batch]
-        seen = [
-            [item for item in history if processor.catalogue.rows([item], "mask")[0] >= 0] for history in histories
-        ]
-        out = model.recommend(
-            **processor(histories, unknown=args.unknown),
-            session_length=args.session_length,
-            num_beams=max(args.num_beams, args.top_k),
-            num_return_sequences=args.top_k,
-            exclude=seen if args.exclude_seen else None,
-            return_dict_in_generate=True,
+    processor, model = load_processor("--model", args.model), load_model("--model", args.model).eval()
+    if torch.accelerator.is_available():
+        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
+    catalogue = processor.catalogue
+    assert catalogue is not None
+    if args.session_length > len(catalogue):
+        raise ValueError(f"--session_length {args.session_length}: the catalogue has only {len(catalogue)} items")
+    skipped = empty = 0
+    file = contextlib.nullcontext(sys.stdin) if args.histories == "-" else open(args.histories, encoding="utf-8-sig")  # noqa: SIM115 (the with below)
+    with file as stream:
+        requests = read_requests(stream)
+        while batch := list(islice(requests, args.batch_size)):
+            known = [
+                known_items(catalogue, number, request["history"], args.unknown, args.exclude_seen)
+                for number, request in batch
+            ]
+            skipped += sum(len(request["history"]) for _, request in batch) - sum(map(len, known))
+            histories = [items for items in known if items]
+            empty += len(known) - len(histories)
+            answers: Iterator[dict[str, Any]] = iter(())
+            if histories:
+                out: Any = model.recommend(
+                    **processor(histories),
+                    session_length=args.session_length,
+                    num_beams=max(args.num_beams, args.top_k),
+                    num_return_sequences=args.top_k,
+                    exclude=histories if args.exclude_seen else None,
+                    return_dict_in_generate=True,
+                )
+                answers = _answers(processor.batch_decode(out), out.sequences_scores.tolist(), args)
+            for (_, request), items in zip(batch, known, strict=True):
+                echoed = {key: value for key, value in request.items() if key != "history"}
+                answer = next(answers) if items else next(_answers([[]] * args.top_k, [0.0] * args.top_k, args))
+                print(json.dumps(echoed | answer, ensure_ascii=False), flush=True)
+    if skipped or empty:
+        say(
+            f"left out {skipped} items that are not in the catalogue; {empty} users without a known item got an empty answer"
         )
-        sessions, scores = processor.batch_decode(out), out.sequences_scores.tolist()
-        for i, request in enumerate(batch):
-            mine = slice(i * args.top_k, (i + 1) * args.top_k)
-            found = [(s, score) for s, score in zip(sessions[mine], scores[mine], strict=True) if s]
-            answer = {key: value for key, value in request.items() if key != "history"}
-            if args.session_length == 1:
-                answer["items"] = [session[0] for session, _ in found]
-            else:
-                answer["sessions"] = [session for session, _ in found]
-            answer["scores"] = [round(score, 4) for _, score in found]
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
-def read_requests(stream: TextIO) -> Iterator[dict[str, Any]]:
+def _answers(sessions: list[list], scores: list[float], args: RecommendArguments) -> Iterator[dict[str, Any]]:
+    """Per user, what was found among the user's `top_k` beams; a beam that found no session is empty."""
+    for start in range(0, len(sessions), args.top_k):
+        mine = slice(start, start + args.top_k)
+        found = [(session, score) for session, score in zip(sessions[mine], scores[mine], strict=True) if session]
+        if args.session_length == 1:
+            answer: dict[str, Any] = {"items": [session[0] for session, _ in found]}
+        else:
+            answer = {"sessions": [session for session, _ in found]}
+        yield answer | {"scores": [round(score, 4) for _, score in found]}
+
+
+def known_items(catalogue: ItemCatalogue, number: int, history: list, unknown: str, exclude_seen: bool) -> list:
     """
-    Requests of a JSON-lines stream, as dictionaries with `history`; empty lines are passed over.
+    The items of a history that the catalogue holds.
+
+    Args:
+        number: the line that the history stands in.
+        unknown: "error" or "skip".
+        exclude_seen: whether items of the history are to be left out of the answer.
+
+    Raises:
+        ValueError: ids of the wrong type, with "error" an unknown item or an empty history, or a history that leaves nothing to recommend.
+    """
+    try:
+        rows = catalogue.rows(history, unknown="mask")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"line {number}: {error}") from None
+    known = [item for item, row in zip(history, rows, strict=True) if row >= 0]
+    if unknown == "error" and len(known) < len(history):
+        examples = [item for item, row in zip(history, rows, strict=True) if row < 0][:3]
+        raise ValueError(
+            f"line {number}: {len(history) - len(known)} of {len(history)} items are not in the catalogue of {len(catalogue)} items, e.g. "
+            f"{examples}; pass --unknown skip to leave them out"
+        )
+    if unknown == "error" and not known:
+        raise ValueError(
+            f"line {number}: the history is empty, there is nothing to read; leave the line out, or pass --unknown skip for an empty answer"
+        )
+    if exclude_seen and len(set(known)) == len(catalogue):
+        raise ValueError(
+            f"line {number}: the history holds every item of the catalogue; pass --no_exclude_seen to recommend them again"
+        )
+    return known
+
+
+def read_requests(stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    Requests of a JSON-lines stream: the number of the line and a dictionary with `history`; empty lines are passed over.
 
     Raises:
         ValueError: a line that is no JSON, or holds no history (its number and beginning).
 
     Example:
         >>> import io
-        >>> list(read_requests(io.StringIO('[7, 8]\\n{"user_id": 3, "history": [9]}\\n')))
-        [{'history': [7, 8]}, {'user_id': 3, 'history': [9]}]
+        >>> list(read_requests(io.StringIO('[7, 8]\\n\\n{"user_id": 3, "history": [9]}\\n')))
+        [(1, {'history': [7, 8]}), (3, {'user_id': 3, 'history': [9]})]
     """
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON ({error.msg}): {line.strip()[:60]!r}") from None
-        request = {"history": request} if isinstance(request, list) else request
-        if not isinstance(request, dict) or not isinstance(request.get("history"), list):
-            raise ValueError(
-                f'line {number} holds no history: write a list of item ids, or {{"history": [...]}}; got {line.strip()[:60]!r}'
-            )
-        yield request
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                request = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON ({error.msg}): {line.strip()[:60]!r}") from None
+            request = {"history": request} if isinstance(request, list) else request
+            if not isinstance(request, dict) or not isinstance(request.get("history"), list):
+                raise ValueError(
+                    f'line {number} holds no history: write a list of item ids, or {{"history": [...]}}; got {line.strip()[:60]!r}'
+                )
+            yield number, request
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"after line {number} the histories are not UTF-8 ({error.reason}); write them as UTF-8"
+        ) from None

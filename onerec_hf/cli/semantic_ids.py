@@ -6,8 +6,15 @@ import json
 from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, parse
-from onerec_hf.cli.steps import claim_folder, fit_catalogue, prepare_data, say
-from onerec_hf.cli.train import CODEBOOKS_NAME
+from onerec_hf.cli.steps import (
+    CODEBOOKS_NAME,
+    check_folder,
+    claim_folder,
+    fit_catalogue,
+    prepare_data,
+    say,
+    write_bytes,
+)
 
 
 @dataclass
@@ -20,16 +27,21 @@ class FitArguments(OutputArguments):
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] != "fit":
+    if argv[:1] in (["-h"], ["--help"]):
+        argv = ["fit", *argv]
+    if argv[:1] != ["fit"]:
         raise ValueError("say what to do: onerec-hf semantic-ids fit --help")
     data_args, id_args, args = parse((DataArguments, SemanticIDArguments, FitArguments), argv[1:], "semantic-ids fit")
-    folder = claim_folder(args.output_dir, args.overwrite)
+    if id_args.semantic_ids is not None:
+        raise ValueError("--semantic_ids is for `onerec-hf train`: fit makes new ones, into --output_dir")
+    folder = check_folder(args.output_dir, args.overwrite)
     fitted = fit_catalogue(prepare_data(data_args), id_args)
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
+    claim_folder(folder)
     OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history).save_pretrained(folder)
     fitted.quantizer.save(folder / CODEBOOKS_NAME)
-    (folder / "semantic_ids.json").write_text(json.dumps(fitted.report.as_dict(), indent=1) + "\n")
+    write_bytes(folder / "semantic_ids.json", (json.dumps(fitted.report.as_dict(), indent=1) + "\n").encode())
     print(fitted.report.table())
-    say(f"saved to {folder}; train with: onerec-hf train --semantic_ids {folder}")
+    say(f"saved to {folder}; train with: onerec-hf train --semantic_ids {folder}, and the same data options")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments
     from onerec_hf.data import LeaveOneOutSplit, RecommendationData, UserSequences
+    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.semantic_ids import SemanticIDs
@@ -24,9 +27,27 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def claim_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
+CODEBOOKS_NAME = "codebooks.safetensors"
+
+# What the commands write: --overwrite removes these of an earlier run, and nothing else that may stand in the folder.
+_WRITTEN = (
+    "README.md",
+    "results.json",
+    "semantic_ids.json",
+    "catalogue.safetensors",
+    CODEBOOKS_NAME,
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
+
+
+def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     """
-    The output folder, made if need be.
+    The output folder, untouched so far: `claim_folder` makes it ready once the input has proved good.
 
     Raises:
         FileExistsError: it holds something already and `overwrite` was not given.
@@ -34,14 +55,106 @@ def claim_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the output")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} exists already and is not empty; name another folder, or pass --overwrite to replace its results"
-            )
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # an earlier run's must not be taken for this one's
-    folder.mkdir(parents=True, exist_ok=True)
+    if not overwrite and any(path.is_file() for path in folder.rglob("*")):
+        raise FileExistsError(
+            f"{folder} exists already and is not empty; name another folder, or pass --overwrite to replace its results"
+        )
     return folder
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes the folder and removes an earlier run's results from it: they must not be taken for this one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for pattern in _WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Takes back what a run has written, and the folder if nothing else stands in it."""
+    claim_folder(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def naming(option: str, repo: str) -> Iterator[None]:
+    """
+    Turns what the libraries raise about an artefact that is absent or damaged into one error that names the option and the folder.
+
+    Raises:
+        ValueError: in place of those.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{option} {repo}: the weights are damaged or cut short ({error}); copy or download them again, or train anew"
+        ) from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = str(error)
+        if not os.path.isdir(repo):
+            reason = f"there is no such folder, and as a repository of the Hub: {reason.splitlines()[0]}"
+        raise ValueError(f"{option} {repo}: {reason}") from error
+
+
+def load_processor(option: str, repo: str) -> OneRecProcessor:
+    """
+    The processor of a folder or Hub repository, with its catalogue.
+
+    Raises:
+        ValueError: it is not there, damaged, or without a catalogue.
+    """
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+    with naming(option, repo):
+        processor = OneRecProcessor.from_pretrained(repo)
+        if processor.catalogue is None:
+            raise ValueError(
+                "it holds no item catalogue (catalogue.safetensors); name what `onerec-hf semantic-ids fit` or `train` wrote"
+            )
+    return processor
+
+
+def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
+    """
+    The generator of a folder or Hub repository.
+
+    Raises:
+        ValueError: it is not there, damaged, or its catalogue is another model's.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    with naming(option, repo):
+        if os.path.isdir(repo) and not os.path.isfile(os.path.join(repo, "config.json")):
+            raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")
+        return AutoModelForSeq2SeqLM.from_pretrained(
+            repo, use_safetensors=True, attn_implementation=attn_implementation
+        )
+
+
+def find_codebooks(repo: str | os.PathLike) -> bytes | None:
+    """The codebooks' file of a folder or Hub repository, None where it holds none: who takes over semantic IDs keeps it."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        repo,
+        CODEBOOKS_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path).read_bytes()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, to a temporary name first."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -52,6 +165,7 @@ class PreparedData:
     sequences: UserSequences
     split: LeaveOneOutSplit
     item_ids: np.ndarray
+    protocol: str
 
     def train_rows(self) -> list[np.ndarray]:
         """Training sequences as positions in `item_ids`."""
@@ -60,12 +174,28 @@ class PreparedData:
 
 
 def prepare_data(args: DataArguments) -> PreparedData:
-    """Reads the source, keeps positive feedback and frequent enough items, splits leave-one-out."""
-    from onerec_hf.data import PositiveFeedback, UserSequences, leave_one_out, load_files, load_source
+    """
+    Reads the source, keeps positive feedback and frequent enough items, splits leave-one-out.
+
+    Raises:
+        ValueError: options that do not go together, or data that cannot be used.
+    """
+    from onerec_hf.data import DataError, PositiveFeedback, UserSequences, leave_one_out, load_files, load_source
 
     if (args.dataset is None) == (args.interactions is None):
         raise ValueError("give either --dataset (a named source) or --interactions (your own table)")
-    if args.dataset is not None:
+    for option, value, needs, given in (
+        ("--items", args.items, "--interactions", args.interactions),
+        ("--embeddings", args.embeddings, "--items", args.items),
+        ("--data_dir", args.data_dir, "--dataset", args.dataset),
+    ):
+        if value is not None and given is None:
+            raise ValueError(f"{option} goes with {needs}; give both or neither")
+    for option in ("min_item_interactions", "session_length", "max_history", "stride"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")
+    if args.interactions is None:
+        assert args.dataset is not None
         source = load_source(args.dataset, args.data_dir)
     else:
         source = load_files(
@@ -78,16 +208,23 @@ def prepare_data(args: DataArguments) -> PreparedData:
         )
     positive = source.positive if args.positive is None else PositiveFeedback.parse(args.positive)
     sequences = UserSequences.from_interactions(positive.apply(source.interactions))
-    sequences = sequences.k_core(min_user=1, min_item=args.min_item_interactions)
+    try:
+        sequences = sequences.k_core(min_user=1, min_item=args.min_item_interactions)
+    except DataError as error:
+        raise ValueError(f"--min_item_interactions {args.min_item_interactions}: {error}") from error
     split = leave_one_out(
         sequences, session_length=args.session_length, max_history=args.max_history, stride=args.stride
     )
     item_ids = sequences.item_counts()[0]
-    say(
-        f"{source.name}: {len(source.interactions):,} interactions, positive: {positive}; "
-        f"{len(sequences.item_ids):,} of {len(sequences):,} users on {len(item_ids):,} items kept. {split.description}"
+    protocol = (
+        f"Positive feedback: {positive}; items with fewer than {args.min_item_interactions} positive interactions are left out. "
+        f"{split.description}"
     )
-    return PreparedData(source, sequences, split, item_ids)
+    say(
+        f"{source.name}: {len(source.interactions):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
+        f"on {len(item_ids):,} items, are kept. {protocol}"
+    )
+    return PreparedData(source, sequences, split, item_ids, protocol)
 
 
 def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarray, str]:
@@ -125,10 +262,12 @@ def fit_catalogue(data: PreparedData, args: SemanticIDArguments) -> SemanticIDs:
     """Semantic IDs for the items of `data`, with their training popularity."""
     from onerec_hf.semantic_ids import fit_semantic_ids
 
+    if min(args.codebook_sizes) < 1:
+        raise ValueError(f"--codebook_sizes must hold positive numbers, one per level; got {args.codebook_sizes}")
     embeddings, recipe = embed_items(data, args)
     popularity = np.bincount(np.concatenate(data.train_rows()), minlength=len(data.item_ids))
     say(f"semantic IDs: {len(data.item_ids):,} items from {recipe}, codebooks {args.codebook_sizes}")
-    fitted = fit_semantic_ids(
+    return fit_semantic_ids(
         data.item_ids,
         embeddings,
         args.codebook_sizes,
@@ -137,52 +276,69 @@ def fit_catalogue(data: PreparedData, args: SemanticIDArguments) -> SemanticIDs:
         max_iter=args.kmeans_iterations,
         seed=args.semantic_id_seed,
     )
-    say(fitted.report.table())
-    return fitted
 
 
-def check_catalogue(processor: OneRecProcessor, data: PreparedData) -> None:
+def check_catalogue(option: str, processor: OneRecProcessor, data: PreparedData) -> None:
     """
-    Checks that the processor knows every item of the data.
+    Checks that the processor's catalogue holds every item of the data.
+
+    Args:
+        option: where the catalogue comes from, for the message.
 
     Raises:
-        ValueError: it does not (how many items, the first three).
+        ValueError: it does not (how many items, the first three), or its ids are of the other type.
     """
-    if processor.catalogue is None:
-        raise ValueError(
-            "this folder holds no item catalogue; name one that `onerec-hf semantic-ids fit` or `train` wrote"
-        )
-    unknown = processor.catalogue.rows(data.item_ids, unknown="mask") < 0
+    cure = (
+        "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
+    )
+    catalogue = processor.catalogue
+    assert catalogue is not None
+    try:
+        unknown = catalogue.rows(data.item_ids, unknown="mask") < 0
+    except TypeError as error:
+        raise ValueError(f"{option}: {error} in the data; {cure}") from error
     if unknown.any():
         raise ValueError(
-            f"{int(unknown.sum())} of {len(data.item_ids)} items of the data are not in the model's catalogue, e.g. "
-            f"{data.item_ids[unknown][:3].tolist()}: give the data options that it was made with (--min_item_interactions, --positive)"
+            f"{option}: {int(unknown.sum())} of {len(data.item_ids)} items of the data are not in its catalogue of {len(catalogue)} "
+            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {cure}"
         )
 
 
 def new_model(args: ModelArguments, processor: OneRecProcessor, session_length: int) -> OneRecForConditionalGeneration:
-    """A fresh generator for the processor's catalogue."""
+    """
+    A fresh generator for the processor's catalogue.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an attention implementation that there is not.
+    """
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
+    assert processor.catalogue is not None
     config = args.config(processor.catalogue.codebook_sizes, session_length)
     model = OneRecForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
     model.set_catalogue(processor.catalogue)
     return model
 
 
-def baseline_rankings(data: PreparedData, split: str, k: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Ranked rows of popularity and item-kNN for a split's histories (seen items left out), and the target rows, (users, items) padded with -1."""
+def baseline_rankings(
+    data: PreparedData, catalogue: ItemCatalogue, split: str, k: int, exclude_seen: bool = True
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """
+    Catalogue rows that popularity and item-kNN rank for a split's histories, and the target rows, (users, items) padded with -1. They
+    choose from the whole catalogue, as the model does.
+    """
     from onerec_hf.evaluation import ItemKNNBaseline, PopularityBaseline
 
     examples = getattr(data.split, split)
-    histories = [np.searchsorted(data.item_ids, history) for history in examples["history"]]
-    sessions = [np.searchsorted(data.item_ids, session) for session in examples["session"]]
+    histories = [catalogue.rows(history) for history in examples["history"]]
+    sessions = [catalogue.rows(session) for session in examples["session"]]
     relevant = np.full((len(sessions), max(map(len, sessions))), -1)
     for row, session in zip(relevant, sessions, strict=True):
         row[: len(session)] = session
+    train = np.split(catalogue.rows(data.split.train_sequences.item_ids), data.split.train_sequences.offsets[1:-1])
     rankings = {}
     for name, baseline in (("popularity", PopularityBaseline()), ("item_knn", ItemKNNBaseline())):
-        rankings[name] = baseline.fit(data.train_rows(), len(data.item_ids)).recommend(histories, k)
+        rankings[name] = baseline.fit(train, len(catalogue)).recommend(histories, k, exclude_seen)
     return rankings, relevant
 
 

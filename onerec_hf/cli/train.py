@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import shutil
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from onerec_hf.cli.arguments import DataArguments, ModelArguments, OutputArguments, SemanticIDArguments, parse
+from onerec_hf.cli.arguments import (
+    DataArguments,
+    ModelArguments,
+    OutputArguments,
+    SemanticIDArguments,
+    command_line,
+    parse,
+)
 from onerec_hf.cli.steps import (
+    CODEBOOKS_NAME,
     PreparedData,
     baseline_rankings,
     check_catalogue,
+    check_folder,
     claim_folder,
+    discard,
+    find_codebooks,
     fit_catalogue,
+    load_model,
+    load_processor,
     new_model,
     prepare_data,
     say,
     table,
+    write_bytes,
 )
 from onerec_hf.evaluation.results import result_row, write_results
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
-
-CODEBOOKS_NAME = "codebooks.safetensors"
 
 
 @dataclass
@@ -37,25 +56,60 @@ class TrainArguments(OutputArguments):
             "help": "Evaluations without a better metric_for_best_model after which training stops; off when not given."
         },
     )
+    keep_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep output_dir/checkpoints (weights, optimizer, pickles) once the model is complete; they serve resuming."
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecTrainingArguments
 
     data_args, id_args, model_args, run_args, training_args = parse(
-        (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments), argv, "train"
+        (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
+        argv,
+        "train",
+        required=["--output_dir"],
     )
-    if training_args.output_dir is None:
-        raise ValueError("give --output_dir: the folder that shall hold the model")
-    resuming = training_args.resume_from_checkpoint is not None
-    folder = Path(training_args.output_dir) if resuming else claim_folder(training_args.output_dir, run_args.overwrite)
+    if model_args.model is not None and id_args.semantic_ids is not None:
+        raise ValueError("give --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
+    if run_args.early_stopping_patience is not None and (
+        training_args.eval_strategy == "no" or training_args.metric_for_best_model is None
+    ):
+        raise ValueError(
+            "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
+        )
+    folder = Path(training_args.output_dir)
+    if not resumes_in(folder, training_args):
+        check_folder(folder, run_args.overwrite)
+    command = command_line("train", argv)
     started = time.perf_counter()
     data = prepare_data(data_args)
-    trainer = train(data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience)
-    rows = evaluate_beside_baselines(trainer, data, "test")
+    trainer = train(
+        data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience, command
+    )
+    with resumable(folder, command):
+        rows = evaluate_beside_baselines(trainer, data, "test")
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    save(trainer, folder, data, rows)
+    report(trainer, folder, data, rows, command)
+    if not run_args.keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print_results(rows)
+
+
+def resumes_in(folder: Path, training_args: OneRecTrainingArguments) -> bool:
+    """Whether the run goes on with a checkpoint of its own output folder, which then keeps what it holds."""
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None:
+        return False
+    if not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: it holds no complete checkpoint (trainer_state.json); name a folder such as "
+            f"{folder / 'checkpoints' / 'checkpoint-500'}"
+        )
+    return Path(checkpoint).resolve().parent == (folder / "checkpoints").resolve()
 
 
 def train(
@@ -66,35 +120,55 @@ def train(
     model_args: ModelArguments,
     training_args: OneRecTrainingArguments,
     early_stopping_patience: int | None = None,
+    command: str | None = None,
 ) -> OneRecTrainer:
-    """Fits semantic IDs (or takes those of the model or checkpoint to go on from), trains, and returns the trainer."""
+    """
+    Fits semantic IDs (or takes those of the model or checkpoint to go on from), trains, saves the model into `folder` and returns the
+    trainer.
+
+    Args:
+        command: the command line to resume with after Ctrl-C; nothing is kept then when not given.
+
+    Raises:
+        ValueError: an artefact to go on from that is absent, damaged or made for other items. `folder` is untouched then.
+        KeyboardInterrupt: Ctrl-C, with the way to go on.
+    """
     import torch
-    from transformers import AutoModelForSeq2SeqLM, EarlyStoppingCallback, set_seed
+    from transformers import EarlyStoppingCallback, set_seed
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer
 
     set_seed(training_args.seed)
-    if training_args.resume_from_checkpoint is not None:
-        processor = OneRecProcessor.from_pretrained(folder)
-        model = new_model(model_args, processor, data_args.session_length)
-    elif model_args.model is not None:
-        processor = OneRecProcessor.from_pretrained(model_args.model)
-        model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model)
+    checkpoint = training_args.resume_from_checkpoint
+    origins = {
+        "--resume_from_checkpoint": checkpoint,
+        "--model": model_args.model,
+        "--semantic_ids": id_args.semantic_ids,
+    }
+    option, origin = next(((name, value) for name, value in origins.items() if value is not None), ("", None))
+    fitted, codebooks = None, None
+    if origin is None:
+        fitted = fit_catalogue(data, id_args)
+        say(fitted.report.table())
+        processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
     else:
-        if id_args.semantic_ids is not None:
-            processor = OneRecProcessor.from_pretrained(id_args.semantic_ids)
-            processor.max_history = data_args.max_history
-        else:
-            fitted = fit_catalogue(data, id_args)
-            processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
-            fitted.quantizer.save(folder / CODEBOOKS_NAME)
-        processor.save_pretrained(folder)  # a resumed run takes these IDs, not newly fitted ones
+        processor = load_processor(option, origin)
+        check_catalogue(f"{option} {origin}", processor, data)
+        codebooks = find_codebooks(Path(origin).resolve().parents[1] if checkpoint is not None else origin)
+    if origin is None or option == "--semantic_ids":
+        processor.max_history = data_args.max_history
         model = new_model(model_args, processor, data_args.session_length)
-    check_catalogue(processor, data)
+    else:
+        model = load_model(option, origin, model_args.attn_implementation)
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
+    own_checkpoint = resumes_in(folder, training_args)
     training_args.output_dir = str(folder / "checkpoints")
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    push, training_args.push_to_hub = (
+        training_args.push_to_hub,
+        False,
+    )  # Trainer would push its checkpoints, not the artefact
     trainer = OneRecTrainer(
         model,
         training_args,
@@ -103,18 +177,59 @@ def train(
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else None,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if not own_checkpoint:
+        claim_folder(folder)
+    processor.save_pretrained(folder)
+    if fitted is not None:
+        fitted.quantizer.save(folder / CODEBOOKS_NAME)
+    elif codebooks is not None:
+        write_bytes(folder / CODEBOOKS_NAME, codebooks)
+    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle: nothing in an artefact is unpickled
+    training_args.push_to_hub = push
     return trainer
 
 
-def evaluate_beside_baselines(trainer: OneRecTrainer, data: PreparedData, split: str) -> list[dict]:
-    """Result rows of the model and of popularity and item-kNN on a split: full catalogue, the user's seen items left out."""
+@contextlib.contextmanager
+def resumable(folder: Path, command: str | None) -> Iterator[None]:
+    """
+    Says after Ctrl-C what there is to go on with; where there is nothing, takes back what the run has written.
+
+    Raises:
+        KeyboardInterrupt: in place of the one that came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        complete = [path.parent for path in folder.glob("checkpoints/checkpoint-*/trainer_state.json")]
+        if command is not None and complete:
+            last = max(complete, key=lambda path: int(path.name.split("-")[-1]))
+            hint = f"The checkpoint {last} is kept; go on with:\n  {command} --resume_from_checkpoint {shlex.quote(str(last))}"
+        elif any(folder.glob("model*.safetensors")):
+            hint = f"The trained model is in {folder}; it is not evaluated yet: onerec-hf evaluate --help"
+        else:
+            discard(folder)
+            hint = "Nothing is kept; start again."
+        raise KeyboardInterrupt(hint) from None
+
+
+def evaluate_beside_baselines(trainer: OneRecTrainer, data: PreparedData, split: str) -> list[dict[str, Any]]:
+    """Result rows of the model and of popularity and item-kNN on a split: full catalogue, seen items left out as `trainer.args` says."""
     from onerec_hf.evaluation import ranking_metrics
 
-    metrics = trainer.evaluate(getattr(data.split, split), metric_key_prefix=split)
-    ks = tuple(trainer.args.eval_top_k)
-    rankings, relevant = baseline_rankings(data, split, max(ks))
-    scores = {name: ranking_metrics(ranked, relevant, ks, len(data.item_ids)) for name, ranked in rankings.items()}
+    args, processor = cast("OneRecTrainingArguments", trainer.args), cast("OneRecProcessor", trainer.processing_class)
+    catalogue = processor.catalogue
+    assert catalogue is not None
+    args.predict_with_generate, args.prediction_loss_only = True, False  # whatever evaluations during training did
+    trainer.compute_metrics = trainer.compute_metrics or trainer.compute_ranking_metrics
+    with contextlib.redirect_stdout(sys.stderr):
+        metrics = trainer.evaluate(getattr(data.split, split), metric_key_prefix=split)
+    ks = tuple(args.eval_top_k)
+    rankings, relevant = baseline_rankings(data, catalogue, split, max(ks), args.eval_exclude_seen)
+    scores = {name: ranking_metrics(ranked, relevant, ks, len(catalogue)) for name, ranked in rankings.items()}
     rows = [
         result_row(f"onerec/{metric}", metrics[f"{split}_{metric}"], "share", against=f"popularity/{metric}")
         for metric in scores["popularity"]
@@ -128,24 +243,42 @@ def evaluate_beside_baselines(trainer: OneRecTrainer, data: PreparedData, split:
     return rows
 
 
-def save(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[dict]) -> None:
-    """Writes model, processor, catalogue, card and `results.json` into `folder`."""
+def report(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[dict[str, Any]], command: str) -> None:
+    """Writes `results.json` and the card beside the model, and uploads the folder where `push_to_hub` asks for it."""
+    from huggingface_hub import HfApi
+
     from onerec_hf.hub_cards import write_generator_card
 
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle: nothing in an artefact is unpickled
+    args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
     write_results(
         folder / "results.json",
         rows,
-        seed=trainer.args.seed,
+        command=command,
+        seed=args.seed,
         dataset=data.source.name,
-        protocol=data.split.description,
+        protocol=data.protocol,
     )
-    write_generator_card(folder, trainer.processing_class, trainer.model, data.source, data.split.description, rows)
+    hub = HfApi(token=args.hub_token)
+    if args.push_to_hub:
+        name = args.hub_model_id or folder.resolve().name
+        repo_id = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    write_generator_card(
+        folder,
+        cast("OneRecProcessor", trainer.processing_class),
+        cast("OneRecForConditionalGeneration", trainer.model),
+        data.source,
+        data.protocol,
+        rows,
+        repo_id=repo_id,
+        exclude_seen=args.eval_exclude_seen,
+    )
     say(f"saved to {folder}")
+    if repo_id is not None:
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/**", "*.tmp"])
+        say(f"uploaded to {repo_id}")
 
 
-def print_results(rows: list[dict]) -> None:
+def print_results(rows: list[dict[str, Any]]) -> None:
     """The metrics as a table, a model per line."""
     metrics = [row["name"].split("/")[1] for row in rows if row["name"].startswith("onerec/")]
     values = {row["name"]: row["value"] for row in rows}

@@ -1,0 +1,91 @@
+"""The parser behind every command: TrlParser, with YAML values checked like the command line's and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from argparse import Action
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+from transformers.hf_argparser import string_to_bool
+from trl.scripts.utils import TrlParser
+
+
+class CommandParser(TrlParser):
+    """
+    Dataclasses filled from the command line and, below it, from `--config FILE.yaml`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Arguments:
+        ...     steps: int = 3
+        >>> CommandParser((Arguments,), "onerec-hf demo").parse_command(["--steps", "5"])
+        (Arguments(steps=5),)
+        >>> CommandParser((Arguments,), "onerec-hf demo").parse_command(["--stesp", "5"])
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown option --stesp (did you mean --steps?); `onerec-hf demo --help` lists the options
+    """
+
+    def __init__(self, dataclass_types: Any, prog: str, required: Sequence[str] = ()):
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+        self._from_file: list[str] = []
+        for option in required:
+            self._option_string_actions[option].required = True
+
+    def parse_command(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """
+        The dataclasses, filled.
+
+        Raises:
+            ValueError: an unknown option or YAML key, a value of the wrong type, a file that is absent or no YAML mapping.
+        """
+        argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
+        file = None
+        if "--config" in argv:
+            file = next(iter(argv[argv.index("--config") + 1 :]), None)
+            if file is None or not os.path.isfile(file):
+                self.error("--config needs a YAML file" if file is None else f"--config {file}: no such file")
+        try:
+            *filled, unknown_keys, unknown_options = self.parse_args_and_config(
+                argv, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {file}: no YAML: {error}") from None
+        for where, unknown in (("", unknown_options), (f"{file}: ", unknown_keys)):
+            if unknown:
+                name = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]
+                close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                self.error(f"{where}unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return tuple(filled)
+
+    def error(self, message: str) -> NoReturn:
+        """One line: the usage that argparse prints has one line for each of Trainer's options."""
+        raise ValueError(f"{message}; `{self.prog} --help` lists the options")
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        unknown = []
+        for key, value in config.items():
+            action = self._option_string_actions.get(f"--{key}")
+            if action is None:
+                unknown.append(f"--{key}")
+            else:
+                self._from_file += self._arguments(f"--{key}", action, value)
+        return unknown
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([*self._from_file, *(args or [])], namespace)
+
+    def _arguments(self, option: str, action: Action, value: Any) -> list[str]:
+        """A YAML value as the command line would give it."""
+        if isinstance(value, list) and action.nargs == "+":
+            return [option, *map(str, value)]
+        if value is None or isinstance(value, dict | list):  # which no command line can say: as TrlParser takes them
+            action.default = value
+            return []
+        if value is False and action.type is not string_to_bool:
+            value = "no"  # YAML reads `save_strategy: no` as false
+        return [option, str(value)] if action.nargs == "+" else [f"{option}={value}"]

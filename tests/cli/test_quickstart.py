@@ -1,0 +1,117 @@
+"""`onerec-hf quickstart`: ratings to a saved, recommending model, with its numbers."""
+
+import json
+import os
+import signal
+
+import pytest
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
+
+from onerec_hf.cli.quickstart import codebook_size
+from onerec_hf.trainers import OneRecTrainer
+from tests.cli.commands import NUM_ITEMS, onerec, succeeded
+
+ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "illegal_share", "seconds")
+
+
+def results(folder):
+    return {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+
+def check(done, folder, title):
+    """The result rows, the table on stdout, the sessions above it, and the folder."""
+    rows = results(folder)
+    assert set(ROWS) <= rows.keys()
+    assert rows["illegal_share"] == 0
+    assert rows["seconds"] > 0
+    sessions, _, table = done.out.rpartition("\n\n")
+    header, *lines = table.splitlines()
+    assert [line.split()[0] for line in lines] == ["popularity", "item_knn", "onerec"]
+    for line in lines:
+        name, *numbers = line.split()
+        assert float(numbers[header.split().index("recall@10")]) == pytest.approx(rows[f"{name}/recall@10"], abs=5e-5)
+    users = sessions.strip().split("\n\n")
+    assert len(users) == 3
+    for user in users:
+        name, latest, session, held_out = user.splitlines()
+        assert name.startswith("user ")
+        assert [line.split("  ")[1].strip() for line in (latest, session, held_out)] == [
+            "latest",
+            "session",
+            "held out",
+        ]
+        assert len(session.split("; ")) == 5
+        assert title in latest
+    assert f"loaded {folder} through AutoModelForSeq2SeqLM and AutoProcessor: the same sessions" in done.err
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".tmp")]
+    processor = AutoProcessor.from_pretrained(folder)
+    assert AutoModelForSeq2SeqLM.from_pretrained(folder).config.catalogue_hash == processor.catalogue.hash
+    return processor
+
+
+@pytest.fixture(scope="module")
+def first(data, tmp_path_factory):
+    """A first run on own interactions: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart") / "first model"
+    return folder, succeeded(onerec("quickstart", *data.options, "--max_steps", 2, "--output_dir", folder))
+
+
+def weights(folder):
+    return {name: value.tolist() for name, value in AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters()}
+
+
+def test_own_interactions(first):
+    folder, done = first
+    processor = check(done, folder, " lamp ")
+    assert processor.catalogue.codebook_sizes == [16, 16, 16]
+    assert len(processor.catalogue) == NUM_ITEMS
+    command = json.loads((folder / "results.json").read_text())["command"]
+    assert command.startswith("onerec-hf quickstart --interactions ")
+
+
+def test_without_items_their_ids_are_shown(data, tmp_path):
+    options = ["--interactions", data.interactions, "--max_steps", 1, "--output_dir", tmp_path / "out"]
+    done = succeeded(onerec("quickstart", *options))
+    check(done, tmp_path / "out", "m")
+    assert f"semantic IDs: {NUM_ITEMS} items from behaviour (" in done.err
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_seed_decides_everything(first, data, tmp_path, seed):
+    options = ["--seed", seed, "--max_steps", 2, "--output_dir", tmp_path / "again"]
+    succeeded(onerec("quickstart", *data.options, *options))
+    assert (weights(tmp_path / "again") == weights(first[0])) == (seed == 0)
+
+
+def test_ctrl_c_leaves_nothing(data, tmp_path, monkeypatch):
+    """There is no way to go on with a quickstart: it takes minutes, `train` resumes."""
+    step = OneRecTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(OneRecTrainer, "training_step", step)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(OneRecTrainer, "training_step", training_step)
+    done = onerec("quickstart", *data.options, "--max_steps", 3, "--output_dir", tmp_path / "out")
+    assert done.status == 130
+    assert "onerec-hf: interrupted. Nothing is kept; start again." in done.err
+    assert "resume" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_codebooks_grow_with_the_catalogue():
+    assert [codebook_size(n) for n in (5, 16, 799, 1600, 9000, 12_801, 10**7)] == [5, 16, 16, 32, 128, 256, 256]
+
+
+@pytest.mark.slow
+def test_movielens(tmp_path):
+    """The default data set, from PyPI: a few steps, and already more than nothing."""
+    folder = tmp_path / "movies"
+    done = succeeded(onerec("quickstart", "--max_steps", 5, "--output_dir", folder))
+    processor = check(done, folder, "(19")
+    assert processor.catalogue.id_type == "int"
+    assert results(folder)["item_knn/recall@10"] > results(folder)["popularity/recall@10"] > 0.01
+    card = (folder / "README.md").read_text()
+    assert "GroupLens" in card
+    assert f"{len(processor.catalogue):,} items (integer ids)" in card
