@@ -1,0 +1,82 @@
+"""What the benchmarks share: arguments, CPU time, interleaved repetitions, the printed table and the JSON beside it."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from onerec_hf.evaluation.results import result_row, write_results
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the two options that every benchmark has."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--quick", action="store_true", help="smaller sizes, at most 50 seconds, the same rows")
+    arguments.add_argument("--json", help="file for the rows")
+    return arguments
+
+
+def say(text: str) -> None:
+    """Progress to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def one_thread() -> None:
+    """Holds torch (and faiss, where it is there) to one thread: CPU time then measures work, whatever else the machine does."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        import faiss
+    except ImportError:
+        return
+    faiss.omp_set_num_threads(1)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repetitions: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """CPU and wall seconds per run, the runs taking turns so that whatever disturbs the machine disturbs all of them."""
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            cpu_before, wall_before = cpu_seconds(), time.perf_counter()
+            run()
+            cpu[name].append(cpu_seconds() - cpu_before)
+            wall[name].append(time.perf_counter() - wall_before)
+    return cpu, wall
+
+
+def ratio_row(name: str, cpu: Mapping[str, list[float]], mine: str, against: str) -> dict[str, Any]:
+    """A row with the median of the repetitions' ratios of CPU times, `mine` over `against`, and their spread."""
+    ratios = [a / b for a, b in zip(cpu[mine], cpu[against], strict=True)]
+    return result_row(name, statistics.median(ratios), "ratio", against=against, spread=[min(ratios), max(ratios)])
+
+
+def finish(rows: list[dict[str, Any]], json: str | None, **more: Any) -> None:
+    """Prints the rows and writes them where `--json` says."""
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        spread = "" if row["spread"] is None else f"  [{row['spread'][0]:.4g}, {row['spread'][1]:.4g}]"
+        against = "" if row["against"] is None else f"  against {row['against']}"
+        print(f"{row['name']:<{width}}  {row['value']:>10.4g} {row['unit']}{spread}{against}")
+    if json:
+        write_results(json, rows, **more)
+        say(f"wrote {json}")

@@ -1,0 +1,272 @@
+"""What a new user reads first does what it says: code blocks, commands, options, links, examples and recipes are run or checked."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from onerec_hf.cli.main import COMMANDS
+from onerec_hf.cli.main import main as onerec_hf_command
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SUBCOMMANDS = {"semantic-ids": "semantic-ids fit"}  # the command's first word -> what a page calls it
+
+_SMALL_MODEL = "--hidden_size 16 --intermediate_size 16 --moe_intermediate_size 16 --num_experts 4 --decoder_layers 1"
+# What a page's command gets on top, so that it ends in seconds on the little tables of `workplace`.
+CHEAPER = {
+    "quickstart": ["--interactions", "interactions.csv", "--items", "items.csv", "--max_steps", "2"],
+    "semantic-ids fit": ["--codebook_sizes", "8", "8", "8"],
+    "train": f"--codebook_sizes 8 8 8 --max_steps 2 --eval_num_beams 10 {_SMALL_MODEL}".split(),
+    "evaluate": ["--num_beams", "10"],
+    "recommend": ["--num_beams", "10"],
+}
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def slow_if(slow: bool, path: Path):
+    return pytest.param(path, id=page_id(path), marks=pytest.mark.slow if slow else ())
+
+
+@dataclass
+class Block:
+    """A fenced block: its language, the line of its first line in the page, its text."""
+
+    language: str
+    line: int
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(match[1], text.count("\n", 0, match.start()) + 2, match[2]) for match in found]
+
+
+def command_lines(code: str) -> list[str]:
+    """The lines of a shell block: continued ones joined, comments and empty ones left out."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory with the files that the pages name, and one torch thread: two wait for each other on busy machines."""
+    monkeypatch.chdir(tmp_path)
+    films = [*range(1, 22), 260, 1196, 1210]
+    pd.DataFrame(
+        {
+            "user_id": [user for user in range(60) for _ in range(8)],
+            "item_id": [films[(user + step) % len(films)] for user in range(60) for step in range(8)],
+            "timestamp": [step for _ in range(60) for step in range(8)],
+            "rating": [3 if (user + step) % 5 == 0 else 5 for user in range(60) for step in range(8)],
+        }
+    ).to_csv("interactions.csv", index=False)
+    kinds = ["crime", "comedy", "drama", "horror"]
+    titles = [f"{kinds[i % 4]} {i}" for i in range(len(films))]
+    pd.DataFrame({"item_id": films, "title": titles, "genres": [kinds[i % 4] for i in range(len(films))]}).to_csv(
+        "items.csv", index=False
+    )
+    Path("histories.jsonl").write_text('{"user_id": 1, "history": [1, 2, 999]}\n[260, 1196]\n')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def run_python(page: Path, block: Block, namespace: dict, capsys) -> None:
+    """Runs a block; what its lines `print(...)  # text` announce has to be printed, in that order."""
+    capsys.readouterr()
+    # Empty lines in front: tracebacks then name the page's own lines.
+    exec(compile("\n" * (block.line - 1) + block.code, page_id(page), "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    rest = iter(printed)
+    for announced in re.findall(r"^ *print\(.*\)  # (.*)$", block.code, re.MULTILINE):
+        assert announced in rest, f"{page_id(page)}:{block.line}: announced {announced!r}, printed {printed}"
+
+
+def run_shell(page: Path, block: Block, monkeypatch, capsys) -> None:
+    """Runs the `onerec-hf` lines of a block in this process; other commands (make, pip) are checked elsewhere."""
+    for line in command_lines(block.code):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["echo"] and "|" in words:
+            pipe = words.index("|")
+            monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(words[1:pipe]) + "\n"))
+            words = words[pipe + 1 :]
+        if words[:1] != ["onerec-hf"]:
+            continue
+        name = SUBCOMMANDS.get(words[1], words[1])
+        capsys.readouterr()
+        status = onerec_hf_command([*words[1:], *CHEAPER[name]])
+        out, err = capsys.readouterr()
+        assert status == 0, f"{page_id(page)}:{block.line}: {line}\n{err[-2000:]}"
+        if name == "recommend":
+            answers = [json.loads(text) for text in out.splitlines()]
+            assert answers, line
+            assert all(answer.get("items") or answer.get("sessions") for answer in answers), line
+
+
+@pytest.mark.parametrize(
+    "page", [slow_if(page.name in ("README.md", "cli.md", "training.md"), page) for page in PAGES]
+)
+def test_every_block_runs_top_to_bottom(page, workplace, monkeypatch, capsys):
+    namespace = {"__name__": "__page__"}
+    for block in blocks(page):
+        try:
+            if block.language == "python":
+                run_python(page, block, namespace, capsys)
+            elif block.language == "bash":
+                run_shell(page, block, monkeypatch, capsys)
+            elif block.language == "yaml" and (named := re.match(r"# ([\w.-]+\.yaml)\n", block.code)):
+                Path(named[1]).write_text(block.code)
+        except Exception as error:
+            error.add_note(f"in the {block.language} block at {page_id(page)}:{block.line}")
+            raise
+
+
+@cache
+def options_of(command: str) -> frozenset[str]:
+    """The long options that `onerec-hf COMMAND --help` lists."""
+    out, stdout = io.StringIO(), sys.stdout
+    sys.stdout = out
+    try:
+        onerec_hf_command([*command.split(), "--help"])
+    except SystemExit:
+        pass
+    finally:
+        sys.stdout = stdout
+    return frozenset(re.findall(r"--\w[\w-]*", out.getvalue())) | {"--config"}
+
+
+COMMAND_NAMES = [SUBCOMMANDS.get(name, name) for name in COMMANDS]
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=page_id(path)) for path in [*PAGES, ROOT / "CHANGELOG.md", *RECIPES, *EXAMPLES]]
+)
+def test_commands_have_the_options_that_pages_name(path):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for match in re.finditer(r"onerec-hf ((?:semantic-ids )?[a-z-]+)((?: [^\n`|#]*)?)", text):
+        if match[1].split()[0] not in COMMANDS:
+            continue
+        name = SUBCOMMANDS.get(match[1], match[1])
+        unknown = set(re.findall(r"(?<!\S)--\w[\w-]*", match[2])) - options_of(name)
+        assert not unknown, f"{page_id(path)}: onerec-hf {name} has no {sorted(unknown)}"
+    everywhere = frozenset().union(*map(options_of, COMMAND_NAMES))
+    sections = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    for heading, section in zip(["", *sections[1::2]], sections[::2], strict=True):
+        named = set(re.findall(r"`(--\w[\w-]*)", section)) - {"--help"}
+        if heading == "Options about data":
+            known = options_of("semantic-ids fit") & options_of("train") & options_of("evaluate")
+        else:
+            known = options_of(heading) if heading in COMMAND_NAMES else everywhere
+        assert named <= known, f"{page_id(path)}, {heading or 'top'}: no such option {sorted(named - known)}"
+
+
+def test_cli_page_has_a_section_for_every_command():
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(COMMAND_NAMES) <= set(headings)
+
+
+def test_make_targets_and_extras_that_pages_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("dependencies]")[1], re.M))
+    for page in PAGES:
+        for block in blocks(page):
+            for line in command_lines(block.code) if block.language == "bash" else ():
+                where = f"{page_id(page)}:{block.line}: {line}"
+                words = shlex.split(line, comments=True)
+                if words[0] == "make":
+                    assert set(words[1:]) <= targets, where
+                if words[:2] == ["pip", "install"]:
+                    assert set(re.findall(r"\[(\w+)\]", line)) <= extras, where
+                    assert all((ROOT / name).exists() for name in re.findall(r"-c (\S+)", line)), where
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page_id(page)) for page in [*PAGES, ROOT / "CHANGELOG.md"]])
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page_id(page)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+def run_example(name: str, monkeypatch, capsys, *argv: str) -> str:
+    monkeypatch.setattr(sys, "argv", [name, "--output_dir", "out", *argv])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_example_train_on_your_table(workplace, monkeypatch, capsys):
+    out = run_example("train_on_your_table.py", monkeypatch, capsys)
+    model, popularity = map(float, re.search(r"recall@10: ([\d.]+) \(popularity: ([\d.]+)\)", out).groups())
+    assert model > popularity
+    assert re.search(r"comes the session \['film\d+', 'film\d+', 'film\d+'\]", out)
+    for name in ("model", "catalogue", "codebooks"):
+        assert (Path("out") / f"{name}.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_example_train_on_your_table_takes_files(workplace, monkeypatch, capsys):
+    files = ["--interactions", "interactions.csv", "--items", "items.csv", "--codebook_size", "8", "--max_steps", "2"]
+    out = run_example("train_on_your_table.py", monkeypatch, capsys, *files)
+    assert re.search(r"comes the session \[\d+, \d+, \d+\]", out)
+
+
+@pytest.mark.slow
+def test_example_plain_trainer(workplace, monkeypatch, capsys):
+    out = run_example("plain_trainer.py", monkeypatch, capsys)
+    losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", out)]  # three of each run
+    assert losses[2] < losses[0] / 2
+    assert losses[5] < losses[3]
+    assert re.search(r"^after 0, 1, 2, 3: \[\d+, \d+\]$", out, re.MULTILINE)
+    assert re.search(r"^after 0, 2, 4, 6: \[\d+, \d+\]$", out, re.MULTILINE)
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES} == {"train_on_your_table.py", "plain_trainer.py"}
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])
+def test_recipes_parse(recipe, tmp_path):
+    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
+    from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.trainers import OneRecTrainingArguments
+
+    classes = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    argv = ["--config", str(recipe), "--data_dir", "somewhere", "--max_steps", "2"]
+    data, ids, model, _, training = parse(classes, argv, "train")
+    assert data.dataset is not None
+    assert data.data_dir == "somewhere"
+    assert training.max_steps == 2
+    assert training.output_dir.startswith("runs/")
+    assert isinstance(training.learning_rate, float)
+    config = model.config(ids.codebook_sizes, data.session_length)
+    assert config.hidden_size == model.hidden_size
+
+
+def test_there_are_two_recipes():
+    assert [recipe.name for recipe in RECIPES] == ["amazon_beauty.yaml", "movielens.yaml"]
