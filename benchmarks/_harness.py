@@ -13,9 +13,9 @@ from typing import Any
 from onerec_hf.evaluation.results import result_row, write_results
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the two options that every benchmark has."""
-    arguments = argparse.ArgumentParser(description=description)
+def parser(docstring: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the two options that every benchmark has; a script's docstring describes it."""
+    arguments = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="smaller sizes, at most 50 seconds, the same rows")
     arguments.add_argument("--json", help="file for the rows")
     return arguments

@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 from _harness import cpu_seconds, finish, parser, say
 
@@ -18,7 +19,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def arguments():
-    options = parser(__doc__.strip().splitlines()[0])
+    options = parser(__doc__)
     options.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
     options.add_argument("--data_dir", help="folder of the data set's files")
     options.add_argument(
@@ -64,7 +65,7 @@ def budget_trainer():
             def factor(step: int) -> float:
                 return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
             return self.lr_scheduler
 
     return BudgetTrainer

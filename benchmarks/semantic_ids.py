@@ -156,7 +156,7 @@ def catalogue(count: int) -> list[dict]:
 
 
 def main() -> None:
-    options = parser(__doc__.strip().splitlines()[0])
+    options = parser(__doc__)
     options.add_argument(
         "--data_dir", default="../shared/data/amazon_beauty", help="adds the Beauty embeddings to the sets"
     )

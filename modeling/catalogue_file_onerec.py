@@ -65,7 +65,7 @@ def read_catalogue_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
         if metadata.get("version") != VERSION:
             raise ValueError(
                 f"{path} is of catalogue version {metadata.get('version')!s:.80}, this onerec_hf reads version {VERSION}; "
-                "update onerec_hf"
+                "use the onerec_hf that wrote it, or update"
             )
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return _views(path, header, metadata, mapped, start=8 + header_size), metadata

@@ -239,6 +239,12 @@ class OneRecGenerationMixin(GenerationMixin):
             ValueError: no catalogue, `num_return_sequences > num_beams`, or exclusions that leave a user no item.
             KeyError: an id in `exclude` that the catalogue lacks.
         """
+        session_length = self.config.session_length if session_length is None else session_length
+        if min(session_length, num_beams, num_return_sequences) < 1:
+            raise ValueError(
+                "session_length, num_beams and num_return_sequences must be at least 1; got "
+                f"{session_length}, {num_beams} and {num_return_sequences}"
+            )
         if num_return_sequences > num_beams:
             raise ValueError(
                 f"num_return_sequences={num_return_sequences} exceeds num_beams={num_beams}; raise num_beams"
@@ -255,7 +261,7 @@ class OneRecGenerationMixin(GenerationMixin):
         sequences, scores = self._beam_search_catalogue(
             input_ids,
             attention_mask,
-            session_length or self.config.session_length,
+            session_length,
             num_beams,
             self._constraint(torch.cat(excluded, dim=1) if excluded else None, distinct),
         )

@@ -47,12 +47,21 @@ class OneRecProcessor(ProcessorMixin):
     ):
         super().__init__(tokenizer, **kwargs)
         self.max_history = max_history
-        self.catalogue = catalogue
-        if catalogue is not None and tokenizer.codebook_sizes != catalogue.codebook_sizes:
+        self.set_catalogue(catalogue)
+
+    def set_catalogue(self, catalogue: ItemCatalogue | None) -> None:
+        """
+        Gives the processor its catalogue, e.g. a grown one.
+
+        Raises:
+            ValueError: its codebooks have other sizes than the tokenizer's.
+        """
+        if catalogue is not None and self.tokenizer.codebook_sizes != catalogue.codebook_sizes:
             raise ValueError(
-                f"the tokenizer was made for codebooks of {tokenizer.codebook_sizes}, the catalogue has "
+                f"the tokenizer was made for codebooks of {self.tokenizer.codebook_sizes}, the catalogue has "
                 f"{catalogue.codebook_sizes}; they belong to different models"
             )
+        self.catalogue = catalogue
 
     @classmethod
     def from_catalogue(cls, catalogue: ItemCatalogue, max_history: int | None = None) -> OneRecProcessor:
@@ -202,7 +211,7 @@ class OneRecProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        processor.catalogue = ItemCatalogue.find(pretrained_model_name_or_path, **kwargs)
+        processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
         return processor
 
 

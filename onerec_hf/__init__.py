@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CatalogueDiff": "modeling.catalogue_onerec",
     "ItemCatalogue": "modeling.catalogue_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
     "SemanticIDLogitsProcessor": "modeling.generation_onerec",
@@ -28,7 +29,7 @@ _PUBLIC = {
 __all__ = sorted([*_PUBLIC, "register_auto_classes"])
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+    from onerec_hf.modeling.catalogue_onerec import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel

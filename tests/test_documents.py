@@ -23,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-SUBCOMMANDS = {"semantic-ids": "semantic-ids fit"}  # the command's first word -> what a page calls it
+SUBCOMMANDS = {"semantic-ids": ["fit", "report"]}  # the command's first word -> those of its second
 
 _SMALL_MODEL = "--hidden_size 16 --intermediate_size 16 --moe_intermediate_size 16 --num_experts 4 --decoder_layers 1"
 # What a page's command gets on top, so that it ends in seconds on the little tables of `workplace`.
 CHEAPER = {
     "quickstart": ["--interactions", "interactions.csv", "--items", "items.csv", "--max_steps", "2"],
     "semantic-ids fit": ["--codebook_sizes", "8", "8", "8"],
+    "semantic-ids report": ["--codebook_sizes", "8", "8", "8"],
     "train": f"--codebook_sizes 8 8 8 --max_steps 2 --eval_num_beams 10 {_SMALL_MODEL}".split(),
     "evaluate": ["--num_beams", "10"],
     "recommend": ["--num_beams", "10"],
@@ -111,7 +112,7 @@ def run_shell(page: Path, block: Block, monkeypatch, capsys) -> None:
             words = words[pipe + 1 :]
         if words[:1] != ["onerec-hf"]:
             continue
-        name = SUBCOMMANDS.get(words[1], words[1])
+        name = " ".join(words[1 : 2 + (words[1] in SUBCOMMANDS)])
         capsys.readouterr()
         status = onerec_hf_command([*words[1:], *CHEAPER[name]])
         out, err = capsys.readouterr()
@@ -154,7 +155,11 @@ def options_of(command: str) -> frozenset[str]:
     return frozenset(re.findall(r"--\w[\w-]*", out.getvalue())) | {"--config"}
 
 
-COMMAND_NAMES = [SUBCOMMANDS.get(name, name) for name in COMMANDS]
+COMMAND_NAMES = [
+    " ".join([name, *second])
+    for name in COMMANDS
+    for second in ([[word] for word in SUBCOMMANDS.get(name, [])] or [[]])
+]
 
 
 @pytest.mark.parametrize(
@@ -163,9 +168,10 @@ COMMAND_NAMES = [SUBCOMMANDS.get(name, name) for name in COMMANDS]
 def test_commands_have_the_options_that_pages_name(path):
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     for match in re.finditer(r"onerec-hf ((?:semantic-ids )?[a-z-]+)((?: [^\n`|#]*)?)", text):
-        if match[1].split()[0] not in COMMANDS:
+        words = match[1].split()
+        if words[0] not in COMMANDS or words[1:] not in ([], *([word] for word in SUBCOMMANDS.get(words[0], []))):
             continue
-        name = SUBCOMMANDS.get(match[1], match[1])
+        name = match[1] if match[1] not in SUBCOMMANDS else f"{match[1]} {SUBCOMMANDS[match[1]][0]}"
         unknown = set(re.findall(r"(?<!\S)--\w[\w-]*", match[2])) - options_of(name)
         assert not unknown, f"{page_id(path)}: onerec-hf {name} has no {sorted(unknown)}"
     everywhere = frozenset().union(*map(options_of, COMMAND_NAMES))

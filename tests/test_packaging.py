@@ -71,10 +71,11 @@ def test_sdist_builds_the_same_wheel(distributions, tmp_path):
     (folder,) = tmp_path.iterdir()
     build("wheel", folder, tmp_path)
     (again,) = tmp_path.glob("*.whl")
-    modules = lambda file: sorted(
-        n for n in zipfile.ZipFile(file).namelist() if n.endswith((".py", ".jinja", ".typed"))
-    )  # noqa: E731
-    assert modules(again) == modules(wheel)
+    again_names, wheel_names = (
+        sorted(name for name in zipfile.ZipFile(file).namelist() if name.endswith((".py", ".jinja", ".typed")))
+        for file in (again, wheel)
+    )
+    assert again_names == wheel_names
 
 
 def test_wheel_installs_into_a_bare_environment(distributions, tmp_path):

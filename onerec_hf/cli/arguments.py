@@ -53,7 +53,9 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
     interactions: str | None = field(
         default=None,
-        metadata={"help": "Your own table: .csv, .tsv, .parquet or .jsonl with user, item and timestamp."},
+        metadata={
+            "help": "Your own table: .csv, .tsv, .parquet, .jsonl or RecBole's .inter with user, item and timestamp."
+        },
     )
     items: str | None = field(
         default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
@@ -95,7 +97,16 @@ class SemanticIDArguments:
     )
     embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
     behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of behaviour beside the other embeddings."})
-    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of balanced k-means per level."})
+    quantizer: str = field(
+        default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
+    )
+    on_collision: str = field(
+        default="assign",
+        metadata={
+            "help": "Items with equal codes: assign gives others at the least cost, extra-digit adds a level (TIGER)."
+        },
+    )
+    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of k-means per level."})
     semantic_id_seed: int = field(default=0, metadata={"help": "Seed of the clustering."})
 
 

@@ -9,7 +9,7 @@ import warnings
 
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
-    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs",
+    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantisers compared",
     "train": "train a generator on interactions",
     "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
     "recommend": "histories (file or stdin) to recommended items, as JSON lines",

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
+
 from onerec_hf.cli.arguments import parse
 from onerec_hf.cli.steps import load_model, load_processor, say
 
@@ -60,8 +62,10 @@ def main(argv: list[str]) -> None:
         model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
     catalogue = processor.catalogue
     assert catalogue is not None
-    if args.session_length > len(catalogue):
-        raise ValueError(f"--session_length {args.session_length}: the catalogue has only {len(catalogue)} items")
+    if args.session_length > catalogue.num_active:
+        raise ValueError(
+            f"--session_length {args.session_length}: the catalogue has only {catalogue.num_active} items"
+        )
     skipped = empty = 0
     file = contextlib.nullcontext(sys.stdin) if args.histories == "-" else open(args.histories, encoding="utf-8-sig")  # noqa: SIM115 (the with below)
     with file as stream:
@@ -134,7 +138,8 @@ def known_items(catalogue: ItemCatalogue, number: int, history: list, unknown: s
         raise ValueError(
             f"line {number}: the history is empty, there is nothing to read; leave the line out, or pass --unknown skip for an empty answer"
         )
-    if exclude_seen and len(set(known)) == len(catalogue):
+    seen = np.unique(rows[rows >= 0])
+    if exclude_seen and catalogue.active[seen].sum() == catalogue.num_active:
         raise ValueError(
             f"line {number}: the history holds every item of the catalogue; pass --no_exclude_seen to recommend them again"
         )

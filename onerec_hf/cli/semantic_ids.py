@@ -1,9 +1,13 @@
-"""`onerec-hf semantic-ids fit`: items to semantic IDs: a processor with its catalogue, the codebooks and a report."""
+"""
+`onerec-hf semantic-ids fit`: items to semantic IDs: a processor with its catalogue, the codebooks and a report.
+`onerec-hf semantic-ids report`: quantisers side by side on the same items, as a table and a picture.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, parse
 from onerec_hf.cli.steps import (
@@ -26,12 +30,28 @@ class FitArguments(OutputArguments):
     )
 
 
+@dataclass
+class ReportArguments:
+    """What is compared, and where the comparison goes."""
+
+    quantizers: list[str] = field(
+        default_factory=lambda: ["balanced", "kmeans", "rq-vae"], metadata={"help": "Quantisers to compare."}
+    )
+    json: str | None = field(default=None, metadata={"help": "File for the reports as JSON."})
+    png: str | None = field(default=None, metadata={"help": "File for the picture."})
+
+
 def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         argv = ["fit", *argv]
-    if argv[:1] != ["fit"]:
-        raise ValueError("say what to do: onerec-hf semantic-ids fit --help")
-    data_args, id_args, args = parse((DataArguments, SemanticIDArguments, FitArguments), argv[1:], "semantic-ids fit")
+    if argv[:1] not in (["fit"], ["report"]):
+        raise ValueError("say what to do: onerec-hf semantic-ids fit --help, or onerec-hf semantic-ids report --help")
+    (fit if argv[0] == "fit" else report)(argv[1:])
+
+
+def fit(argv: list[str]) -> None:
+    """Semantic IDs by one quantiser, into a folder."""
+    data_args, id_args, args = parse((DataArguments, SemanticIDArguments, FitArguments), argv, "semantic-ids fit")
     if id_args.semantic_ids is not None:
         raise ValueError("--semantic_ids is for `onerec-hf train`: fit makes new ones, into --output_dir")
     folder = check_folder(args.output_dir, args.overwrite)
@@ -45,3 +65,31 @@ def main(argv: list[str]) -> None:
     write_bytes(folder / "semantic_ids.json", (json.dumps(fitted.report.as_dict(), indent=1) + "\n").encode())
     print(fitted.report.table())
     say(f"saved to {folder}; train with: onerec-hf train --semantic_ids {folder}, and the same data options")
+
+
+def report(argv: list[str]) -> None:
+    """Quantisers side by side on the same embeddings."""
+    data_args, id_args, args = parse(
+        (DataArguments, SemanticIDArguments, ReportArguments), argv, "semantic-ids report"
+    )
+    from onerec_hf.semantic_ids import CrowdedPrefixError, compare_reports, plot_reports
+    from onerec_hf.semantic_ids.quantizer import METHODS
+
+    if unknown := [name for name in args.quantizers if name not in METHODS]:
+        raise ValueError(f"--quantizers {unknown[0]}: there are {', '.join(METHODS)}")
+    data = prepare_data(data_args)
+    reports = []
+    for name in args.quantizers:
+        asked = replace(id_args, quantizer=name)
+        try:
+            fitted = fit_catalogue(data, asked)
+        except CrowdedPrefixError as error:
+            say(f"{name}: {error}. Its collisions are resolved by an extra digit here.")
+            fitted = fit_catalogue(data, replace(asked, on_collision="extra-digit"))
+        reports.append(fitted.report)
+    if args.json:
+        rows = [report.as_dict() for report in reports]
+        write_bytes(Path(args.json), (json.dumps(rows, indent=1) + "\n").encode())
+    if args.png:
+        plot_reports(reports, args.png)
+    print(compare_reports(reports))

@@ -273,6 +273,8 @@ def fit_catalogue(data: PreparedData, args: SemanticIDArguments) -> SemanticIDs:
         args.codebook_sizes,
         popularity=popularity,
         recipe=recipe,
+        method=args.quantizer,
+        on_collision=args.on_collision,  # pyright: ignore[reportArgumentType] (checked there)
         max_iter=args.kmeans_iterations,
         seed=args.semantic_id_seed,
     )

@@ -51,6 +51,7 @@ class OneRecDataCollator:
     def _seen(self, histories) -> torch.Tensor:
         lengths = np.fromiter(map(len, histories), np.int64, len(histories))
         seen = np.full((len(histories), lengths.max()), -1, dtype=np.int64)
+        assert self.processor.catalogue is not None  # the processor has read the histories with it
         seen[np.arange(seen.shape[1]) < lengths[:, None]] = self.processor.catalogue.rows(
             [item for history in histories for item in history], unknown="mask"
         )

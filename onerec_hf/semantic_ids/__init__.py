@@ -27,6 +27,7 @@ _PUBLIC = {
     "compare_reports": "report",
     "plot_reports": "report",
     "ResidualQuantizer": "residual_quantizer",
+    "CrowdedPrefixError": "unique_codes",
     "UniqueResult": "unique_codes",
     "add_digit": "unique_codes",
     "make_unique": "unique_codes",
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
     from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
-    from onerec_hf.semantic_ids.unique_codes import UniqueResult, add_digit, make_unique
+    from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError, UniqueResult, add_digit, make_unique
 
 
 def __getattr__(name: str):

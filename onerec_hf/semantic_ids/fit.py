@@ -67,12 +67,13 @@ def fit_semantic_ids(
     points = _check_embeddings(item_ids, embeddings)
     if on_collision not in ("assign", "extra-digit"):
         raise ValueError(f'on_collision must be "assign" or "extra-digit"; got {on_collision!r}')
+    quantizer = make_quantizer(method, codebook_sizes, max_iter=max_iter, seed=seed, **settings)
     if max(codebook_sizes) > len(item_ids):
         raise ValueError(
             f"fewer items than codes: {len(item_ids)} items cannot fill codebooks of {list(codebook_sizes)}; use codebooks of at most "
             f"{len(item_ids)} codes"
         )
-    quantizer = make_quantizer(method, codebook_sizes, max_iter=max_iter, seed=seed, **settings).fit(points)
+    quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
         unique = make_unique(codes, *quantizer.last_level(points, codes))

@@ -55,7 +55,8 @@ class ResidualQuantizer(Quantizer):
         if clustering not in ("balanced", "kmeans"):
             raise ValueError(f'clustering must be "balanced" or "kmeans"; got {clustering!r}')
         self.method = clustering
-        self.max_iter, self.assignment, self.seed = max_iter, assignment, seed
+        self.max_iter, self.seed = max_iter, seed
+        self.assignment: Literal["optimal", "greedy"] = assignment
         self.max_points_per_cluster = max_points_per_cluster
 
     def fit(self, points: torch.Tensor | np.ndarray) -> ResidualQuantizer:

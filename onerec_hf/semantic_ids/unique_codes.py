@@ -15,6 +15,10 @@ class UniqueResult(NamedTuple):
     moved: torch.Tensor
 
 
+class CrowdedPrefixError(ValueError):
+    """More items share a prefix than it has last codes to tell them apart."""
+
+
 def make_unique(
     codes: torch.Tensor,
     last_residuals: torch.Tensor,
@@ -34,7 +38,7 @@ def make_unique(
             when not given.
 
     Raises:
-        ValueError: more items share a prefix than it has (allowed) codes.
+        CrowdedPrefixError: more items share a prefix than it has (allowed) codes.
 
     Example:
         >>> codes = torch.tensor([[0, 1], [0, 1], [1, 1]])
@@ -54,9 +58,9 @@ def make_unique(
         room[bucket_of] = allowed.sum(1)
     if (sizes > room).any():
         fullest = int((sizes - room).argmax())
-        raise ValueError(
+        raise CrowdedPrefixError(
             f"{int(sizes[fullest])} items share the prefix {tuple(buckets[fullest, 1:].tolist())}, but the last level has only "
-            f"{int(room[fullest])} codes to tell them apart; use a larger last codebook or one level more"
+            f"{int(room[fullest])} codes to tell them apart; use a larger last codebook, one level more, or the extra digit (on_collision='extra-digit')"
         )
     full = bucket_of * len(last_codebook) + codes[:, -1]
     _, position, count = torch.unique(full, return_inverse=True, return_counts=True)

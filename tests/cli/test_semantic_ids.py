@@ -75,3 +75,48 @@ def test_fit_refuses_ids_to_start_from(semantic_ids, data, tmp_path):
     )
     refused(done, "--semantic_ids", "onerec-hf train")
     assert not (tmp_path / "o").exists()
+
+
+def test_report_compares_quantisers(data, tmp_path):
+    table, picture = tmp_path / "report.json", tmp_path / "report.png"
+    done = succeeded(
+        onerec(
+            "semantic-ids", "report", *data.options, *CODES, "--quantizers", "balanced", "kmeans", "--json", table, "--png", picture
+        )
+    )  # fmt: skip
+    reports = json.loads(table.read_text())
+    assert [report["method"] for report in reports] == ["balanced", "kmeans"]
+    assert reports[0]["cluster_sizes"][0] == [5, 5] != reports[1]["cluster_sizes"][0]
+    assert reports[1]["residual_energy"][0] < reports[0]["residual_energy"][0]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "\nbalanced " in done.out
+    assert "\nkmeans " in done.out
+
+
+def test_report_counts_collisions_where_a_prefix_is_crowded(data):
+    done = succeeded(
+        onerec("semantic-ids", "report", *data.options, "--codebook_sizes", 2, 2, 2, "--quantizers", "balanced")
+    )
+    assert "items share the prefix" in done.err
+    assert "resolved by a level of" in done.out
+
+
+def test_report_names_the_quantisers_there_are(data):
+    refused(
+        onerec("semantic-ids", "report", *data.options, "--quantizers", "pq"),
+        "--quantizers pq",
+        "balanced, kmeans, rq-vae",
+    )
+
+
+def test_fit_with_another_quantiser_and_an_extra_digit(data, tmp_path):
+    folder = tmp_path / "ids"
+    options = ["--codebook_sizes", 4, 4, "--quantizer", "kmeans", "--on_collision", "extra-digit"]
+    succeeded(onerec("semantic-ids", "fit", *data.options, *options, "--output_dir", folder))
+    catalogue = AutoProcessor.from_pretrained(folder).catalogue
+    assert catalogue.codebook_sizes[:2] == [4, 4]
+    assert len(catalogue.codebook_sizes) == 3
+    refused(
+        onerec("semantic-ids", "fit", *data.options, "--quantizer", "pq", "--output_dir", tmp_path / "o"),
+        "unknown quantiser 'pq'",
+    )

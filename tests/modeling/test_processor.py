@@ -54,7 +54,7 @@ def test_tensors_equal_the_definition_and_decode_back(users, keep):
 def test_generated_sequences_decode_by_position():
     first, second = _tokens(1, ["m1"]), _tokens(1, ["m2"])
     broken = [1, *first[2:], 0]
-    sequences = torch.tensor([first + second, broken + second, first + [0, 0, 0, 0], [1] + [0] * 7])
+    sequences = torch.tensor([first + second, broken + second, [*first, 0, 0, 0, 0], [1] + [0] * 7])
     assert PROCESSOR.batch_decode(sequences) == [["m1", "m2"], [None, "m2"], ["m1"], []]
     assert PROCESSOR.item_rows(sequences).tolist() == [[1, 2], [-1, 2], [1, -1], [-1, -1]]
     assert PROCESSOR.decode(sequences[0]) == ["m1", "m2"]
@@ -68,7 +68,7 @@ def test_absent_semantic_id_is_none():
 
 
 def test_unknown_items_skip_and_error():
-    with pytest.raises(KeyError, match='not in the catalogue.*unknown="skip"'):
+    with pytest.raises(KeyError, match=r'not in the catalogue.*unknown="skip"'):
         PROCESSOR([["m1", "new"]])
     with pytest.warns(UserWarning, match="left out 1 of 3 history items"):
         batch = PROCESSOR([["m1", "new"], ["m2"]], unknown="skip")
@@ -109,3 +109,10 @@ def test_round_trip(tmp_path, processor, model):
     history = [[f"m{i}" for i in range(15)]]
     assert torch.equal(loaded(history)["input_ids"], processor(history)["input_ids"])
     assert loaded(history)["input_ids"].shape == (1, 40)  # max_history is 10
+
+
+def test_a_loaded_processor_checks_its_catalogue(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    make_catalogue(10, (3, 3, 3)).save(tmp_path / "catalogue.safetensors")
+    with pytest.raises(ValueError, match="they belong to different models"):
+        OneRecProcessor.from_pretrained(tmp_path)

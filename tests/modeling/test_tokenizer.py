@@ -30,7 +30,7 @@ def test_text_and_specials():
 
 @pytest.mark.parametrize("text", ["hello", "<a_0>x", "<a_9>", "<c_0>"])
 def test_refuses(text):
-    with pytest.raises(ValueError, match="semantic-ID tokens|outside codebooks"):
+    with pytest.raises(ValueError, match=r"semantic-ID tokens|outside codebooks"):
         OneRecTokenizer([3, 2])(text)
 
 
