@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 def arguments():
     options = parser(__doc__)
     options.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
-    options.add_argument("--data_dir", help="folder of the data set's files")
+    options.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
     options.add_argument(
         "--cpu_minutes", type=float, default=30, help="training budget: user + system time, all threads"
     )
@@ -82,17 +83,20 @@ def run(options, seed: int, minutes: float, limit: list[str]) -> tuple[dict[str,
     from onerec_hf.trainers import OneRecTrainingArguments
 
     recipe = RECIPES / f"{options.dataset.replace('-', '_')}.yaml"
-    folder = [] if options.data_dir is None else ["--data_dir", options.data_dir]
+    folder = options.data_dir or f"../shared/data/{options.dataset.replace('-', '_')}"
     over = [
         part for setting in [*options.set, *limit] for part in (f"--{setting.split('=')[0]}", setting.split("=")[1])
     ]
     data_args, id_args, model_args, _, training_args = parse(
         (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
-        ["--config", str(recipe), *folder, *over],
+        ["--config", str(recipe), "--data_dir", folder, *over],
         "train",
     )
     set_seed(seed)
     data = prepare_data(data_args)
+    if options.quick:
+        users = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
+        data = replace(data, split=replace(data.split, **users))
     id_args.semantic_id_seed = training_args.seed = seed
     fitted = fit_catalogue(data, id_args)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
@@ -114,7 +118,11 @@ def run(options, seed: int, minutes: float, limit: list[str]) -> tuple[dict[str,
 
 def main() -> None:
     options = arguments()
-    minutes, limit = (0.25, ["hidden_size=32", "decoder_layers=1"]) if options.quick else (options.cpu_minutes, [])
+    minutes, limit = (
+        (0.1, ["hidden_size=32", "decoder_layers=1", "kmeans_iterations=4"])
+        if options.quick
+        else (options.cpu_minutes, [])
+    )
     measured = []
     for seed in options.seeds:
         values, protocol = run(options, seed, minutes, limit)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from onerec_hf.data.collators import OneRecDataCollator
@@ -87,19 +88,21 @@ class OneRecTrainer(Seq2SeqTrainer):
             self._signature_columns = ["history", "session"]
 
     def _get_train_sampler(self, train_dataset=None):
-        return super()._get_train_sampler(self._with_lengths(train_dataset or self.train_dataset))
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset):
+            return self._by_length(dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+        return super()._get_train_sampler(dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(eval_dataset, Dataset):
+            return self._by_length(eval_dataset, self.args.eval_batch_size)
+        return super()._get_eval_sampler(eval_dataset)
 
-    def _with_lengths(self, dataset):
-        """The dataset with the column that grouping by length looks for: how many items of its history the encoder reads."""
-        column = self.args.length_column_name
-        grouped = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        if not grouped or not isinstance(dataset, Dataset) or column in dataset.column_names:
-            return dataset
+    def _by_length(self, dataset: Dataset, batch_size: int) -> LengthGroupedSampler:
+        """By how many items of a history the encoder reads; Trainer itself would look for a text's token count."""
         lengths = pc.list_value_length(dataset.with_format("arrow")[:]["history"])
-        return dataset.add_column(column, pc.min_element_wise(lengths, self.processing_class.max_history))  # type: ignore[call-arg]
+        read = pc.min_element_wise(lengths, self.processing_class.max_history)  # type: ignore[attr-defined]
+        return LengthGroupedSampler(batch_size, lengths=read.to_pylist())
 
     @contextmanager
     def _collating_for_evaluation(self):
