@@ -92,7 +92,7 @@ class SemanticIDArguments:
     embedding: str = field(
         default="auto",
         metadata={
-            "help": "What the IDs are made from, joined by '+': given, text, behaviour. auto: given+behaviour, or text+behaviour."
+            "help": "What the IDs are made from, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
         },
     )
     embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})

@@ -229,7 +229,13 @@ def prepare_data(args: DataArguments) -> PreparedData:
 
 def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarray, str]:
     """(items, d) float32 embeddings in the order of `data.item_ids` and a line that says how they were made. Learns from training rows only."""
-    from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, text_embeddings
+    from onerec_hf.semantic_ids import (
+        align_embeddings,
+        behaviour_embeddings,
+        combine_embeddings,
+        cooccurring_pairs,
+        text_embeddings,
+    )
 
     items = data.source.items.select(data.item_ids) if data.source.items is not None else None
     kinds = args.embedding
@@ -239,15 +245,21 @@ def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarr
         else:
             kinds = "given+behaviour" if items.embeddings is not None else "text+behaviour"
     parts, weights = [], []
+    given = None if items is None or items.embeddings is None else np.asarray(items.embeddings, dtype=np.float32)
+    text = None if items is None else lambda: text_embeddings(items.frame["text"].tolist(), dim=args.embedding_dim)
     for kind in kinds.split("+"):
         if kind == "behaviour":
             parts.append(behaviour_embeddings(data.train_rows(), len(data.item_ids), dim=args.embedding_dim))
             weights.append(args.behaviour_weight)
-        elif kind == "text" and items is not None:
-            parts.append(text_embeddings(items.frame["text"].tolist(), dim=args.embedding_dim))
+        elif kind == "text" and text is not None:
+            parts.append(text())
             weights.append(1.0)
-        elif kind == "given" and items is not None and items.embeddings is not None:
-            parts.append(np.asarray(items.embeddings, dtype=np.float32))
+        elif kind == "given" and given is not None:
+            parts.append(given)
+            weights.append(1.0)
+        elif kind == "aligned" and text is not None:
+            pairs = cooccurring_pairs(data.train_rows(), len(data.item_ids))
+            parts.append(align_embeddings(text() if given is None else given, pairs, seed=args.semantic_id_seed))
             weights.append(1.0)
         else:
             raise ValueError(

@@ -4,6 +4,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
+    "align_embeddings": "alignment",
+    "cooccurring_pairs": "alignment",
+    "info_nce": "alignment",
     "BalancedKMeans": "balanced_kmeans",
     "behaviour_embeddings": "embeddings",
     "combine_embeddings": "embeddings",
@@ -27,6 +30,7 @@ _PUBLIC = {
     "compare_reports": "report",
     "plot_reports": "report",
     "ResidualQuantizer": "residual_quantizer",
+    "RQVAEQuantizer": "rq_vae",
     "CrowdedPrefixError": "unique_codes",
     "UniqueResult": "unique_codes",
     "add_digit": "unique_codes",
@@ -36,6 +40,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from onerec_hf.semantic_ids.alignment import align_embeddings, cooccurring_pairs, info_nce
     from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans
     from onerec_hf.semantic_ids.embeddings import (
         behaviour_embeddings,
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
     from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
+    from onerec_hf.semantic_ids.rq_vae import RQVAEQuantizer
     from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError, UniqueResult, add_digit, make_unique
 
 

@@ -1,0 +1,427 @@
+"""TIGER's RQ-VAE: an autoencoder whose latent is quantised level by level; the other way to semantic IDs than clustering."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from logging import INFO
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+
+from onerec_hf.semantic_ids.balanced_assignment import nearest
+from onerec_hf.semantic_ids.balanced_kmeans import check_enough, check_points, means
+from onerec_hf.semantic_ids.quantizer import Quantizer
+
+# Items that the codebooks start from, and iterations of their k-means.
+_START_ITEMS, _START_ITERATIONS = 20_000, 10
+# Items that go through the network at a time outside of training.
+_ROWS = 65_536
+
+
+@strict
+class RQVAEConfig(PreTrainedConfig):
+    r"""
+    Shape of an [`RQVAEModel`] (TIGER, arXiv 2305.05065, section 4: 768-512-256-128-32, three codebooks of 256).
+
+    Args:
+        input_size (`int`, defaults to 768):
+            Dimensions of the item embeddings.
+        codebook_sizes (`list[int]`, defaults to `[256, 256, 256]`):
+            Codes per level.
+        hidden_sizes (`list[int]`, defaults to `[512, 256, 128]`):
+            Hidden layers of the encoder; the decoder has them in reverse.
+        latent_size (`int`, defaults to 32):
+            Dimensions of the latent and of every code.
+        beta (`float`, defaults to 0.25):
+            Weight of the commitment loss.
+
+    Example:
+        >>> RQVAEConfig(input_size=8, codebook_sizes=[4, 4]).hidden_sizes
+        [512, 256, 128]
+    """
+
+    model_type = "rq-vae"
+
+    input_size: int = 768
+    codebook_sizes: list[int] | tuple[int, ...] = (256, 256, 256)
+    hidden_sizes: list[int] | tuple[int, ...] = (512, 256, 128)
+    latent_size: int = 32
+    beta: float | int = 0.25
+
+    def __post_init__(self, **kwargs):
+        self.codebook_sizes = [int(size) for size in self.codebook_sizes]
+        self.hidden_sizes = [int(size) for size in self.hidden_sizes]
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class RQVAEOutput(ModelOutput):
+    """
+    What [`RQVAEModel`] returns for B items.
+
+    Args:
+        loss: scalar; `reconstruction_loss + codebook_loss + beta * commitment_loss`.
+        reconstruction_loss, codebook_loss, commitment_loss: scalars; squared distances summed over dimensions and levels, mean over items.
+        codes: (B, L) int64.
+        reconstruction: (B, input_size), in the units of the input.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+
+
+class RQVAEModel(PreTrainedModel):
+    r"""
+    Encoder, residual codebooks and decoder (TIGER, arXiv 2305.05065, section 3.1). With `x` the item's embedding, centred and
+    divided by one number so that items lie at a mean square distance of one from the mean:
+
+        z = encoder(x);  r_1 = z
+        c_l = argmin_k ||r_l - e_l[k]||^2;  r_{l+1} = r_l - e_l[c_l]
+        q = sum_l e_l[c_l];  x' = decoder(z + sg[q - z])
+        loss = ||x - x'||^2 + sum_l ||sg[r_l] - e_l[c_l]||^2 + beta ||r_l - sg[e_l[c_l]]||^2
+
+    `sg` stops the gradient: the decoder's gradient passes the quantisation straight through to the encoder, each codebook moves by
+    its own level's term alone, and every level's commitment term reaches the encoder. While `quantizes` is False it is a plain
+    autoencoder, `q = z`.
+
+    Example:
+        >>> model = RQVAEModel(RQVAEConfig(input_size=6, codebook_sizes=[4, 3], hidden_sizes=[8], latent_size=2))
+        >>> output = model(torch.randn(5, 6))
+        >>> output.codes.shape, output.reconstruction.shape, output.loss.requires_grad
+        (torch.Size([5, 2]), torch.Size([5, 6]), True)
+    """
+
+    config_class = RQVAEConfig
+    main_input_name = "points"
+    input_mean: torch.Tensor
+    input_scale: torch.Tensor
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__(config)
+        sizes = [config.input_size, *config.hidden_sizes, config.latent_size]
+        self.encoder, self.decoder = _mlp(sizes), _mlp(sizes[::-1])
+        self.codebooks = nn.ParameterList(torch.zeros(size, config.latent_size) for size in config.codebook_sizes)
+        self.register_buffer("input_mean", torch.zeros(config.input_size))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.quantizes = True
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            init.xavier_normal_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RQVAEModel):
+            for codebook in module.codebooks:
+                init.uniform_(codebook, -1 / len(codebook), 1 / len(codebook))
+            init.zeros_(module.input_mean)
+            init.ones_(module.input_scale)
+
+    def forward(self, points: torch.Tensor) -> RQVAEOutput:
+        """
+        Quantises and reconstructs.
+
+        Args:
+            points: (B, input_size) item embeddings.
+        """
+        inputs = (points - self.input_mean) / self.input_scale
+        latents = self.encoder(inputs)
+        if not self.quantizes:
+            reconstruction = self.decoder(latents)
+            loss = _distance(inputs, reconstruction)
+            return RQVAEOutput(loss=loss, reconstruction_loss=loss, reconstruction=self._restored(reconstruction))
+        residual, codes = latents, []
+        codebook_loss = commitment_loss = latents.new_zeros(())
+        for codebook in self.codebooks:
+            codes.append(nearest(residual.detach(), codebook.detach()))
+            chosen = codebook[codes[-1]]
+            codebook_loss = codebook_loss + _distance(residual.detach(), chosen)
+            commitment_loss = commitment_loss + _distance(residual, chosen.detach())
+            residual = residual - chosen.detach()
+        reconstruction = self.decoder(latents - residual.detach())
+        reconstruction_loss = _distance(inputs, reconstruction)
+        return RQVAEOutput(
+            loss=reconstruction_loss + codebook_loss + self.config.beta * commitment_loss,
+            reconstruction_loss=reconstruction_loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            codes=torch.stack(codes, dim=1),
+            reconstruction=self._restored(reconstruction),
+        )
+
+    def _restored(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What the decoder says, in the units of the input."""
+        return outputs * self.input_scale + self.input_mean
+
+    @torch.no_grad()
+    def set_input_statistics(self, points: torch.Tensor) -> None:
+        """Centre and scale by (N, input_size) points; a scale of one where all are equal."""
+        self.input_mean.copy_(points.mean(0))
+        distance = (points - self.input_mean).square().sum(1).mean().sqrt()
+        self.input_scale.copy_(distance if distance > 0 else torch.ones(()))
+
+    @torch.no_grad()
+    def start_codebooks(self, points: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """
+        Sets each codebook to k-means centroids of what the encoder and the codebooks before leave over (TIGER, section 3.1).
+
+        Args:
+            points: (N, input_size), at least as many as the largest codebook.
+            generator: on the CPU, of the initial centroids.
+        """
+        residual = self.latents(points)
+        for codebook in self.codebooks:
+            rows = torch.randperm(len(residual), generator=generator)[: len(codebook)]
+            centers = residual[rows.to(residual.device)]
+            for _ in range(_START_ITERATIONS):
+                centers = means(residual, nearest(residual, centers), centers)
+            codebook.copy_(centers)
+            residual = residual - centers[nearest(residual, centers)]
+
+    @torch.no_grad()
+    def latents(self, points: torch.Tensor) -> torch.Tensor:
+        """(n, latent_size) latents of (n, input_size) points, before quantisation."""
+        return self.encoder((points - self.input_mean) / self.input_scale)
+
+    @torch.no_grad()
+    def encode(self, points: torch.Tensor) -> torch.Tensor:
+        """(n, L) int64 codes of (n, input_size) points."""
+        residual, codes = self.latents(points), []
+        for codebook in self.codebooks:
+            codes.append(nearest(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, dim=1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, input_size) points that (n, l) codes stand for, l <= L."""
+        return self._restored(self.decoder(self.quantized(codes)))
+
+    @torch.no_grad()
+    def quantized(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, latent_size) sum of the codes' vectors; zeros where `codes` has no level."""
+        total = self.codebooks[0].new_zeros(len(codes), self.config.latent_size)
+        for codebook, column in zip(self.codebooks, codes.unbind(1), strict=False):
+            total = total + codebook[column]
+        return total
+
+
+class RQVAEQuantizer(Quantizer):
+    """
+    Semantic IDs by an RQ-VAE, trained with `transformers.Trainer` (AdamW, linear decay).
+
+    As in TIGER and the open re-implementations, the codebooks start from k-means and codes that fall out of use are not restarted.
+    TIGER's k-means sees the first batch through an untrained encoder; here it sees up to 20,000 items, after `warmup_epochs` of training
+    as a plain autoencoder: the latents then hardly leave the codes behind (Łańcucki et al., arXiv 2005.08520). On Amazon Beauty
+    (12,101 items, three codebooks of 256) this keeps every code in use, where a start from the untrained encoder loses a fifth of the
+    first level. Clusters are not balanced: `codes_` is what `encode` gives for the same points.
+
+    Args:
+        codebook_sizes: codes per level.
+        hidden_sizes, latent_size, beta: see [`RQVAEConfig`].
+        epochs: passes over the items, those of the warm-up among them.
+        warmup_epochs: passes before the codebooks start, fewer than `epochs`; 0 is TIGER's way.
+        batch_size, learning_rate: of the training.
+        seed: of weights, initial centroids and batches. The caller's random state is left alone.
+
+    Attributes:
+        model_: the trained [`RQVAEModel`], where the Trainer put it. losses_: mean loss of each epoch; it rises once, when the codebooks
+        start and their losses join. codes_: (N, L) int64.
+
+    Example:
+        >>> points = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+        >>> quantizer = RQVAEQuantizer([5, 4], hidden_sizes=[16], latent_size=4, epochs=20).fit(points)
+        >>> len(quantizer.losses_), torch.equal(quantizer.encode(points), quantizer.codes_)
+        (20, True)
+    """
+
+    method = "rq-vae"
+    model_: RQVAEModel
+    losses_: list[float]
+
+    def __init__(
+        self,
+        codebook_sizes: Sequence[int],
+        *,
+        hidden_sizes: Sequence[int] = (512, 256, 128),
+        latent_size: int = 32,
+        beta: float = 0.25,
+        epochs: int = 60,
+        warmup_epochs: int = 5,
+        batch_size: int = 1024,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+    ):
+        if not 0 <= warmup_epochs < epochs:
+            raise ValueError(
+                f"warmup_epochs must be at least 0 and fewer than epochs; got warmup_epochs={warmup_epochs} of epochs={epochs}"
+            )
+        self.codebook_sizes = [int(size) for size in codebook_sizes]
+        self.hidden_sizes, self.latent_size, self.beta = [int(size) for size in hidden_sizes], latent_size, beta
+        if not self.codebook_sizes:
+            raise ValueError("codebook_sizes must name at least one level")
+        if min(*self.codebook_sizes, *self.hidden_sizes, latent_size) < 1:
+            raise ValueError(
+                f"every size must be at least 1; got codebook_sizes={self.codebook_sizes}, hidden_sizes={self.hidden_sizes}, "
+                f"latent_size={latent_size}"
+            )
+        self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.batch_size, self.learning_rate, self.seed = batch_size, learning_rate, seed
+
+    def _config(self, input_size: int) -> RQVAEConfig:
+        return RQVAEConfig(
+            input_size=input_size,
+            codebook_sizes=self.codebook_sizes,
+            hidden_sizes=self.hidden_sizes,
+            latent_size=self.latent_size,
+            beta=self.beta,
+        )
+
+    def fit(self, points: torch.Tensor | np.ndarray) -> RQVAEQuantizer:
+        """
+        Trains on (N, d) points.
+
+        Raises:
+            ValueError: not two-dimensional, NaN or infinite rows (how many, the first), fewer points than codes of a level.
+        """
+        points = check_points(points).float()
+        check_enough(points, max(self.codebook_sizes))
+        with _own_randomness(), tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                num_train_epochs=self.epochs,
+                per_device_train_batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                logging_strategy="epoch",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=logging.get_verbosity() > INFO,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                seed=self.seed,
+            )
+            torch.manual_seed(self.seed)
+            model = RQVAEModel(self._config(points.shape[1]))
+            model.set_input_statistics(points.cpu())
+            start = _StartCodebooks(points, self.warmup_epochs, self.seed)
+            trainer = Trainer(
+                model,
+                arguments,
+                data_collator=_points_batch,
+                train_dataset=_Points(points.cpu()),
+                callbacks=[start],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        self.model_ = model.eval()
+        self.losses_ = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        self.codes_ = self.encode(points)
+        return self
+
+    def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """(n, L) int64 codes of (n, d) new points."""
+        chunks = check_points(points).float().split(_ROWS)
+        return torch.cat([self.model_.encode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, d) float32 points that (n, l) codes stand for, l <= L levels."""
+        chunks = codes.split(_ROWS)
+        return torch.cat([self.model_.decode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
+
+    def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, latent_size) latents less the codes of all levels but the last, and the (K, latent_size) last codebook."""
+        chunks = zip(points.float().split(_ROWS), codes[:, :-1].split(_ROWS), strict=True)
+        residuals = []
+        for chunk, others in chunks:
+            device = self.model_.device
+            left = self.model_.latents(chunk.to(device)) - self.model_.quantized(others.to(device))
+            residuals.append(left.to(chunk.device))
+        return torch.cat(residuals), self.model_.codebooks[-1].detach().to(points.device)
+
+    def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        config = self.model_.config
+        settings = {"input_size": config.input_size, "hidden_sizes": config.hidden_sizes}
+        settings |= {"codebook_sizes": config.codebook_sizes, "latent_size": config.latent_size, "beta": config.beta}
+        return self.model_.state_dict(), settings
+
+    @classmethod
+    def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> RQVAEQuantizer:
+        input_size = settings.pop("input_size")
+        quantizer = cls(**settings)
+        with _own_randomness():
+            quantizer.model_ = RQVAEModel(quantizer._config(input_size)).eval()
+        quantizer.model_.load_state_dict(tensors)
+        return quantizer
+
+
+class _StartCodebooks(TrainerCallback):
+    """Starts the codebooks after the warm-up."""
+
+    def __init__(self, points: torch.Tensor, after: int, seed: int):
+        self.points, self.after, self.generator = points, after, torch.Generator().manual_seed(seed)
+
+    def on_epoch_begin(self, args, state, control, model: RQVAEModel, **kwargs):
+        epoch = round(state.epoch)
+        model.quantizes = epoch >= self.after
+        if epoch == self.after:
+            count = max(_START_ITEMS, 4 * max(model.config.codebook_sizes))
+            rows = torch.randperm(len(self.points), generator=self.generator)[:count]
+            model.start_codebooks(self.points[rows.to(self.points.device)].to(model.device), self.generator)
+
+
+class _Points(torch.utils.data.Dataset):
+    """Rows that come as whole batches: row by row, collating would take longer than the training step."""
+
+    def __init__(self, points: torch.Tensor):
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitems__(self, rows: list[int]) -> torch.Tensor:
+        return self.points[rows]
+
+
+def _points_batch(points: Any) -> dict[str, torch.Tensor]:
+    """The batch that `_Points` made, by the name of the model's argument."""
+    return {"points": points}
+
+
+def _mlp(sizes: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Squared distance of two (B, d) sets of rows, mean over rows."""
+    return (first - second).square().sum(1).mean()
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Gives Python's, numpy's and torch's global random states back as they were: Trainer seeds them all."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
