@@ -33,8 +33,10 @@ def cpu_seconds() -> float:
 
 
 def peak_gib() -> float:
-    """Peak resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process so far, in GiB. (`ru_maxrss` starts at the parent's peak in a spawned process.)"""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 2**20
 
 
 def one_thread() -> None:
