@@ -107,7 +107,7 @@ def align_embeddings(
     *,
     dim: int = 256,
     hidden_size: int = 256,
-    temperature: float = 0.1,
+    temperature: float = 0.07,
     steps: int = 2000,
     batch_size: int = 256,
     learning_rate: float = 1e-3,

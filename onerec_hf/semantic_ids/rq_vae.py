@@ -229,7 +229,7 @@ class RQVAEQuantizer(Quantizer):
     As in TIGER and the open re-implementations, the codebooks start from k-means and codes that fall out of use are not restarted.
     TIGER's k-means sees the first batch through an untrained encoder; here it sees up to 20,000 items, after `warmup_epochs` of training
     as a plain autoencoder: the latents then hardly leave the codes behind (Łańcucki et al., arXiv 2005.08520). On Amazon Beauty
-    (12,101 items, three codebooks of 256) this keeps every code in use, where a start from the untrained encoder loses a fifth of the
+    (12,101 items, MiniLM, three codebooks of 256, 60 epochs) this keeps every code in use, where the untrained encoder's start uses 77% of the
     first level. Clusters are not balanced: `codes_` is what `encode` gives for the same points.
 
     Args:
@@ -241,8 +241,9 @@ class RQVAEQuantizer(Quantizer):
         seed: of weights, initial centroids and batches. The caller's random state is left alone.
 
     Attributes:
-        model_: the trained [`RQVAEModel`], where the Trainer put it. losses_: mean loss of each epoch; it rises once, when the codebooks
-        start and their losses join. codes_: (N, L) int64.
+        model_: the trained [`RQVAEModel`], where the Trainer put it. losses_: mean loss of each epoch. After the warm-up it is no measure of
+        fit: the codebooks' terms join it and grow as the latents spread, while reconstruction improves (`reconstruction_error` tells).
+        codes_: (N, L) int64.
 
     Example:
         >>> points = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
