@@ -131,7 +131,8 @@ def align_embeddings(
         pairs: (P, 2) rows of items consumed together, see [`cooccurring_pairs`]; a step draws `batch_size` of them.
         dim: dimensions of the result; fewer come back where d is smaller.
         hidden_size: of the MLP.
-        temperature: of [`info_nce`].
+        temperature: of [`info_nce`]. Where items fall into few groups, a batch holds many negatives of an item's own group; a higher one
+            (0.2) then keeps them from being pushed apart.
         steps, batch_size, learning_rate, weight_decay: of the training.
         seed: of weights and batches. The caller's random state is left alone.
 
