@@ -1,7 +1,6 @@
 """`onerec-hf quickstart`: ratings to a saved, recommending model, with its numbers."""
 
 import json
-import os
 import signal
 
 import pytest
@@ -88,7 +87,7 @@ def test_ctrl_c_leaves_nothing(data, tmp_path, monkeypatch):
     step = OneRecTrainer.training_step
 
     def training_step(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(OneRecTrainer, "training_step", step)
         return step(self, *args, **kwargs)
 

@@ -1,7 +1,6 @@
 """`onerec-hf train`: the artefact that it leaves, its options, and Ctrl-C."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -251,7 +250,7 @@ def press_ctrl_c(monkeypatch, *steps):
     def training_step(self, *args, **kwargs):
         number = next(count)
         for _ in range(steps.count(number)):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(OneRecTrainer, "training_step", training_step)
@@ -348,7 +347,7 @@ def test_ctrl_c_before_training_leaves_earlier_results(data, trained, tmp_path, 
 def test_ctrl_c_in_the_last_evaluation_loses_nothing(data, trained, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(OneRecTrainer, "prediction_step", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(OneRecTrainer, "prediction_step", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
         done = onerec("train", *data.options, *CODES, *TINY, "--output_dir", folder)
     assert done.status == 130
     assert AutoModelForSeq2SeqLM.from_pretrained(folder).config.hidden_size == 16

@@ -1,7 +1,6 @@
 """OneRecTrainer: it learns, accumulates, resumes, balances, stops and judges as it says."""
 
 import copy
-import os
 import signal
 
 import numpy as np
@@ -216,7 +215,7 @@ def test_whole_history_is_left_out_not_only_what_the_encoder_reads():
 class PressCtrlC(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path):
