@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onerec_hf.modeling.files_onerec import replacing
+
 if TYPE_CHECKING:
     from onerec_hf.data import RecommendationData
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -92,9 +94,8 @@ def write_generator_card(
         table={scored: [values.get(metric, "") for metric in metrics] for scored, values in table.items()},
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     )
-    temporary = folder / f"README.md.{os.getpid()}.tmp"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, folder / "README.md")
+    with replacing(folder / "README.md") as temporary:
+        Path(temporary).write_text(card, encoding="utf-8")
 
 
 def plain_text(value: object) -> str:

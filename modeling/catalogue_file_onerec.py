@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from contextlib import suppress
 from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from .files_onerec import replacing
 
 FORMAT = "onerec-catalogue"
 VERSION = "2"
@@ -26,13 +27,8 @@ def write_catalogue_file(path: str | os.PathLike, arrays: dict[str, np.ndarray],
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     if (keys := arrays["item_ids"]).dtype.kind == "S":  # safetensors has no bytes
         arrays["item_ids"] = keys.view(np.uint8).reshape(len(keys), -1)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
+    with replacing(path) as temporary:
         save_file(arrays, temporary, metadata={"format": FORMAT, "version": VERSION, **metadata})
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 def read_catalogue_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

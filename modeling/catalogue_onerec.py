@@ -19,7 +19,7 @@ from .catalogue_index_onerec import (
     lower_bound,
     sorted_orders,
 )
-from .catalogue_table_onerec import ItemTable
+from .catalogue_table_onerec import CatalogueTable
 
 CATALOGUE_NAME = "catalogue.safetensors"
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -47,7 +47,7 @@ class CatalogueDiff:
         return ", ".join(f"{len(items)} {name}" for name, items in vars(self).items())
 
 
-class ItemCatalogue(ItemTable):
+class ItemCatalogue(CatalogueTable):
     """
     Item ids and their semantic IDs: N distinct ids, N distinct code tuples, in a fixed row order.
 

@@ -20,7 +20,7 @@ from .catalogue_index_onerec import (
 from .trie_onerec import SemanticIDTrie
 
 
-class ItemTable:
+class CatalogueTable:
     """
     The arrays of an [`ItemCatalogue`] and what is looked up in them. They may lie in a mapped file: nothing here writes to them, and
     every lookup takes many items at once.
@@ -141,7 +141,7 @@ class ItemTable:
             ValueError: another shape, or codes outside their codebook.
 
         Example:
-            >>> catalogue = ItemTable(["m17", "m4"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
+            >>> catalogue = CatalogueTable(["m17", "m4"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
             >>> catalogue.free_last_codes(np.array([[0], [1]])).tolist()
             [[True, False], [False, True]]
         """
@@ -155,4 +155,4 @@ class ItemTable:
         return free
 
 
-__all__ = ["ItemTable"]
+__all__ = ["CatalogueTable"]

@@ -1,6 +1,7 @@
 """What the whole suite shares: no hub, quiet libraries, a tiny catalogue and model."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,6 +48,15 @@ def make_model(catalogue: ItemCatalogue, seed: int = 0, **config) -> OneRecForCo
     )
     model.set_catalogue(catalogue)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The folder of real data sets."""
+    folder = Path(os.environ.get("ONEREC_HF_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent (set ONEREC_HF_DATA)")
+    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from onerec_hf.cli.main import COMMANDS
 from onerec_hf.cli.main import main as onerec_hf_command
@@ -68,7 +67,7 @@ def command_lines(code: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty working directory with the files that the pages name, and one torch thread: two wait for each other on busy machines."""
+    """An empty working directory with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     films = [*range(1, 22), 260, 1196, 1210]
     pd.DataFrame(
@@ -85,10 +84,7 @@ def workplace(tmp_path, monkeypatch):
         "items.csv", index=False
     )
     Path("histories.jsonl").write_text('{"user_id": 1, "history": [1, 2, 999]}\n[260, 1196]\n')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def run_python(page: Path, block: Block, namespace: dict, capsys) -> None:

@@ -39,8 +39,6 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}; make it first")
     import tempfile
 
-    import torch
-
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     processor = load_processor("--model", args.model)
@@ -54,7 +52,6 @@ def main(argv: list[str]) -> None:
             eval_top_k=args.top_k,
             eval_num_beams=args.num_beams,
             eval_exclude_seen=args.exclude_seen,
-            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = OneRecTrainer(model, training_args, processing_class=processor)
         rows = evaluate_beside_baselines(trainer, data, args.split)

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onerec_hf.cli.arguments import (
     DataArguments,
@@ -84,8 +85,7 @@ def main(argv: list[str]) -> None:
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command_line("quickstart", argv))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    check_reload(trainer, folder, data)
-    print_sessions(folder, data)
+    print_sessions(*check_reload(trainer, folder, data), data)
     print_results(rows)
     say(
         f"{time.perf_counter() - started:.0f} seconds. Load it: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"
@@ -98,9 +98,9 @@ def codebook_size(num_items: int) -> int:
     return min(num_items, max(16, min(256, power)))
 
 
-def check_reload(trainer, folder: Path, data: PreparedData) -> None:
+def check_reload(trainer, folder: Path, data: PreparedData) -> tuple[Any, Any]:
     """
-    Loads the folder through the Auto classes and compares its sessions with the trained model's.
+    Loads the folder through the Auto classes, compares its sessions with the trained model's and returns processor and model.
 
     Raises:
         RuntimeError: they differ.
@@ -118,14 +118,11 @@ def check_reload(trainer, folder: Path, data: PreparedData) -> None:
     say(
         f"loaded {folder} through AutoModelForSeq2SeqLM and AutoProcessor: the same sessions for {len(histories)} users"
     )
+    return processor, loaded
 
 
-def print_sessions(folder: Path, data: PreparedData, users: int = 3) -> None:
+def print_sessions(processor, model, data: PreparedData, users: int = 3) -> None:
     """A generated session of five items for a few test users, with titles where the source has them."""
-    from transformers import AutoModelForSeq2SeqLM, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     titles = {}
     if data.source.items is not None and "title" in data.source.items.frame:
         titles = dict(zip(data.source.items.item_ids.tolist(), data.source.items.frame["title"], strict=True))

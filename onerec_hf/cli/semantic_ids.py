@@ -14,6 +14,7 @@ from onerec_hf.cli.steps import (
     CODEBOOKS_NAME,
     check_folder,
     claim_folder,
+    embed_items,
     fit_catalogue,
     prepare_data,
     say,
@@ -78,14 +79,14 @@ def report(argv: list[str]) -> None:
     if unknown := [name for name in args.quantizers if name not in METHODS]:
         raise ValueError(f"--quantizers {unknown[0]}: there are {', '.join(METHODS)}")
     data = prepare_data(data_args)
-    reports = []
+    embedded, reports = embed_items(data, id_args), []
     for name in args.quantizers:
         asked = replace(id_args, quantizer=name)
         try:
-            fitted = fit_catalogue(data, asked)
+            fitted = fit_catalogue(data, asked, embedded)
         except CrowdedPrefixError as error:
             say(f"{name}: {error}. Its collisions are resolved by an extra digit here.")
-            fitted = fit_catalogue(data, replace(asked, on_collision="extra-digit"))
+            fitted = fit_catalogue(data, replace(asked, on_collision="extra-digit"), embedded)
         reports.append(fitted.report)
     if args.json:
         rows = [report.as_dict() for report in reports]

@@ -152,9 +152,10 @@ def find_codebooks(repo: str | os.PathLike) -> bytes | None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file, to a temporary name first."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    from onerec_hf.modeling.files_onerec import replacing
+
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -270,13 +271,15 @@ def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarr
     return combine_embeddings(parts, weights), recipe
 
 
-def fit_catalogue(data: PreparedData, args: SemanticIDArguments) -> SemanticIDs:
-    """Semantic IDs for the items of `data`, with their training popularity."""
+def fit_catalogue(
+    data: PreparedData, args: SemanticIDArguments, embedded: tuple[np.ndarray, str] | None = None
+) -> SemanticIDs:
+    """Semantic IDs for the items of `data`, with their training popularity; `embedded` is what `embed_items` gave, if it was asked before."""
     from onerec_hf.semantic_ids import fit_semantic_ids
 
     if min(args.codebook_sizes) < 1:
         raise ValueError(f"--codebook_sizes must hold positive numbers, one per level; got {args.codebook_sizes}")
-    embeddings, recipe = embed_items(data, args)
+    embeddings, recipe = embed_items(data, args) if embedded is None else embedded
     popularity = np.bincount(np.concatenate(data.train_rows()), minlength=len(data.item_ids))
     say(f"semantic IDs: {len(data.item_ids):,} items from {recipe}, codebooks {args.codebook_sizes}")
     return fit_semantic_ids(

@@ -133,7 +133,6 @@ def train(
         ValueError: an artefact to go on from that is absent, damaged or made for other items. `folder` is untouched then.
         KeyboardInterrupt: Ctrl-C, with the way to go on.
     """
-    import torch
     from transformers import EarlyStoppingCallback, set_seed
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -164,11 +163,8 @@ def train(
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
     own_checkpoint = resumes_in(folder, training_args)
     training_args.output_dir = str(folder / "checkpoints")
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    push, training_args.push_to_hub = (
-        training_args.push_to_hub,
-        False,
-    )  # Trainer would push its checkpoints, not the artefact
+    # Trainer would push its checkpoints, not the artefact.
+    push, training_args.push_to_hub = training_args.push_to_hub, False
     trainer = OneRecTrainer(
         model,
         training_args,

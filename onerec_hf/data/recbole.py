@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from onerec_hf.data.tables import (
     integers_from_text,
     require_columns,
 )
+from onerec_hf.modeling.files_onerec import replacing
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 # RecBole reads with pandas' defaults: these fields are missing there, and a field that starts with a quote swallows what follows.
@@ -170,11 +170,10 @@ def write_recbole(data: RecommendationData | pd.DataFrame, folder: str | Path, n
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, columns in files.items():
-        temporary = folder / f"{name}{suffix}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        path = folder / f"{name}{suffix}"
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write("\t".join(columns) + "\n")
             file.writelines("\t".join(row) + "\n" for row in zip(*columns.values(), strict=True))
-        os.replace(temporary, folder / f"{name}{suffix}")
 
 
 def _read_header(header: str, path: str | Path) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from onerec_hf.modeling.files_onerec import replacing
+
 _PACKAGES = ("onerec-hf", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 
 
@@ -77,8 +79,6 @@ def write_results(
         "rows": rows,
         **more,
     }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w") as file:
+    with replacing(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
-    os.replace(temporary, path)

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from onerec_hf.semantic_ids.balanced_assignment import ROWS
 from onerec_hf.semantic_ids.balanced_kmeans import check_points
 from onerec_hf.semantic_ids.embeddings import cooccurrence
-
-# Rows that are projected at a time.
-_ROWS = 65_536
 
 
 def cooccurring_pairs(
@@ -174,7 +172,7 @@ def align_embeddings(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return torch.cat([projection(chunk) for chunk in inputs.split(_ROWS)]).numpy()
+        return torch.cat([projection(chunk) for chunk in inputs.split(ROWS)]).numpy()
 
 
 class _Projection(nn.Module):

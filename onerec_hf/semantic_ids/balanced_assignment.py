@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+# Points that are handled at a time where every one of them has to be looked at.
+ROWS = 65_536
 # Rows x centroids distances held at a time; the sample that prices are searched on may hold more.
 _CHUNK_ENTRIES, _SAMPLE_ENTRIES = 1 << 20, 1 << 27
 # Sets up to this size are assigned at the least cost by scipy's solver, larger ones by prices.
-_SOLVER_POINTS = 512
+SOLVER_POINTS = 512
 # Sinkhorn steps on one kernel. Each scales a centroid by at most 1000: the eighth power is still a float32, and what underflowed in the
 # kernel would still be nothing.
 _SCALING_STEPS = 8
@@ -118,7 +120,7 @@ def assign_balanced(
     """
     choice, regret = two_nearest(points, centers, prices.values)
     demand = choice.bincount(minlength=len(centers))
-    if len(points) <= _SOLVER_POINTS:
+    if len(points) <= SOLVER_POINTS:
         return _least_cost(points, centers), demand
     return _fill(points, centers, prices.values, choice, regret, demand), demand
 
@@ -147,7 +149,7 @@ def _fill(points, centers, prices, choice, regret, demand) -> torch.Tensor:
         choice = is_open[position]
     # Points that are still left after so many rounds are equal or nearly so (copies of one item): who goes where matters little.
     slots = every.repeat_interleave(room)
-    if len(left) <= _SOLVER_POINTS:
+    if len(left) <= SOLVER_POINTS:
         cost = squares(points[left].double(), centers.double())[:, slots]
         labels[left] = slots[_solve(cost)]
     else:

@@ -7,11 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from onerec_hf.semantic_ids.balanced_assignment import CentroidPrices, assign_balanced, nearest
+from onerec_hf.semantic_ids.balanced_assignment import ROWS, SOLVER_POINTS, CentroidPrices, assign_balanced, nearest
 
 # The last share of the iterations is exactly balanced; before, prices hold the balance nearly, at the cost of plain k-means.
 _EXACT_SHARE = 0.3
-_ROWS = 65_536
 
 
 class BalancedKMeans:
@@ -116,13 +115,13 @@ class BalancedKMeans:
         wanted = count if self.max_points_per_cluster is None else self.max_points_per_cluster * clusters
         sample = points if wanted >= count else points[order[:wanted].sort().values]
         window = prices.sample_size(count)
-        exact_from = 0 if count <= 512 else min(int((1 - _EXACT_SHARE) * self.max_iter), self.max_iter - 1)
-        exact, previous = False, None
+        late = min(int((1 - _EXACT_SHARE) * self.max_iter), self.max_iter - 1)
+        exact_from = 0 if count <= SOLVER_POINTS else late
+        previous = None
         for iteration in range(self.max_iter):
-            if not exact and iteration >= exact_from:
-                exact, previous = True, None
+            exact = iteration >= exact_from
             rows = (torch.arange(window, device=order.device) + iteration * window) % count
-            prices.refine(points[order[rows]], centers, steps=16)
+            prices.refine(points[order[rows]], centers)
             if exact:
                 labels, demand = assign_balanced(points, centers, prices)
                 centers = means(points, labels, centers)
@@ -132,11 +131,13 @@ class BalancedKMeans:
                 demand = labels.bincount(minlength=clusters)
                 centers = means(sample, labels, centers)
             prices.correct(demand.float())
-            if previous is not None and int((labels != previous).sum()) <= self.tol * len(labels):
-                if exact:
-                    break
-                exact, labels = True, None  # settled: what is left to do is the exact balance
-            previous = labels
+            settled = previous is not None and int((labels != previous).sum()) <= self.tol * len(labels)
+            if settled and exact:
+                break
+            if settled:  # what is left to do is the exact balance
+                exact_from = iteration + 1
+            # Exactly balanced labels are not compared with those before, which may be of a sample.
+            previous = None if iteration + 1 == exact_from else labels
 
     def _fit_greedy(self, points, centers, order) -> None:
         """Algorithm 1: every cluster takes its nearest unassigned points and moves at once."""
@@ -198,5 +199,5 @@ def means(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> 
 
 
 def _inertia(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> float:
-    parts = zip(points.split(_ROWS), labels.split(_ROWS), strict=True)
+    parts = zip(points.split(ROWS), labels.split(ROWS), strict=True)
     return sum(float((rows - centers[own]).square().sum(dtype=torch.double)) for rows, own in parts) / len(points)

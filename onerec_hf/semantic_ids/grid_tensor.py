@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+from onerec_hf.modeling.files_onerec import replacing
 from onerec_hf.semantic_ids.imported import ImportedIDs
 
 _TENSOR = "semantic_ids"
@@ -96,13 +97,12 @@ def write_grid_tensor(catalogue: ItemCatalogue, path: str | os.PathLike) -> None
             'torch.save(torch.from_numpy(numpy.load("ids.npy")), "ids.pt")'
         )
     codes = np.ascontiguousarray(catalogue.codes.T.astype(np.int64))
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    if suffix == ".npy":
-        with open(temporary, "wb") as file:
-            np.save(file, codes)
-    else:
-        save_file({_TENSOR: codes}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        if suffix == ".npy":
+            with open(temporary, "wb") as file:
+                np.save(file, codes)
+        else:
+            save_file({_TENSOR: codes}, temporary)
 
 
 def _load_tensor(path: str) -> np.ndarray | torch.Tensor:

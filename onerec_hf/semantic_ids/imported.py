@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError, add_digit
 
 _CODE_LIMIT = 2**31 - 1  # a catalogue keeps 32-bit codes, and a codebook has one code more than its largest
 
@@ -133,7 +135,7 @@ class ImportedIDs:
             popularity: (N,) interaction counts to keep in the catalogue.
 
         Raises:
-            ValueError: items that share all codes ("error"), more items under a prefix than the last level has codes ("assign"), ids that
+            ValueError: items that share all codes ("error"), more items (`CrowdedPrefixError`) under a prefix than the last level has codes ("assign"), ids that
                 repeat, or codes outside `codebook_sizes`.
         """
         if on_collision not in ("error", "assign", "extra-digit"):
@@ -160,7 +162,7 @@ class ImportedIDs:
                 continue
             if len(rows) > last_size:
                 prefix = tuple(codes[rows[0], :-1].tolist())
-                raise ValueError(
+                raise CrowdedPrefixError(
                     f"{self.source}: {len(rows):,} items share the prefix {prefix} (first: {self.item_ids[rows[0]]!r}), but the last "
                     f"level has only {last_size:,} codes to tell them apart; give codebook_sizes with a larger last level, or add a "
                     'level with on_collision="extra-digit"'
@@ -173,22 +175,12 @@ class ImportedIDs:
 
 def _groups(codes: np.ndarray) -> list[np.ndarray]:
     """Rows of every set of two or more items with equal (N, L) codes, each in ascending order; L may be 0."""
-    same, sizes = _which(codes)
-    order = np.argsort(same, kind="stable")
+    rooted = np.concatenate([np.zeros((len(codes), 1), dtype=codes.dtype), codes], axis=1)  # no levels: one root
+    _, same, sizes = np.unique(rooted, axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(same.reshape(-1), kind="stable")
     return [rows for rows in np.split(order, np.cumsum(sizes)[:-1]) if len(rows) > 1]
 
 
 def _place_in_group(codes: np.ndarray) -> np.ndarray:
     """(N,) how many earlier items have the same codes."""
-    same, sizes = _which(codes)
-    order = np.argsort(same, kind="stable")
-    place = np.empty(len(codes), dtype=np.int64)
-    place[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return place
-
-
-def _which(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) number of the distinct row that each row is, and how many rows each distinct one stands for."""
-    rooted = np.concatenate([np.zeros((len(codes), 1), dtype=codes.dtype), codes], axis=1)  # no levels: one root
-    _, same, sizes = np.unique(rooted, axis=0, return_inverse=True, return_counts=True)
-    return same.reshape(-1), sizes
+    return add_digit(torch.from_numpy(codes))[:, -1].numpy()

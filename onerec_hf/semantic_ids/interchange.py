@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+from onerec_hf.modeling.files_onerec import replacing
 from onerec_hf.semantic_ids.imported import ImportedIDs
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -136,10 +137,8 @@ def write_index_json(catalogue: ItemCatalogue, path: str | os.PathLike) -> None:
         str(item): [f"<{letter}_{code}>" for letter, code in zip(_LETTERS, row, strict=False)]  # letters are left over
         for item, row in zip(catalogue.item_ids, catalogue.codes.tolist(), strict=True)
     }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(index, file)
-    os.replace(temporary, path)
 
 
 class _Pairs(list):

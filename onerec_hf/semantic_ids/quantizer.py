@@ -14,6 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.semantic_ids.balanced_assignment import ROWS
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -72,7 +75,7 @@ class Quantizer(ABC):
     def reconstruction_error(self, points: torch.Tensor | np.ndarray, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared distance between (n, d) points and what their (n, l) codes decode to."""
         points = torch.as_tensor(points).float()
-        chunks = zip(points.split(_ROWS), codes.split(_ROWS), strict=True)
+        chunks = zip(points.split(ROWS), codes.split(ROWS), strict=True)
         total = sum((chunk - self.decode(part)).square().sum(dtype=torch.double) for chunk, part in chunks)
         return torch.as_tensor(total).float() / len(points)
 
@@ -80,9 +83,8 @@ class Quantizer(ABC):
         """Writes one safetensors file: to a temporary name first, then renamed."""
         tensors, settings = self._state()
         metadata = {"format": _FORMAT, "version": _VERSION, "method": self.method, "settings": json.dumps(settings)}
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: part.contiguous().cpu() for name, part in tensors.items()}, temporary, metadata=metadata)
 
     @staticmethod
     def load(path: str | os.PathLike) -> Quantizer:
@@ -109,10 +111,6 @@ class Quantizer(ABC):
                 f"onerec_hf reads version {_VERSION} and {', '.join(METHODS)}: update onerec_hf"
             )
         return _class_of(metadata["method"])._restore(tensors, json.loads(metadata["settings"]))
-
-
-# Rows that are decoded at a time where a whole table has to be compared with its reconstruction.
-_ROWS = 65_536
 
 
 def make_quantizer(

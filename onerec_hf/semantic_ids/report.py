@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from onerec_hf.semantic_ids.balanced_assignment import squares
+from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.semantic_ids.balanced_assignment import ROWS, squares
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
 _NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
@@ -87,7 +88,7 @@ def describe_ids(
     """
     sizes = quantizer.codebook_sizes
     mean = embeddings.mean(0)
-    variance = sum(float((rows - mean).square().sum(dtype=torch.double)) for rows in embeddings.split(65_536))
+    variance = sum(float((rows - mean).square().sum(dtype=torch.double)) for rows in embeddings.split(ROWS))
     variance = max(variance / len(embeddings), 1e-12)
     errors = [
         float(quantizer.reconstruction_error(embeddings, quantizer.codes_[:, : level + 1]))
@@ -203,6 +204,5 @@ def plot_reports(reports: Sequence[SemanticIDReport], path: str | os.PathLike) -
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

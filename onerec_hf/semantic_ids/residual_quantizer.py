@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from onerec_hf.semantic_ids.balanced_assignment import nearest
+from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_enough, check_points, means
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
@@ -136,7 +136,7 @@ class ResidualQuantizer(Quantizer):
         return quantizer
 
 
-def _subtract(points: torch.Tensor, centers: torch.Tensor, labels: torch.Tensor, rows: int = 65_536) -> None:
+def _subtract(points: torch.Tensor, centers: torch.Tensor, labels: torch.Tensor) -> None:
     """Takes each point's centroid off it, in place: at a million items a second copy of the points would count."""
-    for chunk, own in zip(points.split(rows), labels.split(rows), strict=True):
+    for chunk, own in zip(points.split(ROWS), labels.split(ROWS), strict=True):
         chunk -= centers[own]

@@ -21,14 +21,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from onerec_hf.semantic_ids.balanced_assignment import nearest
+from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough, check_points, means
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
 # Items that the codebooks start from, and iterations of their k-means.
 _START_ITEMS, _START_ITERATIONS = 20_000, 10
-# Items that go through the network at a time outside of training.
-_ROWS = 65_536
 
 
 @strict
@@ -337,17 +335,17 @@ class RQVAEQuantizer(Quantizer):
 
     def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
         """(n, L) int64 codes of (n, d) new points."""
-        chunks = check_points(points).float().split(_ROWS)
+        chunks = check_points(points).float().split(ROWS)
         return torch.cat([self.model_.encode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """(n, d) float32 points that (n, l) codes stand for, l <= L levels."""
-        chunks = codes.split(_ROWS)
+        chunks = codes.split(ROWS)
         return torch.cat([self.model_.decode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
 
     def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, latent_size) latents less the codes of all levels but the last, and the (K, latent_size) last codebook."""
-        chunks = zip(points.float().split(_ROWS), codes[:, :-1].split(_ROWS), strict=True)
+        chunks = zip(points.float().split(ROWS), codes[:, :-1].split(ROWS), strict=True)
         residuals = []
         for chunk, others in chunks:
             device = self.model_.device

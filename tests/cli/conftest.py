@@ -3,19 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import onerec_hf.cli.train
 from tests.cli.commands import CODES, TINY, interaction_rows, item_rows, onerec, succeeded, write_csv
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """On busy cores, threads that wait for each other cost these small models minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import re
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -32,15 +31,6 @@ def rows(models=("onerec", "popularity", "item_knn")):
         for metric, value in SCORES.items()
     ]
     return [*scored, result_row("illegal_share", 0.0, "share"), result_row("seconds", 3.0, "s")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On busy cores, threads that wait for each other cost these small models minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
