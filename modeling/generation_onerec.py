@@ -2,130 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+)
+from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
+from .beam_search_onerec import Beams, beam_search
 from .catalogue_onerec import ItemCatalogue
-from .trie_onerec import SemanticIDTrie
+from .constraint_onerec import CatalogueConstraint
+from .decoding_onerec import BeamDecoder
 
 
 class SemanticIDLogitsProcessor(LogitsProcessor):
     """
-    Leaves only tokens that continue an item of the catalogue, for all rows at once.
+    Leaves only tokens that continue a legal item of the catalogue, for all rows at once.
 
     Where an item is complete the next token is BOS with probability one: it is given in training too, so it adds nothing to a beam's
     score. Elsewhere the scores of legal tokens stay as they are (full-vocabulary log-probabilities inside beam search), all others
     become -inf.
 
     Args:
-        trie: the catalogue's semantic IDs, on the device of the scores.
+        constraint: what is legal, on the device of the scores; rows of `input_ids` belong to its users in order, equally many each.
         level_offsets: token id of code 0 of each level.
         bos_token_id: the token that opens an item.
-        excluded: (users, e) int64 leaves that must not be generated, padded with -1; rows of `input_ids` belong to users in order,
-            equally many each.
-        distinct: whether an item may stand only once in a session.
-
-    Raises:
-        ValueError: a user whose exclusions leave no item.
     """
 
-    def __init__(
-        self,
-        trie: SemanticIDTrie,
-        level_offsets: Sequence[int],
-        bos_token_id: int,
-        excluded: torch.Tensor | None = None,
-        distinct: bool = True,
-    ):
-        self.trie, self.level_offsets, self.bos_token_id, self.distinct = trie, level_offsets, bos_token_id, distinct
-        self.excluded, self._dead = None, None
-        if excluded is not None and excluded.shape[1]:
-            self.excluded = _sorted_distinct(excluded, trie.num_leaves)
-            left = trie.num_leaves - (self.excluded < trie.num_leaves).sum(1)
-            if (left == 0).any():
-                user = int((left == 0).nonzero()[0])
-                raise ValueError(
-                    f"the exclusions of user {user} leave none of the {trie.num_leaves} items; exclude fewer"
-                )
-            self._dead = [self._dead_nodes(level) for level in range(trie.num_levels)]
-
-    def _dead_nodes(self, level: int) -> torch.Tensor:
-        """(users, e) nodes of `level` whose leaves are all excluded, padded with -1."""
-        trie, leaves = self.trie, self.excluded
-        nodes = trie.ancestors(level, leaves)
-        inside = leaves < trie.num_leaves
-        last = (trie.leaves[level][nodes.clamp(max=len(trie.codes[level]) - 1) + 1]) - 1
-        # The leaves are sorted and distinct, so a node's excluded leaves are a run; it is full when the run that starts at its first
-        # leaf reaches its last one.
-        size = last - trie.leaves[level][nodes.clamp(max=len(trie.codes[level]) - 1)]
-        end = torch.arange(leaves.shape[1], device=leaves.device) + size
-        reaches = leaves.gather(1, end.clamp(max=leaves.shape[1] - 1)) == last
-        return torch.where(inside & reaches & (end < leaves.shape[1]), nodes, -1)
+    def __init__(self, constraint: CatalogueConstraint, level_offsets: Sequence[int], bos_token_id: int):
+        self.constraint, self.level_offsets, self.bos_token_id = constraint, level_offsets, bos_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        trie, rows = self.trie, input_ids.shape[0]
-        levels = trie.num_levels
-        items, level = divmod(input_ids.shape[1] - 1, levels + 1)
+        trie, rows = self.constraint.trie, len(input_ids)
+        users = rows if self.constraint.users is None else self.constraint.users
+        items, level = divmod(input_ids.shape[1] - 1, trie.num_levels + 1)
         constrained = torch.full_like(scores, float("-inf"))
-        if level == levels:
+        if level == trie.num_levels:
             constrained[:, self.bos_token_id] = 0.0
             return constrained
-        offset = self.level_offsets[level]
-        prefix = input_ids[:, input_ids.shape[1] - level :] - torch.tensor(
-            self.level_offsets[:level], device=input_ids.device
-        )
+        offsets = torch.tensor(self.level_offsets, device=input_ids.device)
+        written = input_ids[:, : items * (trie.num_levels + 1)].view(rows, items, trie.num_levels + 1)[..., 1:]
+        own = trie.find_leaves(written - offsets)
+        prefix = input_ids[:, input_ids.shape[1] - level :] - offsets[:level]
         nodes = trie.find_nodes(prefix).clamp_(min=0)  # a beam without any legal token left carries -inf already
-        begin = trie.children[level]
-        if level == 0:
-            tokens = trie.codes[0] + offset
-            constrained[:, tokens] = scores[:, tokens]
-        else:
-            first, count = begin[nodes], begin[nodes + 1] - begin[nodes]
-            child = torch.arange(trie.max_children[level], device=scores.device)
-            # Rows with fewer children name their first child again: the same value is written twice.
-            child = first[:, None] + torch.where(child < count[:, None], child, 0)
-            tokens = trie.codes[level][child] + offset
-            constrained.scatter_(1, tokens, scores.gather(1, tokens))
-        if self.excluded is not None:
-            self._forbid(constrained, level, nodes, self._dead[level].repeat_interleave(rows // len(self.excluded), 0))
-        if self.distinct and items:
-            self._forbid(constrained, level, nodes, self._used_up(level, input_ids, items))
+        legal = self.constraint.legal_children(level, nodes.view(users, rows // users), own.view(users, rows // users, items))
+        row, child = legal.view(rows, -1).nonzero(as_tuple=True)
+        tokens = trie.codes[level][trie.children[level][nodes[row]] + child] + self.level_offsets[level]
+        constrained[row, tokens] = scores[row, tokens]
         return constrained
-
-    def _used_up(self, level: int, input_ids: torch.Tensor, items: int) -> torch.Tensor:
-        """(rows, items) nodes of `level` with no leaf left beside the row's own items and its user's exclusions, else -1."""
-        trie = self.trie
-        written = input_ids[:, : items * (trie.num_levels + 1)].view(len(input_ids), items, -1)[..., 1:]
-        own = trie.find_leaves(written - torch.tensor(self.level_offsets, device=written.device))
-        nodes = trie.ancestors(level, own.clamp(min=0))
-        first, end = trie.leaves[level][nodes], trie.leaves[level][nodes + 1]
-        taken = (nodes[:, :, None] == nodes[:, None, :]).sum(-1)
-        if self.excluded is not None:
-            beams = len(input_ids) // len(self.excluded)
-            by_user = (len(self.excluded), beams * items)
-            bounds = torch.searchsorted(self.excluded, torch.cat([first.view(by_user), end.view(by_user)], 1))
-            below_first, below_end = bounds.chunk(2, dim=1)
-            taken = taken + (below_end - below_first).view_as(taken)
-        return torch.where((own >= 0) & (taken >= end - first), nodes, -1)
-
-    def _forbid(self, scores, level, nodes, dead) -> None:
-        """-inf for the children `dead` (rows, d) of each row's node."""
-        trie = self.trie
-        below = (dead >= 0) & (trie.parents[level][dead.clamp(min=0)] == nodes[:, None])
-        row, column = below.nonzero(as_tuple=True)
-        scores[row, trie.codes[level][dead[row, column]] + self.level_offsets[level]] = float("-inf")
-
-
-def _sorted_distinct(leaves: torch.Tensor, sentinel: int) -> torch.Tensor:
-    """Rows sorted, -1 and repetitions replaced by `sentinel` at the end."""
-    leaves = torch.where(leaves < 0, sentinel, leaves).sort(dim=1).values
-    repeated = torch.zeros_like(leaves, dtype=torch.bool)
-    repeated[:, 1:] = leaves[:, 1:] == leaves[:, :-1]
-    return leaves.masked_fill(repeated, sentinel).sort(dim=1).values.contiguous()
 
 
 class OneRecGenerationMixin(GenerationMixin):
@@ -177,6 +108,7 @@ class OneRecGenerationMixin(GenerationMixin):
         *,
         constrained: bool | None = None,
         exclude: torch.Tensor | None = None,
+        allow: torch.Tensor | None = None,
         distinct: bool = True,
         **kwargs,
     ):
@@ -186,19 +118,78 @@ class OneRecGenerationMixin(GenerationMixin):
         Args:
             constrained: whether only items of the catalogue may be generated; by default wherever the model has a catalogue.
             exclude: (users, e) int64 catalogue rows that a user must not get, padded with -1.
+            allow: (users, a) int64 catalogue rows, the only ones that a user may get, padded with -1.
             distinct: whether an item may stand only once in a session.
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
         constrained = self.catalogue is not None if constrained is None else constrained
         if constrained:
+            constraint = self._constraint(exclude, allow, distinct)
             logits_processor = LogitsProcessorList(logits_processor or [])
-            logits_processor.append(self._constraint(exclude, distinct))
-        elif exclude is not None:
-            raise ValueError("exclude needs constrained generation")
+            logits_processor.append(
+                SemanticIDLogitsProcessor(constraint, self.config.level_offsets, self.config.bos_token_id)
+            )
+        elif exclude is not None or allow is not None:
+            raise ValueError("exclude and allow need constrained generation")
         if all(kwargs.get(name) is None for name in ("max_new_tokens", "max_length")) and generation_config is None:
             kwargs["max_new_tokens"] = self._session_tokens(self.config.session_length)
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
+
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        found = self._fast_generate(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if found is not None:
+            return found
+        return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        found = self._fast_generate(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if found is not None:
+            return found
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+
+    def _fast_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+        """
+        What `generate` returns for greedy and beam search by [`beam_search`], or None where the request asks for more than that
+        knows: other logits processors or stopping criteria, sampling, sessions that end inside an item, scores or states of each
+        step, a prompt, dropout, ranks that wait for each other.
+        """
+        if len(logits_processor) != 1 or not isinstance(logits_processor[0], SemanticIDLogitsProcessor):
+            return None
+        config, constraint = generation_config, logits_processor[0].constraint
+        # End of sequence is never legal.
+        ends_by_length = all(isinstance(each, MaxLengthCriteria | EosTokenCriteria) for each in stopping_criteria)
+        per_step = (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
+        tokens = config.max_length - 1
+        session_length, inside_item = divmod(tokens + 1, self.config.tokens_per_item)
+        starts_anew = input_ids.shape[1] == 1 and bool((input_ids == self.config.bos_token_id).all())
+        known = {"encoder_outputs", "attention_mask", "past_key_values", "use_cache", "synced_gpus", "streamer"}
+        if (
+            config.do_sample
+            or self.training
+            or inside_item
+            or any(per_step)
+            or not (ends_by_length and starts_anew)
+            or model_kwargs.get("synced_gpus")
+            or model_kwargs.get("streamer") is not None
+            or not model_kwargs.keys() <= known
+        ):
+            return None
+        beams = self._search(
+            model_kwargs["encoder_outputs"].last_hidden_state,
+            model_kwargs.get("attention_mask"),
+            constraint,
+            config.num_beams,
+            session_length,
+        )
+        sequences, scores = self._sequences(beams, config.num_return_sequences)
+        if not config.return_dict_in_generate:
+            return sequences
+        if config.num_beams == 1:
+            return GenerateEncoderDecoderOutput(sequences=sequences)
+        return GenerateBeamEncoderDecoderOutput(
+            sequences=sequences, sequences_scores=scores / tokens**config.length_penalty
+        )
 
     def _session_tokens(self, session_length: int) -> int:
         """New tokens of a session: its first BOS is the decoder's start token."""
@@ -215,11 +206,16 @@ class OneRecGenerationMixin(GenerationMixin):
         num_return_sequences: int = 1,
         exclude_seen: bool = False,
         exclude: torch.Tensor | Sequence[Sequence] | None = None,
+        allow: torch.Tensor | Sequence[Sequence] | None = None,
         distinct: bool = True,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
         return_dict_in_generate: bool = False,
     ) -> torch.LongTensor | ModelOutput:
         """
-        The most probable sessions for each history, by beam search over the catalogue (paper, section 3.2).
+        The most probable sessions for each history, by beam search over the catalogue (paper, section 3.2), or, with `do_sample`, as many
+        different ones drawn at random. Dropout is off.
 
         Args:
             input_ids, attention_mask: (users, t), as the processor makes them.
@@ -228,16 +224,24 @@ class OneRecGenerationMixin(GenerationMixin):
             num_return_sequences: sessions returned per user, at most `num_beams`.
             exclude_seen: leave out the items of `input_ids`.
             exclude: more items to leave out per user: lists of item ids, or (users, e) int64 catalogue rows padded with -1.
+            allow: the only items to choose from, in the same forms (a category, what is in stock); one row holds for all users.
             distinct: whether an item may stand only once in a session.
-            return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary).
+            do_sample: draw `num_beams` sessions without replacement (stochastic beam search) instead of finding the most probable
+                ones. The distribution is the model's at this `temperature`, held to the legal items at each code.
+            temperature: divides the logits that are sampled from; scores are those of the model itself.
+            generator: random numbers for `do_sample`, on the model's device.
+            return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary); with
+                `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
+                `sampling_scores` (log-probabilities under the distribution that was sampled from).
 
         Returns:
             (users * num_return_sequences, 1 + new tokens) int64 tokens, best first per user, for `processor.batch_decode`. Where fewer
             legal sessions exist than were asked for, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, `num_return_sequences > num_beams`, or exclusions that leave a user no item.
-            KeyError: an id in `exclude` that the catalogue lacks.
+            ValueError: no catalogue, `num_return_sequences > num_beams`, a temperature that is not positive, or exclusions that leave a
+                user no item.
+            KeyError: an id in `exclude` or `allow` that the catalogue lacks.
         """
         session_length = self.config.session_length if session_length is None else session_length
         if min(session_length, num_beams, num_return_sequences) < 1:
@@ -249,78 +253,81 @@ class OneRecGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"num_return_sequences={num_return_sequences} exceeds num_beams={num_beams}; raise num_beams"
             )
+        if temperature <= 0:
+            raise ValueError(
+                f"temperature={temperature} must be positive; for the most probable sessions leave do_sample out"
+            )
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        excluded = []
-        if exclude is not None:
-            excluded.append(
-                exclude.to(self.device) if isinstance(exclude, torch.Tensor) else self._exclude_rows(exclude)
-            )
+        excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
         if exclude_seen:
             excluded.append(self.history_rows(input_ids))
-        sequences, scores = self._beam_search_catalogue(
-            input_ids,
-            attention_mask,
-            session_length,
-            num_beams,
-            self._constraint(torch.cat(excluded, dim=1) if excluded else None, distinct),
+        constraint = self._constraint(
+            torch.cat(excluded, dim=1) if excluded else None,
+            None if allow is None else self._rows_per_user(allow, "allow", len(input_ids)),
+            distinct,
         )
-        sequences = sequences[:, :num_return_sequences].flatten(0, 1)
-        scores = scores[:, :num_return_sequences].flatten()
-        sequences[scores == float("-inf"), 1:] = self.config.pad_token_id
-        if return_dict_in_generate:
-            return ModelOutput(sequences=sequences, sequences_scores=scores)
-        return sequences
+        with _without_dropout(self):
+            history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
+            sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
+            beams = self._search(history, attention_mask, constraint, num_beams, session_length, **sampling)
+        sequences, scores = self._sequences(beams, num_return_sequences)
+        if not return_dict_in_generate:
+            return sequences
+        output = ModelOutput(sequences=sequences, sequences_scores=scores)
+        if do_sample:
+            output["sampling_keys"] = _first(beams.perturbed, num_return_sequences).flatten()
+            output["sampling_scores"] = _first(beams.sampled_from, num_return_sequences).flatten()
+        return output
 
-    def _constraint(self, exclude: torch.Tensor | None, distinct: bool) -> SemanticIDLogitsProcessor:
+    def _search(self, history, attention_mask, constraint, num_beams, session_length, **sampling) -> Beams:
+        decoder = BeamDecoder(
+            self.get_decoder(), history, attention_mask, num_beams, self._session_tokens(session_length)
+        )
+        return beam_search(decoder, self.lm_head, constraint, num_beams, session_length, **sampling)
+
+    def _sequences(self, beams: Beams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `count` sessions per user as (users * count, tokens) tokens beginning with BOS, and their scores."""
+        trie = self.catalogue.trie.to(beams.leaves.device)
+        scores, leaves = _first(beams.scores, count).flatten(), _first(beams.leaves, count, fill=0).flatten(0, 1)
+        tokens = [torch.full_like(leaves, self.config.bos_token_id)]
+        for level, offset in enumerate(self.config.level_offsets):
+            tokens.append(trie.codes[level][trie.ancestors(level, leaves)] + offset)
+        sequences = torch.stack(tokens, dim=-1).flatten(1)
+        sequences[scores == float("-inf"), 1:] = self.config.pad_token_id
+        return sequences, scores
+
+    def _constraint(self, exclude, allow, distinct: bool) -> CatalogueConstraint:
         """
-        The catalogue's constraint on the model's device: its active items. `exclude` (users, e) holds catalogue rows, padded with -1;
-        retired ones among them have no leaf, and nothing to exclude.
+        The catalogue's constraint on the model's device: its active items. `exclude` and `allow` (users, e) hold catalogue rows, padded
+        with -1; retired ones among them have no leaf.
         """
         if self.catalogue is None:
             raise ValueError(
                 "this model has no item catalogue; give it one with model.set_catalogue(processor.catalogue)"
             )
         trie = self.catalogue.trie.to(self.device)
-        if exclude is not None:
-            exclude = exclude.to(self.device)
-            exclude = torch.where(exclude >= 0, trie.row_to_leaf[exclude.clamp(min=0)], -1)
-        return SemanticIDLogitsProcessor(
-            trie, self.config.level_offsets, self.config.bos_token_id, exclude, distinct=distinct
-        )
+        leaves = [
+            rows if rows is None else torch.where(rows >= 0, trie.row_to_leaf[rows.clamp(min=0)], -1)
+            for rows in (
+                exclude if exclude is None else exclude.to(self.device),
+                allow if allow is None else allow.to(self.device),
+            )
+        ]
+        return CatalogueConstraint(trie, *leaves, distinct=distinct)
 
-    def _beam_search_catalogue(self, input_ids, attention_mask, session_length, num_beams, constraint):
-        """(users, num_beams, tokens) sequences and (users, num_beams) log-probabilities, best first; -inf where no session was left."""
-        users = len(input_ids)
-        history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
-        cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        sequences = input_ids.new_full((users, 1), self.config.bos_token_id)
-        scores = torch.zeros(users, 1, device=history.device)
-        fed = 0
-        for length in range(1, 1 + self._session_tokens(session_length)):
-            if length % self.config.tokens_per_item == 0:  # BOS is given: it goes in together with the code before it
-                sequences = torch.nn.functional.pad(sequences, (0, 1), value=self.config.bos_token_id)
-                continue
-            hidden = self.get_decoder()(
-                sequences[:, fed:],
-                encoder_hidden_states=history,
-                encoder_attention_mask=attention_mask,
-                past_key_values=cache,
-            ).last_hidden_state[:, -1]
-            fed = sequences.shape[1]
-            token_scores = constraint(sequences, self.lm_head(hidden).float().log_softmax(-1))
-            beams, vocabulary = scores.shape[1], token_scores.shape[1]
-            candidates = (scores.view(-1, 1) + token_scores).view(users, -1)
-            scores, best = candidates.topk(min(num_beams, candidates.shape[1]), dim=1)
-            origin = best // vocabulary + beams * torch.arange(users, device=best.device)[:, None]
-            sequences = torch.cat([sequences[origin.flatten()], (best % vocabulary).view(-1, 1)], dim=1)
-            cache.self_attention_cache.reorder_cache(origin.flatten())
-        return sequences.view(users, -1, sequences.shape[1]), scores
-
-    def _exclude_rows(self, lists: Sequence[Sequence]) -> torch.Tensor:
-        """Item ids to leave out per user as (users, e) catalogue rows, padded with -1."""
-        rows = [torch.from_numpy(self.catalogue.rows(items)) for items in lists]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(self.device)
+    def _rows_per_user(self, items: torch.Tensor | Sequence[Sequence], what: str, users: int) -> torch.Tensor:
+        """Catalogue rows (users, e), padded with -1, of lists of item ids or of such rows already; one list holds for all users."""
+        if isinstance(items, torch.Tensor):
+            rows = items.to(self.device)
+        else:
+            lists = [torch.from_numpy(self.catalogue.rows(each)) for each in items]
+            rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
+        if len(rows) not in (1, users):
+            raise ValueError(
+                f"{what} has lists for {len(rows)} users, input_ids has {users}; give one list per user, or one for all"
+            )
+        return rows.expand(users, -1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The history is the same for all beams of a user: encoder states and their mask stay one row per user, and cross-attention folds
@@ -336,6 +343,26 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
+
+
+def _first(values: torch.Tensor, count: int, fill: float = float("-inf")) -> torch.Tensor:
+    """The first `count` beams of (users, beams, ...), `fill` where there are fewer."""
+    values = values[:, :count]
+    missing = values.new_full((len(values), count - values.shape[1], *values.shape[2:]), fill)
+    return torch.cat([values, missing], dim=1)
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for the modules that are in training mode, and back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 __all__ = ["OneRecGenerationMixin", "SemanticIDLogitsProcessor"]

@@ -18,6 +18,7 @@ _PUBLIC = {
     "CatalogueDiff": "modeling.catalogue_onerec",
     "ItemCatalogue": "modeling.catalogue_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
+    "CatalogueConstraint": "modeling.constraint_onerec",
     "SemanticIDLogitsProcessor": "modeling.generation_onerec",
     "OneRecForConditionalGeneration": "modeling.modeling_onerec",
     "OneRecModel": "modeling.modeling_onerec",
@@ -31,6 +32,7 @@ __all__ = sorted([*_PUBLIC, "register_auto_classes"])
 if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue_onerec import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.constraint_onerec import CatalogueConstraint
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.processing_onerec import OneRecProcessor

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf import OneRecProcessor, SemanticIDLogitsProcessor
+from onerec_hf import CatalogueConstraint, OneRecProcessor, SemanticIDLogitsProcessor
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
 
@@ -193,7 +193,7 @@ def test_exclude_takes_ids_rows_and_history():
 
 
 def test_constraint_keeps_legal_scores_and_gives_bos_probability_one():
-    constraint = SemanticIDLogitsProcessor(CATALOGUE.trie, OFFSETS, 1)
+    constraint = SemanticIDLogitsProcessor(CatalogueConstraint(CATALOGUE.trie), OFFSETS, 1)
     scores = torch.randn(2, MODEL.config.vocab_size)
     start = torch.tensor([[1], [1]])
     first = constraint(start, scores)
@@ -219,13 +219,13 @@ def test_refuses(model, processor):
     model.catalogue = None
     with pytest.raises(ValueError, match="no item catalogue"):
         model.recommend(**inputs)
-    with pytest.raises(ValueError, match="exclude needs constrained"):
+    with pytest.raises(ValueError, match="exclude and allow need constrained"):
         model.generate(**inputs, exclude=torch.tensor([[0]]))
 
 
 def test_cross_attention_cache_holds_one_row_per_user():
     """transformers' beam search shares the history's keys and values among the beams of a user."""
-    out = MODEL.generate(**PROCESSOR([["m1"], ["m2"]]), num_beams=5, return_dict_in_generate=True)
+    out = MODEL.generate(**PROCESSOR([["m1"], ["m2"]]), num_beams=5, return_dict_in_generate=True, output_scores=True)
     layer = out.past_key_values.cross_attention_cache.layers[0]
     assert layer.keys.shape[0] == 2
     assert out.past_key_values.self_attention_cache.layers[0].keys.shape[0] == 10

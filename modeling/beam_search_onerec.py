@@ -1,0 +1,180 @@
+"""
+Beam search over the catalogue, and its random twin: sampling of whole sessions without replacement (stochastic beam search, Kool et al. 2019,
+arXiv 1903.06059).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .constraint_onerec import CatalogueConstraint
+from .decoding_onerec import BeamDecoder
+from .trie_onerec import SemanticIDTrie
+
+# Logits of this many rows times the vocabulary exist at once: 32 MiB of float32.
+_LOGITS_AT_ONCE = 1 << 23
+_BLOCK = 64
+
+
+@dataclass
+class Beams:
+    """
+    Sessions found by [`beam_search`], per user best first.
+
+    Args:
+        leaves (`torch.LongTensor` of shape `(users, beams, items)`): leaves of the trie.
+        scores (`torch.FloatTensor` of shape `(users, beams)`): log-probabilities; -inf where no session was left.
+        perturbed (`torch.FloatTensor` of shape `(users, beams)`, *optional*): when sampled, the Gumbel keys that the beams are sorted by.
+        sampled_from (`torch.FloatTensor` of shape `(users, beams)`, *optional*): when sampled, log-probabilities under the distribution
+            that was sampled from, which sums to one over the legal sessions.
+    """
+
+    leaves: torch.Tensor
+    scores: torch.Tensor
+    perturbed: torch.Tensor | None = None
+    sampled_from: torch.Tensor | None = None
+
+
+def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The k largest of each row, best first, equal ones in the order of their places: `torch.topk` with a rule for ties.
+
+    Args:
+        scores: (rows, n) floats, -inf where there is no candidate.
+
+    Returns:
+        (rows, min(k, n)) values and int64 places.
+
+    Example:
+        >>> top_candidates(torch.tensor([[1.0, 3.0, 1.0, 3.0]]), k=3)
+        (tensor([[3., 3., 1.]]), tensor([[1, 3, 0]]))
+    """
+    rows, n = scores.shape
+    if n <= k:
+        values, places = scores.sort(dim=1, descending=True, stable=True)
+        return values, places
+    if n > 16 * k * _BLOCK:
+        # The k best stand in the k blocks with the best maxima: of a block that is left out, k others hold something better (or equal
+        # and before it).
+        blocks = F.pad(scores, (0, -n % _BLOCK), value=float("-inf")).view(rows, -1, _BLOCK)
+        _, chosen = top_candidates(blocks.amax(2), k)
+        chosen = chosen.sort(dim=1).values  # in order of places, for the ties
+        values, inside = top_candidates(blocks.gather(1, chosen[..., None].expand(-1, -1, _BLOCK)).view(rows, -1), k)
+        return values, chosen.gather(1, inside // _BLOCK) * _BLOCK + inside % _BLOCK
+    threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    better, tied = scores > threshold, scores == threshold
+    wanted = better | (tied & (tied.cumsum(1) <= k - better.sum(1, keepdim=True)))
+    places = wanted.nonzero()[:, 1].view(rows, k)
+    values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, order)
+
+
+def beam_search(
+    decoder: BeamDecoder,
+    lm_head: nn.Linear,
+    constraint: CatalogueConstraint,
+    num_beams: int,
+    session_length: int,
+    sample: bool = False,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Beams:
+    """
+    The `num_beams` most probable sessions of `session_length` items per user, level by level; or with `sample` as many sessions drawn
+    without replacement.
+
+    Scores are log-probabilities under the softmax over the full vocabulary, as in training; BOS between two items is given and adds
+    nothing. Equal scores keep the order of their beams, then of their codes.
+
+    Sampling draws from the model held to what is legal: at each level, softmax over the legal children of `logits / temperature`. A
+    session's key is its log-probability plus Gumbel noise, drawn top-down so that the largest keys below a node are found without
+    looking at all of its sessions (Kool et al., algorithm 1).
+
+    Args:
+        decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
+        lm_head: states (rows, width) to logits (rows, vocabulary).
+        generator: of the Gumbel noise, on the device of the model.
+    """
+    trie, users, config = constraint.trie, decoder.users, decoder.config
+    device = trie.leaf_to_row.device
+    scores = torch.zeros(users, 1, device=device)
+    sampled_from, perturbed = (torch.zeros_like(scores), torch.zeros_like(scores)) if sample else (None, None)
+    nodes = torch.zeros(users, 1, dtype=torch.long, device=device)
+    leaves = nodes.new_zeros(users, 1, 0)
+    tokens = nodes.new_full((users, 1), config.bos_token_id)
+    first_row = torch.arange(users, device=device)[:, None]
+    for item in range(session_length):
+        for level in range(trie.num_levels):
+            first = trie.children[level][nodes]
+            legal = constraint.legal_children(level, nodes, leaves)
+            beams, width = legal.shape[1:]
+            child_tokens = _child_tokens(trie, level, first, width) + config.level_offsets[level]
+            logits, normalizer = _child_logits(decoder.step(tokens), lm_head, config.vocab_size, child_tokens)
+            logits = logits.view_as(legal).masked_fill_(~legal, float("-inf"))
+            normalizer = normalizer.view(users, beams, 1)
+            if sample:
+                conditional = (logits / temperature).log_softmax(-1)
+                # A beam without any legal child has nan here.
+                drawn_from = (sampled_from[..., None] + conditional).masked_fill_(~legal, float("-inf"))
+                keys = _conditional_gumbels(drawn_from, perturbed, generator)
+                perturbed, place = top_candidates(keys.flatten(1), num_beams)
+                sampled_from = drawn_from.flatten(1).gather(1, place)
+                scores = (scores[..., None] + (logits - normalizer)).flatten(1).gather(1, place)
+            else:
+                totals = logits.sub_(normalizer).add_(scores[..., None])
+                scores, place = top_candidates(totals.flatten(1), num_beams)
+            origin = place // width
+            # A dead beam's node need not exist; its score is -inf and stays so.
+            nodes = (first.gather(1, origin) + place % width).clamp_(max=len(trie.codes[level]) - 1)
+            leaves = leaves.gather(1, origin[..., None].expand(-1, -1, item))
+            tokens = (trie.codes[level][nodes] + config.level_offsets[level]).view(-1, 1)
+            if level == trie.num_levels - 1:
+                leaves = torch.cat([leaves, nodes[..., None]], dim=2)
+                nodes = torch.zeros_like(nodes)
+                tokens = F.pad(
+                    tokens, (0, 1), value=config.bos_token_id
+                )  # BOS is given: it goes in with the code before it
+            if item < session_length - 1 or level < trie.num_levels - 1:
+                decoder.reorder((origin + beams * first_row).flatten())
+    return Beams(leaves, scores, perturbed, sampled_from)
+
+
+def _child_tokens(trie: SemanticIDTrie, level: int, first: torch.Tensor, width: int) -> torch.Tensor:
+    """Codes of the children from `first` (users, beams) on: (rows, width), or (1, width) on level 0, where all rows have the same."""
+    if level == 0:
+        return trie.codes[0][None]
+    children = first.view(-1, 1) + torch.arange(width, device=first.device)
+    return trie.codes[level][children.clamp_(max=len(trie.codes[level]) - 1)]
+
+
+def _child_logits(hidden, lm_head, vocab_size, tokens):
+    """float32 logits of `tokens` (rows or 1, children), and the log of the softmax's denominator over the full vocabulary (rows,)."""
+    rows = max(1, _LOGITS_AT_ONCE // vocab_size)
+    tokens = tokens.expand(len(hidden), -1)
+    logits, normalizers = [], []
+    for states, wanted in zip(hidden.split(rows), tokens.split(rows), strict=True):
+        part = lm_head(states).float()
+        logits.append(part.gather(1, wanted))
+        normalizers.append(part.logsumexp(-1))
+    return torch.cat(logits), torch.cat(normalizers)
+
+
+def _conditional_gumbels(log_probabilities, maximum, generator):
+    """
+    Gumbel keys of the children (users, beams, children) of nodes whose keys are `maximum` (users, beams): drawn independently, then shifted
+    so that their largest equals the node's key (Kool et al., section 3.2 and appendix B.3).
+    """
+    noise = torch.empty_like(log_probabilities).exponential_(generator=generator).log_().neg_()
+    keys = log_probabilities + noise
+    largest = keys.amax(-1, keepdim=True)
+    maximum = maximum[..., None]
+    v = maximum - keys + torch.log1p(-(keys - largest).exp())
+    shifted = maximum - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+    return shifted.masked_fill(log_probabilities == float("-inf"), float("-inf"))
+
+
+__all__ = ["Beams", "beam_search", "top_candidates"]
