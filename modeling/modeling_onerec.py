@@ -35,6 +35,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
 from .generation_onerec import OneRecGenerationMixin
+from .packing_onerec import (
+    check_packing,
+    positions_behind,
+    same_segment,
+    segment_positions,
+    within_ranges,
+)
 
 
 @dataclass
@@ -427,6 +434,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         attention_mask=None,
         inputs_embeds=None,
         position_ids=None,
+        segment_ids=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -435,23 +443,27 @@ class OneRecEncoder(OneRecPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            position_ids = history_positions(inputs_embeds, attention_mask)
-        if self.config.encoder_is_causal:
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=None
-            )
-        else:
-            mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-            )
+            position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
+        create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask
+        mask = create_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            and_mask_function=None if segment_ids is None else same_segment(segment_ids),
+        )
         hidden_states, positions = self.dropout(inputs_embeds), self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=positions, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
-def history_positions(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def history_positions(
+    states: torch.Tensor, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """(users or 1, t) position of each token among its history's real tokens, wherever the padding stands."""
+    if segment_ids is not None:
+        return segment_positions(segment_ids)
     if attention_mask is None:
         return torch.arange(states.shape[1], device=states.device).unsqueeze(0)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -488,11 +500,17 @@ class OneRecDecoder(OneRecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _cross_positions(self, position_ids, encoder_hidden_states, encoder_attention_mask, rows):
+    def _cross_positions(
+        self, position_ids, encoder_hidden_states, encoder_attention_mask, rows, segment_ids, history_ranges
+    ):
         """Rotary embeddings that put the session right behind the history: of the queries (users, beams * t) and the keys."""
-        keys = history_positions(encoder_hidden_states, encoder_attention_mask)
+        keys = history_positions(encoder_hidden_states, encoder_attention_mask, segment_ids)
         users = encoder_hidden_states.shape[0]
-        queries = position_ids.expand(rows, -1).reshape(users, -1) + keys[:, -1:] + 1
+        if history_ranges is None:
+            behind = keys[:, -1:] + 1
+        else:
+            behind = positions_behind(history_ranges, keys, position_ids.shape[-1])
+        queries = position_ids.expand(rows, -1).reshape(users, -1) + behind
         return self.rotary_emb(encoder_hidden_states, queries), self.rotary_emb(encoder_hidden_states, keys)
 
     @merge_with_config_defaults
@@ -507,6 +525,8 @@ class OneRecDecoder(OneRecPreTrainedModel):
         position_ids=None,
         past_key_values=None,
         use_cache=None,
+        segment_ids=None,
+        history_ranges=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecDecoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -518,11 +538,13 @@ class OneRecDecoder(OneRecPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        packed = history_ranges is not None
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            # Packed sessions are padded on the right, where causality hides the padding; an unused slot would have nothing to see.
+            attention_mask=None if packed else attention_mask,
+            position_ids=None if packed else position_ids,
             past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
         )
         users = encoder_hidden_states.shape[0]
@@ -531,11 +553,17 @@ class OneRecDecoder(OneRecPreTrainedModel):
             inputs_embeds=inputs_embeds.reshape(users, -1, inputs_embeds.shape[-1]),
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
+            and_mask_function=within_ranges(history_ranges, inputs_embeds.shape[1]) if packed else None,
         )
         query_positions = key_positions = None
         if self.config.cross_attention_rope:
             query_positions, key_positions = self._cross_positions(
-                position_ids, encoder_hidden_states, encoder_attention_mask, inputs_embeds.shape[0]
+                position_ids,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                inputs_embeds.shape[0],
+                segment_ids,
+                history_ranges,
             )
         hidden_states, positions = self.dropout(inputs_embeds), self.rotary_emb(inputs_embeds, position_ids)
         counts = []
@@ -592,6 +620,8 @@ class OneRecModel(OneRecPreTrainedModel):
         use_cache: bool | None = None,
         encoder_input_ids: torch.LongTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        history_ranges: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecModelOutput:
         r"""
@@ -600,13 +630,22 @@ class OneRecModel(OneRecPreTrainedModel):
             user, all users once, then all users again (chosen rows, then rejected ones).
         encoder_attention_mask (`torch.Tensor` of shape `(users, t)`, *optional*):
             Mask of `encoder_input_ids`.
+        segment_ids (`torch.LongTensor` of shape `(rows, t)`, *optional*):
+            Which of several histories packed into a row of `input_ids` a token belongs to: 1, 2, ... for runs of tokens, 0 for padding.
+            It takes the place of `attention_mask`.
+        history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
+            The decoder has `rows * P` rows, and row `b * P + p` reads the encoder's tokens from `history_ranges[b, p, 0]` up to
+            `history_ranges[b, p, 1]` of row b. A range lies inside one segment, and with a fully visible encoder it ends where its
+            segment ends: what stands behind it would leak. Sessions are padded on the right; a slot without a session has labels -100,
+            a `decoder_attention_mask` of 0 and any range of one token.
         """
+        check_packing(self.config._attn_implementation, attention_mask, segment_ids, history_ranges)
         if encoder_input_ids is not None:
             decoder_input_ids, decoder_attention_mask = input_ids, attention_mask
             input_ids, attention_mask = encoder_input_ids, encoder_attention_mask
         decoder_position_ids = kwargs.pop("decoder_position_ids", None)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, **kwargs)
         encoder_hidden_states, cross_attention_mask = encoder_outputs[0], attention_mask
         if encoder_input_ids is not None:  # one encoder pass per user, whichever rows read it
             repeats = decoder_input_ids.shape[0] // encoder_hidden_states.shape[0]
@@ -622,6 +661,8 @@ class OneRecModel(OneRecPreTrainedModel):
             position_ids=decoder_position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            segment_ids=segment_ids,
+            history_ranges=history_ranges,
             **kwargs,
         )
         return OneRecModelOutput(
@@ -680,12 +721,18 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        segment_ids: torch.LongTensor | None = None,
+        history_ranges: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecOutput:
         r"""
         labels (`torch.LongTensor` of shape `(rows, t)`, *optional*):
             Code tokens, -100 where nothing is predicted (BOS and padding); not shifted: position i is what the decoder says after its
             i-th input.
+        segment_ids (`torch.LongTensor` of shape `(rows, t)`, *optional*):
+            Which of several histories packed into a row of `input_ids` a token belongs to (see [`OneRecModel`]).
+        history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
+            Which tokens of an encoder row each of its P decoder rows reads (see [`OneRecModel`]).
 
         Example:
 
@@ -716,6 +763,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             decoder_inputs_embeds,
             use_cache,
             output_router_logits=output_router_logits,
+            segment_ids=segment_ids,
+            history_ranges=history_ranges,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -111,13 +111,29 @@ class OneRecProcessor(ProcessorMixin):
         if sessions is not None:
             if len(sessions) != len(histories):
                 raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions")
-            rows, lengths = self._rows(sessions, unknown, "session", None)
-            written = self._write(rows, lengths, tokenizer.bos_token_id)
-            data["decoder_input_ids"] = written[:, :-1].contiguous()
-            data["decoder_attention_mask"] = (data["decoder_input_ids"] != tokenizer.pad_token_id).long()
-            special = (written == tokenizer.bos_token_id) | (written == tokenizer.pad_token_id)
-            data["labels"] = written.masked_fill(special, -100)[:, 1:].contiguous()
+            data |= self.sessions(sessions, unknown)
         return BatchFeature(data)
+
+    def sessions(self, sessions: Sequence[Sequence], unknown: str = "error") -> dict[str, torch.Tensor]:
+        """
+        The decoder's side of a batch, for sessions that do not each have a history of their own: `decoder_input_ids`,
+        `decoder_attention_mask` and `labels`, as `__call__` makes them.
+
+        Example:
+            >>> from onerec_hf import ItemCatalogue, OneRecProcessor
+            >>> catalogue = ItemCatalogue(["m4", "m17"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
+            >>> OneRecProcessor.from_catalogue(catalogue).sessions([["m4", "m17"], ["m17"]])["labels"].tolist()
+            [[4, 7, -100, 5, 6], [5, 6, -100, -100, -100]]
+        """
+        rows, lengths = self._rows(sessions, unknown, "session", None)
+        written = self._write(rows, lengths, self.tokenizer.bos_token_id)
+        decoder_input_ids = written[:, :-1].contiguous()
+        special = (written == self.tokenizer.bos_token_id) | (written == self.tokenizer.pad_token_id)
+        return {
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": (decoder_input_ids != self.tokenizer.pad_token_id).long(),
+            "labels": written.masked_fill(special, -100)[:, 1:].contiguous(),
+        }
 
     def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
         """Catalogue rows of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onerec_hf.data.collators import OneRecDataCollator
+    from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
     from onerec_hf.data.feedback import PositiveFeedback
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
+    from onerec_hf.data.packing import PackedDataset
+    from onerec_hf.data.prefixes import prefix_examples
     from onerec_hf.data.recbole import read_recbole, write_recbole
     from onerec_hf.data.sequences import UserSequences
     from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
@@ -24,6 +26,8 @@ _PUBLIC = {
     "ItemTable": "interactions",
     "LeaveOneOutSplit": "splits",
     "OneRecDataCollator": "collators",
+    "PackedDataCollator": "collators",
+    "PackedDataset": "packing",
     "PositiveFeedback": "feedback",
     "RecommendationData": "sources",
     "SessionCriteria": "sessions",
@@ -35,6 +39,7 @@ _PUBLIC = {
     "leave_one_out": "splits",
     "load_files": "sources",
     "load_source": "sources",
+    "prefix_examples": "prefixes",
     "read_interactions": "interactions",
     "read_items": "interactions",
     "read_recbole": "recbole",

@@ -25,6 +25,7 @@ class OneRecDataCollator:
         with_seen: also return `exclude`, (users, e) int64 catalogue rows of the *whole* history padded with -1, for
             `recommend(exclude=...)`: evaluation leaves out everything that the user has seen, not only what the encoder reads.
         unknown: "error" or "skip", as for the processor.
+        pad_to_multiple_of: history items; pads the longest history of a batch further, so that `torch.compile` sees few shapes.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -39,11 +40,17 @@ class OneRecDataCollator:
     max_history: int | None = None
     with_seen: bool = False
     unknown: str = "error"
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         histories = [example["history"] for example in examples]
         sessions = [example["session"] for example in examples] if "session" in examples[0] else None
         batch = dict(self.processor(histories, sessions, max_history=self.max_history, unknown=self.unknown))
+        if self.pad_to_multiple_of is not None:
+            multiple = self.pad_to_multiple_of * (len(self.processor.tokenizer.codebook_sizes) + 1)
+            missing = -batch["input_ids"].shape[1] % multiple
+            for name, value in (("input_ids", self.processor.tokenizer.pad_token_id), ("attention_mask", 0)):
+                batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=value)
         if self.with_seen:
             batch["exclude"] = self._seen(histories)
         return batch
@@ -56,3 +63,121 @@ class OneRecDataCollator:
             [item for history in histories for item in history], unknown="mask"
         )
         return torch.from_numpy(seen)
+
+
+@dataclass
+class PackedDataCollator:
+    """
+    Batches packed rows (of a [`PackedDataset`]) or examples as they are, a row each: windows (`history`, `session`) or prefixes (`history`,
+    `sessions`, `history_lengths`).
+
+    Args:
+        processor: knows the catalogue; of a window's history its latest `max_history` items are kept.
+        encoder_is_causal: the model's; a fully visible encoder must not read behind the prefix of a session.
+        items, slots, session_items: history items and sessions of a row and items of a session; what the batch needs when not given.
+        rows: rows of a batch; a smaller one, the last of an epoch, is filled with padding.
+
+    Returns:
+        int64 tensors: `input_ids` and `segment_ids` (B, items * (levels + 1)); `history_ranges` (B, slots, 2); `decoder_input_ids`,
+        `decoder_attention_mask` and `labels` (B * slots, session_items * (levels + 1) - 1).
+
+    Raises:
+        ValueError: prefixes for a fully visible encoder, or examples that do not fit into a row.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue, OneRecProcessor
+        >>> catalogue = ItemCatalogue([7, 8, 9], codes=[[0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 2])
+        >>> collator = PackedDataCollator(OneRecProcessor.from_catalogue(catalogue), encoder_is_causal=True)
+        >>> batch = collator([{"history": [7, 8], "sessions": [[8], [9]], "history_lengths": [1, 2]}])
+        >>> batch["input_ids"].tolist(), batch["history_ranges"].tolist()
+        ([[3, 4, 7, 3, 5, 6]], [[[0, 3], [0, 6]]])
+        >>> batch["labels"].tolist()
+        [[5, 6], [5, 7]]
+    """
+
+    processor: OneRecProcessor
+    encoder_is_causal: bool
+    items: int | None = None
+    slots: int | None = None
+    session_items: int | None = None
+    rows: int | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        packs = [feature.get("examples", [feature]) for feature in features]
+        segments = [example for pack in packs for example in pack]
+        sessions = [example.get("sessions") or [example["session"]] for example in segments]
+        histories = [example["history"] for example in segments]
+        read = [
+            example.get("history_lengths") or [len(history)]
+            for example, history in zip(segments, histories, strict=True)
+        ]
+        self._check(histories, read)
+        width = len(self.processor.tokenizer.codebook_sizes) + 1
+        inputs = self.processor(histories)
+        lengths = (inputs["attention_mask"].sum(1) // width).numpy()  # items, cut to max_history
+        counts = np.fromiter(map(len, sessions), np.int64, len(sessions))
+        row = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        begins, first_slots = _starts_in_rows(lengths, row), _starts_in_rows(counts, row)
+        shape = (
+            self.rows or len(packs),
+            self.items or int((begins + lengths).max()),
+            self.slots or int((first_slots + counts).max()),
+        )
+        if len(packs) > shape[0] or (begins + lengths).max() > shape[1] or (first_slots + counts).max() > shape[2]:
+            raise ValueError(
+                f"{len(packs)} rows of up to {(begins + lengths).max()} history items and {(first_slots + counts).max()} sessions do "
+                f"not fit into a batch of (rows, items, slots) = {shape}"
+            )
+        batch, items, slots = shape
+        flat = np.repeat(row * items + begins - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        tokens = torch.full((batch * items, width), self.processor.tokenizer.pad_token_id)
+        tokens[flat] = inputs["input_ids"][inputs["attention_mask"].bool()].view(-1, width)
+        segment_ids = torch.zeros(batch * items, dtype=torch.int64)
+        segment_ids[flat] = torch.from_numpy(np.repeat(np.arange(len(row)) - np.searchsorted(row, row) + 1, lengths))
+        slot = np.repeat(row * slots + first_slots - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        # A window reads its history as it was cut, a prefix what it says.
+        reads = np.minimum(np.concatenate(read), np.repeat(lengths, counts))
+        ranges = torch.tensor([0, 1]).repeat(batch * slots, 1)
+        ranges[slot] = torch.from_numpy(np.repeat(begins, counts)[:, None] + np.stack([0 * reads, reads], 1)) * width
+        return {
+            "input_ids": tokens.view(batch, -1),
+            "segment_ids": segment_ids.repeat_interleave(width).view(batch, -1),
+            "history_ranges": ranges.view(batch, slots, 2),
+            **self._decoder([session for group in sessions for session in group], slot, batch * slots),
+        }
+
+    def _check(self, histories, read) -> None:
+        whole = all(
+            length == len(history) for history, lengths in zip(histories, read, strict=True) for length in lengths
+        )
+        if whole:
+            return
+        if not self.encoder_is_causal:
+            raise ValueError(
+                "prefixes need a causal encoder: a fully visible one reads the items that follow a prefix, which are the targets. Make "
+                "the model with encoder_is_causal=True, or train on windows"
+            )
+        longest, limit = max(map(len, histories)), self.processor.max_history
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"prefixes of a history of {longest} items, but the processor's max_history is {limit}: make them with "
+                f"prefix_examples(..., max_history={limit})"
+            )
+
+    def _decoder(self, sessions, slot, total) -> dict[str, torch.Tensor]:
+        """The sessions' tensors, each in its slot; slots without one hold padding."""
+        tokenizer = self.processor.tokenizer
+        made = self.processor.sessions(sessions)
+        width = len(tokenizer.codebook_sizes) + 1
+        length = made["labels"].shape[1] if self.session_items is None else self.session_items * width - 1
+        empty = {"decoder_input_ids": tokenizer.pad_token_id, "decoder_attention_mask": 0, "labels": -100}
+        placed = {name: torch.full((total, length), value) for name, value in empty.items()}
+        for name, value in made.items():
+            placed[name][slot, : value.shape[1]] = value
+        return placed
+
+
+def _starts_in_rows(sizes: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Where each of the parts of these sizes begins inside its row; `row` is sorted."""
+    starts = np.cumsum(sizes) - sizes
+    return starts - starts[np.searchsorted(row, row)]

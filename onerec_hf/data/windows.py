@@ -107,13 +107,13 @@ def examples(
     id_type = pa.int64() if user_ids.dtype.kind == "i" else pa.string()
     columns = {
         "user_id": pa.array(user_ids, type=id_type),
-        "history": _slices(*history),
-        "session": _slices(*session),
+        "history": list_slices(*history),
+        "session": list_slices(*session),
     }
     return Dataset(pa.table(columns))
 
 
-def _slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
+def list_slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
     """(E,) lists `values[starts[i]:stops[i]]`."""
     flat = pa.array(values, type=pa.int64() if values.dtype.kind == "i" else pa.string())
     ends = np.cumsum(stops - starts)

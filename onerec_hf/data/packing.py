@@ -1,0 +1,169 @@
+"""
+Padding-free training: examples of unequal length packed into rows of one size.
+
+A packed row holds up to so many history items, of as many examples as fit, and up to so many sessions. Rows are what a sampler
+shuffles and a batch counts, and all batches have the same shapes, so that `torch.compile` compiles once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
+    """
+    Sizes of windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
+
+    Args:
+        max_history: the latest items of a window's history that are read.
+
+    Returns:
+        (E,) history items and (E,) sessions of each example, and the items of the longest session.
+
+    Raises:
+        ValueError: the columns are of neither kind, or prefixes of a history longer than `max_history`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> windows = Dataset.from_dict({"history": [[1, 2, 3], [4]], "session": [[5, 6], [7]]})
+        >>> [size.tolist() for size in example_sizes(windows, max_history=2)[:2]], example_sizes(windows)[2]
+        ([[2, 1], [1, 1]], 2)
+    """
+    columns = set(dataset.column_names)
+    table: pa.Table = dataset.with_format("arrow")[:]
+    if {"history", "sessions", "history_lengths"} <= columns:
+        items, counts = _lengths(table["history"]), _lengths(table["sessions"])
+        session_items = _lengths(pc.call_function("list_flatten", [table["sessions"]]))
+        if max_history is not None and items.max(initial=0) > max_history:
+            raise ValueError(
+                f"prefixes of histories of up to {items.max()} items, but the processor's max_history is {max_history}: make them "
+                f"with prefix_examples(..., max_history={max_history})"
+            )
+    elif {"history", "session"} <= columns:
+        items, session_items = _lengths(table["history"]), _lengths(table["session"])
+        items = items if max_history is None else np.minimum(items, max_history)
+        counts = np.ones_like(items)
+    else:
+        raise ValueError(
+            f"packing needs the columns history and session (windows), or history, sessions and history_lengths (prefixes); got "
+            f"{sorted(columns)}"
+        )
+    return items, counts, int(session_items.max(initial=0))
+
+
+def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    return pc.call_function("list_value_length", [lists]).to_numpy().astype(np.int64)
+
+
+def pack_rows(items: np.ndarray, sessions: np.ndarray, capacity: int, slots: int, seed: int = 0) -> list[np.ndarray]:
+    """
+    Deals examples out, the longest first, each into the row with the most room; about a million a second.
+
+    As many rows as the items need are open from the start, so every row gets long and short examples alike and rows have about as many
+    sessions. Best-fit decreasing, which fills one row after the other, leaves the short examples for rows of their own, which run out of
+    slots first: on Beauty's windows it fills 80 to 90% where this fills all but the last row.
+
+    Args:
+        items, sessions: (E,) sizes of the examples.
+        capacity, slots: most items and most sessions of a row.
+        seed: of the order among examples of one length, so that neighbours in the data part.
+
+    Returns:
+        per row, the numbers of its examples.
+
+    Raises:
+        ValueError: an example that no row holds.
+
+    Example:
+        >>> [row.tolist() for row in pack_rows(np.array([2, 5, 3, 6]), np.ones(4, dtype=int), capacity=8, slots=2)]
+        [[1, 2], [3, 0]]
+    """
+    for name, sizes, limit in (("history items", items, capacity), ("sessions", sessions, slots)):
+        if sizes.max(initial=0) > limit:
+            raise ValueError(f"an example has {sizes.max()} {name}, a packed row holds {limit}: raise packing_length")
+    shuffled = np.random.default_rng(seed).permutation(len(items))
+    order = shuffled[np.argsort(-items[shuffled], kind="stable")]
+    rows: list[list[int]] = [[] for _ in range(-(-int(items.sum()) // capacity))]
+    free_slots = [slots] * len(rows)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    by_room[capacity] = list(range(len(rows)))
+    rooms = 1 << capacity  # bit r is set where a row with room for r items is open
+    for example, size, count in zip(order.tolist(), items[order].tolist(), sessions[order].tolist(), strict=True):
+        row, room, candidates = len(rows), capacity, rooms >> size << size
+        while candidates:
+            most = candidates.bit_length() - 1
+            if free_slots[by_room[most][-1]] >= count:
+                row, room = by_room[most].pop(), most
+                if not by_room[most]:
+                    rooms &= ~(1 << most)
+                break
+            candidates &= ~(1 << most)
+        if row == len(rows):
+            rows.append([])
+            free_slots.append(slots)
+        rows[row].append(example)
+        free_slots[row] -= count
+        if free_slots[row] and room > size:
+            by_room[room - size].append(row)
+            rooms |= 1 << (room - size)
+    return [np.asarray(row) for row in rows]
+
+
+class PackedDataset:
+    """
+    Windows or prefixes in rows of up to `packing_length` history items. A map-style dataset: row i is `{"examples": [example, ...]}`, for
+    [`PackedDataCollator`]. It holds numbers of examples; the examples stay where they are.
+
+    Args:
+        dataset: windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
+        packing_length: history items of a row; at least the longest history.
+        max_history: the latest items of a window's history that are read.
+        seed: of the order in which examples of one length are packed.
+
+    Attributes:
+        items: `packing_length`.
+        slots: most sessions of a row, a multiple of 4.
+        session_items: items of the longest session.
+        fill: share of the rows' room for history items that is used.
+
+    Raises:
+        ValueError: columns of neither kind, an empty dataset, a history longer than `packing_length`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> windows = Dataset.from_dict({"history": [[1], [1, 2], [1, 2, 3]], "session": [[2], [3], [4]]})
+        >>> packed = PackedDataset(windows, packing_length=4)
+        >>> len(packed), packed.fill, [example["history"] for example in packed[0]["examples"]]
+        (2, 0.75, [[1, 2], [1]])
+    """
+
+    def __init__(self, dataset: datasets.Dataset, packing_length: int, max_history: int | None = None, seed: int = 0):
+        items, sessions, self.session_items = example_sizes(dataset, max_history)
+        if not len(items):
+            raise ValueError("there is no example to pack")
+        self.dataset, self.items = dataset, packing_length
+        # A slot is a decoder row whether used or not: a fifth more than an even spread needs, so that rows may differ.
+        even = packing_length * sessions.sum() / items.sum()
+        self.slots = -(-int(max(min(1.2 * even, packing_length), sessions.max())) // 4) * 4
+        self.rows = pack_rows(items, sessions, self.items, self.slots, seed)
+        self.fill = float(items.sum() / (len(self.rows) * packing_length))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, list[dict[str, Any]]]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, list[dict[str, Any]]]]:
+        rows = [self.rows[i] for i in numbers]
+        columns = self.dataset[np.concatenate(rows).tolist()]
+        examples = iter([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
+        return [{"examples": [next(examples) for _ in row]} for row in rows]
