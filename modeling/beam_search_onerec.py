@@ -5,7 +5,8 @@ arXiv 1903.06059).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from torch import nn
 
 from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
-from .trie_onerec import SemanticIDTrie
 
 # Logits of this many rows times the vocabulary exist at once: 32 MiB of float32.
 _LOGITS_AT_ONCE = 1 << 23
@@ -37,6 +37,12 @@ class Beams:
     scores: torch.Tensor
     perturbed: torch.Tensor | None = None
     sampled_from: torch.Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[Beams]) -> Beams:
+        """The beams of several groups of users."""
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,10 +117,14 @@ def beam_search(
         for level in range(trie.num_levels):
             first = trie.children[level][nodes]
             legal = constraint.legal_children(level, nodes, leaves)
-            beams, width = legal.shape[1:]
-            child_tokens = _child_tokens(trie, level, first, width) + config.level_offsets[level]
-            logits, normalizer = _child_logits(decoder.step(tokens), lm_head, config.vocab_size, child_tokens)
-            logits = logits.view_as(legal).masked_fill_(~legal, float("-inf"))
+            beams, width = nodes.shape[1], legal.shape[2]
+            level_tokens = slice(config.level_offsets[level], config.level_offsets[level] + trie.codebook_sizes[level])
+            # On level 0 all beams have the same children.
+            child_codes = trie.child_codes(level, nodes.flatten()) if level else trie.codes[0][None]
+            logits, normalizer = _child_logits(
+                decoder.step(tokens), lm_head, config.vocab_size, level_tokens, child_codes
+            )
+            logits = logits.view(users, beams, width).masked_fill_(~legal, float("-inf"))
             normalizer = normalizer.view(users, beams, 1)
             if sample:
                 conditional = (logits / temperature).log_softmax(-1)
@@ -143,22 +153,18 @@ def beam_search(
     return Beams(leaves, scores, perturbed, sampled_from)
 
 
-def _child_tokens(trie: SemanticIDTrie, level: int, first: torch.Tensor, width: int) -> torch.Tensor:
-    """Codes of the children from `first` (users, beams) on: (rows, width), or (1, width) on level 0, where all rows have the same."""
-    if level == 0:
-        return trie.codes[0][None]
-    children = first.view(-1, 1) + torch.arange(width, device=first.device)
-    return trie.codes[level][children.clamp_(max=len(trie.codes[level]) - 1)]
-
-
-def _child_logits(hidden, lm_head, vocab_size, tokens):
-    """float32 logits of `tokens` (rows or 1, children), and the log of the softmax's denominator over the full vocabulary (rows,)."""
-    rows = max(1, _LOGITS_AT_ONCE // vocab_size)
-    tokens = tokens.expand(len(hidden), -1)
+def _child_logits(hidden, lm_head, vocab_size, level_tokens, codes):
+    """
+    float32 logits of a level's `codes`, (rows, children) or one row for all, and the log of the softmax's denominator over the full
+    vocabulary (rows,).
+    """
+    at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
     logits, normalizers = [], []
-    for states, wanted in zip(hidden.split(rows), tokens.split(rows), strict=True):
-        part = lm_head(states).float()
-        logits.append(part.gather(1, wanted))
+    for start in range(0, len(hidden), at_once):
+        rows = slice(start, start + at_once)
+        part = lm_head(hidden[rows]).float()
+        of_level = part[:, level_tokens]
+        logits.append(of_level.index_select(1, codes[0]) if len(codes) == 1 else of_level.gather(1, codes[rows]))
         normalizers.append(part.logsumexp(-1))
     return torch.cat(logits), torch.cat(normalizers)
 

@@ -7,6 +7,8 @@ and the request alone.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from .trie_onerec import SemanticIDTrie
@@ -73,6 +75,18 @@ class CatalogueConstraint:
             what = "exclusions" if allowed is None else "allowed items less the exclusions"
             raise ValueError(f"the {what} of user {user} leave none of the {trie.num_leaves} items; exclude fewer")
 
+    def of(self, users: slice) -> CatalogueConstraint:
+        """The constraint of some of the users."""
+        if self.users is None:
+            return self
+        part = copy.copy(self)
+        if self.allowed is not None:
+            part.allowed, part._alive = self.allowed[users], [nodes[users] for nodes in self._alive]
+        else:
+            part.excluded, part._dead = self.excluded[users], [nodes[users] for nodes in self._dead]
+        part.users = len(part.allowed if part.allowed is not None else part.excluded)
+        return part
+
     def legal_children(self, level: int, nodes: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -81,10 +95,12 @@ class CatalogueConstraint:
             own: (users, beams, items) leaves that each beam has generated in this session.
 
         Returns:
-            (users, beams, children) bool: child `c` of a node is the node `children[level][node] + c` of `level`. There are
+            (users, beams, children) bool, or (1, 1, children) where the first code of a session is free: child `c` of a node is the node `children[level][node] + c` of `level`. There are
             `max_children[level]` columns; those beyond a node's own children are False.
         """
         trie, width = self.trie, self.trie.max_children[level]
+        if level == 0 and self.users is None and not (self.distinct and own.shape[2]):
+            return torch.ones(1, 1, width, dtype=torch.bool, device=nodes.device)
         first = trie.children[level][nodes]
         child = torch.arange(width, device=nodes.device)
         legal = child < (trie.children[level][nodes + 1] - first)[..., None]

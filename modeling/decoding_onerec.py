@@ -49,7 +49,9 @@ class BeamDecoder:
         self._grouped = config.num_key_value_heads != config.num_attention_heads
         groups = config.num_key_value_heads * config.head_dim
         shape = (self.users * max_beams, max_tokens, config.decoder_layers, 2, groups)
-        self.buffer, self._spare = history.new_zeros(shape), history.new_zeros(shape)
+        # Behind the mask, too, values must be numbers.
+        new = history.new_zeros if static else history.new_empty
+        self.buffer, self._spare = new(shape), new(shape)
         positions = torch.arange(max_tokens, device=history.device)
         self._cos, self._sin = (part[0, :, None] for part in decoder.rotary_emb(history, positions[None]))
         self._visible = (positions[None, :] <= positions[:, None])[None, None]

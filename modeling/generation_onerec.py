@@ -21,6 +21,8 @@ from .catalogue_onerec import ItemCatalogue
 from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
 
+_CPU_ROWS_AT_ONCE = 1024
+
 
 class SemanticIDLogitsProcessor(LogitsProcessor):
     """
@@ -52,11 +54,18 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         own = trie.find_leaves(written - offsets)
         prefix = input_ids[:, input_ids.shape[1] - level :] - offsets[:level]
         nodes = trie.find_nodes(prefix).clamp_(min=0)  # a beam without any legal token left carries -inf already
-        legal = self.constraint.legal_children(level, nodes.view(users, rows // users), own.view(users, rows // users, items))
-        row, child = legal.view(rows, -1).nonzero(as_tuple=True)
-        tokens = trie.codes[level][trie.children[level][nodes[row]] + child] + self.level_offsets[level]
-        constrained[row, tokens] = scores[row, tokens]
-        return constrained
+        beams = rows // users
+        legal = self.constraint.legal_children(level, nodes.view(users, beams), own.view(users, beams, items))
+        legal = legal.flatten(0, 1)
+        nothing = float("-inf")
+        if level == 0:  # all rows have the same children
+            tokens = trie.codes[0] + self.level_offsets[0]
+            values = scores.index_select(1, tokens)
+            return constrained.index_copy_(1, tokens, torch.where(legal, values, nothing))
+        tokens = trie.child_codes(level, nodes) + self.level_offsets[level]
+        # What is not legal, columns beyond a node's children among it, goes to token 0 (padding), which never is.
+        tokens = torch.where(legal, tokens, 0)
+        return constrained.scatter_(1, tokens, torch.where(legal, scores.gather(1, tokens), nothing))
 
 
 class OneRecGenerationMixin(GenerationMixin):
@@ -281,10 +290,23 @@ class OneRecGenerationMixin(GenerationMixin):
         return output
 
     def _search(self, history, attention_mask, constraint, num_beams, session_length, **sampling) -> Beams:
-        decoder = BeamDecoder(
-            self.get_decoder(), history, attention_mask, num_beams, self._session_tokens(session_length)
-        )
-        return beam_search(decoder, self.lm_head, constraint, num_beams, session_length, **sampling)
+        # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
+        users = len(history)
+        at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
+        parts = []
+        for start in range(0, users, at_once):
+            some = slice(start, start + at_once)
+            decoder = BeamDecoder(
+                self.get_decoder(),
+                history[some],
+                None if attention_mask is None else attention_mask[some],
+                num_beams,
+                self._session_tokens(session_length),
+            )
+            parts.append(
+                beam_search(decoder, self.lm_head, constraint.of(some), num_beams, session_length, **sampling)
+            )
+        return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
     def _sequences(self, beams: Beams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `count` sessions per user as (users * count, tokens) tokens beginning with BOS, and their scores."""

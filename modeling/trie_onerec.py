@@ -61,6 +61,10 @@ class SemanticIDTrie:
             for parents, size, codes in zip(self.parents, self.codebook_sizes, self.codes, strict=True)
         ]
         self.max_children = [int(begin.diff().max()) for begin in self.children]
+        self._padded_codes = [
+            torch.nn.functional.pad(codes, (0, most))
+            for codes, most in zip(self.codes, self.max_children, strict=True)
+        ]
         self._copies: dict[torch.device, SemanticIDTrie] = {}
 
     def to(self, device: torch.device | str) -> SemanticIDTrie:
@@ -102,6 +106,15 @@ class SemanticIDTrie:
     def find_leaves(self, codes: torch.Tensor) -> torch.Tensor:
         """Leaf of each full code tuple: (..., L) codes give (...,) leaves; -1 where no item has it."""
         return self.find_nodes(codes)
+
+    def child_codes(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """
+        Codes of the children, on `level`, of nodes (rows,) of the level above: (rows, max_children[level]) int64. A node with fewer
+        children has other nodes' codes, or zeros, in the columns beyond them.
+        """
+        # Overlapping windows, without a copy: then a row's codes are one stretch of memory.
+        windows = self._padded_codes[level].unfold(0, self.max_children[level], 1)
+        return windows.index_select(0, self.children[level][nodes])
 
     def ancestors(self, level: int, leaves: torch.Tensor) -> torch.Tensor:
         """The node of `level` above each leaf."""
