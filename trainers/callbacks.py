@@ -41,6 +41,7 @@ class RouterBalanceCallback(TrainerCallback):
         if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
 
+    @torch.compiler.disable  # one addition, whose state would compile it anew whenever accumulation begins
     def _count(self, module, args, output):
         if output.tokens_per_expert is not None:
             self._tokens = output.tokens_per_expert + (0 if self._tokens is None else self._tokens)

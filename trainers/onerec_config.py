@@ -16,6 +16,10 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
         eval_top_k: the k of Recall@k, NDCG@k, ...
         eval_num_beams: beams of the ranking; at least the largest k.
         eval_exclude_seen: leave out the items of a user's history from the ranking.
+        packing: train on rows of `packing_length` history items, filled with several examples, instead of padded batches;
+            `per_device_train_batch_size` then counts rows. Evaluation stays as it is.
+        packing_length: history items of a packed row; at least `max_history`.
+        pad_to_multiple_of: without packing, pad histories to a multiple of so many items, so that `torch_compile` sees few shapes.
 
     Example:
         >>> args = OneRecTrainingArguments("out", eval_top_k=[10], eval_num_beams=20, report_to="none")
@@ -33,6 +37,17 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     eval_exclude_seen: bool = field(
         default=True, metadata={"help": "Leave out the items of a user's history from the ranking."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Pack several examples into rows of packing_length history items instead of padding them."},
+    )
+    packing_length: int = field(
+        default=64, metadata={"help": "History items of a packed row; at least the longest history that is read."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "Pad histories to a multiple of so many items (few shapes for torch_compile)."},
+    )
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate (paper, section 4.1: 2e-4)."})
 
     def __post_init__(self):
@@ -44,4 +59,12 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"eval_num_beams={self.eval_num_beams} cannot rank the top {max(self.eval_top_k)}; raise it to "
                 f"{max(self.eval_top_k)} or more"
+            )
+        for name in ("packing_length", "pad_to_multiple_of"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.packing and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"packing makes rows of one length, so there is nothing for train_sampling_strategy={self.train_sampling_strategy!r} to "
+                "even out: use 'random' with it"
             )

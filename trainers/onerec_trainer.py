@@ -13,7 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from onerec_hf.data.collators import OneRecDataCollator
+from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
+from onerec_hf.data.packing import PackedDataset, example_sizes
 from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
@@ -32,11 +33,19 @@ class OneRecTrainer(Seq2SeqTrainer):
     the whole artefact (weights, processor, catalogue). Ctrl-C finishes the step, saves a checkpoint and raises `KeyboardInterrupt` with
     the way to resume.
 
+    A model with `encoder_is_causal=True` also trains on prefixes, `{"history", "sessions", "history_lengths"}`
+    ([`~onerec_hf.data.prefix_examples`]): each history is read once for all its sessions. `args.packing` packs windows or prefixes into
+    rows without padding.
+
     Args:
         model: a `OneRecForConditionalGeneration`, a PEFT model around one, or a path or Hub id.
         args: [`OneRecTrainingArguments`].
         processing_class: the [`OneRecProcessor`]; its catalogue becomes the model's, its `max_history` says how much the encoder reads.
-        train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored.
+        train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored. To train on, prefixes
+            as well.
+
+    Raises:
+        ValueError: no processor, prefixes for a fully visible encoder, or `args.packing` with what cannot be packed.
 
     Example:
         >>> trainer = OneRecTrainer(
@@ -68,13 +77,19 @@ class OneRecTrainer(Seq2SeqTrainer):
         self.eval_data_collator = data_collator or OneRecDataCollator(
             processing_class, with_seen=args.eval_exclude_seen
         )
+        if args.packing:
+            train_dataset, collator = _pack(train_dataset, args, processing_class, generator.config, data_collator)
+        elif data_collator is not None:
+            collator = data_collator
+        else:
+            collator = _padding_collator(train_dataset, args, processing_class, generator.config)
         self._router_balance, self._interrupt = RouterBalanceCallback(), InterruptCallback()
         if args.predict_with_generate and compute_metrics is None:
             compute_metrics = self.compute_ranking_metrics
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or OneRecDataCollator(processing_class),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -85,7 +100,7 @@ class OneRecTrainer(Seq2SeqTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["history", "session"]
+            self._signature_columns = ["history", "session", "sessions", "history_lengths", "examples"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -172,3 +187,51 @@ class OneRecTrainer(Seq2SeqTrainer):
             ranked, relevant, ks=tuple(self.args.eval_top_k), num_items=len(self.processing_class.catalogue)
         )
         return {**metrics, "illegal_share": illegal_share(ranked)}
+
+
+def _are_prefixes(dataset) -> bool:
+    return isinstance(dataset, Dataset) and "history_lengths" in dataset.column_names
+
+
+def _require_causal(config) -> None:
+    if not config.encoder_is_causal:
+        raise ValueError(
+            "training on prefixes needs a causal encoder: a fully visible one reads the items that follow a prefix, which are the targets. "
+            "Make the model with encoder_is_causal=True, or train on windows"
+        )
+
+
+def _padding_collator(dataset, args: OneRecTrainingArguments, processor, config):
+    """Collator for windows or prefixes, a row each; with `pad_to_multiple_of` for batches of few shapes."""
+    settings: dict[str, Any] = {"pad_to_multiple_of": args.pad_to_multiple_of}
+    if args.pad_to_multiple_of is not None and isinstance(dataset, Dataset):
+        settings["session_items"] = example_sizes(dataset)[2]
+    if not _are_prefixes(dataset):
+        return OneRecDataCollator(processor, **settings)
+    _require_causal(config)
+    return PackedDataCollator(processor, encoder_is_causal=True, **settings)
+
+
+def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collator):
+    """The packed dataset and the collator for its rows."""
+    if data_collator is not None:
+        raise ValueError(
+            "packing makes a collator of its own: leave data_collator out, or pack the dataset yourself (PackedDataset)"
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"packing needs a datasets.Dataset to train on, whose sizes are known; got {type(dataset).__name__}"
+        )
+    if _are_prefixes(dataset):
+        _require_causal(config)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    packed = PackedDataset(dataset, args.packing_length, processor.max_history, seed)
+    collator = PackedDataCollator(
+        processor,
+        config.encoder_is_causal,
+        packed.items,
+        packed.slots,
+        packed.session_items,
+        rows=args.train_batch_size if args.torch_compile else None,  # one shape, also for an epoch's last batch
+    )
+    return packed, collator

@@ -26,6 +26,7 @@ class OneRecDataCollator:
             `recommend(exclude=...)`: evaluation leaves out everything that the user has seen, not only what the encoder reads.
         unknown: "error" or "skip", as for the processor.
         pad_to_multiple_of: history items; pads the longest history of a batch further, so that `torch.compile` sees few shapes.
+        session_items: items that sessions are padded to; the longest of the batch when not given.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -41,16 +42,19 @@ class OneRecDataCollator:
     with_seen: bool = False
     unknown: str = "error"
     pad_to_multiple_of: int | None = None
+    session_items: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         histories = [example["history"] for example in examples]
         sessions = [example["session"] for example in examples] if "session" in examples[0] else None
         batch = dict(self.processor(histories, sessions, max_history=self.max_history, unknown=self.unknown))
+        width = len(self.processor.tokenizer.codebook_sizes) + 1
         if self.pad_to_multiple_of is not None:
-            multiple = self.pad_to_multiple_of * (len(self.processor.tokenizer.codebook_sizes) + 1)
-            missing = -batch["input_ids"].shape[1] % multiple
-            for name, value in (("input_ids", self.processor.tokenizer.pad_token_id), ("attention_mask", 0)):
-                batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=value)
+            missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of * width)
+            batch |= _padded(batch, ("input_ids", "attention_mask"), missing)
+        if self.session_items is not None and sessions is not None:
+            missing = self.session_items * width - 1 - batch["labels"].shape[1]
+            batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
         if self.with_seen:
             batch["exclude"] = self._seen(histories)
         return batch
@@ -65,6 +69,13 @@ class OneRecDataCollator:
         return torch.from_numpy(seen)
 
 
+_PADDING = {"labels": -100}  # and 0: <pad>, masked
+
+
+def _padded(batch: dict[str, torch.Tensor], names: tuple[str, ...], missing: int) -> dict[str, torch.Tensor]:
+    return {name: torch.nn.functional.pad(batch[name], (0, missing), value=_PADDING.get(name, 0)) for name in names}
+
+
 @dataclass
 class PackedDataCollator:
     """
@@ -76,6 +87,7 @@ class PackedDataCollator:
         encoder_is_causal: the model's; a fully visible encoder must not read behind the prefix of a session.
         items, slots, session_items: history items and sessions of a row and items of a session; what the batch needs when not given.
         rows: rows of a batch; a smaller one, the last of an epoch, is filled with padding.
+        pad_to_multiple_of: what `items` and `slots` are rounded up to where they are not given.
 
     Returns:
         int64 tensors: `input_ids` and `segment_ids` (B, items * (levels + 1)); `history_ranges` (B, slots, 2); `decoder_input_ids`,
@@ -101,6 +113,7 @@ class PackedDataCollator:
     slots: int | None = None
     session_items: int | None = None
     rows: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         packs = [feature.get("examples", [feature]) for feature in features]
@@ -118,17 +131,18 @@ class PackedDataCollator:
         counts = np.fromiter(map(len, sessions), np.int64, len(sessions))
         row = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
         begins, first_slots = _starts_in_rows(lengths, row), _starts_in_rows(counts, row)
-        shape = (
-            self.rows or len(packs),
-            self.items or int((begins + lengths).max()),
-            self.slots or int((first_slots + counts).max()),
+        multiple = self.pad_to_multiple_of or 1
+        needed = len(packs), int((begins + lengths).max()), int((first_slots + counts).max())
+        batch = self.rows or needed[0]
+        items, slots = (
+            given or -(-need // multiple) * multiple
+            for given, need in zip((self.items, self.slots), needed[1:], strict=True)
         )
-        if len(packs) > shape[0] or (begins + lengths).max() > shape[1] or (first_slots + counts).max() > shape[2]:
+        if needed[0] > batch or needed[1] > items or needed[2] > slots:
             raise ValueError(
-                f"{len(packs)} rows of up to {(begins + lengths).max()} history items and {(first_slots + counts).max()} sessions do "
-                f"not fit into a batch of (rows, items, slots) = {shape}"
+                f"{needed[0]} rows of up to {needed[1]} history items and {needed[2]} sessions do not fit into a batch of {batch} rows of "
+                f"{items} items and {slots} sessions"
             )
-        batch, items, slots = shape
         flat = np.repeat(row * items + begins - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         tokens = torch.full((batch * items, width), self.processor.tokenizer.pad_token_id)
         tokens[flat] = inputs["input_ids"][inputs["attention_mask"].bool()].view(-1, width)
@@ -170,8 +184,7 @@ class PackedDataCollator:
         made = self.processor.sessions(sessions)
         width = len(tokenizer.codebook_sizes) + 1
         length = made["labels"].shape[1] if self.session_items is None else self.session_items * width - 1
-        empty = {"decoder_input_ids": tokenizer.pad_token_id, "decoder_attention_mask": 0, "labels": -100}
-        placed = {name: torch.full((total, length), value) for name, value in empty.items()}
+        placed = {name: torch.full((total, length), _PADDING.get(name, 0)) for name in made}
         for name, value in made.items():
             placed[name][slot, : value.shape[1]] = value
         return placed

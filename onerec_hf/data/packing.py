@@ -149,7 +149,9 @@ class PackedDataset:
         items, sessions, self.session_items = example_sizes(dataset, max_history)
         if not len(items):
             raise ValueError("there is no example to pack")
-        self.dataset, self.items = dataset, packing_length
+        self.items = packing_length
+        read = [name for name in dataset.column_names if name in ("history", "session", "sessions", "history_lengths")]
+        self.dataset = dataset.select_columns(read).with_format(None)
         # A slot is a decoder row whether used or not: a fifth more than an even spread needs, so that rows may differ.
         even = packing_length * sessions.sum() / items.sum()
         self.slots = -(-int(max(min(1.2 * even, packing_length), sessions.max())) // 4) * 4
