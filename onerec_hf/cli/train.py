@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,8 +48,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainArguments(OutputArguments):
-    """How training ends and where it goes."""
+    """What is trained on, how training ends and where it goes."""
 
+    train_on: str = field(
+        default="windows",
+        metadata={
+            "help": "windows (a history per session) or prefixes (a history once for all its sessions; with --encoder_is_causal)."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -81,12 +87,20 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
         )
+    if run_args.train_on not in ("windows", "prefixes"):
+        raise ValueError(f"--train_on {run_args.train_on}: choose windows or prefixes")
+    if run_args.train_on == "prefixes" and model_args.model is None and not model_args.encoder_is_causal:
+        raise ValueError(
+            "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
+        )
     folder = Path(training_args.output_dir)
     if not resumes_in(folder, training_args):
         check_folder(folder, run_args.overwrite)
     command = command_line("train", argv)
     started = time.perf_counter()
     data = prepare_data(data_args)
+    if run_args.train_on == "prefixes":
+        data = on_prefixes(data, data_args)
     trainer = train(
         data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience, command
     )
@@ -110,6 +124,18 @@ def resumes_in(folder: Path, training_args: OneRecTrainingArguments) -> bool:
             f"{folder / 'checkpoints' / 'checkpoint-500'}"
         )
     return Path(checkpoint).resolve().parent == (folder / "checkpoints").resolve()
+
+
+def on_prefixes(data: PreparedData, args: DataArguments) -> PreparedData:
+    """The data with each training history once for all the sessions that follow its prefixes, in place of windows."""
+    from onerec_hf.data import prefix_examples
+
+    prefixes = prefix_examples(data.split.train_sequences, args.session_length, args.max_history, args.stride)
+    note = (
+        f" The windows are read as {len(prefixes):,} histories, each once for all its sessions; beyond {args.max_history} items a session "
+        f"reads the latest {args.max_history - args.max_history // 2 + 1} to {args.max_history}."
+    )
+    return replace(data, split=replace(data.split, train=prefixes), protocol=data.protocol + note)
 
 
 def train(

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 import onerec_hf.cli.train
 from onerec_hf.trainers import OneRecTrainer
-from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, succeeded, write_csv
+from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, refused, succeeded, write_csv
 
 HISTORIES = [["m1", "m2", "m3"], ["m39"], ["m8", "m6"]]
 FILES = {
@@ -378,3 +378,37 @@ def test_a_checkpoint_that_is_none(data, tmp_path, monkeypatch, damage):
     assert f"--resume_from_checkpoint {checkpoint}" in done.message
     assert ("damaged or cut short" if damage == "cut" else "no complete checkpoint") in done.message
     assert contents(folder) == before
+
+
+def test_training_on_packed_prefixes(data, tmp_path, monkeypatch):
+    trainers = []
+    original = onerec_hf.cli.train.evaluate_beside_baselines
+    monkeypatch.setattr(
+        onerec_hf.cli.train,
+        "evaluate_beside_baselines",
+        lambda trainer, *args: trainers.append(trainer) or original(trainer, *args),
+    )
+    options = ["--train_on", "prefixes", "--encoder_is_causal", "true", "--packing", "true", "--max_history", "8"]
+    folder = tmp_path / "out"
+    succeeded(onerec("train", *data.options, *CODES, *TINY, *options, "--output_dir", folder))
+    packed = trainers[0].train_dataset
+    assert packed.items == 64
+    # 30 users of 10 training items: 9 targets each, the first chunk to 8 items of history, another for the ninth target.
+    assert sorted(len(example["sessions"]) for row in packed for example in row["examples"]) == [1] * 30 + [8] * 30
+    assert AutoModelForSeq2SeqLM.from_pretrained(folder).config.encoder_is_causal
+    protocol = json.loads((folder / "results.json").read_text())["protocol"]
+    assert (
+        "read as 60 histories, each once for all its sessions; beyond 8 items a session reads the latest 5 to 8"
+        in protocol
+    )
+
+
+def test_prefixes_need_a_causal_encoder(data, trained, tmp_path):
+    options = ["--train_on", "prefixes", "--output_dir", tmp_path / "out"]
+    refused(onerec("train", *data.options, *CODES, *TINY, *options), "--train_on prefixes needs --encoder_is_causal")
+    tuned = onerec("train", *data.options, "--model", trained.folder, *options)
+    refused(tuned, "training on prefixes needs a causal encoder")
+    refused(
+        onerec("train", *data.options, "--train_on", "pairs", "--output_dir", tmp_path / "out"), "--train_on pairs"
+    )
+    assert not (tmp_path / "out").exists()
