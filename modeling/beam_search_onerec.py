@@ -14,6 +14,7 @@ from torch import nn
 
 from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
+from .experts_onerec import product
 
 # Logits of this many rows times the vocabulary exist at once: 32 MiB of float32.
 _LOGITS_AT_ONCE = 1 << 23
@@ -159,10 +160,11 @@ def _child_logits(hidden, lm_head, vocab_size, level_tokens, codes):
     vocabulary (rows,).
     """
     at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
+    plain = type(lm_head) is nn.Linear  # and not an adapter around one
     logits, normalizers = [], []
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)
-        part = lm_head(hidden[rows]).float()
+        part = (product(hidden[rows], lm_head.weight) if plain else lm_head(hidden[rows])).float()
         of_level = part[:, level_tokens]
         logits.append(of_level.index_select(1, codes[0]) if len(codes) == 1 else of_level.gather(1, codes[rows]))
         normalizers.append(part.logsumexp(-1))

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
+from .experts_onerec import EXPERTS_IMPLEMENTATION
 from .generation_onerec import OneRecGenerationMixin
 from .packing_onerec import (
     check_packing,
@@ -386,6 +387,9 @@ class OneRecPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @torch.no_grad()
     def _init_weights(self, module):
