@@ -7,12 +7,13 @@ The peers of each cell (users x beams, items per session, codes per level):
   prefix_fn      `generate` with `prefix_allowed_tokens_fn` over a dict of prefixes: what most projects run today
   vectorised     `generate` with our SemanticIDLogitsProcessor in its place
   unconstrained  `generate` without any constraint
-In all three, caches are handled as transformers does it for every model: one copy of the history's keys and values per beam, copied again at
-every step. Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
+In all three, caches are handled as transformers does it for every model (one copy of the history's keys and values per beam, copied again at
+every step), and so are the experts (grouped_mm). Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import statistics
@@ -80,9 +81,10 @@ class Setting:
         self.inputs: Any = None
         self.peers = {}
         for cls in (AsTransformersDoes, SelfReordered, Shared):
-            peer = cls(config).eval()
+            peer = cls(copy.deepcopy(config)).eval()
             peer.load_state_dict(self.model.state_dict())
             peer.set_catalogue(catalogue)
+            peer.config._experts_implementation_internal = "grouped_mm"  # transformers' default
             self.peers[cls.__name__] = peer
         # Legal next tokens of each prefix of an item's tokens.
         found: dict[tuple, set[int]] = defaultdict(set)
@@ -187,6 +189,11 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
 
         return run
 
+    def grouped():
+        setting.model.set_experts_implementation("grouped_mm")
+        setting.recommend(beams, items)
+        setting.model.set_experts_implementation("onerec")
+
     setting.ask(users)
     runs = setting.runs(beams, items)
     tried = {
@@ -197,6 +204,7 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
         "generate_history_shared": runs["shared"],
         "bos_fed_alone": without("BeamDecoder", BosAlone),
         "cache_copied_to_fresh_memory": without("BeamDecoder", FreshCopies),
+        "experts_by_grouped_mm": grouped,
         "all_users_at_once": without("_CPU_ROWS_AT_ONCE", 1 << 30),
     }
     with torch.no_grad():
@@ -245,8 +253,11 @@ def decoder_over_floor(setting: Setting, repetitions: int) -> list[dict[str, Any
         levels = config.num_codebooks
         first_beams = min(beams, len(np.unique(setting.codes[:, 0])))
         # Fed: BOS for each user, then levels - 1 codes, then per further item its predecessor's last code with BOS and levels - 1 codes.
+        # Beside them, the history's keys and values.
         positions = users * (1 + first_beams + beams * (levels - 2)) + users * beams * (items - 1) * (levels + 1)
-        floor_flops = positions * flops_per_position(config, HISTORY * config.tokens_per_item)
+        history = HISTORY * config.tokens_per_item
+        floor_flops = positions * flops_per_position(config, history)
+        floor_flops += users * history * config.decoder_layers * 4 * config.hidden_size**2
         ratios = []
         for _ in range(repetitions + 1):
             peak = gemm_peak()

@@ -146,9 +146,8 @@ def beam_search(
             if level == trie.num_levels - 1:
                 leaves = torch.cat([leaves, nodes[..., None]], dim=2)
                 nodes = torch.zeros_like(nodes)
-                tokens = F.pad(
-                    tokens, (0, 1), value=config.bos_token_id
-                )  # BOS is given: it goes in with the code before it
+                # BOS is given: it goes in together with the code before it.
+                tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
             if item < session_length - 1 or level < trie.num_levels - 1:
                 decoder.reorder((origin + beams * first_row).flatten())
     return Beams(leaves, scores, perturbed, sampled_from)

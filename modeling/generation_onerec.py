@@ -172,7 +172,15 @@ class OneRecGenerationMixin(GenerationMixin):
         tokens = config.max_length - 1
         session_length, inside_item = divmod(tokens + 1, self.config.tokens_per_item)
         starts_anew = input_ids.shape[1] == 1 and bool((input_ids == self.config.bos_token_id).all())
-        known = {"encoder_outputs", "attention_mask", "past_key_values", "use_cache", "synced_gpus", "streamer"}
+        known = {
+            "encoder_outputs",
+            "attention_mask",
+            "logits_to_keep",
+            "past_key_values",
+            "use_cache",
+            "synced_gpus",
+            "streamer",
+        }
         if (
             config.do_sample
             or self.training
@@ -293,6 +301,7 @@ class OneRecGenerationMixin(GenerationMixin):
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
+        compile_config = self.generation_config.compile_config
         parts = []
         for start in range(0, users, at_once):
             some = slice(start, start + at_once)
@@ -302,7 +311,10 @@ class OneRecGenerationMixin(GenerationMixin):
                 None if attention_mask is None else attention_mask[some],
                 num_beams,
                 self._session_tokens(session_length),
+                static=compile_config is not None,
             )
+            if compile_config is not None:
+                decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             parts.append(
                 beam_search(decoder, self.lm_head, constraint.of(some), num_beams, session_length, **sampling)
             )

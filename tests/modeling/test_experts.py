@@ -1,0 +1,68 @@
+"""The default experts implementation beside transformers' own: the same numbers, whichever path it takes."""
+
+import pytest
+import torch
+
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+from onerec_hf.modeling import experts_onerec
+from onerec_hf.modeling.modeling_onerec import OneRecSparseMoeBlock
+from tests.conftest import make_catalogue, make_model
+
+
+def make_block(implementation, **config):
+    settings = {"hidden_size": 32, "moe_intermediate_size": 24, "num_experts": 6, "codebook_sizes": [4, 4]}
+    config = OneRecConfig(**{**settings, **config})
+    config._experts_implementation_internal = implementation
+    torch.manual_seed(0)
+    block = OneRecSparseMoeBlock(config).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_without_gradients_it_equals_the_loop(tokens, activation, k):
+    blocks = [make_block(name, hidden_act=activation, num_experts_per_tok=k) for name in ("onerec", "eager")]
+    states = torch.randn(2, tokens, 32)
+    with torch.no_grad():
+        ours, loop = (block(states)[0] for block in blocks)
+    torch.testing.assert_close(ours, loop, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_equals_the_loop_within_its_precision():
+    blocks = [make_block(name).to(torch.bfloat16) for name in ("onerec", "eager")]
+    states = torch.randn(1, 50, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours, loop = (block(states)[0] for block in blocks)
+    torch.testing.assert_close(ours, loop, atol=0.1, rtol=0.05)
+
+
+def test_where_onednn_is_absent_the_product_is_torchs(monkeypatch):
+    states, weight = torch.randn(5, 8), torch.randn(3, 8)
+    by_onednn = experts_onerec.product(states, weight)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(experts_onerec.product(states, weight), by_onednn)
+
+
+def test_gradients_equal_the_loops():
+    gradients = []
+    for name in ("onerec", "eager"):
+        block = make_block(name)
+        torch.manual_seed(1)
+        block(torch.randn(1, 40, 32))[0].square().sum().backward()
+        gradients.append({key: parameter.grad for key, parameter in block.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][key], atol=1e-3, rtol=1e-4)
+
+
+def test_it_is_the_default_and_another_can_be_asked_for(tmp_path):
+    model = make_model(make_catalogue())
+    assert model.config._experts_implementation == "onerec"
+    model.save_pretrained(tmp_path)
+    assert OneRecForConditionalGeneration.from_pretrained(tmp_path).config._experts_implementation == "onerec"
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path, experts_implementation="eager")
+    assert loaded.config._experts_implementation == "eager"
+    loaded.set_experts_implementation("grouped_mm")
+    assert loaded.config._experts_implementation == "grouped_mm"
