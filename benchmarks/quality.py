@@ -78,7 +78,7 @@ def run(options, seed: int, minutes: float, limit: list[str]) -> tuple[dict[str,
 
     from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
     from onerec_hf.cli.steps import fit_catalogue, new_model, prepare_data
-    from onerec_hf.cli.train import TrainArguments, evaluate_beside_baselines
+    from onerec_hf.cli.train import TrainArguments, evaluate_beside_baselines, on_prefixes
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainingArguments
 
@@ -87,7 +87,7 @@ def run(options, seed: int, minutes: float, limit: list[str]) -> tuple[dict[str,
     over = [
         part for setting in [*options.set, *limit] for part in (f"--{setting.split('=')[0]}", setting.split("=")[1])
     ]
-    data_args, id_args, model_args, _, training_args = parse(
+    data_args, id_args, model_args, run_args, training_args = parse(
         (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
         ["--config", str(recipe), "--data_dir", folder, *over],
         "train",
@@ -97,6 +97,8 @@ def run(options, seed: int, minutes: float, limit: list[str]) -> tuple[dict[str,
     if options.quick:
         users = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **users))
+    if run_args.train_on == "prefixes":
+        data = on_prefixes(data, data_args)
     id_args.semantic_id_seed = training_args.seed = seed
     fitted = fit_catalogue(data, id_args)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
@@ -190,7 +190,7 @@ class OneRecTrainer(Seq2SeqTrainer):
 
 
 def _are_prefixes(dataset) -> bool:
-    return isinstance(dataset, Dataset) and "history_lengths" in dataset.column_names
+    return isinstance(dataset, Dataset | IterableDataset) and "history_lengths" in (dataset.column_names or ())
 
 
 def _require_causal(config) -> None:
@@ -202,13 +202,18 @@ def _require_causal(config) -> None:
 
 
 def _padding_collator(dataset, args: OneRecTrainingArguments, processor, config):
-    """Collator for windows or prefixes, a row each; with `pad_to_multiple_of` for batches of few shapes."""
+    """Collator for windows or prefixes, a row each; with `pad_to_multiple_of`, for batches of few shapes."""
     settings: dict[str, Any] = {"pad_to_multiple_of": args.pad_to_multiple_of}
     if args.pad_to_multiple_of is not None and isinstance(dataset, Dataset):
         settings["session_items"] = example_sizes(dataset)[2]
     if not _are_prefixes(dataset):
         return OneRecDataCollator(processor, **settings)
     _require_causal(config)
+    # accelerate would cut a dispatched batch by its first tensor's rows; the decoder has more rows than the encoder.
+    if isinstance(dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
+        raise ValueError(
+            "prefixes from a stream cannot be dispatched: set accelerator_config={'dispatch_batches': False}"
+        )
     return PackedDataCollator(processor, encoder_is_causal=True, **settings)
 
 

@@ -77,9 +77,20 @@ def assert_same_weights(first, second, **tolerance):
         (PREFIXES, {}),
         (PREFIXES, {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}),
         (PREFIXES, {"packing": True, "gradient_checkpointing": True}),
+        (PREFIXES.to_iterable_dataset(), {"accelerator_config": {"dispatch_batches": False}}),
+        (PREFIXES, {"pad_to_multiple_of": 4}),
         (WINDOWS, {"pad_to_multiple_of": 4}),
     ],
-    ids=["packed windows", "packed prefixes", "prefixes", "accumulated", "checkpointed", "bucketed windows"],
+    ids=[
+        "packed windows",
+        "packed prefixes",
+        "prefixes",
+        "accumulated",
+        "checkpointed",
+        "streamed prefixes",
+        "bucketed prefixes",
+        "bucketed windows",
+    ],
 )
 def test_a_step_equals_the_windows_step(tmp_path, dataset, settings, smoothing):
     if smoothing and "gradient_accumulation_steps" in settings:
@@ -160,6 +171,8 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
             make_trainer(tmp_path, PREFIXES, visible, packing=packing)
     with pytest.raises(ValueError, match="nothing for train_sampling_strategy='group_by_length'"):
         make_trainer(tmp_path, WINDOWS, packing=True, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="prefixes from a stream cannot be dispatched"):
+        make_trainer(tmp_path, PREFIXES.to_iterable_dataset())
     with pytest.raises(ValueError, match=r"needs a datasets\.Dataset"):
         make_trainer(tmp_path, WINDOWS.to_iterable_dataset(), packing=True)
     with pytest.raises(
