@@ -77,7 +77,7 @@ class OneRecTrainer(Seq2SeqTrainer):
         self.eval_data_collator = data_collator or OneRecDataCollator(
             processing_class, with_seen=args.eval_exclude_seen
         )
-        if args.packing:
+        if args.packing and train_dataset is not None:
             train_dataset, collator = _pack(train_dataset, args, processing_class, generator.config, data_collator)
         elif data_collator is not None:
             collator = data_collator

@@ -53,7 +53,7 @@ def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> 
         counts = np.ones_like(items)
     else:
         raise ValueError(
-            f"packing needs the columns history and session (windows), or history, sessions and history_lengths (prefixes); got "
+            f"to train on, the columns have to be history and session (windows), or history, sessions and history_lengths (prefixes); got "
             f"{sorted(columns)}"
         )
     return items, counts, int(session_items.max(initial=0))
@@ -130,7 +130,7 @@ class PackedDataset:
 
     Attributes:
         items: `packing_length`.
-        slots: most sessions of a row, a multiple of 4.
+        slots: sessions of the row that has most.
         session_items: items of the longest session.
         fill: share of the rows' room for history items that is used.
 
@@ -154,8 +154,9 @@ class PackedDataset:
         self.dataset = dataset.select_columns(read).with_format(None)
         # A slot is a decoder row whether used or not: a fifth more than an even spread needs, so that rows may differ.
         even = packing_length * sessions.sum() / items.sum()
-        self.slots = -(-int(max(min(1.2 * even, packing_length), sessions.max())) // 4) * 4
-        self.rows = pack_rows(items, sessions, self.items, self.slots, seed)
+        slots = int(max(min(1.2 * even, packing_length), sessions.max()))
+        self.rows = pack_rows(items, sessions, packing_length, slots, seed)
+        self.slots = max(int(sessions[row].sum()) for row in self.rows)
         self.fill = float(items.sum() / (len(self.rows) * packing_length))
 
     def __len__(self) -> int:

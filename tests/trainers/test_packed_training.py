@@ -138,6 +138,7 @@ def test_evaluation_stays_as_it_is(tmp_path):
     got = make_trainer(tmp_path, PREFIXES, packing=True).evaluate()
     assert {k: v for k, v in got.items() if "@" in k} == {k: v for k, v in wanted.items() if "@" in k}
     assert got["eval_loss"] == wanted["eval_loss"]
+    assert make_trainer(tmp_path, None, packing=True).evaluate()["eval_loss"] == wanted["eval_loss"]
 
 
 def test_a_plain_trainer_takes_prefixes(tmp_path):
@@ -181,7 +182,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
         make_trainer(tmp_path, WINDOWS, packing=True, packing_length=5)
     with pytest.raises(ValueError, match="leave data_collator out"):
         make_trainer(tmp_path, WINDOWS, packing=True, data_collator=PackedDataCollator(PROCESSOR, True))
-    with pytest.raises(ValueError, match="packing needs the columns"):
+    with pytest.raises(ValueError, match="the columns have to be history and session"):
         make_trainer(tmp_path, Dataset.from_dict({"text": ["a"]}), packing=True)
     with pytest.raises(ValueError, match="packing_length must be at least 1"):
         OneRecTrainingArguments(str(tmp_path), packing_length=0)
