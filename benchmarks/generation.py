@@ -8,7 +8,8 @@ The peers of each cell (users x beams, items per session, codes per level):
   vectorised     `generate` with our SemanticIDLogitsProcessor in its place
   unconstrained  `generate` without any constraint
 In all three, caches are handled as transformers does it for every model (one copy of the history's keys and values per beam, copied again at
-every step), and so are the experts (grouped_mm). Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
+every step), and so are the experts (grouped_mm). `recommend()` runs inside `model.packed_experts()`, as a server or an evaluation would; the
+ablation says what it does without. Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 from _harness import cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
 
-HISTORY = 30
+HISTORY = 50  # items: 200 tokens
 CONSTRAINT_ROWS = (320, 1600)
 
 
@@ -155,7 +156,7 @@ def measure_cells(setting: Setting, codes: int, cells, repetitions) -> list[dict
             same = float((mine == theirs).all(1).float().mean())
             name = f"same_sessions_{users}x{beams}x{items}" + ("" if codes == 256 else f"_k{codes}")
             rows.append(result_row(name, same, "share", against="vectorised"))
-        cpu, wall = interleaved(runs, repetitions if users * beams <= 400 else max(1, repetitions - 2))
+        cpu, wall = interleaved(runs, repetitions if users * beams <= 400 else max(1, repetitions - 3))
         for peer in peers:
             row = ratio_row(label(users, beams, items, codes).format(peer), cpu, peer, "recommend")
             row["against"] = peer
@@ -189,6 +190,15 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
 
         return run
 
+    def not_packed():
+        layers = [layer.mlp.experts for layer in setting.model.model.decoder.layers]
+        kept = [experts.packed for experts in layers]
+        for experts in layers:
+            experts.packed = None
+        setting.recommend(beams, items)
+        for experts, packed in zip(layers, kept, strict=True):
+            experts.packed = packed
+
     def grouped():
         setting.model.set_experts_implementation("grouped_mm")
         setting.recommend(beams, items)
@@ -204,6 +214,7 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
         "generate_history_shared": runs["shared"],
         "bos_fed_alone": without("BeamDecoder", BosAlone),
         "cache_copied_to_fresh_memory": without("BeamDecoder", FreshCopies),
+        "experts_not_packed": not_packed,
         "experts_by_grouped_mm": grouped,
         "all_users_at_once": without("_CPU_ROWS_AT_ONCE", 1 << 30),
     }
@@ -466,15 +477,18 @@ def main() -> None:
         grid = dict.fromkeys(itertools.product((1, 8, 32), (10, 50, 128), (1, 5)), every)
         named, large = grid | named, grid | large
     small = Setting(12_000, 256, quick)
-    rows = measure_cells(small, 256, named.items(), repetitions)
-    rows += decoder_over_floor(small, 1 if quick else 5)
-    if not quick:
-        rows += ablation(small, 8, 50, 1, 3) + ablation(small, 8, 50, 5, 2)
+    with small.model.packed_experts():
+        rows = measure_cells(small, 256, named.items(), repetitions)
+        rows += decoder_over_floor(small, 1 if quick else 5)
+        if not quick:
+            rows += ablation(small, 8, 50, 1, 3) + ablation(small, 8, 50, 5, 2)
     del small
     rows += constraint_alone(quick, repetitions)
     rows += memory(quick)
     if not quick:
-        rows += measure_cells(Setting(1_000_000, 8192, quick), 8192, large.items(), 3)
+        big = Setting(1_000_000, 8192, quick)
+        with big.model.packed_experts():
+            rows += measure_cells(big, 8192, large.items(), 3)
     finish(rows, arguments.json, history_items=HISTORY, weights="random, seed 0")
 
 

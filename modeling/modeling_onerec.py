@@ -247,6 +247,7 @@ class OneRecExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.packed = None  # a second copy of the weights, within `OneRecGenerationMixin.packed_experts`
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         out = torch.zeros_like(hidden_states)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
 from onerec_hf.modeling import experts_onerec
 from onerec_hf.modeling.modeling_onerec import OneRecSparseMoeBlock
 from tests.conftest import make_catalogue, make_model
@@ -66,3 +66,42 @@ def test_it_is_the_default_and_another_can_be_asked_for(tmp_path):
     assert loaded.config._experts_implementation == "eager"
     loaded.set_experts_implementation("grouped_mm")
     assert loaded.config._experts_implementation == "grouped_mm"
+
+
+def test_packed_weights_give_the_same_and_changed_ones_are_noticed():
+    catalogue = make_catalogue()
+    model, processor = make_model(catalogue), OneRecProcessor.from_catalogue(catalogue)
+    arguments = {**processor([["m1", "m2"], ["m3"]]), "num_beams": 6, "num_return_sequences": 6}
+    arguments["return_dict_in_generate"] = True
+    experts = model.model.decoder.layers[0].mlp.experts
+    plain = model.recommend(**arguments)
+    with model.packed_experts():
+        assert experts.packed.holds(experts.gate_up_proj, experts.down_proj)
+        packed = model.recommend(**arguments)
+        torch.testing.assert_close(packed.sequences_scores, plain.sequences_scores)
+        assert torch.equal(packed.sequences, plain.sequences)
+        with torch.no_grad():
+            experts.down_proj.mul_(-3)
+        changed = model.recommend(**arguments)
+    assert experts.packed is None
+    assert not torch.allclose(changed.sequences_scores, plain.sequences_scores)
+    torch.testing.assert_close(changed.sequences_scores, model.recommend(**arguments).sequences_scores)
+
+
+def test_packed_weights_do_not_hide_an_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    catalogue = make_catalogue()
+    model, processor = make_model(catalogue), OneRecProcessor.from_catalogue(catalogue)
+    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).get_base_model()
+    arguments = {**processor([["m1", "m2"]]), "num_beams": 4, "return_dict_in_generate": True}
+    expected = adapted.recommend(**arguments).sequences_scores
+    with adapted.packed_experts():
+        torch.testing.assert_close(adapted.recommend(**arguments).sequences_scores, expected)
+
+
+def test_packing_does_nothing_for_other_dtypes():
+    model = make_model(make_catalogue()).to(torch.bfloat16)
+    with model.packed_experts():
+        assert model.model.decoder.layers[0].mlp.experts.packed is None
