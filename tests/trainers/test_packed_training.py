@@ -2,7 +2,10 @@
 
 import copy
 import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pandas as pd
@@ -10,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
@@ -227,3 +231,38 @@ def test_torch_compile_trains_without_recompiling(tmp_path, dataset, settings, a
     assert len(losses(plain)) >= 4
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
     assert_same_weights(plain.model, compiled.accelerator.unwrap_model(compiled.model), atol=1e-4, rtol=1e-3)
+
+
+RANKS = """
+import sys
+from safetensors.torch import save_file
+from tests.trainers.test_packed_training import PREFIXES, make_trainer
+
+folder, rows = sys.argv[1], int(sys.argv[2])
+trainer = make_trainer(folder, PREFIXES, packing=True, per_device_train_batch_size=rows)
+trainer.train()
+if trainer.is_world_process_zero():
+    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*launch, str(tmp_path), "2"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = make_trainer(tmp_path, PREFIXES, packing=True, per_device_train_batch_size=4)
+    alone.train()
+    ranks = load_file(tmp_path / "weights.safetensors")
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(ranks[name], value, atol=1e-6, rtol=1e-5, msg=name)
