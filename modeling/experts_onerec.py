@@ -2,9 +2,10 @@
 How the experts are computed where speed counts: the implementation "onerec" of transformers' experts interface, which the model takes
 unless it is told another (`experts_implementation=` of `from_pretrained`).
 
-With gradients, on accelerators, under `torch.compile` and with expert parallelism it is transformers' "grouped_mm". On a CPU without
-gradients the tokens are sorted by expert and each expert's few tokens go through it at once, so that what lies between its two products stays in
-the cache, and the products are oneDNN's, which is faster than the default one where a weight meets few rows (benchmarks/generation.py).
+On accelerators, in other types than float32, under `torch.compile`, autocast and expert parallelism it is transformers' "grouped_mm". On a CPU
+the tokens are sorted by expert and each expert's few tokens go through it at once, forward and backward, so that what lies between its two
+products stays in the cache; and the forward products are oneDNN's, which is faster than the default one where a weight meets few rows
+(benchmarks/generation.py, benchmarks/training.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 
@@ -31,28 +33,72 @@ def product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(states, weight)
 
 
-def segmented_experts(experts, gate_up, down, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+class SegmentedExperts(torch.autograd.Function):
     """
-    Experts' outputs for (tokens, width) states, expert by expert, without gradients.
+    Experts' outputs for (tokens, width) float32 states, expert by expert.
 
-    Args:
-        experts: the `OneRecExperts`.
-        gate_up, down: per expert a (2 * inner, width) and a (width, inner) weight.
-        top_k_index, top_k_weights: (tokens, k) chosen experts and their gates.
+    `apply(hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn, packed)`: chosen experts and their gates (tokens, k); the packed
+    parameters (experts, 2 * inner, width) and (experts, width, inner); `packed`, a [`PackedExperts`] to multiply with instead, or None.
     """
-    tokens, k = top_k_index.shape
-    chosen = top_k_index.flatten()
-    order = chosen.argsort()
-    sorted_states = hidden_states[order // k]
-    out = torch.empty_like(sorted_states)
+
+    @staticmethod
+    def forward(ctx, hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn, packed):
+        tokens, k = top_k_index.shape
+        chosen = top_k_index.flatten()
+        order = chosen.argsort()
+        counts = torch.bincount(chosen, minlength=len(gate_up)).tolist()
+        states = hidden_states[order // k]
+        inner = states.new_empty(len(states), gate_up.shape[1]) if any(ctx.needs_input_grad) else None
+        out = torch.empty_like(states)
+        for expert, rows in _segments(counts):
+            projected = product(states[rows], packed.gate_up[expert] if packed is not None else gate_up[expert])
+            if inner is not None:
+                inner[rows] = projected
+            gate, up = projected.chunk(2, dim=-1)
+            activated = act_fn(gate).mul_(up)
+            out[rows] = product(activated, packed.down[expert] if packed is not None else down[expert])
+        ctx.counts, ctx.act_fn = counts, act_fn
+        ctx.save_for_backward(states, order, top_k_weights, gate_up, down, inner, out)
+        return (_unsorted(out, order).view(tokens, k, -1) * top_k_weights[..., None]).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        states, order, top_k_weights, gate_up, down, inner, out = ctx.saved_tensors
+        tokens, k = top_k_weights.shape
+        grad = grad[order // k]
+        grad_weights = _unsorted((grad * out).sum(-1), order).view(tokens, k)
+        grad = grad * top_k_weights.flatten()[order, None]
+        grad_states = torch.empty_like(states)
+        # Experts without tokens keep zeros.
+        grad_gate_up = torch.zeros_like(gate_up) if ctx.needs_input_grad[3] else None
+        grad_down = torch.zeros_like(down) if ctx.needs_input_grad[4] else None
+        for expert, rows in _segments(ctx.counts):
+            with torch.enable_grad():  # the activation is any that the config names
+                projected = inner[rows].requires_grad_()
+                gate, up = projected.chunk(2, dim=-1)
+                activated = ctx.act_fn(gate) * up
+            (grad_projected,) = torch.autograd.grad(activated, projected, grad[rows] @ down[expert])
+            if grad_down is not None:
+                torch.mm(grad[rows].t(), activated.detach(), out=grad_down[expert])
+            if grad_gate_up is not None:
+                torch.mm(grad_projected.t(), states[rows], out=grad_gate_up[expert])
+            grad_states[rows] = grad_projected @ gate_up[expert]
+        grad_states = _unsorted(grad_states, order).view(tokens, k, -1).sum(1)
+        return grad_states, None, grad_weights, grad_gate_up, grad_down, None, None
+
+
+def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """The experts that have tokens, and where these stand among the sorted ones."""
     start = 0
-    for expert, count in enumerate(torch.bincount(chosen, minlength=experts.num_experts).tolist()):
+    for expert, count in enumerate(counts):
         if count:
-            rows = slice(start, start + count)
-            gate, up = product(sorted_states[rows], gate_up[expert]).chunk(2, dim=-1)
-            out.index_copy_(0, order[rows], product(experts.act_fn(gate).mul_(up), down[expert]))
+            yield expert, slice(start, start + count)
             start += count
-    return out.view(tokens, k, -1).mul_(top_k_weights[..., None]).sum(1)
+
+
+def _unsorted(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 @dataclass
@@ -101,17 +147,18 @@ def packed(layers: list) -> Iterator[None]:
 
 def onerec_experts_forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """The experts interface's function: what this file's head says."""
+    gate_up, down = self.gate_up_proj, self.down_proj
     if (
         hidden_states.device.type != "cpu"
-        or torch.is_grad_enabled()
+        or hidden_states.dtype != torch.float32
+        or gate_up.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or self._is_expert_parallel
     ):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    gate_up, down = self.gate_up_proj, self.down_proj
-    if self.packed is not None and self.packed.holds(gate_up, down):
-        gate_up, down = self.packed.gate_up, self.packed.down
-    return segmented_experts(self, gate_up, down, hidden_states, top_k_index, top_k_weights)
+    packed = self.packed if self.packed is not None and self.packed.holds(gate_up, down) else None
+    return SegmentedExperts.apply(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn, packed)
 
 
 EXPERTS_IMPLEMENTATION = "onerec"
@@ -120,8 +167,8 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, onerec_experts_forward)
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "PackedExperts",
+    "SegmentedExperts",
     "onerec_experts_forward",
     "packed",
     "product",
-    "segmented_experts",
 ]

@@ -46,15 +46,36 @@ def test_where_onednn_is_absent_the_product_is_torchs(monkeypatch):
     torch.testing.assert_close(experts_onerec.product(states, weight), by_onednn)
 
 
-def test_gradients_equal_the_loops():
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("frozen", [None, "experts.gate_up_proj", "experts.down_proj", "gate.weight"])
+def test_gradients_equal_the_loops(k, tokens, frozen):
+    """Of the states, the gates and both weights; with two tokens some experts have none, and their gradient is zero."""
     gradients = []
     for name in ("onerec", "eager"):
-        block = make_block(name)
+        block = make_block(name, num_experts_per_tok=k).train()
+        for key, parameter in block.named_parameters():
+            parameter.requires_grad_(key != frozen)
         torch.manual_seed(1)
-        block(torch.randn(1, 40, 32))[0].square().sum().backward()
-        gradients.append({key: parameter.grad for key, parameter in block.named_parameters()})
+        states = torch.randn(1, tokens, 32, requires_grad=True)
+        block(states)[0].sin().sum().backward()
+        gradients.append(
+            {"states": states.grad} | {key: parameter.grad for key, parameter in block.named_parameters()}
+        )
     for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][key], atol=1e-3, rtol=1e-4)
+        if key == frozen:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, gradients[1][key], atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_and_compilation_go_another_way_with_the_same_result():
+    block, states = make_block("onerec"), torch.randn(1, 20, 32)
+    plain = block(states)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(block(states)[0].float(), plain, atol=0.1, rtol=0.05)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(states)[0]
+    torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_it_is_the_default_and_another_can_be_asked_for(tmp_path):
