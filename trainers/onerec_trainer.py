@@ -152,6 +152,11 @@ class OneRecTrainer(Seq2SeqTrainer):
             logs.update(self._router_balance.pop_logs())
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args, **kwargs):
+        generator = self.accelerator.unwrap_model(self.model)
+        with generator.packed_experts():  # thousands of rankings by the same weights
+            return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: torch.nn.Module,

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         )
     skipped = empty = 0
     file = contextlib.nullcontext(sys.stdin) if args.histories == "-" else open(args.histories, encoding="utf-8-sig")  # noqa: SIM115 (the with below)
-    with file as stream:
+    with file as stream, model.packed_experts():
         requests = read_requests(stream)
         while batch := list(islice(requests, args.batch_size)):
             known = [
