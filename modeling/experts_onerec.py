@@ -47,7 +47,7 @@ class SegmentedExperts(torch.autograd.Function):
         chosen = top_k_index.flatten()
         order = chosen.argsort()
         counts = torch.bincount(chosen, minlength=len(gate_up)).tolist()
-        states = hidden_states[order // k]
+        states = hidden_states.index_select(0, order // k)
         inner = states.new_empty(len(states), gate_up.shape[1]) if any(ctx.needs_input_grad) else None
         out = torch.empty_like(states)
         for expert, rows in _segments(counts):
@@ -58,34 +58,38 @@ class SegmentedExperts(torch.autograd.Function):
             activated = act_fn(gate).mul_(up)
             out[rows] = product(activated, packed.down[expert] if packed is not None else down[expert])
         ctx.counts, ctx.act_fn = counts, act_fn
-        ctx.save_for_backward(states, order, top_k_weights, gate_up, down, inner, out)
-        return (_unsorted(out, order).view(tokens, k, -1) * top_k_weights[..., None]).sum(1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        place = place.view(tokens, k)
+        ctx.save_for_backward(states, order, place, top_k_weights, gate_up, down, inner, out)
+        # Gathers, weighs and sums in one pass.
+        return F.embedding_bag(place, out, mode="sum", per_sample_weights=top_k_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        states, order, top_k_weights, gate_up, down, inner, out = ctx.saved_tensors
-        tokens, k = top_k_weights.shape
-        grad = grad[order // k]
-        grad_weights = _unsorted((grad * out).sum(-1), order).view(tokens, k)
-        grad = grad * top_k_weights.flatten()[order, None]
-        grad_states = torch.empty_like(states)
+        states, order, place, top_k_weights, gate_up, down, inner, out = ctx.saved_tensors
+        grad = grad.index_select(0, order // top_k_weights.shape[1])
+        weights = top_k_weights.flatten()[order, None]
+        grad_weights, grad_states = torch.empty_like(weights), torch.empty_like(states)
         # Experts without tokens keep zeros.
         grad_gate_up = torch.zeros_like(gate_up) if ctx.needs_input_grad[3] else None
         grad_down = torch.zeros_like(down) if ctx.needs_input_grad[4] else None
         for expert, rows in _segments(ctx.counts):
+            torch.sum(grad[rows] * out[rows], dim=-1, keepdim=True, out=grad_weights[rows])
+            grad_out = grad[rows] * weights[rows]
             with torch.enable_grad():  # the activation is any that the config names
                 projected = inner[rows].requires_grad_()
                 gate, up = projected.chunk(2, dim=-1)
                 activated = ctx.act_fn(gate) * up
-            (grad_projected,) = torch.autograd.grad(activated, projected, grad[rows] @ down[expert])
+            (grad_projected,) = torch.autograd.grad(activated, projected, product(grad_out, down[expert].t()))
             if grad_down is not None:
-                torch.mm(grad[rows].t(), activated.detach(), out=grad_down[expert])
+                torch.mm(grad_out.t(), activated.detach(), out=grad_down[expert])
             if grad_gate_up is not None:
                 torch.mm(grad_projected.t(), states[rows], out=grad_gate_up[expert])
-            grad_states[rows] = grad_projected @ gate_up[expert]
-        grad_states = _unsorted(grad_states, order).view(tokens, k, -1).sum(1)
-        return grad_states, None, grad_weights, grad_gate_up, grad_down, None, None
+            grad_states[rows] = product(grad_projected, gate_up[expert].t())
+        grad_states = F.embedding_bag(place, grad_states, mode="sum")
+        return grad_states, None, grad_weights[place].squeeze(-1), grad_gate_up, grad_down, None, None
 
 
 def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -95,10 +99,6 @@ def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
         if count:
             yield expert, slice(start, start + count)
             start += count
-
-
-def _unsorted(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 @dataclass

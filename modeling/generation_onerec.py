@@ -176,6 +176,7 @@ class OneRecGenerationMixin(GenerationMixin):
         known = {
             "encoder_outputs",
             "attention_mask",
+            "labels",
             "logits_to_keep",
             "past_key_values",
             "use_cache",

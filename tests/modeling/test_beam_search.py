@@ -201,6 +201,25 @@ def test_allow_takes_one_list_per_user_or_one_for_all():
         recommend(MODEL, allow=[category, category])
 
 
+def test_items_named_twice_count_once():
+    """Counting an excluded item twice would empty a prefix that still has another one."""
+    rows = torch.arange(14)[:, None]
+    once = MODEL.recommend(
+        **PROCESSOR([["m1"]] * 14), session_length=1, num_beams=14, num_return_sequences=14, exclude=rows
+    )
+    twice = MODEL.recommend(
+        **PROCESSOR([["m1"]] * 14),
+        session_length=1,
+        num_beams=14,
+        num_return_sequences=14,
+        exclude=torch.cat([rows, torch.full_like(rows, -1), rows], dim=1),
+    )
+    assert torch.equal(once, twice)
+    assert [len([s for s in PROCESSOR.batch_decode(once[i : i + 14]) if s]) for i in range(0, 196, 14)] == [13] * 14
+    pair = recommend(MODEL, session_length=2, num_beams=4, allow=[["m3", "m3", "m5"]])
+    assert {tuple(session) for answer in pair for _, session in answer if session} == {("m3", "m5"), ("m5", "m3")}
+
+
 def test_ties_keep_the_order_of_the_codes():
     model = make_model(CATALOGUE, seed=3)
     with torch.no_grad():
@@ -308,6 +327,33 @@ def test_generate_leaves_to_transformers_what_the_fast_path_does_not_do(monkeypa
     out = MODEL.generate(**PROCESSOR(HISTORIES), **arguments)
     assert fast.calls == 0
     assert len(getattr(out, "sequences", out)) == 3
+
+
+def test_seq2seq_trainer_predicts_by_the_fast_path(monkeypatch, tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    fast = Counted(monkeypatch, "beam_search")
+    model = make_model(CATALOGUE, seed=3)
+    rows = [
+        {name: value[0].tolist() for name, value in PROCESSOR([history], sessions=[["m0", "m2"]]).items()}
+        for history in HISTORIES[:2] + HISTORIES[:1]
+        if len(history) == 3
+    ]
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        predict_with_generate=True,
+        generation_num_beams=3,
+        generation_max_length=8,
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Seq2SeqTrainer(
+        model, arguments, data_collator=lambda rows: {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+    )
+    out = trainer.predict(rows)
+    assert fast.calls == 1
+    expected = model.recommend(**PROCESSOR([HISTORIES[0]] * 2), num_beams=3)
+    assert out.predictions[:, : expected.shape[1]].tolist() == expected.tolist()
 
 
 def test_transformers_still_calls_the_methods_that_lead_to_the_fast_path():
