@@ -8,6 +8,10 @@ _PUBLIC = {
     "RouterBalanceCallback": "callbacks",
     "OneRecTrainingArguments": "onerec_config",
     "OneRecTrainer": "onerec_trainer",
+    "OneRecPreferenceCollator": "preference_collators",
+    "Seq2SeqPreferenceCollator": "preference_collators",
+    "Seq2SeqDPOConfig": "seq2seq_dpo_config",
+    "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
     from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
     from onerec_hf.trainers.onerec_trainer import OneRecTrainer
+    from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
+    from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
+    from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 
 
 def __getattr__(name: str):

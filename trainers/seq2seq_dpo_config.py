@@ -1,0 +1,76 @@
+"""Arguments of [`Seq2SeqDPOTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl.trainer.dpo_config import DPOConfig
+
+from onerec_hf.trainers.preference_losses import REFERENCE_FREE, cdpo_settings, cpo_settings
+
+
+@dataclass
+class Seq2SeqDPOConfig(DPOConfig):
+    """
+    `trl.DPOConfig` for encoder-decoder models. All of TRL's options and its defaults hold (`bf16`, `gradient_checkpointing`,
+    learning rate 1e-6); `max_length` bounds the decoder's side alone.
+
+    Args:
+        max_prompt_length: tokens of a text prompt that the encoder reads; the tokenizer truncates. OneRec histories have the processor's
+            `max_history` instead.
+        loss_type: TRL's names, and "cdpo", "cpo", "simpo", "s_dpo" ([`onerec_hf.trainers.preference_losses`]). "cdpo", "cpo" and
+            "simpo" are rewritten into TRL's names and weights. The last three stand alone.
+        cpo_alpha: weight of the chosen answers' likelihood in CPO.
+        simpo_gamma: SimPO's target margin.
+        reference_free: the reference's log-probabilities are constants, no reference model is kept; set by "cpo" and "simpo".
+
+    Raises:
+        ValueError: losses that do not go together, or options that have no meaning for an encoder-decoder model.
+
+    Example:
+        >>> args = Seq2SeqDPOConfig("out", loss_type="cdpo", label_smoothing=0.25, report_to="none", bf16=False, use_cpu=True)
+        >>> args.loss_type, args.loss_weights
+        (['sigmoid', 'robust'], [1.5, -0.5])
+    """
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a text prompt that the encoder reads (the tokenizer truncates)."}
+    )
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the chosen answers' likelihood in CPO."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of SimPO."})
+    reference_free: bool = field(
+        default=False, metadata={"help": "Constants in place of a reference model; set by loss_type cpo and simpo."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.truncation_mode != "keep_start":
+            raise ValueError("truncation_mode must be 'keep_start': an answer is written from its beginning")
+        names = list(self.loss_type)
+        alone = [name for name in names if name in (*REFERENCE_FREE, "s_dpo")]
+        if alone and len(names) > 1:
+            raise ValueError(f"loss_type {alone[0]!r} cannot be combined with other losses; got {names}")
+        if alone and self.f_divergence_type != "reverse_kl":
+            raise ValueError(f"loss_type {alone[0]!r} is defined for f_divergence_type='reverse_kl' only")
+        if alone and self.ld_alpha is not None:
+            raise ValueError(f"loss_type {alone[0]!r} has no length-desensitized form: leave ld_alpha out")
+        if names[0] in REFERENCE_FREE:
+            self.reference_free = True
+        if self.reference_free and (self.sync_ref_model or self.precompute_ref_log_probs):
+            raise ValueError("a reference-free loss has no reference to synchronize or precompute")
+        if names[0] == "s_dpo" and self.precompute_ref_log_probs:
+            raise ValueError("loss_type 's_dpo' scores several rejected answers: precompute_ref_log_probs stores one")
+        weights: dict[str, float] = {}
+        for name, weight in zip(names, self.loss_weights or [1.0] * len(names), strict=True):
+            for part, share in self._in_trl(name).items():
+                weights[part] = weights.get(part, 0.0) + weight * share
+        if list(weights) != names:
+            self.loss_type, self.loss_weights = list(weights), list(weights.values())
+
+    def _in_trl(self, name: str) -> dict[str, float]:
+        """The loss as weights of TRL's losses."""
+        if name == "cdpo":
+            return cdpo_settings(self.label_smoothing)
+        if name == "cpo":
+            return cpo_settings(self.cpo_alpha)
+        return {"sigmoid_norm" if name == "simpo" else name: 1.0}

@@ -1,0 +1,319 @@
+"""DPO for encoder-decoder models: TRL's trainer with batches and a model that it can score; its losses are TRL's own."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_model, save_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor, PreTrainedModel
+from trl.data_utils import apply_chat_template, extract_prompt, is_conversational
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.utils import global_then_local_main_first
+
+from onerec_hf.modeling.processing_onerec import OneRecProcessor
+from onerec_hf.trainers.decoder_first import check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
+from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
+from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
+
+_TEXT = ("prompt", "chosen", "rejected")
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_ITEMS = ("history", "chosen", "rejected")
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_REFERENCE_FILE = "reference.safetensors"
+
+
+class Seq2SeqDPOTrainer(DPOTrainer):
+    """
+    `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and every other loss and option that
+    TRL has for it. The encoder reads the prompt once per pair; what is scored is the decoder's sequence alone.
+
+    Rows of a text dataset have TRL's columns `prompt`, `chosen`, `rejected` (strings, conversations, or token ids `prompt_ids`,
+    `chosen_ids`, `rejected_ids`). With a [`OneRecProcessor`] they are `history`, `chosen`, `rejected`, lists of item ids. Rows that bring
+    `ref_chosen_logps` and `ref_rejected_logps` keep them under `precompute_ref_log_probs`.
+
+    The routers of a OneRec decoder keep their balancing bias, and no auxiliary loss is added unless `router_aux_loss_coef` or the model's
+    `output_router_logits` asks for it. `disable_dropout` also reaches dropouts that are plain numbers (attention in T5, all of Bart), which TRL misses.
+
+    Args:
+        model: an encoder-decoder model, a PEFT model around one, or a path or Hub id.
+        ref_model: the reference; a frozen copy of `model` when not given. With PEFT it is the model without its adapter.
+        args: [`Seq2SeqDPOConfig`].
+        data_collator: batches of your own in the layout of [`Seq2SeqPreferenceCollator`]; the dataset is then taken as it is.
+        processing_class: the tokenizer, or the [`OneRecProcessor`].
+        kwargs: as for `trl.DPOTrainer`.
+
+    Raises:
+        ValueError: a decoder-only model, missing columns, or a model that TRL's fused head scores wrongly.
+
+    Example:
+        >>> trainer = Seq2SeqDPOTrainer(
+        ...     "google-t5/t5-small", args=Seq2SeqDPOConfig("out"), train_dataset=pairs
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ["trl", "dpo", "seq2seq"]
+    args: Seq2SeqDPOConfig
+    model: PreTrainedModel
+    ref_model: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        ref_model: PreTrainedModel | None = None,
+        args: Seq2SeqDPOConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        processing_class=None,
+        peft_config=None,
+        quantization_config=None,
+        **kwargs,
+    ):
+        args = Seq2SeqDPOConfig("seq2seq-dpo-output") if args is None else args
+        if isinstance(model, str):
+            model = _load(model, args, quantization_config)
+            quantization_config = None
+        generator: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+        has_adapter = peft_config is not None or is_peft_model(model)
+        _check_adapter(peft_config, model)
+        if ref_model is None and not (has_adapter or args.precompute_ref_log_probs or args.reference_free):
+            ref_model = _frozen_copy(model)
+        for each in (generator, ref_model):
+            if each is not None:
+                enable_decoder_first(each)
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval()
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                generator.config._name_or_path, trust_remote_code=args.trust_remote_code
+            )
+        if isinstance(processing_class, OneRecProcessor):
+            generator.set_catalogue(processing_class.catalogue)
+        self._takes_rows_as_they_are = data_collator is not None
+        if data_collator is None:
+            data_collator = _collator(generator, processing_class, args)
+        # TRL builds no reference model where log-probabilities are precomputed; without a reference there is nothing to compute either.
+        args.precompute_ref_log_probs |= args.reference_free
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            **kwargs,
+        )
+        if args.reference_free:
+            args.precompute_ref_log_probs = self.precompute_ref_logps = False
+        if args.disable_dropout:
+            for each in (self.model, self.ref_model):
+                if each is not None:
+                    _disable_plain_dropout(each)
+        # A coefficient stands in OneRec's config for those who switch the loss on; TRL would add it by that alone.
+        if args.router_aux_loss_coef is None and not getattr(generator.config, "output_router_logits", False):
+            self.aux_loss_enabled = False
+        if not takes_decoder_first(generator):
+            check_scores(generator)
+
+    def _prepare_dataset(self, dataset, processing_class, args: Seq2SeqDPOConfig, dataset_name):
+        if self._takes_rows_as_they_are:
+            return dataset
+        first = next(iter(dataset))
+        if isinstance(processing_class, OneRecProcessor):
+            return _with_columns(dataset, first, _ITEMS, dataset_name)
+        if set(_TOKENS) <= set(first):
+            return dataset
+        settings: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        with global_then_local_main_first():
+            if "prompt" not in first:
+                dataset = dataset.map(extract_prompt, **settings)
+            _with_columns(dataset, next(iter(dataset)), _TEXT, dataset_name)
+            return dataset.map(
+                _tokenize,
+                fn_kwargs={"tokenizer": self._tokenizer, "max_prompt_length": args.max_prompt_length},
+                **settings,
+            )
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = sorted({*_ITEMS, *_TOKENS, *_REFERENCE})
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if self.args.reference_free or set(_REFERENCE) <= set(dataset.column_names or ()):
+            return dataset
+        was_training = self.model.training
+        self.model.eval()
+        # TRL shares the values through a cache file beside the dataset's own; one in memory has its file in a folder of each process.
+        in_memory = isinstance(dataset, Dataset) and not dataset.cache_files
+        if in_memory and self.accelerator.num_processes > 1:
+            dataset = self._score_in_memory(dataset, batch_size)
+        else:
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+        self.model.train(was_training)
+        return dataset
+
+    def _score_in_memory(self, dataset: Dataset, batch_size: int) -> Dataset:
+        """The dataset with the reference's log-probabilities, which every rank gathers from all."""
+        loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))  # type: ignore[arg-type]
+        parts = [
+            self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.ref_model or self.model, batch))
+            for batch in loader
+        ]
+        for column, values in zip(_REFERENCE, zip(*parts, strict=True), strict=True):
+            dataset = dataset.add_column(column, torch.cat(values).float().tolist())  # type: ignore[call-arg]
+        return dataset
+
+    # A synchronized reference (TR-DPO) is a state of the training, like the optimizer's; TRL would resume with the first reference.
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.sync_ref_model and self.args.should_save:
+            save_model(self.ref_model, os.path.join(output_dir, _REFERENCE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.sync_ref_model and checkpoint is not None:
+            load_model(self.ref_model, os.path.join(checkpoint, _REFERENCE_FILE), device=str(self.accelerator.device))
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if self.loss_types == ["s_dpo"]:
+            loss = self._s_dpo(model, inputs)
+        elif self.args.reference_free:
+            gamma = self.args.simpo_gamma if "sigmoid_norm" in self.loss_types else 0.0
+            reference = simpo_reference(inputs["completion_mask"], self.beta, gamma)
+            self.precompute_ref_logps = True
+            loss = super()._compute_loss(model, {**inputs, **dict(zip(_REFERENCE, reference, strict=True))}, False)
+            self.precompute_ref_logps = False
+        else:
+            loss = super()._compute_loss(model, inputs, False)
+        if not return_outputs:
+            return loss
+        repeats = inputs["input_ids"].shape[0] // inputs["encoder_input_ids"].shape[0]
+        with torch.no_grad():
+            outputs = model(
+                input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
+                attention_mask=inputs["encoder_attention_mask"].repeat(repeats, 1),
+                decoder_input_ids=inputs["input_ids"],
+                decoder_attention_mask=inputs["attention_mask"],
+                use_cache=False,
+            )
+        return loss, outputs
+
+    def _s_dpo(self, model, inputs) -> torch.Tensor:
+        """S-DPO of a batch with (1 + N) * B decoder rows."""
+        users = inputs["encoder_input_ids"].shape[0]
+        ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        scored = {name: value for name, value in inputs.items() if name != "completion_mask"}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**scored, **router, labels=labels, fused_lm_head=True, use_cache=False)
+        logps = outputs.log_probs.sum(1)
+        ratios = (logps - ref_logps).view(-1, users)
+        loss = s_dpo_loss(ratios[0], ratios[1:].T, self.beta).mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        rewards = self.beta * ratios.detach()
+        logged: dict[str, torch.Tensor] = {
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1:].mean(0),
+            "rewards/accuracies": (rewards[0] > rewards[1:].amax(0)).float(),
+            "rewards/margins": rewards[0] - rewards[1:].mean(0),
+            "logps/chosen": logps.detach()[:users],
+            "logps/rejected": logps.detach()[users:],
+        }
+        for name, value in logged.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(
+                torch.as_tensor(self.accelerator.gather(value)).mean().item()
+            )
+        return loss
+
+
+def _load(path: str, args: Seq2SeqDPOConfig, quantization_config) -> PreTrainedModel:
+    """TRL itself looks the class up in transformers, and falls back to causal models for a plugin's."""
+    settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
+    args.model_init_kwargs = None  # used; TRL warns where a model comes with them
+    return AutoModelForSeq2SeqLM.from_pretrained(path, **settings)
+
+
+def _check_adapter(peft_config, model) -> None:
+    configs = [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values()
+    if any(config.is_prompt_learning for config in configs):
+        raise ValueError(
+            "prompt-learning adapters put virtual tokens before input_ids, which are the decoder's here; use LoRA or another adapter of weights"
+        )
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    # TRL's fused forward, left by an earlier trainer, holds the model that it was made for: a copy of it would run the original's weights.
+    forward = model.__dict__.pop("forward", None)
+    copied = copy.deepcopy(model)
+    if forward is not None:
+        model.forward = forward
+    return copied
+
+
+def _disable_plain_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def _collator(generator: PreTrainedModel, processing_class, args: Seq2SeqDPOConfig):
+    if isinstance(processing_class, OneRecProcessor):
+        return OneRecPreferenceCollator(processing_class)
+    start = generator.generation_config.decoder_start_token_id  # type: ignore[union-attr]
+    if start is None:
+        raise ValueError(
+            f"{type(generator).__name__} does not say what its decoder begins with: set model.generation_config.decoder_start_token_id"
+        )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Seq2SeqPreferenceCollator(tokenizer.pad_token_id, start, args.max_length, args.pad_to_multiple_of)  # type: ignore[arg-type]
+
+
+def _with_columns(dataset, first: dict, wanted: tuple[str, ...], name: str):
+    missing = [column for column in wanted if column not in first]
+    if missing:
+        raise ValueError(
+            f"the {name} dataset lacks the columns {missing}; preference rows have {list(wanted)}, this one has {sorted(first)}"
+        )
+    return dataset
+
+
+def _tokenize(row: dict[str, Any], tokenizer, max_prompt_length: int | None) -> dict[str, list]:
+    """Prompt and answers by themselves, each with the tokenizer's special tokens; an answer ends with EOS."""
+    templated = is_conversational(row)
+    if templated:
+        row = dict(apply_chat_template(row, tokenizer))
+    prompt = tokenizer(
+        row["prompt"],
+        add_special_tokens=not templated,
+        truncation=max_prompt_length is not None,
+        max_length=max_prompt_length,
+    )
+
+    def answer(text):
+        if isinstance(text, list):
+            return [answer(one) for one in text]
+        ids = tokenizer(text_target=text, add_special_tokens=not templated)["input_ids"]
+        return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+    return {
+        "prompt_ids": prompt["input_ids"],
+        "chosen_ids": answer(row["chosen"]),
+        "rejected_ids": answer(row["rejected"]),
+    }
