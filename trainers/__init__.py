@@ -7,7 +7,11 @@ _PUBLIC = {
     "InterruptCallback": "callbacks",
     "RouterBalanceCallback": "callbacks",
     "OneRecTrainingArguments": "onerec_config",
+    "OneRecDPOConfig": "onerec_dpo_config",
+    "OneRecDPOTrainer": "onerec_dpo_trainer",
     "OneRecTrainer": "onerec_trainer",
+    "RewardTrainer": "reward_trainer",
+    "RewardTrainingArguments": "reward_config",
     "OneRecPreferenceCollator": "preference_collators",
     "Seq2SeqPreferenceCollator": "preference_collators",
     "Seq2SeqDPOConfig": "seq2seq_dpo_config",
@@ -19,8 +23,12 @@ __all__ = sorted(_PUBLIC)
 if TYPE_CHECKING:
     from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
     from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
+    from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
+    from onerec_hf.trainers.onerec_dpo_trainer import OneRecDPOTrainer
     from onerec_hf.trainers.onerec_trainer import OneRecTrainer
     from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
+    from onerec_hf.trainers.reward_config import RewardTrainingArguments
+    from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 

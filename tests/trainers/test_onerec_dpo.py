@@ -1,0 +1,250 @@
+"""Iterative preference alignment: pairs from rewards, a reference that follows, and a model that gets what the reward asks for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onerec_hf import OneRecProcessor
+from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
+from onerec_hf.trainers.pair_selection import best_worst, random_pair, top_k_pairs
+from tests.conftest import make_catalogue, make_model
+
+CATALOGUE = make_catalogue(20, (4, 4, 4), seed=1)
+LIKED = {f"m{i}" for i in range(5)}
+
+
+def likes(histories, sessions):
+    """How many items of a session are among the first five."""
+    assert len(histories) == len(sessions)
+    return [float(sum(item in LIKED for item in session)) for session in sessions]
+
+
+def examples(count=24):
+    rng = np.random.default_rng(0)
+    names = np.array(CATALOGUE.item_ids)
+    return Dataset.from_list(
+        [
+            {
+                "history": rng.choice(names, 3, replace=False).tolist(),
+                "session": rng.choice(names, 2, replace=False).tolist(),
+            }
+            for _ in range(count)
+        ]
+    )
+
+
+def make_trainer(folder, rewards=likes, dataset=None, callbacks=None, select=None, **settings):
+    defaults = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-3,
+        "dpo_ratio": 0.5,
+        "num_candidates": 8,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return OneRecDPOTrainer(
+        make_model(CATALOGUE, seed=1),
+        rewards,
+        args=OneRecDPOConfig(str(folder), **{**defaults, **settings}),
+        train_dataset=examples() if dataset is None else dataset,
+        processing_class=OneRecProcessor.from_catalogue(CATALOGUE),
+        callbacks=callbacks,
+        selection=select,
+    )
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.integers(0, 9))
+def test_selections_prefer_the_larger_reward(rewards, seed):
+    rewards = np.array(rewards)
+    for select in (best_worst, random_pair, top_k_pairs(3)):
+        pairs = select(rewards, np.random.default_rng(seed))
+        assert all(rewards[chosen] >= rewards[rejected] for chosen, rejected in pairs)
+    assert rewards[best_worst(rewards, np.random.default_rng(0))[0][0]] == rewards.max()
+    assert len(top_k_pairs(3)(rewards, np.random.default_rng(0))) == min(3, len(rewards) // 2)
+
+
+def test_pairs_are_the_best_and_worst_of_the_models_own_candidates(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.begin_iteration(0)
+    pairs = trainer.pairs
+    assert len(set(pairs["row"])) == len(pairs) <= 12
+    processor, model = trainer.processing_class, trainer.model
+    for pair in pairs:
+        out = model.recommend(
+            **processor([pair["history"]]), num_beams=8, num_return_sequences=8, exclude=[pair["history"]]
+        )
+        sessions = processor.batch_decode(out)
+        rewards = likes([pair["history"]] * 8, sessions)
+        assert pair["chosen"] == sessions[int(np.argmax(rewards))]
+        assert pair["rejected"] == sessions[int(np.argmin(rewards))]
+        assert (pair["chosen_reward"], pair["rejected_reward"]) == (max(rewards), min(rewards))
+        assert pair["iteration"] == 0
+        assert pair["history"] == trainer._examples[pair["row"]]["history"]
+
+
+def test_loss_is_ntp_plus_lambda_times_dpo(tmp_path):
+    trainer = make_trainer(tmp_path, dpo_weight=0.3, ntp_weight=2.0, beta=0.2)
+    trainer.begin_iteration(0)
+    # A policy that has left its reference.
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    rows = [row for row in trainer.train_dataset if row["row"] in trainer._pairs][:3]
+    rows += [row for row in trainer.train_dataset if row["row"] not in trainer._pairs][:2]
+    batch = trainer.data_collator(rows)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = float(trainer._compute_loss(trainer.model, batch, False))
+    processor = trainer.processing_class
+
+    def log_probability(model, history, session):
+        one = processor([history], sessions=[session])
+        with torch.no_grad():
+            return -float(model(**one, num_items_in_batch=1).loss)
+
+    tokens = sum(len(row["session"]) * 3 for row in rows)
+    ntp = -sum(log_probability(trainer.model, row["history"], row["session"]) for row in rows) / tokens
+    dpo = []
+    for row in rows[:3]:
+        (pair,) = trainer._pairs[row["row"]]
+        margin = 0.0
+        for sign, side in ((1, "chosen"), (-1, "rejected")):
+            for model, direction in ((trainer.model, 1), (trainer.ref_model, -1)):
+                margin += sign * direction * log_probability(model, pair["history"], pair[side])
+        dpo.append(float(np.log1p(np.exp(-0.2 * margin))))
+    assert loss == pytest.approx(2.0 * ntp + 0.3 * np.mean(dpo), abs=1e-4)
+
+
+def test_alignment_raises_the_reward_of_what_is_generated(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=6, dpo_ratio=1.0, learning_rate=2e-3, beta=0.5, ntp_weight=0.1)
+    histories = examples()["history"]
+    processor = trainer.processing_class
+
+    def mean_reward():
+        out = trainer.model.recommend(**processor(histories), num_beams=4, num_return_sequences=4)
+        sessions = processor.batch_decode(out)
+        return float(np.mean(likes([None] * len(sessions), sessions)))
+
+    before = mean_reward()
+    trainer.train()
+    after = mean_reward()
+    assert after > before + 0.3
+    logged = [entry for entry in trainer.state.log_history if "loss/dpo" in entry]
+    assert {"loss/ntp", "rewards/accuracies"} <= logged[0].keys()
+    counted = [entry["pairs/count"] for entry in trainer.state.log_history if "pairs/count" in entry]
+    assert len(counted) == 6
+
+
+def test_each_iteration_has_the_last_policy_as_reference_and_draws_anew(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, num_train_epochs=4, epochs_per_iteration=2)
+    begin = trainer.begin_iteration
+
+    def watched(iteration):
+        policy = weights_of(trainer.model)
+        begin(iteration)
+        seen.append((iteration, trainer.pairs["chosen"], trainer.pairs["row"], policy, weights_of(trainer.ref_model)))
+
+    trainer.begin_iteration = watched
+    trainer.train()
+    assert [iteration for iteration, *_ in seen] == [0, 0, 1, 1]
+    for index in (0, 2):
+        _, _, _, policy, reference = seen[index]
+        assert all(torch.equal(policy[name], reference[name]) for name in policy)
+    for index in (1, 3):  # the second epoch of an iteration keeps pairs and reference
+        assert seen[index][1:3] == seen[index - 1][1:3]
+        assert all(
+            torch.equal(a, b) for a, b in zip(seen[index][4].values(), seen[index - 1][4].values(), strict=True)
+        )
+    assert seen[0][2] != seen[2][2]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6])  # within an iteration, and at its end
+def test_resume_equals_no_interruption(tmp_path, stop):
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": stop, "candidates": "sample"}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == whole.state.global_step == 12
+    for name, value in weights_of(whole.model).items():
+        assert torch.equal(weights_of(resumed.model)[name], value), name
+    assert resumed.pairs.to_list() == whole.pairs.to_list()
+    saved = json.loads((tmp_path / "whole" / f"checkpoint-{stop}" / "pairs.json").read_text())
+    assert saved["iteration"] == (stop - 1) // 4
+    assert not list((tmp_path / "whole").rglob("*.tmp"))
+
+
+def test_offline_pairs_need_no_reward(tmp_path):
+    rows = examples()
+    rows = rows.add_column("chosen", [["m1", "m2"]] * len(rows)).add_column("rejected", [["m9", "m8"]] * len(rows))
+    trainer = make_trainer(tmp_path, rewards=None, dataset=rows, beta=0.5, learning_rate=2e-3, num_train_epochs=3)
+    trainer.train()
+    accuracies = [entry["rewards/accuracies"] for entry in trainer.state.log_history if "rewards/accuracies" in entry]
+    assert np.mean(accuracies[-3:]) > 0.8
+
+
+def test_evaluation_is_the_next_token_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    metrics = trainer.evaluate(examples(6))
+    assert metrics["eval_loss"] > 0
+
+
+def test_several_rewards_are_weighted_and_checked(tmp_path):
+    def length(histories, sessions):
+        return [len(session) for session in sessions]
+
+    trainer = make_trainer(tmp_path, rewards=[likes, length], reward_weights=[2.0, -1.0])
+    assert trainer.rewards([["m1"]] * 2, [["m0", "m9"], ["m9"]]).tolist() == [0.0, -1.0]
+    with pytest.raises(ValueError, match=r"1 reward_weights for 2 reward functions: give one each"):
+        make_trainer(tmp_path, rewards=[likes, length], reward_weights=[2.0])
+    for wrong in (lambda histories, sessions: [1.0], lambda histories, sessions: [float("nan")] * len(sessions)):
+        with pytest.raises(ValueError, match="must return one finite number per session"):
+            make_trainer(tmp_path, rewards=wrong).begin_iteration(0)
+
+
+def test_no_pair_trains_on_next_tokens_alone(tmp_path):
+    trainer = make_trainer(tmp_path, min_margin=100.0, num_train_epochs=1)
+    trainer.train()
+    assert len(trainer.pairs) == 0
+    assert all("loss/dpo" not in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dpo_ratio": 0.0}, r"dpo_ratio=0.0 must lie in \(0, 1\]"),
+        ({"candidates": "greedy"}, 'candidates must be "beam" or "sample"'),
+        ({"selection": "worst"}, "selection must be one of"),
+        ({"num_candidates": 1}, "num_candidates at least 2"),
+        ({"sync_ref_model": True}, "sync_ref_model fixes or moves the reference"),
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0"),
+    ],
+)
+def test_refuses_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+def test_refuses_what_cannot_be_aligned(tmp_path):
+    with pytest.raises(ValueError, match="give reward_funcs, or rows with chosen and rejected"):
+        make_trainer(tmp_path, rewards=None)
+    with pytest.raises(ValueError, match=r"lacks \['session'\]"):
+        make_trainer(tmp_path, dataset=examples().remove_columns("session"))
+    with pytest.raises(ValueError, match="a reward is a function, a reward model, or a path"):
+        make_trainer(tmp_path, rewards=3)

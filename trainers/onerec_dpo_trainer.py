@@ -1,0 +1,283 @@
+"""Iterative preference alignment (OneRec paper, section 3.3): the trainer draws its own pairs, and its reference follows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
+from safetensors.torch import load_model, save_model
+from transformers import AutoModel, PreTrainedModel, TrainerCallback
+from transformers.utils import logging
+
+from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.processing_onerec import OneRecProcessor
+from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
+from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
+from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
+from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
+
+logger = logging.get_logger(__name__)
+
+_REFERENCE_FILE, _PAIRS_FILE = "reference.safetensors", "pairs.json"
+RewardFunction = Callable[..., list[float]]
+
+
+class OneRecDPOTrainer(Seq2SeqDPOTrainer):
+    """
+    L = L_NTP + lambda * L_DPO on examples `{"history": [ids], "session": [ids]}`, the pairs drawn by a reward from the model's own
+    candidates for a share `dpo_ratio` of the examples. Every `epochs_per_iteration` epochs the policy becomes the reference and draws
+    anew: iterative preference alignment. Pairs, iteration and reference stand in the checkpoints, so that a resumed training goes on as
+    if it had not stopped.
+
+    Offline: rows that also have `chosen` and `rejected` (sessions of item ids) keep those pairs; nothing is generated and no reward is
+    needed.
+
+    Args:
+        model: a `OneRecForConditionalGeneration`, or a path or Hub id.
+        reward_funcs: as in TRL's GRPOTrainer one or several of: a function `(histories, sessions) -> list of floats` over lists of
+            item ids; a [`OneRecForSessionReward`]; a path or Hub id of one.
+        args: [`OneRecDPOConfig`].
+        train_dataset: rows as above.
+        processing_class: the [`OneRecProcessor`].
+        selection: a function in place of `args.selection`, see [`onerec_hf.trainers.pair_selection`].
+        kwargs: as for [`Seq2SeqDPOTrainer`].
+
+    `trainer.pairs` is the table of the current pairs, a `datasets.Dataset` with `row`, `iteration`, `history`, `chosen`, `rejected`,
+    `chosen_reward`, `rejected_reward`; it can be saved and pushed as any dataset.
+
+    Raises:
+        ValueError: missing columns, no reward for rows without pairs, several iterations with an adapter (its reference is the base model).
+
+    Example:
+        >>> def prefers_new(histories, sessions):
+        ...     return [sum(item.startswith("new") for item in session) for session in sessions]
+        >>> trainer = OneRecDPOTrainer(
+        ...     model, prefers_new, args=OneRecDPOConfig("out"), train_dataset=train, processing_class=processor
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ["trl", "dpo", "onerec", "iterative-preference-alignment"]
+    args: OneRecDPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardFunction | PreTrainedModel | str | list | None = None,
+        args: OneRecDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        processing_class: OneRecProcessor | None = None,
+        selection: Selection | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs,
+    ):
+        args = OneRecDPOConfig("onerec-dpo-output") if args is None else args
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+        self.reward_funcs = [_as_function(reward) for reward in rewards]
+        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"{len(weights)} reward_weights for {len(self.reward_funcs)} reward functions: give one each"
+            )
+        self._reward_weights = weights
+        self._select = SELECTIONS[args.selection] if selection is None else selection
+        if not isinstance(train_dataset, Dataset):
+            raise ValueError(
+                "OneRecDPOTrainer needs a train_dataset that can be indexed (datasets.Dataset): pairs belong to its rows"
+            )
+        missing = {"history", "session"} - set(train_dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"the training dataset lacks {sorted(missing)}; its rows are history and session, lists of item ids, and for offline "
+                f"alignment chosen and rejected; this one has {train_dataset.column_names}"
+            )
+        self._offline = {"chosen", "rejected"} <= set(train_dataset.column_names)
+        if not self._offline and not self.reward_funcs:
+            raise ValueError(
+                "give reward_funcs, or rows with chosen and rejected: without either there is nothing to prefer"
+            )
+        has_adapter = kwargs.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
+        if has_adapter and not self._offline and args.num_train_epochs > args.epochs_per_iteration:
+            raise ValueError(
+                "with an adapter the reference is the base model, in every iteration: train one iteration "
+                "(num_train_epochs = epochs_per_iteration), merge, and go on from the merged model"
+            )
+        if processing_class is None:
+            raise ValueError("OneRecDPOTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
+        self._examples = train_dataset
+        self._pairs: dict[int, list[dict[str, Any]]] = {}
+        self.iteration = -1
+        columns = ["history", "session", *(("chosen", "rejected") if self._offline else ())]
+        rows = train_dataset.select_columns(columns).add_column("row", list(range(len(train_dataset))))  # type: ignore[call-arg]
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=rows,
+            processing_class=processing_class,
+            data_collator=_AlignmentCollator(processing_class, self._pairs_of),
+            callbacks=[_DrawAtEpoch(self), *(callbacks or [])],
+            **kwargs,
+        )
+
+    def _pairs_of(self, example: dict[str, Any]) -> list[dict[str, Any]]:
+        return [example] if "chosen" in example else self._pairs.get(example.get("row", -1), [])
+
+    @property
+    def pairs(self) -> Dataset:
+        """The pairs of the current iteration."""
+        return Dataset.from_list([pair for row in sorted(self._pairs) for pair in self._pairs[row]])
+
+    def begin_iteration(self, iteration: int) -> None:
+        """Makes the policy the reference and draws the iteration's pairs; once per iteration, also after a resume."""
+        if iteration == self.iteration or self._offline:
+            return
+        self.iteration = iteration
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None:
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(policy.state_dict())
+        # Numbers of its own: a resumed training draws the same, and the training's random numbers stay as they were.
+        rng = np.random.default_rng((self.args.seed, iteration))
+        count = max(1, round(self.args.dpo_ratio * len(self._examples)))
+        drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
+        mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+        found = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
+        self._pairs = _by_row(found)
+        if not found:
+            logger.warning(
+                f"iteration {iteration}: no pair among {count} examples (min_margin={self.args.min_margin}); it trains on L_NTP alone"
+            )
+            return
+        self._metrics["train"]["pairs/count"].append(float(len(found)))
+        for side in ("chosen", "rejected"):
+            mean = sum(pair[f"{side}_reward"] for pair in found) / len(found)
+            self._metrics["train"][f"pairs/{side}_reward"].append(mean)
+
+    def _draw(self, policy, rows: list[int], iteration: int) -> Iterator[dict[str, Any]]:
+        args, processor = self.args, self.processing_class
+        device = self.accelerator.device
+        for start in range(0, len(rows), args.draw_batch_size):
+            some = rows[start : start + args.draw_batch_size]
+            histories = [self._examples[row]["history"] for row in some]
+            out = policy.recommend(
+                **processor(histories),  # type: ignore[operator]
+                num_beams=args.num_candidates,
+                num_return_sequences=args.num_candidates,
+                session_length=args.session_length,
+                exclude=histories if args.exclude_seen else None,
+                do_sample=args.candidates == "sample",
+                temperature=args.temperature,
+                generator=torch.Generator(device).manual_seed(_seed(args.seed, iteration, some[0])),
+            )
+            sessions = processor.batch_decode(out)  # type: ignore[union-attr]
+            for place, (row, history) in enumerate(zip(some, histories, strict=True)):
+                mine = sessions[place * args.num_candidates : (place + 1) * args.num_candidates]
+                mine = [session for session in mine if session]
+                rewards = self.rewards([history] * len(mine), mine)
+                for chosen, rejected in self._select(rewards, np.random.default_rng((args.seed, iteration, row))):
+                    if rewards[chosen] - rewards[rejected] > args.min_margin:
+                        yield {
+                            "row": row,
+                            "iteration": iteration,
+                            "history": history,
+                            "chosen": mine[chosen],
+                            "rejected": mine[rejected],
+                            "chosen_reward": float(rewards[chosen]),
+                            "rejected_reward": float(rewards[rejected]),
+                        }
+
+    def rewards(self, histories: list[list], sessions: list[list]) -> np.ndarray:
+        """(sessions,) float64: the weighted sum of the reward functions. Raises ValueError where one is not a finite number."""
+        total = np.zeros(len(sessions))
+        for function, weight in zip(self.reward_funcs, self._reward_weights, strict=True):
+            values = np.asarray(function(histories, sessions), dtype=np.float64)
+            if values.shape != total.shape or not np.isfinite(values).all():
+                raise ValueError(
+                    f"reward function {getattr(function, '__name__', function)!r} must return one finite number per session: "
+                    f"{len(sessions)} sessions, got shape {values.shape}, {int((~np.isfinite(values)).sum())} not finite"
+                )
+            total += weight * values
+        return total
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        ntp = model(**inputs["ntp"], use_cache=False)
+        loss = self.args.ntp_weight * ntp.loss
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["loss/ntp"].append(self.accelerator.gather(ntp.loss.detach()).mean().item())
+        if "pairs" in inputs:
+            dpo = super()._compute_loss(model, inputs["pairs"], False)
+            self._metrics[mode]["loss/dpo"].append(dpo.item())
+            loss = loss + self.args.dpo_weight * dpo
+        return (loss, ntp) if return_outputs else loss
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and not self._offline:
+            if self.ref_model is not None:
+                save_model(self.accelerator.unwrap_model(self.ref_model), os.path.join(output_dir, _REFERENCE_FILE))
+            # Not parquet: an iteration may have no pair, and no columns then.
+            with replacing(os.path.join(output_dir, _PAIRS_FILE)) as path:
+                Path(path).write_text(json.dumps({"iteration": self.iteration, "pairs": self._pairs}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._offline:
+            return
+        if self.ref_model is not None:
+            load_model(self.accelerator.unwrap_model(self.ref_model), os.path.join(checkpoint, _REFERENCE_FILE))
+        saved = json.loads((Path(checkpoint) / _PAIRS_FILE).read_text())
+        self.iteration, self._pairs = saved["iteration"], {int(row): pairs for row, pairs in saved["pairs"].items()}
+
+    def floating_point_ops(self, inputs):
+        return super().floating_point_ops(inputs["ntp"])
+
+
+def _by_row(pairs: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        rows.setdefault(pair["row"], []).append(pair)
+    return rows
+
+
+class _DrawAtEpoch(TrainerCallback):
+    def __init__(self, trainer: OneRecDPOTrainer):
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer.begin_iteration(int(state.epoch or 0) // args.epochs_per_iteration)
+
+
+class _AlignmentCollator:
+    """The next-token batch of all examples, and the preference batch of those that have a pair."""
+
+    def __init__(self, processor: OneRecProcessor, pairs_of: Callable[[dict[str, Any]], list[dict[str, Any]]]):
+        self._processor, self._pairs_of, self._preferences = processor, pairs_of, OneRecPreferenceCollator(processor)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+        histories, sessions = ([example[name] for example in examples] for name in ("history", "session"))
+        batch = {"ntp": dict(self._processor(histories, sessions))}
+        pairs = [pair for example in examples for pair in self._pairs_of(example)]
+        if pairs:
+            columns = ("history", "chosen", "rejected")
+            batch["pairs"] = self._preferences([{name: pair[name] for name in columns} for pair in pairs])
+        return batch
+
+
+def _as_function(reward) -> RewardFunction:
+    if isinstance(reward, str):
+        reward = AutoModel.from_pretrained(reward)
+    if isinstance(reward, PreTrainedModel):
+        return reward.eval().reward
+    if not callable(reward):
+        raise ValueError(f"a reward is a function, a reward model, or a path of one; got {type(reward).__name__}")
+    return reward
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
