@@ -18,6 +18,9 @@ _PUBLIC = {
     "CatalogueDiff": "modeling.catalogue_onerec",
     "ItemCatalogue": "modeling.catalogue_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
+    "OneRecForSessionReward": "modeling.reward_onerec",
+    "OneRecRewardConfig": "modeling.reward_configuration_onerec",
+    "RewardItems": "modeling.reward_items_onerec",
     "CatalogueConstraint": "modeling.constraint_onerec",
     "SemanticIDLogitsProcessor": "modeling.generation_onerec",
     "OneRecForConditionalGeneration": "modeling.modeling_onerec",
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
+    from onerec_hf.modeling.reward_items_onerec import RewardItems
+    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
     from onerec_hf.modeling.trie_onerec import SemanticIDTrie
 
@@ -51,12 +57,24 @@ def __dir__() -> list[str]:
 
 
 def register_auto_classes() -> None:
-    """Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor. May be called again."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+    """
+    Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, and its reward model with AutoConfig
+    and AutoModelForSequenceClassification. May be called again.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
+    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
 
     AutoConfig.register("onerec", OneRecConfig, exist_ok=True)
@@ -64,6 +82,8 @@ def register_auto_classes() -> None:
     AutoModelForSeq2SeqLM.register(OneRecConfig, OneRecForConditionalGeneration, exist_ok=True)
     AutoTokenizer.register(OneRecConfig, OneRecTokenizer, exist_ok=True)
     AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
+    AutoConfig.register("onerec_reward", OneRecRewardConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(OneRecRewardConfig, OneRecForSessionReward, exist_ok=True)
 
 
 # The command line answers `--help` without torch and transformers (seconds of imports), so its process registers when a command
