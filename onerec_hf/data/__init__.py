@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
     from onerec_hf.data.feedback import PositiveFeedback
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
+    from onerec_hf.data.kuairand_feedback import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.packing import PackedDataset
     from onerec_hf.data.prefixes import prefix_examples
     from onerec_hf.data.recbole import read_recbole, write_recbole
+    from onerec_hf.data.reward_collator import RewardDataCollator
     from onerec_hf.data.sequences import UserSequences
+    from onerec_hf.data.session_feedback import feedback_windows
     from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
     from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
     from onerec_hf.data.tables import DataError
+    from onerec_hf.data.watch_time import WatchTimeScale
     from onerec_hf.data.windows import window_examples
 
 # name -> module: importing the room costs nothing until something in it is used.
@@ -31,13 +35,19 @@ _PUBLIC = {
     "PositiveFeedback": "feedback",
     "RecommendationData": "sources",
     "SessionCriteria": "sessions",
+    "RewardDataCollator": "reward_collator",
+    "SessionFeedback": "kuairand_feedback",
     "Split": "splits",
     "TemporalSplit": "splits",
     "UserSequences": "sequences",
+    "WatchTimeScale": "watch_time",
     "canonical_ids": "interactions",
+    "feedback_windows": "session_feedback",
     "find_sessions": "sessions",
+    "label_matrix": "kuairand_feedback",
     "leave_one_out": "splits",
     "load_files": "sources",
+    "load_kuairand_feedback": "kuairand_feedback",
     "load_source": "sources",
     "prefix_examples": "prefixes",
     "read_interactions": "interactions",

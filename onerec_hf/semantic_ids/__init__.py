@@ -7,6 +7,7 @@ _PUBLIC = {
     "align_embeddings": "alignment",
     "cooccurring_pairs": "alignment",
     "info_nce": "alignment",
+    "attribute_embeddings": "attributes",
     "BalancedKMeans": "balanced_kmeans",
     "behaviour_embeddings": "embeddings",
     "combine_embeddings": "embeddings",
@@ -41,6 +42,7 @@ __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from onerec_hf.semantic_ids.alignment import align_embeddings, cooccurring_pairs, info_nce
+    from onerec_hf.semantic_ids.attributes import attribute_embeddings
     from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans
     from onerec_hf.semantic_ids.embeddings import (
         behaviour_embeddings,

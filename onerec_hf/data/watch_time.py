@@ -1,0 +1,84 @@
+"""Watch time as a label in [0, 1] that does not favour long videos: how much longer than others a video of this length was watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onerec_hf.data.tables import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class WatchTimeScale:
+    """
+    The rank of a play time among training impressions of videos of about the same duration.
+
+    The paper (arXiv 2502.18965, section 3.3) does not say how session watch time becomes a label. Here, as in OneRec-V2's duration-aware reward
+    (arXiv 2508.20900), a video of d seconds falls into the bucket `floor(log_base(d))`, and a play time t gets its mid-rank among the training
+    impressions of that bucket: the share of them that was shorter plus half the share that was equal. The mean over training impressions is 1/2 by
+    construction. Unknown durations (0) have a bucket of their own; durations below one second share the bucket of one second; an
+    unseen bucket takes the nearest one.
+
+    Args:
+        base: ratio of the longest to the shortest duration of a bucket.
+        buckets: (B,) int64 bucket numbers that training has, sorted; the unknown bucket is -1.
+        play_times: per bucket, the sorted float64 training play times.
+
+    Example:
+        >>> scale = WatchTimeScale.fit(play_ms=[0, 2000, 2000, 9000, 50_000], duration_ms=[10_000] * 4 + [60_000])
+        >>> scale(play_ms=[0, 2000, 5000, 60_000], duration_ms=[10_000] * 4).tolist()
+        [0.125, 0.5, 0.75, 1.0]
+    """
+
+    base: float
+    buckets: np.ndarray
+    play_times: list[np.ndarray]
+
+    @classmethod
+    def fit(cls, play_ms, duration_ms, base: float = 2.0) -> WatchTimeScale:
+        """
+        From training impressions.
+
+        Args:
+            play_ms, duration_ms: (N,) milliseconds, finite and not negative.
+
+        Raises:
+            DataError: no rows, or values that are negative or not finite (how many, the first).
+        """
+        if base <= 1:
+            raise ValueError(f"base must be larger than 1; got {base}")
+        play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
+        if not len(play):
+            raise DataError("watch time: there are no training impressions to rank play times among. Move the split.")
+        bucket = _bucket(duration, base)
+        buckets = np.unique(bucket)
+        return cls(base, buckets, [np.sort(play[bucket == number]) for number in buckets])
+
+    def __call__(self, play_ms, duration_ms) -> np.ndarray:
+        """(N,) float64 in [0, 1]. Raises as `fit`."""
+        play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
+        bucket = _bucket(duration, self.base)
+        nearest = np.abs(bucket[:, None] - self.buckets).argmin(1)
+        rank = np.empty(len(play))
+        for number in np.unique(nearest):
+            times, here = self.play_times[number], nearest == number
+            below, upto = (np.searchsorted(times, play[here], side) for side in ("left", "right"))
+            rank[here] = (below + upto) / (2 * len(times))
+        return rank
+
+
+def _bucket(duration_ms: np.ndarray, base: float) -> np.ndarray:
+    seconds = np.maximum(duration_ms / 1000, 1.0)
+    return np.where(duration_ms > 0, np.floor(np.log(seconds) / np.log(base) + 1e-9), -1).astype(np.int64)
+
+
+def _milliseconds(values, what: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    bad = ~(np.isfinite(values) & (values >= 0))
+    if bad.any():
+        raise DataError(
+            f"watch time: {bad.sum():,} of {len(values):,} values of {what} are negative or not finite (first: row {int(bad.argmax())}, "
+            f"{values[bad.argmax()].item()!r}). Drop these rows, or set an unknown duration to 0."
+        )
+    return values
