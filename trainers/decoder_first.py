@@ -123,7 +123,7 @@ def check_scores(model: PreTrainedModel) -> None:
     batch = {"encoder_input_ids": tokens, "encoder_attention_mask": mask, "input_ids": tokens, "attention_mask": mask}
     got = model(**batch, labels=tokens, fused_lm_head=True, use_cache=False).log_probs.float()
     model.train(was_training)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    tolerance = float(logits.abs().max()) * (1e-3 if model.dtype == torch.float32 else 2e-2)
     if not torch.allclose(got, wanted, rtol=0, atol=tolerance):
         raise ValueError(
             f"TRL's fused head gives other log-probabilities than {type(model).__name__} itself ({got.flatten().tolist()} and "

@@ -24,7 +24,7 @@ REFERENCE_FREE = ("cpo", "simpo")
 def cdpo_settings(label_smoothing: float) -> dict[str, float]:
     """
     Conservative DPO, `(1 - e) s(x) + e s(-x)`, for preferences of which a share e is flipped (Mitchell, "A note on DPO with noisy
-    preferences", 2023, equation 3), as weights of TRL's losses. With robust(x) = ((1 - e) s(x) - e s(-x)) / (1 - 2e) it is
+    preferences", 2023), as weights of TRL's losses. With robust(x) = ((1 - e) s(x) - e s(-x)) / (1 - 2e) it is
     `2 (1 - e) s(x) - (1 - 2e) robust(x)`.
 
     Args:
@@ -49,7 +49,7 @@ def cdpo_settings(label_smoothing: float) -> dict[str, float]:
 
 def cpo_settings(alpha: float = 1.0) -> dict[str, float]:
     """
-    Contrastive preference optimization (arXiv 2401.08417, equation 5), `s(beta (log pi(y_w) - log pi(y_l))) + alpha * NLL(y_w)`, as weights
+    Contrastive preference optimization (arXiv 2401.08417), `s(beta (log pi(y_w) - log pi(y_l))) + alpha * NLL(y_w)`, as weights
     of TRL's losses; the reference's log-probabilities have to be 0. The NLL is TRL's "sft": a mean over the chosen rows' tokens.
 
     Args:
@@ -67,7 +67,7 @@ def cpo_settings(alpha: float = 1.0) -> dict[str, float]:
 
 def simpo_reference(completion_mask: torch.Tensor, beta: float, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    SimPO (arXiv 2405.14734, equation 6), `s(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)`, is TRL's "sigmoid_norm" against a
+    SimPO (arXiv 2405.14734), `s(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)`, is TRL's "sigmoid_norm" against a
     reference that is no model: `log ref(y_w) = |y_w| gamma / beta` and `log ref(y_l) = 0`.
 
     Args:
@@ -89,7 +89,7 @@ def simpo_reference(completion_mask: torch.Tensor, beta: float, gamma: float) ->
 
 def s_dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
     """
-    S-DPO (arXiv 2406.09215, equation 11): DPO with several rejected answers,
+    S-DPO (arXiv 2406.09215): DPO with several rejected answers,
     `-log sigmoid(-log sum_n exp(beta (d_l[n] - d_w)))`. One rejected answer makes it DPO.
 
     Args:

@@ -97,6 +97,9 @@ class Seq2SeqDPOTrainer(DPOTrainer):
             )
         if isinstance(processing_class, OneRecProcessor):
             generator.set_catalogue(processing_class.catalogue)
+            # TRL takes a processor for a vision model's, whose parameters may go unused; these are all used.
+            if args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = False
         self._takes_rows_as_they_are = data_collator is not None
         if data_collator is None:
             data_collator = _collator(generator, processing_class, args)
@@ -183,7 +186,7 @@ class Seq2SeqDPOTrainer(DPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.args.sync_ref_model and checkpoint is not None:
-            load_model(self.ref_model, os.path.join(checkpoint, _REFERENCE_FILE), device=str(self.accelerator.device))
+            load_model(self.ref_model, os.path.join(checkpoint, _REFERENCE_FILE))
 
     def _compute_loss(self, model, inputs, return_outputs):
         if self.loss_types == ["s_dpo"]:

@@ -1,6 +1,7 @@
 """Seq2SeqDPOTrainer on T5, Bart and OneRec: scores and losses by hand, and that training does what TRL's options say."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -253,35 +254,51 @@ def test_two_trainers_of_one_model(tmp_path):
 
 
 RANKS = """
+import json
 import sys
 from safetensors.torch import save_file
 from tests.trainers.preference_runs import make_trainer
 
-folder, kind, precompute = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
-trainer = make_trainer(folder, kind, per_device_train_batch_size=2, optim="sgd", precompute_ref_log_probs=precompute)
+folder, kind, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+trainer = make_trainer(folder, kind, per_device_train_batch_size=2, optim="sgd", **settings)
 trainer.train()
 trainer.evaluate()
+if "save_steps" in settings:  # once more, from the checkpoint
+    trainer = make_trainer(folder, kind, per_device_train_batch_size=2, optim="sgd", **settings)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{settings['save_steps']}")
 if trainer.is_world_process_zero():
     state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
 """
+PRECOMPUTED = {"precompute_ref_log_probs": True}
+SYNCHRONIZED = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+RESUMED = {"save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "precompute"), [("onerec", False), ("onerec", True), ("t5", True), ("bart", False)])
-def test_two_ranks_take_the_steps_of_one(tmp_path, kind, precompute):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("onerec", PRECOMPUTED),
+        ("onerec", SYNCHRONIZED | RESUMED),
+        ("t5", PRECOMPUTED | {"gradient_checkpointing": True}),
+        ("bart", {}),
+    ],
+    ids=["onerec precomputed", "onerec resumed", "t5 precomputed", "bart"],
+)
+def test_two_ranks_take_the_steps_of_one(tmp_path, kind, settings):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*launch, str(tmp_path), kind, str(precompute)],
+        [*launch, str(tmp_path), kind, json.dumps(settings)],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = make_trainer(tmp_path, kind, per_device_train_batch_size=4, optim="sgd")
+    alone = make_trainer(tmp_path / "alone", kind, per_device_train_batch_size=4, optim="sgd", **settings)
     alone.train()
     assert_same(load_file(tmp_path / "weights.safetensors"), state_of(alone.model), atol=1e-5, rtol=1e-4)

@@ -16,6 +16,7 @@ from onerec_hf.trainers import Seq2SeqDPOTrainer
 from tests.conftest import make_model
 from tests.trainers.preference_runs import (
     CATALOGUE,
+    MAKERS,
     PROCESSOR,
     TOKENIZER,
     arguments,
@@ -66,6 +67,21 @@ def test_text_rows_in_every_form(tmp_path):
     items = make_trainer(tmp_path, train_dataset=item_pairs().to_iterable_dataset())
     items.train()
     assert losses(items)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_several_rejected_texts(tmp_path):
+    several = text_pairs().map(lambda row: {"rejected": [row["rejected"], "the mat", "far away log"]})
+    trainer = make_trainer(tmp_path, "t5", train_dataset=several, loss_type="s_dpo")
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(4), abs=1e-5)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_weights_in_bf16(tmp_path, kind):
+    trainer = make_trainer(tmp_path, kind, MAKERS[kind]().to(torch.bfloat16))
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=2e-2)
 
 
 def test_lengths_are_bounded(tmp_path):
