@@ -66,6 +66,13 @@ class OneRecRewardLogit(nn.Linear):
         self.objective = objective
 
 
+class OneRecRewardItemEmbedding(nn.Embedding):
+    """
+    Learned item embeddings. Beside item features they start at zero: an item that training hardly saw is then what its features say, where
+    random vectors would be noise for it.
+    """
+
+
 class OneRecRewardTower(nn.Module):
     """The MLP of one objective (equation 6), up to its sigmoid."""
 
@@ -94,6 +101,9 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         if isinstance(module, OneRecRewardLogit):
             rate = torch.tensor(self.config.base_rates[module.objective])
             init.constant_(module.bias, float(torch.logit(rate)))
+            init.zeros_(module.weight)
+            return
+        if isinstance(module, OneRecRewardItemEmbedding) and self.config.item_feature_dim:
             init.zeros_(module.weight)
             return
         super()._init_weights(module)
@@ -127,7 +137,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.items: RewardItems | None = None
-        self.item_embedding = nn.Embedding(config.num_items + 1, width, padding_idx=0)
+        self.item_embedding = OneRecRewardItemEmbedding(config.num_items + 1, width, padding_idx=0)
         self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, config.item_feature_dim))
         self.feature_proj = nn.Linear(config.item_feature_dim, width, bias=False) if config.item_feature_dim else None
         self.item_norm = OneRecRMSNorm(width, config.rms_norm_eps)

@@ -1,0 +1,113 @@
+"""How well predicted rates rank and how far they can be believed: AUC, calibration and log loss per objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def concordance(labels, scores) -> float:
+    """
+    The share of pairs with different labels that the scores put in the right order, ties counting half: the ROC AUC where labels are 0 and 1,
+    and its generalisation (Harrell's C) where they are rates.
+
+    Args:
+        labels, scores: (n,) numbers.
+
+    Returns:
+        NaN where all labels are equal.
+
+    Example:
+        >>> concordance([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), round(concordance([0.1, 0.5, 0.9], [1, 2, 2]), 3)
+        (0.75, 0.833)
+    """
+    from scipy.stats import kendalltau, rankdata
+
+    labels, scores = rankdata(labels, "dense"), rankdata(scores, "dense")
+    n = len(labels)
+    pairs = n * (n - 1) / 2
+    tied_labels, tied_scores = (float((c := np.bincount(ranks)) @ (c - 1) / 2) for ranks in (labels, scores))
+    if tied_labels == pairs:
+        return float("nan")
+    if tied_scores == pairs:
+        return 0.5
+    # tau-b is (concordant - discordant) / sqrt(pairs untied in labels * pairs untied in scores)
+    tau = float(kendalltau(labels, scores).statistic)
+    difference = tau * np.sqrt((pairs - tied_labels) * (pairs - tied_scores))
+    return float(0.5 + difference / (pairs - tied_labels) / 2)
+
+
+def calibration_error(labels, probabilities, bins: int = 10) -> float:
+    """
+    Expected calibration error: the sessions in the order of their prediction, cut into `bins` groups of (almost) equal size; mean over the groups,
+    weighted by size, of |mean prediction - mean label|. Groups of equal size, because rare objectives are all predicted near zero.
+
+    Read it beside the base rate: for one of 0.001 an error of 0.001 is no calibration at all.
+
+    Example:
+        >>> calibration_error([0, 0, 1, 1], [0.2, 0.2, 0.7, 0.7], bins=2)
+        0.25
+    """
+    labels, probabilities = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
+    order = np.argsort(probabilities, kind="stable")
+    error = 0.0
+    for group in np.array_split(order, min(bins, len(order))):
+        error += len(group) / len(order) * abs(probabilities[group].mean() - labels[group].mean())
+    return float(error)
+
+
+def log_loss(labels, probabilities) -> float:
+    """
+    Mean binary cross-entropy of labels in [0, 1], in nats.
+
+    Example:
+        >>> round(log_loss([1, 0.5], [0.5, 0.5]), 4)
+        0.6931
+    """
+    labels = np.asarray(labels, dtype=np.float64)
+    p = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-12, 1 - 1e-12)
+    return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+
+
+def reward_metrics(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    objectives: Sequence[str],
+    base_rates: Sequence[float],
+    bins: int = 10,
+) -> dict[str, float]:
+    """
+    Per objective, over the sessions that have its label:
+
+    - `auc`: see `concordance`.
+    - `calibration_error`: see `calibration_error`; `bias`: mean prediction over mean label (NaN where no label is above 0).
+    - `relative_log_loss`: cross-entropy over that of predicting the training base rate for all (normalised entropy, He et al. 2014); below 1
+      the model knows more than the base rate.
+    - `positives`: sessions with a label above 0. With few of them the other numbers are noise.
+
+    Args:
+        labels: (n, K), NaN or -100 where missing.
+        probabilities: (n, K).
+        base_rates: K mean labels of training.
+
+    Returns:
+        `{"<objective>/<metric>": value}`; an objective without labels has none.
+
+    Example:
+        >>> found = reward_metrics(np.array([[0.0], [1.0], [-100]]), np.array([[0.2], [0.9], [0.5]]), ["vtr"], [0.5])
+        >>> found["vtr/auc"], round(found["vtr/relative_log_loss"], 3), found["vtr/positives"]
+        (1.0, 0.237, 1)
+    """
+    metrics: dict[str, float] = {}
+    for k, name in enumerate(objectives):
+        known = labels[:, k] >= 0  # neither NaN nor -100
+        if not known.any():
+            continue
+        y, p = labels[known, k], probabilities[known, k]
+        metrics[f"{name}/auc"] = concordance(y, p)
+        metrics[f"{name}/calibration_error"] = calibration_error(y, p, bins)
+        metrics[f"{name}/bias"] = float(p.mean() / y.mean()) if y.mean() > 0 else float("nan")
+        metrics[f"{name}/relative_log_loss"] = log_loss(y, p) / log_loss(y, np.full(len(y), base_rates[k]))
+        metrics[f"{name}/positives"] = int((y > 0).sum())
+    return metrics

@@ -1,0 +1,100 @@
+"""The reward model's trainer: masked cross-entropy per objective, judged by AUC, calibration and log loss on held-out days."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from onerec_hf.data.reward_collator import RewardDataCollator
+from onerec_hf.evaluation.reward_metrics import reward_metrics
+from onerec_hf.trainers.reward_config import RewardTrainingArguments
+
+
+class RewardTrainer(Trainer):
+    """
+    Trains a [`~onerec_hf.OneRecForSessionReward`] on examples `{"history": [item ids], "session": [item ids], "labels": [rate or None]}`
+    (arXiv 2502.18965, section 3.3, equation 7; [`~onerec_hf.data.feedback_windows`] makes them). Evaluation reports per objective what
+    [`~onerec_hf.evaluation.reward_metrics.reward_metrics`] computes, against the model's `config.base_rates`.
+
+    Rare objectives are not reweighted: the predictions stay rates, and the towers start at the base rates. Checkpoints hold the items beside the
+    weights.
+
+    Args:
+        model: an `OneRecForSessionReward` with its items, or a path or Hub id of one.
+        args: [`RewardTrainingArguments`].
+        train_dataset, eval_dataset: datasets with the columns `history`, `session`, `labels`; others are ignored.
+
+    Raises:
+        ValueError: a model without items, or a dataset whose labels are not one per objective.
+
+    Example:
+        >>> trainer = RewardTrainer(model, RewardTrainingArguments("out"), feedback.train, feedback.validation)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> trainer.evaluate(feedback.test, metric_key_prefix="test")["test_vtr/auc"]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: RewardTrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        data_collator=None,
+        compute_metrics=None,
+        **kwargs,
+    ):
+        args = args if args is not None else RewardTrainingArguments("onerec-reward-output")
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model)
+        if model.items is None:
+            raise ValueError(
+                "RewardTrainer needs a model that knows its items: call model.set_items(RewardItems(ids), features)"
+            )
+        for dataset in (
+            train_dataset,
+            *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)),
+        ):
+            _check_labels(dataset, model.config.objectives)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or RewardDataCollator(model.items, model.config.max_history),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics or self.compute_reward_metrics,
+            **kwargs,
+        )
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["history", "session", "labels"]
+
+    def compute_reward_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """AUC, calibration and relative log loss per objective, from logits and labels (-100 where missing)."""
+        config = self.accelerator.unwrap_model(self.model).config
+        probabilities = torch.from_numpy(np.asarray(prediction.predictions)).double().sigmoid().numpy()
+        return reward_metrics(
+            np.asarray(prediction.label_ids),
+            probabilities,
+            config.objectives,
+            config.base_rates,
+            self.args.calibration_bins,
+        )
+
+
+def _check_labels(dataset, objectives: list[str]) -> None:
+    if not isinstance(dataset, Dataset):
+        return
+    missing = {"history", "session", "labels"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"the dataset has no column {sorted(missing)[0]!r} among {dataset.column_names}; make it with onerec_hf.data.feedback_windows"
+        )
+    if len(dataset) and len(dataset[0]["labels"]) != len(objectives):
+        raise ValueError(
+            f"column 'labels': {len(dataset[0]['labels'])} labels a row, and the model has the objectives {objectives}; make both with the same "
+            "objectives"
+        )
