@@ -22,7 +22,7 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
         num_candidates: sessions generated per user (the paper's N).
         candidates: "beam" for the most probable ones, "sample" for different ones at random.
         temperature: of "sample".
-        session_length: items of a candidate; the model's when not given.
+        candidate_length: items of a candidate; the model's when not given.
         exclude_seen: leave the items of the history out of the candidates.
         selection: "best_worst" or "random"; the trainer takes a function too.
         min_margin: pairs whose rewards differ by no more than this are dropped.
@@ -42,7 +42,7 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
     num_candidates: int = field(default=128, metadata={"help": "Sessions generated per user."})
     candidates: str = field(default="beam", metadata={"help": "beam or sample.", "choices": ["beam", "sample"]})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled candidates."})
-    session_length: int | None = field(
+    candidate_length: int | None = field(
         default=None, metadata={"help": "Items of a candidate; the model's by default."}
     )
     exclude_seen: bool = field(default=True, metadata={"help": "No candidate repeats an item of the history."})

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
-from transformers import AutoModel, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from onerec_hf.modeling.files_onerec import replacing
@@ -169,7 +169,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 **processor(histories),  # type: ignore[operator]
                 num_beams=args.num_candidates,
                 num_return_sequences=args.num_candidates,
-                session_length=args.session_length,
+                session_length=args.candidate_length,
                 exclude=histories if args.exclude_seen else None,
                 do_sample=args.candidates == "sample",
                 temperature=args.temperature,
@@ -271,7 +271,7 @@ class _AlignmentCollator:
 
 def _as_function(reward) -> RewardFunction:
     if isinstance(reward, str):
-        reward = AutoModel.from_pretrained(reward)
+        reward = AutoModelForSequenceClassification.from_pretrained(reward)
     if isinstance(reward, PreTrainedModel):
         return reward.eval().reward
     if not callable(reward):

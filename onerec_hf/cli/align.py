@@ -1,0 +1,186 @@
+"""`onerec-hf align`: a trained generator to one that a reward, or given preferences, prefers; the artefact and its results before and after."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
+from onerec_hf.cli.steps import (
+    CODEBOOKS_NAME,
+    PreparedData,
+    check_catalogue,
+    check_folder,
+    claim_folder,
+    find_codebooks,
+    load_model,
+    load_processor,
+    naming,
+    prepare_data,
+    say,
+    table,
+    write_bytes,
+)
+from onerec_hf.cli.train import evaluate_beside_baselines, resumable
+from onerec_hf.evaluation.results import result_row, write_results
+
+if TYPE_CHECKING:
+    import datasets
+
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+PAIRS_NAME = "pairs.parquet"
+
+
+@dataclass
+class AlignArguments(OutputArguments):
+    """What is aligned, and with what."""
+
+    model: str | None = field(default=None, metadata={"help": "A trained OneRec to go on from: folder or Hub id."})
+    reward: list[str] | None = field(
+        default=None, metadata={"help": "Reward models that judge the generated sessions: folders or Hub ids."}
+    )
+    preferences: str | None = field(
+        default=None,
+        metadata={"help": ".jsonl or .parquet of history, chosen, rejected (lists of item ids) in place of a reward."},
+    )
+    evaluate: bool = field(
+        default=True, metadata={"help": "Rank the test items before and after, beside popularity and item-kNN."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    from onerec_hf.trainers import OneRecDPOConfig
+
+    args, data_args, training_args = parse(
+        (AlignArguments, DataArguments, OneRecDPOConfig), argv, "align", required=["--output_dir"]
+    )
+    if args.model is None:
+        raise ValueError("give --model: the folder or Hub id of a trained OneRec")
+    if (args.reward is None) == (args.preferences is None):
+        raise ValueError(
+            "give either --reward, models that judge generated sessions, or --preferences, a file of pairs"
+        )
+    folder, command = Path(training_args.output_dir), command_line("align", argv)
+    check_folder(folder, args.overwrite)
+    if folder.resolve() == Path(args.model).resolve():
+        raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
+    started = time.perf_counter()
+    processor, model = load_processor("--model", args.model), load_model("--model", args.model)
+    preferences = None if args.preferences is None else read_preferences(args.preferences, processor)
+    rewards = [load_reward(path) for path in args.reward or []]
+    data = prepare_data(data_args)
+    check_catalogue(f"--model {args.model}", processor, data)
+    before = ranking_rows(model, processor, data) if args.evaluate else []
+    training_args.output_dir = str(folder / "checkpoints")
+    trainer = make_trainer(model, rewards, training_args, data, processor, preferences)
+    claim_folder(folder)
+    with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
+    processor.save_pretrained(folder)
+    codebooks = find_codebooks(args.model)
+    if codebooks is not None:
+        write_bytes(folder / CODEBOOKS_NAME, codebooks)
+    if preferences is None:
+        trainer.pairs.to_parquet(folder / PAIRS_NAME)
+    after = ranking_rows(trainer.model, processor, data) if args.evaluate else []
+    rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
+    rows.append(result_row("seconds", time.perf_counter() - started, "s"))
+    write_results(
+        folder / "results.json",
+        rows,
+        command=command,
+        seed=training_args.seed,
+        dataset=data.source.name,
+        protocol=data.protocol,
+    )
+    write_card(folder, trainer.model, processor, data, after)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    say(f"saved to {folder}")
+    if args.evaluate:
+        print_before_and_after(before, after)
+
+
+def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
+    """
+    Rows of history, chosen and rejected from a JSON lines or Parquet file.
+
+    Raises:
+        ValueError: another kind of file, missing columns, no rows, or items that the catalogue lacks.
+    """
+    from datasets import Dataset
+
+    readers: dict[str, Any] = {".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet}
+    suffix = Path(path).suffix
+    if suffix not in readers or not Path(path).is_file():
+        raise ValueError(f"--preferences {path}: name an existing .jsonl or .parquet file")
+    with tempfile.TemporaryDirectory() as cache:
+        rows = readers[suffix](path, cache_dir=cache, keep_in_memory=True)
+    wanted = ["history", "chosen", "rejected"]
+    missing = [column for column in wanted if column not in rows.column_names]
+    if missing or not len(rows):
+        raise ValueError(
+            f"--preferences {path}: {len(rows)} rows with {rows.column_names}; it needs rows with {wanted}"
+        )
+    assert processor.catalogue is not None
+    items = [item for column in wanted for items in rows[column] for item in items]
+    unknown = (processor.catalogue.rows(items, unknown="mask") < 0).sum()
+    if unknown:
+        raise ValueError(
+            f"--preferences {path}: {unknown} of {len(items)} items are not in the model's catalogue; leave these rows out"
+        )
+    return rows.select_columns(wanted)
+
+
+def load_reward(path: str):
+    from transformers import AutoModelForSequenceClassification
+
+    with naming("--reward", path):
+        return AutoModelForSequenceClassification.from_pretrained(path)
+
+
+def make_trainer(model, rewards: list, args, data: PreparedData, processor: OneRecProcessor, preferences):
+    """The trainer that draws its own pairs, or the one that takes them as they are given."""
+    from onerec_hf.trainers import OneRecDPOTrainer, Seq2SeqDPOTrainer
+
+    if preferences is not None:
+        args.remove_unused_columns = True
+        return Seq2SeqDPOTrainer(model, args=args, train_dataset=preferences, processing_class=processor)
+    say(f"{len(data.split.train):,} examples, pairs for {args.dpo_ratio:.1%} of them in each iteration")
+    return OneRecDPOTrainer(model, rewards, args=args, train_dataset=data.split.train, processing_class=processor)
+
+
+def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[dict[str, Any]]:
+    """Result rows on the test split, beside the baselines."""
+    from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+
+    with tempfile.TemporaryDirectory() as scratch:
+        args = OneRecTrainingArguments(scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True)
+        trainer = OneRecTrainer(model, args, processing_class=processor)
+        return evaluate_beside_baselines(trainer, data, "test")
+
+
+def write_card(
+    folder: Path, model, processor: OneRecProcessor, data: PreparedData, rows: list[dict[str, Any]]
+) -> None:
+    from onerec_hf.hub_cards import write_generator_card
+
+    write_generator_card(folder, processor, model, data.source, data.protocol, rows)
+
+
+def print_before_and_after(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """The metrics as a table: the baselines, the model as it was, the model as it is."""
+    metrics = [row["name"].split("/")[1] for row in after if row["name"].startswith("onerec/")]
+    was, now = ({row["name"]: row["value"] for row in rows} for rows in (before, after))
+    lines = [[name, *(f"{now[f'{name}/{metric}']:.4f}" for metric in metrics)] for name in ("popularity", "item_knn")]
+    for name, values in (("before", was), ("aligned", now)):
+        lines.append([name, *(f"{values[f'onerec/{metric}']:.4f}" for metric in metrics)])
+    print(table(lines, ["", *metrics]))

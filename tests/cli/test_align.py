@@ -1,0 +1,120 @@
+"""`onerec-hf align`: by a reward model or by given pairs, and what it leaves behind."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
+
+from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
+from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded
+
+QUICK = [
+    *[
+        "--num_train_epochs",
+        "1",
+        "--max_steps",
+        "3",
+        "--num_candidates",
+        "6",
+        "--dpo_ratio",
+        "0.2",
+        "--use_cpu",
+        "true",
+    ],
+    *["--bf16", "false", "--learning_rate", "0.01", "--disable_tqdm", "true", "--report_to", "none"],
+]
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """The folder of an untrained reward model that knows the shop's items."""
+    torch.manual_seed(0)
+    config = OneRecRewardConfig(
+        num_items=NUM_ITEMS, hidden_size=8, intermediate_size=8, num_attention_heads=2, initializer_range=0.5
+    )
+    model = OneRecForSessionReward(config)
+    model.set_items(RewardItems([f"m{i}" for i in range(NUM_ITEMS)]))
+    with torch.no_grad():
+        for tower in model.towers:
+            tower.out_proj.weight.normal_(0, 0.5)
+    folder = tmp_path_factory.mktemp("reward") / "judge"
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path, count=20, **columns):
+    rows = [
+        {"history": [f"m{i}"], "chosen": [f"m{i + 1}", f"m{i + 2}"], "rejected": [f"m{i + 9}"], **columns}
+        for i in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_by_a_reward_model(trained, data, reward, tmp_path):
+    before = contents(trained.folder)
+    done = succeeded(
+        onerec(
+            "align",
+            "--model",
+            trained.folder,
+            "--reward",
+            reward,
+            *data.options,
+            *QUICK,
+            "--output_dir",
+            tmp_path / "aligned",
+        )
+    )
+    folder = tmp_path / "aligned"
+    assert contents(trained.folder) == before
+    assert {line.split()[0] for line in done.out.splitlines()[1:]} == {"popularity", "item_knn", "before", "aligned"}
+    model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
+    assert len(processor.batch_decode(model.recommend(**processor([["m1", "m2"]])))[0]) > 0
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet"))
+    judge = OneRecForSessionReward.from_pretrained(reward)
+    assert len(pairs) > 0
+    for side in ("chosen", "rejected"):
+        assert judge.reward(pairs["history"], pairs[side]) == pytest.approx(pairs[f"{side}_reward"], rel=1e-4)
+    assert all(a > b for a, b in zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True))
+    names = {row["name"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    assert {"before/onerec/recall@10", "onerec/recall@10", "popularity/recall@10", "seconds"} <= names
+    assert (folder / "README.md").exists()
+    assert (folder / "codebooks.safetensors").exists()
+    assert not (folder / "checkpoints").exists()
+    assert not list(folder.rglob("*.bin"))
+
+
+def test_by_given_pairs(trained, data, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", note="ignored")
+    options = ["--preferences", pairs, "--evaluate", "false", "--output_dir", tmp_path / "aligned"]
+    done = succeeded(onerec("align", "--model", trained.folder, *options, *data.options, *QUICK))
+    assert done.out == ""
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "aligned")
+    was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
+    assert not (tmp_path / "aligned" / "pairs.parquet").exists()
+
+
+def test_refuses_with_one_message(trained, data, reward, tmp_path):
+    out = ["--output_dir", tmp_path / "out", *data.options, *QUICK]
+    model = ["--model", trained.folder]
+    refused(onerec("align", *out), "give --model")
+    refused(onerec("align", *model, *out), "give either --reward", "or --preferences")
+    refused(onerec("align", *model, "--reward", tmp_path / "nothing", *out), "--reward", "no such folder")
+    refused(onerec("align", *model, "--reward", reward, *out, "--dpo_ratio", "2"), "dpo_ratio=2.0 must lie in (0, 1]")
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"history": ["m1"], "chosen": ["m2"]}')
+    refused(onerec("align", *model, "--preferences", wrong, *out), "it needs rows with", "rejected")
+    wrong.write_text('{"history": ["m1"], "chosen": ["m2"], "rejected": ["zzz"]}')
+    refused(onerec("align", *model, "--preferences", wrong, *out), "1 of 3 items are not in the model's catalogue")
+    refused(
+        onerec("align", *model, "--preferences", tmp_path / "no.csv", *out), "name an existing .jsonl or .parquet file"
+    )
+    same = ["--output_dir", trained.folder, "--overwrite", *data.options, *QUICK]
+    refused(onerec("align", *model, "--reward", reward, *same), "is the model itself")
+    assert not (tmp_path / "out").exists()
