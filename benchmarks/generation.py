@@ -351,7 +351,8 @@ def constraint_alone(quick: bool, repetitions: int) -> list[dict[str, Any]]:
     rows, times = [], {}
     vocabulary = 832
     offsets = [4, 260, 516]
-    for name, items in {"12k": 12_000, "1m": 1_000_000, "10m": 300_000 if quick else 10_000_000}.items():
+    sizes = (100_000, 300_000) if quick else (1_000_000, 10_000_000)
+    for name, items in zip(("12k", "1m", "10m"), (12_000, *sizes), strict=True):
         codes = random_codes(items, 256)
         trie = SemanticIDTrie(codes, [256] * 3)
         constraint = CatalogueConstraint(trie)
