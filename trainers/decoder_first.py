@@ -118,7 +118,8 @@ def check_scores(model: PreTrainedModel) -> None:
     model.eval()
     tokens = torch.arange(3, device=model.device).unsqueeze(0)
     mask = torch.ones_like(tokens)
-    logits = model(input_ids=tokens, attention_mask=mask, decoder_input_ids=tokens, use_cache=False).logits[:, :-1]
+    own = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    logits = model(**own, use_cache=False).logits[:, :-1]
     wanted = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     batch = {"encoder_input_ids": tokens, "encoder_attention_mask": mask, "input_ids": tokens, "attention_mask": mask}
     got = model(**batch, labels=tokens, fused_lm_head=True, use_cache=False).log_probs.float()

@@ -277,10 +277,13 @@ def _disable_plain_dropout(model: torch.nn.Module) -> None:
 def _collator(generator: PreTrainedModel, processing_class, args: Seq2SeqDPOConfig):
     if isinstance(processing_class, OneRecProcessor):
         return OneRecPreferenceCollator(processing_class)
-    start = generator.generation_config.decoder_start_token_id  # type: ignore[union-attr]
+    generation: Any = generator.generation_config
+    # What generate() begins with.
+    start = generation.bos_token_id if generation.decoder_start_token_id is None else generation.decoder_start_token_id
     if start is None:
         raise ValueError(
-            f"{type(generator).__name__} does not say what its decoder begins with: set model.generation_config.decoder_start_token_id"
+            f"{type(generator).__name__} does not say what its decoder begins with: set "
+            "model.generation_config.decoder_start_token_id"
         )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.pad_token is None:

@@ -131,11 +131,6 @@ def test_refuses(tmp_path):
         arguments(tmp_path, loss_type="cdpo", label_smoothing=0.5)
 
 
-def test_marian_without_a_bias_is_scored_right(tmp_path):
-    torch.manual_seed(0)
-    make_trainer(tmp_path, "bart", MarianMTModel(bart_config(MarianConfig)), max_steps=1).train()
-
-
 def test_a_checkpoint_loads_and_starts_a_run_by_path(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=3)
     trainer.train()
