@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.reward_collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
+from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
 
 
@@ -38,7 +39,7 @@ class RewardTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: OneRecForSessionReward | str,
         args: RewardTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -47,9 +48,10 @@ class RewardTrainer(Trainer):
         **kwargs,
     ):
         args = args if args is not None else RewardTrainingArguments("onerec-reward-output")
-        if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model)
-        if model.items is None:
+        reward_model: OneRecForSessionReward = (
+            AutoModelForSequenceClassification.from_pretrained(model) if isinstance(model, str) else model
+        )
+        if reward_model.items is None:
             raise ValueError(
                 "RewardTrainer needs a model that knows its items: call model.set_items(RewardItems(ids), features)"
             )
@@ -57,11 +59,11 @@ class RewardTrainer(Trainer):
             train_dataset,
             *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)),
         ):
-            _check_labels(dataset, model.config.objectives)
+            _check_labels(dataset, reward_model.config.objectives)
         super().__init__(
-            model=model,
+            model=reward_model,
             args=args,
-            data_collator=data_collator or RewardDataCollator(model.items, model.config.max_history),
+            data_collator=data_collator or RewardDataCollator(reward_model.items, reward_model.config.max_history),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics or self.compute_reward_metrics,

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     check_catalogue(f"--model {args.model}", processor, data)
     before = ranking_rows(model, processor, data) if args.evaluate else []
     training_args.output_dir = str(folder / "checkpoints")
-    trainer = make_trainer(model, rewards, training_args, data, processor, preferences)
+    trainer: Any = make_trainer(model, rewards, training_args, data, processor, preferences)
     claim_folder(folder)
     with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
         trainer.train()

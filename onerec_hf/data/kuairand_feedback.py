@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -128,23 +127,22 @@ def load_kuairand_feedback(
                 f"column 'date': no {name} day among {dates.min()} to {dates.max()} with validation_start={validation_start} and "
                 f"test_start={test_start}. Move them."
             )
-    training = log[periods["training"]]
+    training: Any = log[periods["training"]]
     scale = WatchTimeScale.fit(training["play_time_ms"], training["duration_ms"])
     log["watch_rank"] = scale(log["play_time_ms"], log["duration_ms"])
     objectives = {"swt": "watch_rank", "vtr": "long_view", "wtr": "is_follow", "ltr": "is_like"}
     histories = dict(zip(past["user_id"].tolist(), past[history].map(list), strict=True))
-    windows = [
-        feedback_windows(log[within], objectives, histories, min_items, max_items) for within in periods.values()
-    ]
+    parts: list[Any] = [log[within] for within in periods.values()]
+    train, validation, test = (feedback_windows(part, objectives, histories, min_items, max_items) for part in parts)
     items = read_items(_attributes(videos), text_columns=["tags", "author", "type", "duration_ms"])
-    items.select(pd.unique(log["item_id"]))  # raises where a video has no row
+    items.select(pd.unique(log["item_id"].to_numpy()))  # raises where a video has no row
     description = (
         f"KuaiRand-Pure, standard log 2022-04-25 to 05-08 ({len(log):,} impressions; {total - len(log):,} exact duplicate rows dropped). "
-        f"Per-user windows of {min_items} to {max_items} impressions inside each period, not logged sessions: {len(windows[0]):,} of training (before "
-        f"{validation_start}), {len(windows[1]):,} of validation, {len(windows[2]):,} of test (from {test_start}). Histories: {history} of 2022-04-08 "
+        f"Per-user windows of {min_items} to {max_items} impressions inside each period, not logged sessions: {len(train):,} of training (before "
+        f"{validation_start}), {len(validation):,} of validation, {len(test):,} of test (from {test_start}). Histories: {history} of 2022-04-08 "
         "to 04-24, at most 50 items. CC BY-SA 4.0; cite Gao et al., CIKM 2022 (doi:10.1145/3511808.3557624)."
     )
-    return SessionFeedback(*windows, list(objectives), items, _sequences(past, training), description)
+    return SessionFeedback(train, validation, test, list(objectives), items, _sequences(past, training), description)
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
@@ -169,7 +167,8 @@ def _attributes(videos: pd.DataFrame) -> pd.DataFrame:
 def _sequences(past: pd.DataFrame, training: pd.DataFrame) -> list[np.ndarray]:
     """What each user was shown before the validation days, oldest first."""
     ordered = training.sort_values(["user_id", "timestamp"], kind="stable")
-    shown: dict[int, Sequence] = {user: rows.to_numpy() for user, rows in ordered.groupby("user_id")["item_id"]}
+    groups: Any = ordered.groupby("user_id")["item_id"]
+    shown: dict[int, np.ndarray] = {user: rows.to_numpy() for user, rows in groups}
     before = dict(zip(past["user_id"].tolist(), past["watch_seq"], strict=True))
     nothing = np.zeros(0, dtype=np.int64)
     return [

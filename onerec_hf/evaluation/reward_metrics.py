@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def concordance(labels, scores) -> float:
     if tied_scores == pairs:
         return 0.5
     # tau-b is (concordant - discordant) / sqrt(pairs untied in labels * pairs untied in scores)
-    tau = float(kendalltau(labels, scores).statistic)
-    difference = tau * np.sqrt((pairs - tied_labels) * (pairs - tied_scores))
+    tau: Any = kendalltau(labels, scores)[0]
+    difference = float(tau) * np.sqrt((pairs - tied_labels) * (pairs - tied_scores))
     return float(0.5 + difference / (pairs - tied_labels) / 2)
 
 
