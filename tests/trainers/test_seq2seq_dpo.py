@@ -269,6 +269,9 @@ if "save_steps" in settings:  # once more, from the checkpoint
 if trainer.is_world_process_zero():
     state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
+# A rank that leaves while the other still talks to it may abort in gloo's threads.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 PRECOMPUTED = {"precompute_ref_log_probs": True}
 SYNCHRONIZED = {"sync_ref_model": True, "ref_model_sync_steps": 1}
