@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers.utils.hub import cached_file
 
 from .catalogue_file_onerec import FORMAT, read_catalogue_file, write_catalogue_file
 from .catalogue_index_onerec import (
@@ -20,9 +19,9 @@ from .catalogue_index_onerec import (
     sorted_orders,
 )
 from .catalogue_table_onerec import CatalogueTable
+from .files_onerec import find_file
 
 CATALOGUE_NAME = "catalogue.safetensors"
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass(frozen=True)
@@ -337,8 +336,7 @@ class ItemCatalogue(CatalogueTable):
     @classmethod
     def find(cls, repo: str | os.PathLike, **kwargs) -> ItemCatalogue | None:
         """The catalogue of a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments."""
-        hub = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
-        path = cached_file(repo, CATALOGUE_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        path = find_file(repo, CATALOGUE_NAME, **kwargs)
         return None if path is None else cls.load(path)
 
 

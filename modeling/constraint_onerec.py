@@ -47,15 +47,12 @@ class CatalogueConstraint:
         self.trie, self.distinct = trie, distinct
         # One of the two lists at most is kept, sorted: what is allowed (less what is excluded), or else what is excluded.
         self.allowed, self.excluded, self.users = None, None, None
-        if excluded is not None and excluded.shape[1]:
-            excluded = _sorted_distinct(excluded, trie.num_leaves)
-        else:
-            excluded = None
+        has_excluded = excluded is not None and excluded.shape[1] > 0
+        excluded = _sorted_distinct(excluded, trie.num_leaves) if has_excluded else None
         if allowed is not None:
             allowed = _sorted_distinct(allowed, trie.num_leaves)
             if excluded is not None:
-                allowed = torch.where(_contains(excluded, allowed), -1, allowed)
-                allowed = _sorted_distinct(torch.where(allowed < trie.num_leaves, allowed, -1), trie.num_leaves)
+                allowed = _sorted_distinct(torch.where(_contains(excluded, allowed), -1, allowed), trie.num_leaves)
             self.allowed = allowed
             left = (allowed < trie.num_leaves).sum(1)
             # A node is alive where one of the leaves below it is allowed.

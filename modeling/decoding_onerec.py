@@ -11,11 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions for (..., heads, head_dim) states; cosines and sines (..., 1, head_dim) broadcast over the heads."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+from .rotary_onerec import history_positions, rotate
 
 
 class BeamDecoder:
@@ -61,9 +57,7 @@ class BeamDecoder:
         self._cross_rope = None
         key_rope = None
         if config.cross_attention_rope:
-            if history_mask is None:
-                history_mask = history.new_ones(1, history.shape[1], dtype=torch.long)
-            keys = (history_mask.long().cumsum(-1) - 1).clamp(min=0)
+            keys = history_positions(history, history_mask)
             key_rope = tuple(part.unsqueeze(-2) for part in decoder.rotary_emb(history, keys))
             queries = keys[:, -1:] + 1 + positions
             self._cross_rope = tuple(part[:, None, :, None] for part in decoder.rotary_emb(history, queries))

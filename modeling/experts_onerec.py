@@ -50,13 +50,14 @@ class SegmentedExperts(torch.autograd.Function):
         states = hidden_states.index_select(0, order // k)
         inner = states.new_empty(len(states), gate_up.shape[1]) if any(ctx.needs_input_grad) else None
         out = torch.empty_like(states)
+        first, second = (gate_up, down) if packed is None else (packed.gate_up, packed.down)
         for expert, rows in _segments(counts):
-            projected = product(states[rows], packed.gate_up[expert] if packed is not None else gate_up[expert])
+            projected = product(states[rows], first[expert])
             if inner is not None:
                 inner[rows] = projected
             gate, up = projected.chunk(2, dim=-1)
             activated = act_fn(gate).mul_(up)
-            out[rows] = product(activated, packed.down[expert] if packed is not None else down[expert])
+            out[rows] = product(activated, second[expert])
         ctx.counts, ctx.act_fn = counts, act_fn
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))

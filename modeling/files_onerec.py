@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and those that travel beside a model's weights."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @contextmanager
@@ -30,4 +32,12 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             os.unlink(temporary)
 
 
-__all__ = ["replacing"]
+def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
+    """Path of a file in a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments."""
+    from transformers.utils.hub import cached_file  # slow, and those who only write files do without it
+
+    hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
+    return cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+__all__ = ["find_file", "replacing"]

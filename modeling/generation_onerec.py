@@ -23,6 +23,17 @@ from .decoding_onerec import BeamDecoder
 from .experts_onerec import packed
 
 _CPU_ROWS_AT_ONCE = 1024
+# What generate() hands to its search and the fast path understands, or may ignore.
+_FAST_INPUTS = {
+    "encoder_outputs",
+    "attention_mask",
+    "labels",
+    "logits_to_keep",
+    "past_key_values",
+    "use_cache",
+    "synced_gpus",
+    "streamer",
+}
 
 
 class SemanticIDLogitsProcessor(LogitsProcessor):
@@ -173,16 +184,6 @@ class OneRecGenerationMixin(GenerationMixin):
         tokens = config.max_length - 1
         session_length, inside_item = divmod(tokens + 1, self.config.tokens_per_item)
         starts_anew = input_ids.shape[1] == 1 and bool((input_ids == self.config.bos_token_id).all())
-        known = {
-            "encoder_outputs",
-            "attention_mask",
-            "labels",
-            "logits_to_keep",
-            "past_key_values",
-            "use_cache",
-            "synced_gpus",
-            "streamer",
-        }
         if (
             config.do_sample
             or self.training
@@ -191,7 +192,7 @@ class OneRecGenerationMixin(GenerationMixin):
             or not (ends_by_length and starts_anew)
             or model_kwargs.get("synced_gpus")
             or model_kwargs.get("streamer") is not None
-            or not model_kwargs.keys() <= known
+            or not model_kwargs.keys() <= _FAST_INPUTS
         ):
             return None
         beams = self._search(

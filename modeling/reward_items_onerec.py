@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers.utils.hub import cached_file
 
 from .catalogue_index_onerec import decode_ids, encode_ids, find_keys
-from .files_onerec import replacing
+from .files_onerec import find_file, replacing
 
 REWARD_ITEMS_NAME = "reward_items.safetensors"
 _FORMAT = "onerec-reward-items"
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class RewardItems:
@@ -178,8 +176,7 @@ class RewardItems:
     @classmethod
     def find(cls, repo: str | os.PathLike, **kwargs) -> RewardItems | None:
         """The items of a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments."""
-        hub = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
-        path = cached_file(repo, REWARD_ITEMS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        path = find_file(repo, REWARD_ITEMS_NAME, **kwargs)
         return None if path is None else cls.load(path)
 
 

@@ -18,9 +18,10 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 
-from .modeling_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm, OneRecRotaryEmbedding
+from .modeling_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
 from .reward_configuration_onerec import OneRecRewardConfig
 from .reward_items_onerec import REWARD_ITEMS_NAME, RewardItems
+from .rotary_onerec import OneRecRotaryEmbedding
 
 MISSING_LABEL = -100
 

@@ -65,6 +65,7 @@ class SemanticIDTrie:
             torch.nn.functional.pad(codes, (0, most))
             for codes, most in zip(self.codes, self.max_children, strict=True)
         ]
+        self._share_codes()
         self._copies: dict[torch.device, SemanticIDTrie] = {}
 
     def to(self, device: torch.device | str) -> SemanticIDTrie:
@@ -85,7 +86,12 @@ class SemanticIDTrie:
                 value = [tensor.to(device) for tensor in value]
             setattr(moved, name, value)
         moved._copies = {}
+        moved._share_codes()
         return moved
+
+    def _share_codes(self) -> None:
+        """The codes are the beginnings of the padded ones: they are as large as the catalogue, and stored once."""
+        self.codes = [padded[: len(codes)] for padded, codes in zip(self._padded_codes, self.codes, strict=True)]
 
     def descend(self, level: int, nodes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """The child of each node (on `level - 1`) along a code of `level`; -1 where there is none or the node is -1."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from safetensors.torch import load_model, save_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
@@ -25,7 +24,7 @@ from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 
 logger = logging.get_logger(__name__)
 
-_REFERENCE_FILE, _PAIRS_FILE = "reference.safetensors", "pairs.json"
+_PAIRS_FILE = "pairs.json"
 RewardFunction = Callable[..., list[float]]
 
 
@@ -147,7 +146,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         count = max(1, round(self.args.dpo_ratio * len(self._examples)))
         drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
         mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        found = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
+        with policy.packed_experts():
+            found = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
         self._pairs = _by_row(found)
         if not found:
             logger.warning(
@@ -216,11 +216,13 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             loss = loss + self.args.dpo_weight * dpo
         return (loss, ntp) if return_outputs else loss
 
+    @property
+    def _reference_moves(self) -> bool:
+        return self.ref_model is not None and not self._offline
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and not self._offline:
-            if self.ref_model is not None:
-                save_model(self.accelerator.unwrap_model(self.ref_model), os.path.join(output_dir, _REFERENCE_FILE))
             # Not parquet: an iteration may have no pair, and no columns then.
             with replacing(os.path.join(output_dir, _PAIRS_FILE)) as path:
                 Path(path).write_text(json.dumps({"iteration": self.iteration, "pairs": self._pairs}))
@@ -229,8 +231,6 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self._offline:
             return
-        if self.ref_model is not None:
-            load_model(self.accelerator.unwrap_model(self.ref_model), os.path.join(checkpoint, _REFERENCE_FILE))
         saved = json.loads((Path(checkpoint) / _PAIRS_FILE).read_text())
         self.iteration, self._pairs = saved["iteration"], {int(row): pairs for row, pairs in saved["pairs"].items()}
 

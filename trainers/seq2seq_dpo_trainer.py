@@ -177,15 +177,19 @@ class Seq2SeqDPOTrainer(DPOTrainer):
             dataset = dataset.add_column(column, torch.cat(values).float().tolist())  # type: ignore[call-arg]
         return dataset
 
-    # A synchronized reference (TR-DPO) is a state of the training, like the optimizer's; TRL would resume with the first reference.
+    @property
+    def _reference_moves(self) -> bool:
+        """Whether the reference is a state of the training, like the optimizer's (TR-DPO); TRL would resume with the first one."""
+        return self.args.sync_ref_model
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.sync_ref_model and self.args.should_save:
+        if self._reference_moves and self.args.should_save:
             save_model(self.ref_model, os.path.join(output_dir, _REFERENCE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.args.sync_ref_model and checkpoint is not None:
+        if self._reference_moves and checkpoint is not None:
             load_model(self.ref_model, os.path.join(checkpoint, _REFERENCE_FILE))
 
     def _compute_loss(self, model, inputs, return_outputs):

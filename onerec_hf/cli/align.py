@@ -56,6 +56,7 @@ class AlignArguments(OutputArguments):
 
 
 def main(argv: list[str]) -> None:
+    from onerec_hf.hub_cards import write_generator_card
     from onerec_hf.trainers import OneRecDPOConfig
 
     args, data_args, training_args = parse(
@@ -85,7 +86,6 @@ def main(argv: list[str]) -> None:
         trainer.train()
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
-    processor.save_pretrained(folder)
     codebooks = find_codebooks(args.model)
     if codebooks is not None:
         write_bytes(folder / CODEBOOKS_NAME, codebooks)
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         dataset=data.source.name,
         protocol=data.protocol,
     )
-    write_card(folder, trainer.model, processor, data, after)
+    write_generator_card(folder, processor, trainer.model, data.source, data.protocol, after)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"saved to {folder}")
     if args.evaluate:
@@ -166,14 +166,6 @@ def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[
         args = OneRecTrainingArguments(scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True)
         trainer = OneRecTrainer(model, args, processing_class=processor)
         return evaluate_beside_baselines(trainer, data, "test")
-
-
-def write_card(
-    folder: Path, model, processor: OneRecProcessor, data: PreparedData, rows: list[dict[str, Any]]
-) -> None:
-    from onerec_hf.hub_cards import write_generator_card
-
-    write_generator_card(folder, processor, model, data.source, data.protocol, rows)
 
 
 def print_before_and_after(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
