@@ -19,6 +19,7 @@ from onerec_hf.modeling.files_onerec import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
+from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 
@@ -52,7 +53,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     `chosen_reward`, `rejected_reward`; it can be saved and pushed as any dataset.
 
     Raises:
-        ValueError: missing columns, no reward for rows without pairs, several iterations with an adapter (its reference is the base model).
+        ValueError: missing columns, rows that cannot be trained on ([`check_item_rows`]), no reward for rows without pairs, several iterations with an adapter (its reference is the base model).
 
     Example:
         >>> def prefers_new(histories, sessions):
@@ -98,6 +99,10 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 f"alignment chosen and rejected; this one has {train_dataset.column_names}"
             )
         self._offline = {"chosen", "rejected"} <= set(train_dataset.column_names)
+        if processing_class is None:
+            raise ValueError("OneRecDPOTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
+        columns = ("history", "session", *(("chosen", "rejected") if self._offline else ()))
+        check_item_rows(train_dataset, processing_class, columns, "training")
         if not self._offline and not self.reward_funcs:
             raise ValueError(
                 "give reward_funcs, or rows with chosen and rejected: without either there is nothing to prefer"
@@ -108,13 +113,10 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 "with an adapter the reference is the base model, in every iteration: train one iteration "
                 "(num_train_epochs = epochs_per_iteration), merge, and go on from the merged model"
             )
-        if processing_class is None:
-            raise ValueError("OneRecDPOTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
         self._examples = train_dataset
         self._pairs: dict[int, list[dict[str, Any]]] = {}
         self.iteration = -1
-        columns = ["history", "session", *(("chosen", "rejected") if self._offline else ())]
-        rows = train_dataset.select_columns(columns).add_column("row", list(range(len(train_dataset))))  # type: ignore[call-arg]
+        rows = train_dataset.select_columns(list(columns)).add_column("row", list(range(len(train_dataset))))  # type: ignore[call-arg]
         super().__init__(
             model,
             args=args,
@@ -147,19 +149,27 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
         mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
         with policy.packed_experts():
-            found = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
+            drawn_for = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
+        found = [pair for _, pairs in drawn_for for pair in pairs]
         self._pairs = _by_row(found)
-        if not found:
+        # A history whose candidates are all worth the same teaches nothing, and one with few candidates little: both are said.
+        without = sum(not pairs for _, pairs in drawn_for)
+        short = sum(candidates < self.args.num_candidates for candidates, _ in drawn_for)
+        if without or short:
             logger.warning(
-                f"iteration {iteration}: no pair among {count} examples (min_margin={self.args.min_margin}); it trains on L_NTP alone"
+                f"iteration {iteration}: of {count} histories {without} gave no pair (rewards tied, or no further apart than "
+                f"min_margin={self.args.min_margin}), and {short} had fewer than num_candidates={self.args.num_candidates} legal sessions"
+                + ("" if found else "; it trains on L_NTP alone")
             )
-            return
-        self._metrics["train"]["pairs/count"].append(float(len(found)))
-        for side in ("chosen", "rejected"):
-            mean = sum(pair[f"{side}_reward"] for pair in found) / len(found)
-            self._metrics["train"][f"pairs/{side}_reward"].append(mean)
+        metrics = {"count": len(found), "without": without, "short_of_candidates": short}
+        if found:
+            for side in ("chosen", "rejected"):
+                metrics[f"{side}_reward"] = sum(pair[f"{side}_reward"] for pair in found) / len(found)
+        for name, value in metrics.items():
+            self._metrics["train"][f"pairs/{name}"].append(float(value))
 
-    def _draw(self, policy, rows: list[int], iteration: int) -> Iterator[dict[str, Any]]:
+    def _draw(self, policy, rows: list[int], iteration: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Per row the number of its candidates and its pairs."""
         args, processor = self.args, self.processing_class
         device = self.accelerator.device
         for start in range(0, len(rows), args.draw_batch_size):
@@ -180,17 +190,17 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 mine = sessions[place * args.num_candidates : (place + 1) * args.num_candidates]
                 mine = [session for session in mine if session]
                 rewards = self.rewards([history] * len(mine), mine)
-                for chosen, rejected in self._select(rewards, np.random.default_rng((args.seed, iteration, row))):
-                    if rewards[chosen] - rewards[rejected] > args.min_margin:
-                        yield {
-                            "row": row,
-                            "iteration": iteration,
-                            "history": history,
-                            "chosen": mine[chosen],
-                            "rejected": mine[rejected],
-                            "chosen_reward": float(rewards[chosen]),
-                            "rejected_reward": float(rewards[rejected]),
-                        }
+                rng = np.random.default_rng((args.seed, iteration, row))
+                found = []
+                for chosen, rejected in self._select(rewards, rng) if mine else []:
+                    # Of several rejected sessions the best is the one to be beaten.
+                    worth = float(rewards[rejected].max())
+                    if rewards[chosen] - worth > args.min_margin:
+                        pair = {"row": row, "iteration": iteration, "history": history, "chosen": mine[chosen]}
+                        several = isinstance(rejected, list)
+                        pair["rejected"] = [mine[place] for place in rejected] if several else mine[rejected]
+                        found.append({**pair, "chosen_reward": float(rewards[chosen]), "rejected_reward": worth})
+                yield len(mine), found
 
     def rewards(self, histories: list[list], sessions: list[list]) -> np.ndarray:
         """(sessions,) float64: the weighted sum of the reward functions. Raises ValueError where one is not a finite number."""

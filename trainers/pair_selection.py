@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-# From the rewards of one user's candidates, best-scored by the generator first, to (chosen, rejected) places in them.
-Selection = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
+# From the rewards of one user's candidates, best-scored by the generator first, to (chosen, rejected) places in them; for S-DPO several
+# rejected ones.
+Selection = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]] | list[tuple[int, list[int]]]]
 
 
 def best_worst(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -48,6 +49,26 @@ def top_k_pairs(k: int) -> Selection:
     def select(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
         order = np.argsort(-rewards, kind="stable")
         return [(int(order[i]), int(order[-1 - i])) for i in range(min(k, len(order) // 2))]
+
+    return select
+
+
+def one_against(several: int) -> Selection:
+    """
+    S-DPO's rows: of `several + 1` candidates at random the one with the largest reward is chosen, the rest is rejected.
+
+    Example:
+        >>> chosen, rejected = one_against(2)(np.array([0.3, 0.1, 0.4]), np.random.default_rng(0))[0]
+        >>> chosen, sorted(rejected)
+        (2, [0, 1])
+    """
+
+    def select(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int, list[int]]]:
+        if len(rewards) <= several:
+            return []
+        drawn = rng.choice(len(rewards), size=several + 1, replace=False)
+        chosen = int(drawn[rewards[drawn].argmax()])
+        return [(chosen, [int(place) for place in drawn if place != chosen])]
 
     return select
 

@@ -18,6 +18,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.decoder_first import check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
 from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
@@ -50,7 +51,8 @@ class Seq2SeqDPOTrainer(DPOTrainer):
         kwargs: as for `trl.DPOTrainer`.
 
     Raises:
-        ValueError: a decoder-only model, missing columns, or a model that TRL's fused head scores wrongly.
+        ValueError: a decoder-only model, missing columns, rows of items that cannot be trained on ([`check_item_rows`]), or a model that
+            TRL's fused head scores wrongly.
 
     Example:
         >>> trainer = Seq2SeqDPOTrainer(
@@ -134,7 +136,10 @@ class Seq2SeqDPOTrainer(DPOTrainer):
             return dataset
         first = next(iter(dataset))
         if isinstance(processing_class, OneRecProcessor):
-            return _with_columns(dataset, first, _ITEMS, dataset_name)
+            _with_columns(dataset, first, _ITEMS, dataset_name)
+            if isinstance(dataset, Dataset):  # a stream's rows are met only in training
+                check_item_rows(dataset, processing_class, _ITEMS, dataset_name)
+            return dataset
         if set(_TOKENS) <= set(first):
             return dataset
         settings: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}

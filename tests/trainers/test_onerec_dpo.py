@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onerec_hf import OneRecProcessor
 from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
-from onerec_hf.trainers.pair_selection import best_worst, random_pair, top_k_pairs
+from onerec_hf.trainers.pair_selection import best_worst, one_against, random_pair, top_k_pairs
 from tests.conftest import make_catalogue, make_model
 
 CATALOGUE = make_catalogue(20, (4, 4, 4), seed=1)
@@ -248,3 +248,52 @@ def test_refuses_what_cannot_be_aligned(tmp_path):
         make_trainer(tmp_path, dataset=examples().remove_columns("session"))
     with pytest.raises(ValueError, match="a reward is a function, a reward model, or a path"):
         make_trainer(tmp_path, rewards=3)
+
+
+def test_histories_without_a_pair_and_short_of_candidates_are_counted(tmp_path, caplog):
+    """Nobody is told apart by a constant reward; a catalogue of 20 items holds 17 sessions of one item for a history of three."""
+
+    def constant(histories, sessions):
+        return [1.0] * len(sessions)
+
+    trainer = make_trainer(tmp_path, constant, num_candidates=32, candidate_length=1)
+    with caplog.at_level("WARNING"):
+        trainer.begin_iteration(0)
+    assert "of 12 histories 12 gave no pair" in caplog.text and "12 had fewer than num_candidates=32" in caplog.text
+    assert "it trains on L_NTP alone" in caplog.text
+    assert trainer._metrics["train"]["pairs/without"] == trainer._metrics["train"]["pairs/short_of_candidates"] == [12.0]
+
+
+def test_one_against_several_trains_s_dpo(tmp_path):
+    trainer = make_trainer(tmp_path, select=one_against(3), loss_type="s_dpo", num_train_epochs=1, dpo_ratio=1.0)
+    trainer.begin_iteration(0)
+    assert len(trainer.pairs) > 0
+    for pair in trainer.pairs:
+        assert len(pair["rejected"]) == 3 and pair["chosen"] not in pair["rejected"]
+        assert pair["chosen_reward"] == likes([[]], [pair["chosen"]])[0]
+        assert pair["rejected_reward"] == max(likes([[]] * 3, pair["rejected"])) < pair["chosen_reward"]
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss/dpo" in entry)
+    assert first["loss/dpo"] == pytest.approx(np.log(4), abs=1e-4)
+
+
+def test_one_row_is_enough(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=examples(1), dpo_ratio=0.01)
+    trainer.train()
+    assert {pair["row"] for pair in trainer.pairs} <= {0} and trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": ["m1", "x9"]}, r"1 of \d+ items of 'history' are not in the model's catalogue \(first: 'x9'\)"),
+        ({"session": []}, r"'session' is empty in 1 of 24 rows \(first: row 5\)"),
+        ({"rejected": ["m1", "m2"]}, r"chosen is rejected in 1 of 24 rows \(first: row 5\)"),
+        ({"rejected": ["m1", "other"]}, r"items of 'rejected' are not in the model's catalogue \(first: 'other'\)"),
+    ],
+)
+def test_refuses_rows_that_cannot_be_trained_on(tmp_path, change, message):
+    rows = [{**row, "chosen": ["m1", "m2"], "rejected": ["m9", "m8"]} for row in examples()]
+    rows[5].update(change)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rewards=None, dataset=Dataset.from_list(rows))

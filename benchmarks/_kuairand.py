@@ -1,0 +1,154 @@
+"""
+What the alignment benchmark runs on: KuaiRand-Pure cut by days into what the generator learns from, what the picking reward model learns from, what
+the judge learns from and who is judged.
+
+    8 to 24 April   histories, and the generator's sliding windows over them
+    25 to 30 April  windows of the picking reward model; what was watched in them is the generator's session after the history
+    1 to 5 May      windows of the judge, a reward model of another seed that never picks
+    6 to 8 May      test users, in two halves: settings are chosen on one, the table is of the other
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SESSION_LENGTH, MAX_HISTORY = 5, 30
+
+
+@dataclass
+class World:
+    """Everything but the generators, for one seed."""
+
+    seed: int
+    processor: Any
+    windows: Any  # history, session: sliding windows and what followed the histories
+    prompts: Any  # the rows that alignment trains on
+    picker: Any
+    judge: Any
+    items: Any  # RewardItems: item ids to rows
+    features: np.ndarray
+    judged: dict[str, Any]  # "validation", "test": history and session (what was watched)
+    observed: pd.DataFrame  # per item, mean feedback on the test days
+    sequences: list[np.ndarray]  # long views in time order, of all users, before May
+    description: str
+
+
+def load_world(folder: str, seed: int, quick: bool = False) -> World:
+    """Data, semantic IDs and both reward models of one seed."""
+    from datasets import concatenate_datasets
+
+    from onerec_hf import OneRecProcessor, RewardItems
+    from onerec_hf.data import load_kuairand_feedback
+    from onerec_hf.semantic_ids import (
+        attribute_embeddings,
+        behaviour_embeddings,
+        combine_embeddings,
+        fit_semantic_ids,
+    )
+
+    feedback = load_kuairand_feedback(folder, validation_start=20220501, test_start=20220506)
+    items, table = RewardItems(feedback.items.item_ids), feedback.items.frame
+    tags, authors, types, durations = (table[name].tolist() for name in ("tags", "author", "type", "duration_ms"))
+    attributes = attribute_embeddings(tags, authors, types, durations)
+    shown = [items.rows(sequence.tolist()) for sequence in feedback.train_sequences]
+    features = combine_embeddings([attributes, behaviour_embeddings(shown, len(items), dim=64)])
+    fitted = fit_semantic_ids(items.item_ids, features, [128, 128, 128], seed=seed)
+    processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=MAX_HISTORY)
+
+    log = pd.read_parquet(Path(folder) / "log_standard_4_25_to_5_08_pure.parquet").drop_duplicates(ignore_index=True)
+    log = log.sort_values(["user_id", "time_ms"], kind="stable")
+    watched = log[log["long_view"] == 1]
+    past = pd.read_parquet(Path(folder) / "history_4_08_to_4_24_pure.parquet")
+    histories = dict(zip(past["user_id"].tolist(), past["long_watch_seq"].map(list), strict=True))
+    after, _ = _watched_after(watched[watched["date"] < 20220501], histories)
+    windows = _sliding(histories)
+    test, users = _watched_after(watched[watched["date"] >= 20220506], histories)
+    half = np.random.default_rng(7).permutation(len(test))  # the same halves for every seed
+    validation, test = test.select(np.sort(half[: len(half) // 3])), test.select(np.sort(half[len(half) // 3 :]))
+    if quick:
+        windows, after, validation, test = (part.select(range(300)) for part in (windows, after, validation, test))
+    return World(
+        seed,
+        processor,
+        concatenate_datasets([windows, after]).shuffle(seed=seed),
+        after,
+        _train_reward(items, features, feedback.train, seed, quick),
+        _train_reward(items, features, feedback.validation, 1000 + seed, quick),
+        items,
+        features,
+        {"validation": validation, "test": test},
+        _observed(log[log["date"] >= 20220506]),
+        [np.asarray(h) for h in histories.values() if len(h) > 1],
+        feedback.description,
+    )
+
+
+def _watched_after(rows: pd.DataFrame, histories: dict[int, list]) -> tuple[Any, list[int]]:
+    """Users with a history and at least two long views: the history and the first views of the period."""
+    from datasets import Dataset
+
+    groups = {user: part.tolist() for user, part in rows.groupby("user_id")["video_id"]}
+    kept = [user for user, viewed in groups.items() if len(viewed) >= 2 and len(histories.get(user, [])) >= 5]
+    made = [
+        {"history": [int(i) for i in histories[u]], "session": list(dict.fromkeys(groups[u]))[:SESSION_LENGTH]}
+        for u in kept
+    ]
+    return Dataset.from_list(made), kept
+
+
+def _sliding(histories: dict[int, list]) -> Any:
+    """Windows of SESSION_LENGTH over the histories, five apart."""
+    from onerec_hf.data.sequences import UserSequences
+    from onerec_hf.data.windows import window_examples
+
+    rows = pd.DataFrame(
+        [(user, item, place) for user, items in histories.items() for place, item in enumerate(items)],
+        columns=["user_id", "item_id", "timestamp"],
+    )
+    sequences = UserSequences.from_interactions(rows)
+    return window_examples(sequences, SESSION_LENGTH, MAX_HISTORY, stride=SESSION_LENGTH).remove_columns("user_id")
+
+
+def _observed(log: pd.DataFrame) -> pd.DataFrame:
+    """Per item: impressions, share of long views and of likes on the test days, drawn towards the mean of all by ten impressions' worth."""
+    sums = log.groupby("video_id").agg(
+        shown=("long_view", "size"), vtr=("long_view", "sum"), ltr=("is_like", "sum"), wtr=("is_follow", "sum")
+    )
+    for name in ("vtr", "ltr", "wtr"):
+        mean = sums[name].sum() / sums["shown"].sum()
+        sums[name] = (sums[name] + 10 * mean) / (sums["shown"] + 10)
+    return sums
+
+
+def _train_reward(items, features, windows, seed: int, quick: bool):
+    import torch
+
+    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig
+    from onerec_hf.data import label_matrix
+    from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
+
+    torch.manual_seed(seed)
+    config = OneRecRewardConfig(
+        num_items=len(items),
+        item_feature_dim=features.shape[1],
+        base_rates=label_matrix(windows).mean(0).clip(1e-4, 1 - 1e-4).tolist(),
+        hidden_size=64,
+        intermediate_size=128,
+        dropout_rate=0.1,
+        score_weights={"swt": 1.0, "vtr": 1.0, "ltr": 1.0},
+    )
+    model = OneRecForSessionReward(config)
+    model.set_items(items, features)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        args = RewardTrainingArguments(scratch, num_train_epochs=2, seed=seed, use_cpu=True, **settings)
+        if quick:
+            args.max_steps = 5
+        RewardTrainer(model, args, windows).train()
+    return model.eval()
