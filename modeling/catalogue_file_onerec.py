@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from safetensors.numpy import save_file
 
-from .files_onerec import replacing
+from .files_onerec import replacing, sort_header
 
 FORMAT = "onerec-catalogue"
 VERSION = "2"
@@ -29,6 +29,7 @@ def write_catalogue_file(path: str | os.PathLike, arrays: dict[str, np.ndarray],
         arrays["item_ids"] = keys.view(np.uint8).reshape(len(keys), -1)
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata={"format": FORMAT, "version": VERSION, **metadata})
+        sort_header(temporary)
 
 
 def read_catalogue_file(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .hub_onerec import FORMAT_VERSION, checked_format
+
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4
 
@@ -45,6 +47,8 @@ class OneRecConfig(PreTrainedConfig):
             ago each history item was. `False` is the plain cross-attention of T5.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
+        format_version (`int`):
+            The checkpoint format; a config in a newer one than the code knows is refused.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -86,6 +90,7 @@ class OneRecConfig(PreTrainedConfig):
     router_aux_loss_coef: float | int = 0.001
     output_router_logits: bool = False
     catalogue_hash: str | None = None
+    format_version: int = FORMAT_VERSION
     use_cache: bool = True
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
@@ -108,6 +113,10 @@ class OneRecConfig(PreTrainedConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(checked_format(config_dict), **kwargs)
 
     def validate_architecture(self):
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:

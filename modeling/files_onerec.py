@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,18 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def sort_header(path: str | os.PathLike) -> None:
+    """
+    Puts a safetensors file's header in order. The library writes metadata in a random one, so that the same content would be another
+    file each time it is saved, and be uploaded again.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        file.seek(8)
+        file.write(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
     """Path of a file in a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments."""
     from transformers.utils.hub import cached_file  # slow, and those who only write files do without it
@@ -40,4 +53,4 @@ def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
     return cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
-__all__ = ["find_file", "replacing"]
+__all__ = ["find_file", "replacing", "sort_header"]

@@ -35,6 +35,7 @@ from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
 from .experts_onerec import EXPERTS_IMPLEMENTATION
 from .generation_onerec import OneRecGenerationMixin
+from .hub_onerec import HubModel
 from .packing_onerec import (
     check_packing,
     positions_behind,
@@ -344,8 +345,13 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class OneRecPreTrainedModel(PreTrainedModel):
+class OneRecPreTrainedModel(HubModel, PreTrainedModel):
     config: OneRecConfig
+    _auto_map = {
+        "AutoConfig": "configuration_onerec.OneRecConfig",
+        "AutoModel": "modeling_onerec.OneRecModel",
+        "AutoModelForSeq2SeqLM": "modeling_onerec.OneRecForConditionalGeneration",
+    }
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
@@ -650,6 +656,7 @@ class OneRecModel(OneRecPreTrainedModel):
 class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _files_beside = (CATALOGUE_NAME,)
 
     def __init__(self, config: OneRecConfig):
         super().__init__(config)
@@ -767,20 +774,14 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             bias = layer.mlp.gate.e_score_correction_bias
             bias += self.config.router_bias_update_rate * torch.sign(counts.mean() - counts).to(bias.device)
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if self.catalogue is not None and is_main_process:
-            self.catalogue.save(f"{save_directory}/{CATALOGUE_NAME}")
+    def _save_beside(self, folder):
+        if self.catalogue is not None:
+            self.catalogue.save(f"{folder}/{CATALOGUE_NAME}")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-        if pretrained_model_name_or_path is not None:
-            catalogue = ItemCatalogue.find(pretrained_model_name_or_path, **kwargs)
-            if catalogue is not None:
-                model.set_catalogue(catalogue)
-        return loaded
+    def _load_beside(self, repo, **kwargs):
+        catalogue = ItemCatalogue.find(repo, **kwargs)
+        if catalogue is not None:
+            self.set_catalogue(catalogue)
 
 
 __all__ = ["OneRecForConditionalGeneration", "OneRecModel", "OneRecPreTrainedModel"]

@@ -13,13 +13,14 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
-from .tokenization_onerec import OneRecTokenizer  # a repository with its own code needs this file too
+from .hub_onerec import CarriesCode
+from .tokenization_onerec import OneRecTokenizer
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 
-class OneRecProcessor(ProcessorMixin):
+class OneRecProcessor(CarriesCode, ProcessorMixin):
     """
     Turns histories and sessions of item ids into model inputs, and generated tokens into item ids.
 
@@ -41,6 +42,8 @@ class OneRecProcessor(ProcessorMixin):
         >>> processor.batch_decode(inputs["labels"])
         [['m17'], ['m17']]
     """
+
+    _files_beside = (CATALOGUE_NAME,)
 
     def __init__(
         self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
@@ -216,16 +219,43 @@ class OneRecProcessor(ProcessorMixin):
     def to_dict(self):
         output = super().to_dict()
         output.pop("catalogue", None)  # it has a file of its own
+        output.pop("include_code", None)  # what to save, not how to read
         return output
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
+        """
+        Writes the tokenizer's and the processor's configs, the item catalogue and the code.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub, kwargs: as for `transformers.ProcessorMixin.save_pretrained`.
+            include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
+        """
+        save_directory = os.fspath(save_directory)  # the library splits it
         os.makedirs(save_directory, exist_ok=True)
         if self.catalogue is not None:
             self.catalogue.save(os.path.join(save_directory, CATALOGUE_NAME))
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self.include_code if include_code is None else include_code:
+            self._save_code(save_directory)
+            self.auto_map = {"AutoProcessor": "processing_onerec.OneRecProcessor"}
+            self.tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ("tokenization_onerec.OneRecTokenizer", None)}
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)
+            self.tokenizer.init_kwargs.pop("auto_map", None)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
+        # AutoTokenizer would take the repository's class where it may, though the package's, or the one beside this file, is at hand.
+        return OneRecTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Loads the processor and its item catalogue from a folder or a Hub repository; arguments as for
+        `transformers.ProcessorMixin.from_pretrained`.
+        """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
         return processor

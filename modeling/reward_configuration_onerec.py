@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .hub_onerec import FORMAT_VERSION, checked_format
+
 
 @strict
 class OneRecRewardConfig(PreTrainedConfig):
@@ -41,6 +43,8 @@ class OneRecRewardConfig(PreTrainedConfig):
             Hash of the items' ids in row order; a model refuses another table.
         feature_fingerprint (`str`, *optional*):
             Names the item features, for the record (`onerec_hf.semantic_ids.embedding_fingerprint`).
+        format_version (`int`):
+            The checkpoint format; a config in a newer one than the code knows is refused.
 
     Example:
         >>> from onerec_hf import OneRecRewardConfig
@@ -77,6 +81,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     items_hash: str | None = None
     feature_fingerprint: str | None = None
+    format_version: int = FORMAT_VERSION
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
@@ -93,6 +98,10 @@ class OneRecRewardConfig(PreTrainedConfig):
         kwargs["problem_type"] = "multi_label_classification"
         kwargs.pop("num_labels", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(checked_format(config_dict), **kwargs)
 
     def validate_architecture(self):
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .catalogue_index_onerec import decode_ids, encode_ids, find_keys
-from .files_onerec import find_file, replacing
+from .files_onerec import find_file, replacing, sort_header
 
 REWARD_ITEMS_NAME = "reward_items.safetensors"
 _FORMAT = "onerec-reward-items"
@@ -152,6 +152,7 @@ class RewardItems:
             keys = keys.view(np.uint8).reshape(len(keys), -1)
         with replacing(path) as temporary:
             save_file({"item_ids": np.ascontiguousarray(keys)}, temporary, {"format": _FORMAT, "hash": self.hash})
+            sort_header(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RewardItems:

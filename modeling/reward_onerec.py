@@ -18,6 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 
+from .hub_onerec import HubModel
 from .modeling_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
 from .reward_configuration_onerec import OneRecRewardConfig
 from .reward_items_onerec import REWARD_ITEMS_NAME, RewardItems
@@ -89,8 +90,12 @@ class OneRecRewardTower(nn.Module):
 
 
 @auto_docstring
-class OneRecRewardPreTrainedModel(PreTrainedModel):
+class OneRecRewardPreTrainedModel(HubModel, PreTrainedModel):
     config: OneRecRewardConfig
+    _auto_map = {
+        "AutoConfig": "reward_configuration_onerec.OneRecRewardConfig",
+        "AutoModelForSequenceClassification": "reward_onerec.OneRecForSessionReward",
+    }
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _no_split_modules = ["OneRecEncoderLayer"]
@@ -133,6 +138,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
     # Labels are averaged over sessions, and Trainer's `num_items_in_batch` counts labels: it divides by accumulation steps instead.
     accepts_loss_kwargs = False
     main_input_name = "input_ids"
+    _files_beside = (REWARD_ITEMS_NAME,)
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__(config)
@@ -337,20 +343,14 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         """
         return self.fuse(self.predict(histories, sessions, batch_size), weights).tolist()
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if self.items is not None and is_main_process:
-            self.items.save(f"{save_directory}/{REWARD_ITEMS_NAME}")
+    def _save_beside(self, folder):
+        if self.items is not None:
+            self.items.save(f"{folder}/{REWARD_ITEMS_NAME}")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-        if pretrained_model_name_or_path is not None:
-            items = RewardItems.find(pretrained_model_name_or_path, **kwargs)
-            if items is not None:
-                model.set_items(items)
-        return loaded
+    def _load_beside(self, repo, **kwargs):
+        items = RewardItems.find(repo, **kwargs)
+        if items is not None:
+            self.set_items(items)
 
 
 __all__ = ["OneRecForSessionReward", "OneRecRewardOutput", "OneRecRewardPreTrainedModel", "masked_bce"]
