@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 SESSION_LENGTH, MAX_HISTORY = 5, 30
+# Follows are too rare to learn (21 test sessions with one), and likes, as a multiple of their base rate, would outweigh all else.
+WEIGHTS = {"swt": 1.0, "vtr": 1.0, "ltr": 0.2}
 
 
 @dataclass
@@ -43,21 +46,16 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
     """Data, semantic IDs and both reward models of one seed."""
     from datasets import concatenate_datasets
 
-    from onerec_hf import OneRecProcessor, RewardItems
+    from onerec_hf import OneRecProcessor
+    from onerec_hf.cli.reward import RewardModelArguments, new_reward_model
     from onerec_hf.data import load_kuairand_feedback
-    from onerec_hf.semantic_ids import (
-        attribute_embeddings,
-        behaviour_embeddings,
-        combine_embeddings,
-        fit_semantic_ids,
-    )
+    from onerec_hf.semantic_ids import fit_semantic_ids
 
     feedback = load_kuairand_feedback(folder, validation_start=20220501, test_start=20220506)
-    items, table = RewardItems(feedback.items.item_ids), feedback.items.frame
-    tags, authors, types, durations = (table[name].tolist() for name in ("tags", "author", "type", "duration_ms"))
-    attributes = attribute_embeddings(tags, authors, types, durations)
-    shown = [items.rows(sequence.tolist()) for sequence in feedback.train_sequences]
-    features = combine_embeddings([attributes, behaviour_embeddings(shown, len(items), dim=64)])
+    torch.manual_seed(seed)
+    picker, items, features = new_reward_model(feedback, RewardModelArguments(), WEIGHTS)
+    torch.manual_seed(1000 + seed)
+    judge, _, _ = new_reward_model(feedback, RewardModelArguments(), WEIGHTS)
     fitted = fit_semantic_ids(items.item_ids, features, [128, 128, 128], seed=seed)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=MAX_HISTORY)
 
@@ -66,9 +64,9 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
     watched = log[log["long_view"] == 1]
     past = pd.read_parquet(Path(folder) / "history_4_08_to_4_24_pure.parquet")
     histories = dict(zip(past["user_id"].tolist(), past["long_watch_seq"].map(list), strict=True))
-    after, _ = _watched_after(watched[watched["date"] < 20220501], histories)
+    after = _watched_after(watched[watched["date"] < 20220501], histories)
     windows = _sliding(histories)
-    test, users = _watched_after(watched[watched["date"] >= 20220506], histories)
+    test = _watched_after(watched[watched["date"] >= 20220506], histories)
     half = np.random.default_rng(7).permutation(len(test))  # the same halves for every seed
     validation, test = test.select(np.sort(half[: len(half) // 3])), test.select(np.sort(half[len(half) // 3 :]))
     if quick:
@@ -78,8 +76,8 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
         processor,
         concatenate_datasets([windows, after]).shuffle(seed=seed),
         after,
-        _train_reward(items, features, feedback.train, seed, quick),
-        _train_reward(items, features, feedback.validation, 1000 + seed, quick),
+        _train_reward(picker, feedback.train, seed, quick),
+        _train_reward(judge, feedback.validation, 1000 + seed, quick),
         items,
         features,
         {"validation": validation, "test": test},
@@ -89,17 +87,17 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
     )
 
 
-def _watched_after(rows: pd.DataFrame, histories: dict[int, list]) -> tuple[Any, list[int]]:
+def _watched_after(rows: Any, histories: dict[Any, list]) -> Any:
     """Users with a history and at least two long views: the history and the first views of the period."""
     from datasets import Dataset
 
-    groups = {user: part.tolist() for user, part in rows.groupby("user_id")["video_id"]}
+    groups: dict[Any, list] = {user: part.tolist() for user, part in rows.groupby("user_id")["video_id"]}
     kept = [user for user, viewed in groups.items() if len(viewed) >= 2 and len(histories.get(user, [])) >= 5]
     made = [
         {"history": [int(i) for i in histories[u]], "session": list(dict.fromkeys(groups[u]))[:SESSION_LENGTH]}
         for u in kept
     ]
-    return Dataset.from_list(made), kept
+    return Dataset.from_list(made)
 
 
 def _sliding(histories: dict[int, list]) -> Any:
@@ -115,7 +113,7 @@ def _sliding(histories: dict[int, list]) -> Any:
     return window_examples(sequences, SESSION_LENGTH, MAX_HISTORY, stride=SESSION_LENGTH).remove_columns("user_id")
 
 
-def _observed(log: pd.DataFrame) -> pd.DataFrame:
+def _observed(log: Any) -> pd.DataFrame:
     """Per item: impressions, share of long views and of likes on the test days, drawn towards the mean of all by ten impressions' worth."""
     sums = log.groupby("video_id").agg(
         shown=("long_view", "size"), vtr=("long_view", "sum"), ltr=("is_like", "sum"), wtr=("is_follow", "sum")
@@ -126,25 +124,9 @@ def _observed(log: pd.DataFrame) -> pd.DataFrame:
     return sums
 
 
-def _train_reward(items, features, windows, seed: int, quick: bool):
-    import torch
-
-    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig
-    from onerec_hf.data import label_matrix
+def _train_reward(model, windows, seed: int, quick: bool):
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
-    torch.manual_seed(seed)
-    config = OneRecRewardConfig(
-        num_items=len(items),
-        item_feature_dim=features.shape[1],
-        base_rates=label_matrix(windows).mean(0).clip(1e-4, 1 - 1e-4).tolist(),
-        hidden_size=64,
-        intermediate_size=128,
-        dropout_rate=0.1,
-        score_weights={"swt": 1.0, "vtr": 1.0, "ltr": 1.0},
-    )
-    model = OneRecForSessionReward(config)
-    model.set_items(items, features)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
         args = RewardTrainingArguments(scratch, num_train_epochs=2, seed=seed, use_cpu=True, **settings)

@@ -8,12 +8,11 @@ item features and history and beside the base rate. 95 % intervals of AUC come f
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from _harness import cpu_seconds, finish, one_thread, parser, say
-
-METRICS = {"auc": "share", "calibration_error": "rate", "bias": "ratio", "relative_log_loss": "ratio"}
+from _harness import cpu_seconds, finish, one_thread, parser
 
 
 def arguments():
@@ -53,53 +52,23 @@ def main() -> None:
     import torch
     import transformers
 
-    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
+    from onerec_hf.cli.reward import METRICS, RewardModelArguments, new_reward_model, predictions_beside_baselines
     from onerec_hf.data import label_matrix, load_kuairand_feedback
     from onerec_hf.evaluation.results import result_row
-    from onerec_hf.evaluation.reward_baselines import predict_baseline, session_features
     from onerec_hf.evaluation.reward_metrics import reward_metrics
-    from onerec_hf.semantic_ids import (
-        attribute_embeddings,
-        behaviour_embeddings,
-        combine_embeddings,
-        embedding_fingerprint,
-    )
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
     transformers.logging.set_verbosity_error()
     feedback = load_kuairand_feedback(args.data_dir, history=args.history)
-    items, table = RewardItems(feedback.items.item_ids), feedback.items.frame
-    tags, authors, types, durations = (table[name].tolist() for name in ("tags", "author", "type", "duration_ms"))
-    attributes = attribute_embeddings(tags, authors, types, durations)
-    sequences = [items.rows(sequence.tolist()) for sequence in feedback.train_sequences]
-    features = combine_embeddings([attributes, behaviour_embeddings(sequences, len(items), dim=64)])
-    train, held_out = feedback.train, getattr(feedback, args.split)
     if args.quick:
-        train = train.select(range(1500))
-    labels, train_labels = label_matrix(held_out), label_matrix(train)
-    base_rates = train_labels.mean(0).clip(1e-4, 1 - 1e-4).tolist()
-
-    x, x_held_out = (
-        session_features(features, *([items.rows(row) for row in part[name]] for name in ("history", "session")))
-        for part in (train, held_out)
-    )
-    predicted = {
-        kind: predict_baseline(kind, x, train_labels, x_held_out) for kind in ("base_rate", "logistic_regression")
-    }
-    say("baselines done")
-
+        feedback = replace(feedback, train=feedback.train.select(range(1500)))
+    held_out = getattr(feedback, args.split)
+    labels, base_rates = label_matrix(held_out), feedback.base_rates
     torch.manual_seed(args.seed)
-    config = OneRecRewardConfig(
-        num_items=len(items),
-        item_feature_dim=features.shape[1],
-        base_rates=base_rates,
-        hidden_size=args.hidden_size,
-        intermediate_size=2 * args.hidden_size,
-        dropout_rate=args.dropout_rate,
-        feature_fingerprint=embedding_fingerprint(features, "attributes+behaviour"),
+    sizes = RewardModelArguments(
+        hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size, dropout_rate=args.dropout_rate
     )
-    model = OneRecForSessionReward(config)
-    model.set_items(items, features)
+    model, items, features = new_reward_model(feedback, sizes)
     started = cpu_seconds()
     with tempfile.TemporaryDirectory() as scratch:
         training = RewardTrainingArguments(
@@ -112,10 +81,10 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = RewardTrainer(model, training, train)
+        trainer = RewardTrainer(model, training, feedback.train)
         trainer.train()
     seconds = cpu_seconds() - started
-    predicted["onerec_reward"] = model.predict(held_out["history"][:], held_out["session"][:]).double().numpy()
+    predicted = predictions_beside_baselines(model, feedback, items, features, held_out)
     if args.save:
         model.save_pretrained(args.save)
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
     "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantisers compared",
     "train": "train a generator on interactions",
+    "reward": "impressions with feedback to a reward model that judges sessions",
     "align": "a trained generator to one that a reward model, or given preferences, prefers",
     "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
     "recommend": "histories (file or stdin) to recommended items, as JSON lines",

@@ -259,9 +259,12 @@ def test_histories_without_a_pair_and_short_of_candidates_are_counted(tmp_path, 
     trainer = make_trainer(tmp_path, constant, num_candidates=32, candidate_length=1)
     with caplog.at_level("WARNING"):
         trainer.begin_iteration(0)
-    assert "of 12 histories 12 gave no pair" in caplog.text and "12 had fewer than num_candidates=32" in caplog.text
+    assert "of 12 histories 12 gave no pair" in caplog.text
+    assert "12 had fewer than num_candidates=32" in caplog.text
     assert "it trains on L_NTP alone" in caplog.text
-    assert trainer._metrics["train"]["pairs/without"] == trainer._metrics["train"]["pairs/short_of_candidates"] == [12.0]
+    assert (
+        trainer._metrics["train"]["pairs/without"] == trainer._metrics["train"]["pairs/short_of_candidates"] == [12.0]
+    )
 
 
 def test_one_against_several_trains_s_dpo(tmp_path):
@@ -269,7 +272,8 @@ def test_one_against_several_trains_s_dpo(tmp_path):
     trainer.begin_iteration(0)
     assert len(trainer.pairs) > 0
     for pair in trainer.pairs:
-        assert len(pair["rejected"]) == 3 and pair["chosen"] not in pair["rejected"]
+        assert len(pair["rejected"]) == 3
+        assert pair["chosen"] not in pair["rejected"]
         assert pair["chosen_reward"] == likes([[]], [pair["chosen"]])[0]
         assert pair["rejected_reward"] == max(likes([[]] * 3, pair["rejected"])) < pair["chosen_reward"]
     trainer.train()
@@ -280,7 +284,8 @@ def test_one_against_several_trains_s_dpo(tmp_path):
 def test_one_row_is_enough(tmp_path):
     trainer = make_trainer(tmp_path, dataset=examples(1), dpo_ratio=0.01)
     trainer.train()
-    assert {pair["row"] for pair in trainer.pairs} <= {0} and trainer.state.global_step == 2
+    assert {pair["row"] for pair in trainer.pairs} <= {0}
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize(

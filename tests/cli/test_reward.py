@@ -1,0 +1,101 @@
+"""`onerec-hf reward`: a table of impressions to a saved reward model that `align` takes."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded, write_csv
+
+TINY = [
+    "--hidden_size",
+    8,
+    "--intermediate_size",
+    8,
+    "--num_attention_heads",
+    2,
+    "--tower_size",
+    8,
+    "--behaviour_dim",
+    4,
+]
+QUICK = ["--num_train_epochs", 1, "--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+TIMES = ["--history_end", 10, "--validation_start", 25, "--test_start", 32]
+
+
+@pytest.fixture(scope="module")
+def impressions(tmp_path_factory):
+    """A CSV: odd users like odd items."""
+    rng = np.random.default_rng(0)
+    rows = [["user_id", "item_id", "timestamp", "liked", "viewed"]]
+    for user in range(40):
+        for time in range(40):
+            item = int(rng.integers(NUM_ITEMS))
+            same = user % 2 == item % 2
+            rows.append(
+                [f"u{user}", f"m{item}", time, int(rng.random() < (0.7 if same else 0.1)), int(rng.random() < 0.5)]
+            )
+    return write_csv(tmp_path_factory.mktemp("impressions") / "log.csv", rows)
+
+
+def reward(impressions, folder, *more):
+    return onerec(
+        "reward", "--impressions", impressions, "--objectives", "ltr=liked", "viewed", *TIMES, *TINY, *QUICK, "--output_dir", folder, *more
+    )  # fmt: skip
+
+
+def test_a_table_becomes_a_reward_model(impressions, data, tmp_path):
+    folder = tmp_path / "judge"
+    items = ["--items", data.items]
+    done = succeeded(
+        reward(
+            impressions, folder, *items, "--score_weights", "ltr=1", "--num_train_epochs", 8, "--learning_rate", 0.01
+        )
+    )
+    assert {"config.json", "model.safetensors", "results.json", "reward_items.safetensors"} <= set(contents(folder))
+    assert not (folder / "checkpoints").exists()
+    assert not list(folder.glob("*.bin"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.objectives == ["ltr", "viewed"]
+    assert model.config.score_weights == {"ltr": 1.0}
+    odd, even = ["m1", "m3", "m5", "m7"], ["m2", "m4", "m6", "m8"]
+    liked, disliked = model.reward([odd] * 2, [odd, even])
+    assert liked > disliked
+    results = json.loads((folder / "results.json").read_text())
+    values = {row["name"]: row["value"] for row in results["rows"]}
+    assert values["onerec_reward/ltr/auc"] > 0.5 == values["base_rate/ltr/auc"]
+    assert values["test/ltr/positives"] > 0
+    assert "logistic_regression/viewed/auc" in values
+    assert results["command"].startswith("onerec-hf reward --impressions")
+    assert "onerec_reward" in done.out
+    assert "relative_log_loss" in done.out
+
+
+def test_without_features_there_is_no_regression(impressions, tmp_path):
+    done = succeeded(reward(impressions, tmp_path / "judge", "--behaviour_dim", 0))
+    assert "logistic_regression" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("more", "fragments"),
+    [
+        (["--dataset", "kuairand-pure"], ["give either --dataset", "or --impressions"]),
+        (["--score_weights", "ltr"], ["--score_weights ltr: write NAME=NUMBER"]),
+        (["--score_weights", "clicks=1"], ["score_weights names ['clicks']"]),
+        (["--pooling", "max"], ["model options:"]),
+        (["--embeddings", "vectors.npy"], ["--embeddings needs --items"]),
+        (["--objectives", "ltr=loved"], ["loved"]),
+    ],
+)
+def test_refuses(impressions, tmp_path, more, fragments):
+    folder = tmp_path / "judge"
+    refused(reward(impressions, folder, *more), *fragments)
+    assert not folder.exists()
+
+
+def test_says_what_is_lacking(impressions, tmp_path):
+    out = ["--output_dir", tmp_path / "judge"]
+    refused(onerec("reward", *out), "give either --dataset kuairand-pure")
+    refused(onerec("reward", "--dataset", "movielens", *out), "there is kuairand-pure")
+    refused(onerec("reward", "--impressions", impressions, *out), "--impressions needs --objectives, --history_end")
