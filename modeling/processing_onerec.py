@@ -235,6 +235,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         os.makedirs(save_directory, exist_ok=True)
         if self.catalogue is not None:
             self.catalogue.save(os.path.join(save_directory, CATALOGUE_NAME))
+        self.tokenizer.init_kwargs.pop("auto_map", None)  # from the repository that it was loaded from
         if self.include_code if include_code is None else include_code:
             self._save_code(save_directory)
             self.auto_map = {"AutoProcessor": "processing_onerec.OneRecProcessor"}

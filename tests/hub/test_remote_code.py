@@ -1,0 +1,135 @@
+"""A repository's own code: it is all there, it does the same, and where the package is installed it is left alone."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+
+from onerec_hf import OneRecForConditionalGeneration, OneRecForSessionReward, OneRecRewardConfig, RewardItems
+from tests.hub.hub_server import WRITE
+
+REPO, REWARD, PLAIN = "tester/onerec-movies", "tester/onerec-reward", "tester/onerec-plain"
+HISTORY, SESSIONS = ["m1", "m2", "m3"], [["m2", "m3"], ["m5"]]
+ROOM = Path(__file__).resolve().parents[2] / "modeling"
+CODE = {file.name for file in ROOM.glob("*_onerec.py")}
+
+
+@pytest.fixture
+def reward():
+    torch.manual_seed(0)
+    config = {"objectives": ["vtr", "ltr"], "base_rates": [0.3, 0.02], "hidden_size": 16, "num_attention_heads": 2}
+    model = OneRecForSessionReward(OneRecRewardConfig(num_items=6, **config)).eval()
+    for tower in model.towers:
+        torch.nn.init.normal_(tower.out_proj.weight)
+    model.set_items(RewardItems([f"m{i}" for i in range(6)]))
+    return model
+
+
+def sessions(model, processor):
+    return processor.batch_decode(model.recommend(**processor([HISTORY]), num_beams=4, num_return_sequences=4))
+
+
+def without_the_package(hub, tmp_path, **asked):
+    """What `remote_code.py` prints, in a process with empty caches of its own."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "stranger"),
+        "HF_TOKEN": WRITE,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, str(Path(__file__).parent / "remote_code.py"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_a_process_without_the_package_does_the_same(hub, model, processor, reward, tmp_path):
+    for one in (model, processor):
+        one.push_to_hub(REPO)
+        one.push_to_hub(PLAIN, include_code=False)
+    reward.push_to_hub(REWARD)
+    assert set(hub.files(REPO)) >= CODE
+    assert not CODE & set(hub.files(PLAIN))
+    assert "auto_map" not in "".join(hub.text(PLAIN, name) for name in hub.files(PLAIN) if name.endswith(".json"))
+
+    folder = tmp_path / "saved-by-stranger"
+    asked = {"repo": REPO, "plain": PLAIN, "reward": REWARD, "folder": str(folder)}
+    answer, stderr = without_the_package(hub, tmp_path, history=HISTORY, sessions=SESSIONS, **asked)
+
+    wanted = sessions(model, processor)
+    generated = model.generate(**processor([HISTORY]), num_beams=4, num_return_sequences=4)
+    for place in ("hub", "folder"):  # what was pushed, and what was loaded from there and saved again
+        found = answer[place]
+        assert all(module.startswith("transformers_modules.") for module in found["modules"])
+        assert found["recommend"] == wanted
+        assert found["generate"] == processor.batch_decode(generated)
+        assert (found["backbone"], found["tokenizer"]) == ("OneRecModel", "OneRecTokenizer")
+        assert found["experts"] == model.config._experts_implementation
+    assert answer["reward"] == pytest.approx(reward.reward([HISTORY, []], SESSIONS))
+    assert answer["warnings"] == []
+    assert "warning" not in stderr.lower(), stderr
+    without_code, untrusted = answer["refused"]
+    assert "model type `onerec`" in without_code
+    assert "trust_remote_code=True" in untrusted
+    assert answer["installed"] == [True, "onerec_hf.modeling.processing_onerec"]
+
+    # What the stranger saved loads through the package.
+    loaded, loaded_processor = (
+        OneRecForConditionalGeneration.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
+    assert sessions(loaded, loaded_processor) == wanted
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_the_package_is_used_where_it_is_installed(hub, model, processor, reward, trust, capfd):
+    for one, repo in ((model, REPO), (processor, REPO), (reward, REWARD)):
+        one.push_to_hub(repo)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    capfd.readouterr()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            loaded = AutoModelForSeq2SeqLM.from_pretrained(REPO, trust_remote_code=trust)
+            loaded_processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(REPO, trust_remote_code=trust)
+            judge = AutoModelForSequenceClassification.from_pretrained(REWARD, trust_remote_code=trust)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    said = capfd.readouterr()
+    assert "warn" not in (said.out + said.err).lower()
+    for thing in (loaded, loaded_processor, loaded_processor.tokenizer, config, judge):
+        assert type(thing).__module__.startswith("onerec_hf.modeling."), type(thing)
+    assert not [name for name in sys.modules if name.startswith("transformers_modules") and "onerec" in name]
+    assert sessions(loaded, loaded_processor) == sessions(model, processor)
+
+
+def test_code_is_left_out_of_what_is_saved_after_loading(hub, model, processor, tmp_path):
+    model.push_to_hub(REPO)
+    processor.push_to_hub(REPO)
+    loaded, loaded_processor = AutoModelForSeq2SeqLM.from_pretrained(REPO), AutoProcessor.from_pretrained(REPO)
+    loaded.include_code = loaded_processor.include_code = False  # as one sets it for a trainer
+    for one in (loaded, loaded_processor):
+        one.save_pretrained(tmp_path / "plain")
+    names = {file.name for file in (tmp_path / "plain").iterdir()}
+    assert not CODE & names
+    texts = [file.read_text() for file in (tmp_path / "plain").glob("*.json")]
+    assert not any("auto_map" in text or "include_code" in text for text in texts)
+    loaded.save_pretrained(tmp_path / "whole", include_code=True)
+    assert {file.name for file in (tmp_path / "whole").iterdir()} >= CODE
+    model.push_to_hub(PLAIN, include_code=False)
+    assert model.include_code  # for that push only
