@@ -97,8 +97,8 @@ class CarriesCode:
 
     def push_to_hub(self, repo_id: str, *, include_code: bool | None = None, **kwargs):
         """
-        Uploads to the Hub, everything that [`save_pretrained`] writes: the item catalogue too, with the model as with the processor.
-        Both go into one repository, which then is complete:
+        Uploads to the Hub everything that [`save_pretrained`] writes: the item catalogue too, with the model as with the processor.
+        Both go into one repository, which then is complete (a model's alone gives a processor that knows no `max_history`):
 
             model.push_to_hub("me/onerec-movies")
             processor.push_to_hub("me/onerec-movies")
@@ -186,7 +186,10 @@ class HubModel(CarriesCode):
         )
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-            model._load_beside(source, **kwargs)
+            try:
+                model._load_beside(source, **kwargs)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
         return loaded
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):

@@ -351,6 +351,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         "AutoConfig": "configuration_onerec.OneRecConfig",
         "AutoModel": "modeling_onerec.OneRecModel",
         "AutoModelForSeq2SeqLM": "modeling_onerec.OneRecForConditionalGeneration",
+        "AutoProcessor": "processing_onerec.OneRecProcessor",  # for a repository that only the model was pushed to
     }
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
+from .files_onerec import find_file
 from .hub_onerec import CarriesCode
 from .tokenization_onerec import OneRecTokenizer
 
@@ -102,7 +103,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r}')
         if self.catalogue is None:
             raise ValueError(
-                "this processor has no item catalogue; load it from the folder that the model was saved to"
+                f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; give it "
+                "the model's with set_catalogue(...)"
             )
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
@@ -249,16 +251,34 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
         # AutoTokenizer would take the repository's class where it may, though the package's, or the one beside this file, is at hand.
-        return OneRecTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if find_file(pretrained_model_name_or_path, "tokenizer_config.json", **kwargs):
+            return OneRecTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        catalogue = ItemCatalogue.find(pretrained_model_name_or_path, **kwargs)
+        if catalogue is None:
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds neither a processor nor a {CATALOGUE_NAME} to make one from"
+            )
+        warnings.warn(
+            f"{pretrained_model_name_or_path} holds a catalogue but no processor: this one is made from the catalogue and reads whole "
+            "histories; save the processor there too, or set max_history to what the model was trained on"
+        )
+        return OneRecTokenizer(catalogue.codebook_sizes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
         Loads the processor and its item catalogue from a folder or a Hub repository; arguments as for
-        `transformers.ProcessorMixin.from_pretrained`.
+        `transformers.ProcessorMixin.from_pretrained`. Where only a model was saved, with its catalogue, the processor is made from that.
+
+        Raises:
+            ValueError: the catalogue is of a newer version, damaged, or of other codebooks than the tokenizer.
+            OSError: the library's own errors: no such repository or revision, no access, no connection; or nothing to make one from.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
+        try:
+            processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         return processor
 
 

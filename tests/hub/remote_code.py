@@ -53,6 +53,10 @@ def main():
             asked["reward"], trust_remote_code=True, revision="main"
         )
         answer["reward"] = reward.reward([asked["history"], []], asked["sessions"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the repository holds no processor
+        made = AutoProcessor.from_pretrained(asked["repo"], trust_remote_code=True, revision=asked["model_only"])
+    answer["made"] = made.batch_decode(made([asked["history"]], [["m4"]])["labels"])
     answer["warnings"] = sorted({str(one.message)[:300] for one in caught})
     for repo in (asked["plain"], asked["repo"]):
         try:

@@ -56,8 +56,9 @@ def without_the_package(hub, tmp_path, **asked):
 
 
 def test_a_process_without_the_package_does_the_same(hub, model, processor, reward, tmp_path):
+    model_only = model.push_to_hub(REPO).oid
+    processor.push_to_hub(REPO)
     for one in (model, processor):
-        one.push_to_hub(REPO)
         one.push_to_hub(PLAIN, include_code=False)
     reward.push_to_hub(REWARD)
     assert set(hub.files(REPO)) >= CODE
@@ -65,7 +66,7 @@ def test_a_process_without_the_package_does_the_same(hub, model, processor, rewa
     assert "auto_map" not in "".join(hub.text(PLAIN, name) for name in hub.files(PLAIN) if name.endswith(".json"))
 
     folder = tmp_path / "saved-by-stranger"
-    asked = {"repo": REPO, "plain": PLAIN, "reward": REWARD, "folder": str(folder)}
+    asked = {"repo": REPO, "model_only": model_only, "plain": PLAIN, "reward": REWARD, "folder": str(folder)}
     answer, stderr = without_the_package(hub, tmp_path, history=HISTORY, sessions=SESSIONS, **asked)
 
     wanted = sessions(model, processor)
@@ -78,6 +79,7 @@ def test_a_process_without_the_package_does_the_same(hub, model, processor, rewa
         assert (found["backbone"], found["tokenizer"]) == ("OneRecModel", "OneRecTokenizer")
         assert found["experts"] == model.config._experts_implementation
     assert answer["reward"] == pytest.approx(reward.reward([HISTORY, []], SESSIONS))
+    assert answer["made"] == [["m4"]]
     assert answer["warnings"] == []
     assert "warning" not in stderr.lower(), stderr
     without_code, untrusted = answer["refused"]

@@ -48,6 +48,17 @@ def test_the_processor_alone_carries_the_catalogue(hub, processor):
     assert AutoProcessor.from_pretrained(REPO)(HISTORY)["input_ids"].equal(processor(HISTORY)["input_ids"])
 
 
+def test_the_model_alone_gives_a_processor(hub, model, processor):
+    model.push_to_hub(REPO)
+    with pytest.warns(UserWarning, match=f"{REPO} holds a catalogue but no processor"):
+        made = AutoProcessor.from_pretrained(REPO)
+    assert made(HISTORY)["input_ids"].equal(processor(HISTORY)["input_ids"])
+    assert sessions(AutoModelForSeq2SeqLM.from_pretrained(REPO), made) == sessions(model, processor)
+    hub.commit_files(REPO, {"catalogue.safetensors": None})
+    with pytest.raises(OSError, match=r"neither a processor nor a catalogue.safetensors"):
+        AutoProcessor.from_pretrained(REPO)
+
+
 def test_reward_model_comes_back_with_its_items(hub):
     items = RewardItems([f"m{i}" for i in range(6)])
     config = {"objectives": ["vtr", "ltr"], "base_rates": [0.3, 0.02], "hidden_size": 16, "num_attention_heads": 2}
