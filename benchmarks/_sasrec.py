@@ -68,10 +68,12 @@ def train_sasrec(
     epochs: int,
     batch_size: int = 128,
     lr: float = 1e-3,
+    share: float = 0.25,
     **settings,
 ) -> SASRec:
     """
-    Trains on every next item of every sequence, by the cross-entropy over all items.
+    Trains on next items of every sequence by the cross-entropy over all items. A step takes a share of the places, drawn anew: the scores of all
+    items at all places would be most of the work.
 
     Args:
         sequences: per user the item rows in time order, two at least.
@@ -87,7 +89,7 @@ def train_sasrec(
         for start in range(0, len(order), batch_size):
             some = [sequences[i] for i in order[start : start + batch_size]]
             inputs, targets = model.batch([s[:-1] for s in some]), model.batch([s[1:] for s in some])
-            real = targets != 0
+            real = (targets != 0) & (torch.from_numpy(rng.random(targets.shape)) < share)
             loss = F.cross_entropy(model.scores(model(inputs)[real]), targets[real] - 1)
             optimizer.zero_grad()
             loss.backward()

@@ -91,7 +91,11 @@ def write_generator_card(
         protocol=protocol,
         exclude_seen=exclude_seen,
         metrics=metrics,
-        table={scored: [values.get(metric, "") for metric in metrics] for scored, values in table.items()},
+        table={
+            scored: [values.get(metric, "") for metric in metrics]
+            for scored, values in table.items()
+            if values.keys() & set(metrics)  # other rows, as of alignment, are no ranking
+        },
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     )
     with replacing(folder / "README.md") as temporary:

@@ -16,6 +16,7 @@ from onerec_hf.cli.arguments import (
     command_line,
     parse,
 )
+from onerec_hf.cli.quickstart_alignment import align_once
 from onerec_hf.cli.steps import PreparedData, check_folder, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results, report, resumable, train
 from onerec_hf.evaluation.results import result_row
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
     )
     with resumable(folder, command=None):
         rows = evaluate_beside_baselines(trainer, data, "test")
+        rows += align_once(trainer, data, folder, args.seed)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command_line("quickstart", argv))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -37,6 +37,7 @@ _WRITTEN = (
     "catalogue.safetensors",
     CODEBOOKS_NAME,
     "model*.safetensors",
+    "*_onerec.py",
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
@@ -65,7 +66,8 @@ def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
 def claim_folder(folder: Path) -> None:
     """Makes the folder and removes an earlier run's results from it: they must not be taken for this one's."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "aligned"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in _WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()

@@ -1,14 +1,16 @@
 """`onerec-hf quickstart`: ratings to a saved, recommending model, with its numbers."""
 
+import csv
 import json
 import signal
 
 import pytest
+import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf.cli.quickstart import codebook_size
 from onerec_hf.trainers import OneRecTrainer
-from tests.cli.commands import NUM_ITEMS, onerec, succeeded
+from tests.cli.commands import NUM_ITEMS, onerec, succeeded, write_csv
 
 ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "illegal_share", "seconds")
 
@@ -48,6 +50,24 @@ def check(done, folder, title):
     return processor
 
 
+def check_alignment(done, folder):
+    """The short round at the end: a second artefact, and the rewards that its message names."""
+    rewards = [
+        results(folder)[f"{name}/{when}"] for name in ("reward", "heldout_reward") for when in ("before", "after")
+    ]
+    assert all(0 < reward < 1 for reward in rewards)
+    assert all(f"{reward:.3f}" in done.err for reward in rewards)
+    processor = AutoProcessor.from_pretrained(folder / "aligned")
+    aligned, trained = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (folder / "aligned", folder))
+    assert aligned.config.catalogue_hash == processor.catalogue.hash
+    assert (folder / "aligned" / "codebooks.safetensors").read_bytes() == (
+        folder / "codebooks.safetensors"
+    ).read_bytes()
+    moved = [not torch.equal(a, b) for a, b in zip(aligned.parameters(), trained.parameters(), strict=True)]
+    assert all(moved)
+    assert "reward" not in (folder / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def first(data, tmp_path_factory):
     """A first run on own interactions: its folder and what it printed."""
@@ -68,11 +88,24 @@ def test_own_interactions(first):
     assert command.startswith("onerec-hf quickstart --interactions ")
 
 
+def test_ratings_end_in_a_round_of_alignment(data, tmp_path):
+    header, *rows = list(csv.reader(data.interactions.open()))
+    rated = write_csv(
+        tmp_path / "rated.csv", [[*header, "rating"], *([*row, 1 + int(row[1][1:]) % 5] for row in rows)]
+    )
+    folder = tmp_path / "out"
+    done = succeeded(onerec("quickstart", "--interactions", rated, "--max_steps", 2, "--output_dir", folder))
+    check(done, folder, "m")
+    check_alignment(done, folder)
+
+
 def test_without_items_their_ids_are_shown(data, tmp_path):
     options = ["--interactions", data.interactions, "--max_steps", 1, "--output_dir", tmp_path / "out"]
     done = succeeded(onerec("quickstart", *options))
     check(done, tmp_path / "out", "m")
     assert f"semantic IDs: {NUM_ITEMS} items from behaviour (" in done.err
+    assert "no column 'rating' to learn a reward from" in done.err
+    assert not (tmp_path / "out" / "aligned").exists()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -111,6 +144,7 @@ def test_movielens(tmp_path):
     processor = check(done, folder, "(19")
     assert processor.catalogue.id_type == "int"
     assert results(folder)["item_knn/recall@10"] > results(folder)["popularity/recall@10"] > 0.01
+    check_alignment(done, folder)
     card = (folder / "README.md").read_text()
     assert "GroupLens" in card
     assert f"{len(processor.catalogue):,} items (integer ids)" in card

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ FILES = {
     "processor_config.json",
     "results.json",
     "tokenizer_config.json",
+    *(file.name for file in (Path(__file__).parents[2] / "modeling").glob("*_onerec.py")),  # the code that travels along
 }
 
 

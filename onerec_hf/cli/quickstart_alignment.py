@@ -1,0 +1,158 @@
+"""The end of `onerec-hf quickstart`: one short round of preference alignment, with what a second reward model says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.cli.arguments import SemanticIDArguments
+from onerec_hf.cli.steps import CODEBOOKS_NAME, PreparedData, embed_items, find_codebooks, say, write_bytes
+from onerec_hf.evaluation.results import result_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+
+EXAMPLES, USERS = 1280, 400
+
+
+def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dict[str, Any]]:
+    """
+    Trains two reward models on the ratings of two halves of the users, aligns a copy of the trained generator with the first for one iteration,
+    and lets both judge sessions for test users. The aligned model goes into `folder / "aligned"`.
+
+    Returns:
+        Result rows: mean reward of a session before and after, by the model that picked and by the one that did not; none where the data has no
+        ratings to learn a reward from.
+    """
+    halves = rated_windows(data)
+    if halves is None:
+        say(
+            "no column 'rating' to learn a reward from: the round of preference alignment is left out (onerec-hf align --help)"
+        )
+        return []
+    from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
+
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    features, _ = embed_items(data, SemanticIDArguments())
+    processor, rows = trainer.processing_class, data.split.train
+    rng = np.random.default_rng(seed)
+    prompts = rows.select(np.sort(rng.choice(len(rows), size=min(EXAMPLES, len(rows)), replace=False)))
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
+        picker, judge = (
+            train_reward(windows, data, features, seed + place, {**quiet, "output_dir": scratch})
+            for place, windows in enumerate(halves)
+        )
+        args = OneRecDPOConfig(
+            scratch,
+            num_train_epochs=1,
+            dpo_ratio=0.2,
+            num_candidates=16,
+            candidates="sample",
+            per_device_train_batch_size=64,
+            learning_rate=3e-4,
+            lr_scheduler_type="constant",
+            draw_batch_size=64,
+            gradient_checkpointing=False,
+            bf16=False,
+            seed=seed,
+            **quiet,
+        )
+        aligned = OneRecDPOTrainer(
+            copy.deepcopy(trainer.model),
+            picker.reward,
+            args=args,
+            train_dataset=prompts.select_columns(["history", "session"]),
+            processing_class=processor,
+        )
+        aligned.train()
+        aligned.save_model(str(folder / "aligned"))
+        (folder / "aligned" / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
+    codebooks = find_codebooks(folder)
+    if codebooks is not None:
+        write_bytes(folder / "aligned" / CODEBOOKS_NAME, codebooks)
+    histories = data.split.test[:USERS]["history"]
+    found = []
+    models: dict[str, Any] = {"before": trainer.model, "after": aligned.model}
+    for when, model in models.items():
+        with model.eval().packed_experts():
+            out = model.recommend(**processor(histories), num_beams=10, exclude=histories)
+        sessions = processor.batch_decode(out)
+        for name, reward in (("reward", picker), ("heldout_reward", judge)):
+            found.append(result_row(f"{name}/{when}", float(np.mean(reward.reward(histories, sessions))), "rating"))
+    values = {row["name"]: row["value"] for row in found}
+    say(
+        f"one round of preference alignment ({len(aligned.pairs)} pairs): mean predicted rating of a generated session "
+        f"{values['reward/before']:.3f} -> {values['reward/after']:.3f} by the reward model that picked the pairs, "
+        f"{values['heldout_reward/before']:.3f} -> {values['heldout_reward/after']:.3f} by one of other users that did not (0 to 1, {len(histories)} "
+        f"test users); saved to {folder / 'aligned'}"
+    )
+    return found
+
+
+def rated_windows(data: PreparedData) -> tuple[Dataset, Dataset] | None:
+    """
+    Windows of 5 to 10 rated items with their mean rating between 0 and 1, of every second user and of the others. A user's history is the first half of
+    what was rated before the validation item, windows are cut from the second.
+    """
+    from onerec_hf.data import DataError, feedback_windows
+
+    table: Any = data.source.interactions
+    if "rating" not in table or table["rating"].isna().any() or table["rating"].nunique() < 2:
+        return None
+    rows = data.split.validation[:]
+    held_out = {user: session[0] for user, session in zip(rows["user_id"], rows["session"], strict=True)}
+    known = table[table["item_id"].isin(data.item_ids.tolist())]
+    lowest, highest = known["rating"].min(), known["rating"].max()
+    known = known.assign(rating=(known["rating"] - lowest) / (highest - lowest))
+    histories, later = {}, []
+    for user, rows in known.groupby("user_id", sort=True):
+        items = rows["item_id"].tolist()
+        before = items.index(held_out[user]) if held_out.get(user) in items else len(items)
+        half = before // 2
+        histories[user] = items[:half]
+        later.append(rows.iloc[half:before])
+    try:
+        windows = feedback_windows(pd.concat(later), {"rating": "rating"}, histories)
+    except DataError:
+        return None
+    second = np.unique(np.array(windows["user_id"][:]), return_inverse=True)[1] % 2 == 1
+    if second.all() or not second.any():
+        return None
+    return windows.select(np.flatnonzero(~second)), windows.select(np.flatnonzero(second))
+
+
+def train_reward(
+    windows: Dataset, data: PreparedData, features: np.ndarray, seed: int, settings: dict[str, Any]
+) -> OneRecForSessionReward:
+    """A small reward model of the mean rating, two epochs."""
+    import torch
+
+    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
+    from onerec_hf.data import label_matrix
+    from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
+
+    torch.manual_seed(seed)
+    config = OneRecRewardConfig(
+        num_items=len(data.item_ids),
+        item_feature_dim=features.shape[1],
+        objectives=["rating"],
+        base_rates=label_matrix(windows).mean(0).clip(1e-3, 1 - 1e-3).tolist(),
+        score_fusion="probability",
+        max_history=20,
+        hidden_size=32,
+        intermediate_size=64,
+    )
+    model = OneRecForSessionReward(config)
+    model.set_items(RewardItems(data.item_ids), features)
+    args = RewardTrainingArguments(num_train_epochs=2, seed=seed, **settings)
+    RewardTrainer(model, args, windows).train()
+    return model.eval()
