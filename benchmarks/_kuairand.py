@@ -5,7 +5,7 @@ the judge learns from and who is judged.
     8 to 24 April   histories, and the generator's sliding windows over them
     25 to 30 April  windows of the picking reward model; what was watched in them is the generator's session after the history
     1 to 5 May      windows of the judge, a reward model of another seed that never picks
-    6 to 8 May      test users, in two halves: settings are chosen on one, the table is of the other
+    6 to 8 May      test users: settings are chosen on 800, the table is of 1,000 others
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class World:
     items: Any  # RewardItems: item ids to rows
     features: np.ndarray
     judged: dict[str, Any]  # "validation", "test": history and session (what was watched)
-    observed: pd.DataFrame  # per item, mean feedback on the test days
+    observed: Any  # DataFrame: per item, mean feedback on the test days
     sequences: list[np.ndarray]  # long views in time order, of all users, before May
     description: str
 
@@ -67,15 +67,15 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
     after = _watched_after(watched[watched["date"] < 20220501], histories)
     windows = _sliding(histories)
     test = _watched_after(watched[watched["date"] >= 20220506], histories)
-    half = np.random.default_rng(7).permutation(len(test))  # the same halves for every seed
-    validation, test = test.select(np.sort(half[: len(half) // 3])), test.select(np.sort(half[len(half) // 3 :]))
+    drawn = np.random.default_rng(7).permutation(len(test))  # the same users for every seed
+    validation, test = test.select(np.sort(drawn[:800])), test.select(np.sort(drawn[800:1800]))
     if quick:
-        windows, after, validation, test = (part.select(range(300)) for part in (windows, after, validation, test))
+        windows, after, validation, test = (part.select(range(60)) for part in (windows, after, validation, test))
     return World(
         seed,
         processor,
         concatenate_datasets([windows, after]).shuffle(seed=seed),
-        after,
+        after.shuffle(seed=seed),
         _train_reward(picker, feedback.train, seed, quick),
         _train_reward(judge, feedback.validation, 1000 + seed, quick),
         items,
