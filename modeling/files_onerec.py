@@ -46,11 +46,32 @@ def sort_header(path: str | os.PathLike) -> None:
 
 
 def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
-    """Path of a file in a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments."""
+    """
+    Path of a file in a local folder or Hub repository, or `None` where it holds none. Takes `from_pretrained`'s hub arguments.
+
+    Raises:
+        OSError: whether it holds one cannot be known: no such repository or revision, no access, no connection.
+    """
     from transformers.utils.hub import cached_file  # slow, and those who only write files do without it
 
     hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
-    return cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        return cached_file(repo, name, **hub)
+    except OSError as error:
+        # Asked not to raise, it would keep quiet about a lost connection as well; raised, an absent file is known by its words alone.
+        if "does not appear to have a file named" in str(error):
+            return None
+        raise
 
 
-__all__ = ["find_file", "replacing", "sort_header"]
+def pinned(repo: str | os.PathLike, kwargs: dict) -> dict:
+    """`from_pretrained`'s arguments with the commit that the revision stands for now, so that all files come from the same one."""
+    from transformers.utils.hub import resolve_revision
+
+    names = ("token", "local_files_only", "cache_dir")
+    hub = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+    revision = resolve_revision(repo, kwargs.get("revision"), **hub)
+    return kwargs if revision is None else {**kwargs, "revision": revision}
+
+
+__all__ = ["find_file", "pinned", "replacing", "sort_header"]

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .files_onerec import find_file
+from .files_onerec import find_file, pinned
 
 # Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
 FORMAT_VERSION = 1
@@ -63,9 +63,10 @@ def check_weights(repo: str | os.PathLike, variant: str | None = None, **kwargs)
                 raise _pickled(repo, name, weights)
         adapter = find_file(repo, "adapter_config.json", **kwargs)
         if adapter is None:
-            raise OSError(f"{repo} holds no weights: neither {weights} nor {index_name}")
+            raise OSError(f"{repo} holds no weights: no file named {weights} or {index_name}")
         with open(adapter, encoding="utf-8") as file:
-            return check_weights(json.load(file)["base_model_name_or_path"], variant, **kwargs)
+            base = json.load(file)["base_model_name_or_path"]
+        return check_weights(base, variant, **{**kwargs, "revision": None})
     with open(index, encoding="utf-8") as file:
         shards = json.load(file)["weight_map"].values()
     for shard in sorted(set(shards)):
@@ -178,16 +179,15 @@ class HubModel(CarriesCode):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("OneRec loads safetensors only; leave use_safetensors=False out")
-        source = (
-            None if pretrained_model_name_or_path is None else check_weights(pretrained_model_name_or_path, **kwargs)
-        )
-        loaded = super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs
-        )
+        repo, source = pretrained_model_name_or_path, None
+        if repo is not None:
+            kwargs = pinned(repo, kwargs)
+            source = check_weights(repo, **kwargs)
+        loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
             try:
-                model._load_beside(source, **kwargs)
+                model._load_beside(source, **(kwargs if source == repo else {**kwargs, "revision": None}))
             except ValueError as error:
                 raise ValueError(f"{source}: {error}") from error
         return loaded

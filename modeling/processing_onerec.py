@@ -13,7 +13,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
-from .files_onerec import find_file
+from .files_onerec import find_file, pinned
 from .hub_onerec import CarriesCode
 from .tokenization_onerec import OneRecTokenizer
 
@@ -274,6 +274,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             ValueError: the catalogue is of a newer version, damaged, or of other codebooks than the tokenizer.
             OSError: the library's own errors: no such repository or revision, no access, no connection; or nothing to make one from.
         """
+        kwargs = pinned(pretrained_model_name_or_path, kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         try:
             processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))

@@ -27,7 +27,8 @@ FILES = {
     "processor_config.json",
     "results.json",
     "tokenizer_config.json",
-    *(file.name for file in (Path(__file__).parents[2] / "modeling").glob("*_onerec.py")),  # the code that travels along
+    # the code that travels along
+    *(file.name for file in (Path(__file__).parents[2] / "modeling").glob("*_onerec.py")),
 }
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
@@ -116,6 +116,9 @@ def test_wrong_and_read_only_tokens(hub, model, processor):
         model.push_to_hub(REPO, token="hf_wrong")
     assert wrong.value.response.status_code == 401
     model.push_to_hub(REPO)
+    for load_one in (AutoModelForSeq2SeqLM, OneRecForConditionalGeneration, AutoProcessor):
+        with pytest.raises(OSError, match="Invalid credentials"):
+            load_one.from_pretrained(REPO, token="hf_wrong")
     before = hub.files(REPO)
     for one in (model, processor):
         for token in (READ, STRANGER):
@@ -176,8 +179,27 @@ def test_what_was_loaded_once_loads_offline(hub, model, processor, monkeypatch):
     model.push_to_hub(REPO)
     processor.push_to_hub(REPO)
     load()
+    model.push_to_hub("tester/bare")
+    hub.commit_files("tester/bare", {"catalogue.safetensors": None})
+    for load_one in (AutoModelForSeq2SeqLM, OneRecForConditionalGeneration):
+        load_one.from_pretrained("tester/bare")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert sessions(*load()) == sessions(model, processor)
+    for load_one in (AutoModelForSeq2SeqLM, OneRecForConditionalGeneration):
+        assert load_one.from_pretrained("tester/bare").catalogue is None  # that there is none is known, too
+    for load_one in (AutoModelForSeq2SeqLM, OneRecForConditionalGeneration, OneRecForSessionReward):
+        with pytest.raises(OSError, match="couldn't connect"):
+            load_one.from_pretrained("tester/never-seen")
+
+
+def test_a_catalogue_that_cannot_be_asked_for_is_not_taken_for_none(hub, model, monkeypatch):
+    model.push_to_hub(REPO)
+    for name in ("config.json", "model.safetensors"):
+        hf_hub_download(REPO, name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load_one in (AutoModelForSeq2SeqLM, OneRecForConditionalGeneration):
+        with pytest.raises(OSError, match="couldn't connect"):
+            load_one.from_pretrained(REPO)
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
