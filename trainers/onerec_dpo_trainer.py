@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -122,13 +123,19 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             args=args,
             train_dataset=rows,
             processing_class=processing_class,
-            data_collator=_AlignmentCollator(processing_class, self._pairs_of),
+            data_collator=_AlignmentCollator(
+                processing_class, self._pairs_of, self._any_pair if args.world_size > 1 else None
+            ),
             callbacks=[_DrawAtEpoch(self), *(callbacks or [])],
             **kwargs,
         )
 
     def _pairs_of(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         return [example] if "chosen" in example else self._pairs.get(example.get("row", -1), [])
+
+    def _any_pair(self, row: int) -> list[dict[str, Any]]:
+        rows = sorted(self._pairs)
+        return self._pairs[rows[row % len(rows)]] if rows else []
 
     @property
     def pairs(self) -> Dataset:
@@ -216,15 +223,30 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         return total
 
     def _compute_loss(self, model, inputs, return_outputs):
+        # Ranks hold different numbers of tokens and pairs, and gradients are averaged over ranks: each loss counts by its share of them.
+        ranks = self.accelerator.num_processes
+        tokens = (inputs["ntp"]["labels"] != -100).sum()
         ntp = model(**inputs["ntp"], use_cache=False)
-        loss = self.args.ntp_weight * ntp.loss
+        share = ranks * tokens / self.accelerator.reduce(tokens) if ranks > 1 else 1.0  # type: ignore[operator]
+        loss = self.args.ntp_weight * share * ntp.loss
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["loss/ntp"].append(self.accelerator.gather(ntp.loss.detach()).mean().item())
-        if "pairs" in inputs:
-            dpo = super()._compute_loss(model, inputs["pairs"], False)
-            self._metrics[mode]["loss/dpo"].append(dpo.item())
-            loss = loss + self.args.dpo_weight * dpo
+        share = self._share_of_pairs(inputs, ranks)
+        if share is not None:
+            with _gathering_ragged(self.accelerator, empty=ranks > 1 and not inputs["pair_count"].item()):
+                dpo = super()._compute_loss(model, inputs["pairs"], False)
+            self._metrics[mode]["loss/dpo"].append(self.accelerator.gather(share * dpo.detach()).mean().item())
+            loss = loss + self.args.dpo_weight * share * dpo
         return (loss, ntp) if return_outputs else loss
+
+    def _share_of_pairs(self, inputs, ranks: int):
+        """What this rank's DPO loss counts among all; None where no rank has a pair, so that all do without."""
+        if "pairs" not in inputs:
+            return None
+        if ranks == 1:
+            return 1.0
+        total = self.accelerator.reduce(inputs["pair_count"])
+        return ranks * inputs["pair_count"].squeeze() / total.squeeze() if total.item() else None  # type: ignore[union-attr]
 
     @property
     def _reference_moves(self) -> bool:
@@ -255,6 +277,28 @@ def _by_row(pairs: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     return rows
 
 
+@contextlib.contextmanager
+def _gathering_ragged(accelerator, empty: bool) -> Iterator[None]:
+    """TRL gathers a number per pair for its metrics, which hangs or aborts where ranks have different numbers of pairs; `empty` gives none."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    whole = accelerator.gather
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        if values.dim() == 0:  # sums, which every rank has
+            return whole(values)
+        gathered = gather_object([] if empty else values.tolist())
+        return torch.tensor(gathered, dtype=values.dtype, device=values.device)
+
+    accelerator.gather = gather
+    try:
+        yield
+    finally:
+        del accelerator.gather
+
+
 class _DrawAtEpoch(TrainerCallback):
     def __init__(self, trainer: OneRecDPOTrainer):
         self._trainer = trainer
@@ -264,16 +308,29 @@ class _DrawAtEpoch(TrainerCallback):
 
 
 class _AlignmentCollator:
-    """The next-token batch of all examples, and the preference batch of those that have a pair."""
+    """
+    The next-token batch of all examples, and the preference batch of those that have a pair. Where several ranks train, every rank needs one,
+    for they run the same forwards: a batch without a pair gets `any_pair` of the table, which then counts nothing.
+    """
 
-    def __init__(self, processor: OneRecProcessor, pairs_of: Callable[[dict[str, Any]], list[dict[str, Any]]]):
-        self._processor, self._pairs_of, self._preferences = processor, pairs_of, OneRecPreferenceCollator(processor)
+    def __init__(
+        self,
+        processor: OneRecProcessor,
+        pairs_of: Callable[[dict[str, Any]], list[dict[str, Any]]],
+        any_pair: Callable[[int], list[dict[str, Any]]] | None = None,
+    ):
+        self._processor, self._pairs_of, self._any_pair = processor, pairs_of, any_pair
+        self._preferences = OneRecPreferenceCollator(processor)
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         histories, sessions = ([example[name] for example in examples] for name in ("history", "session"))
-        batch = {"ntp": dict(self._processor(histories, sessions))}
+        batch: dict[str, Any] = {"ntp": dict(self._processor(histories, sessions))}
         pairs = [pair for example in examples for pair in self._pairs_of(example)]
+        count = len(pairs)
+        if not pairs and self._any_pair is not None and "row" in examples[0]:
+            pairs = self._any_pair(examples[0]["row"])
         if pairs:
+            batch["pair_count"] = torch.tensor([count])
             columns = ("history", "chosen", "rejected")
             batch["pairs"] = self._preferences([{name: pair[name] for name in columns} for pair in pairs])
         return batch

@@ -1,6 +1,10 @@
 """Iterative preference alignment: pairs from rewards, a reference that follows, and a model that gets what the reward asks for."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from onerec_hf import OneRecProcessor
 from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
@@ -302,3 +307,67 @@ def test_refuses_rows_that_cannot_be_trained_on(tmp_path, change, message):
     rows[5].update(change)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, rewards=None, dataset=Dataset.from_list(rows))
+
+
+RANKS = """
+import sys
+from safetensors.torch import save_file
+from tests.trainers.test_onerec_dpo import RANK_SETTINGS, make_trainer, ragged
+
+folder = sys.argv[1]
+trainer = make_trainer(folder, dataset=ragged(), per_device_train_batch_size=3, **RANK_SETTINGS)
+trainer.train()
+trainer = make_trainer(folder, dataset=ragged(), per_device_train_batch_size=3, **RANK_SETTINGS)
+trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+if trainer.is_world_process_zero():
+    state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
+    trainer.pairs.to_json(f"{folder}/pairs.jsonl")
+# A rank that leaves while the other still talks to it may abort in gloo's threads.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+# Few pairs: most steps have a rank with none.
+RANK_SETTINGS = {
+    "dpo_ratio": 0.2,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "beta": 0.5,
+}
+
+
+def ragged():
+    """Sessions of one item and of two, so that ranks hold different numbers of tokens."""
+    return Dataset.from_list(
+        [{**row, "session": row["session"][: 1 + place % 2]} for place, row in enumerate(examples())]
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_train_as_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            str(script),
+            str(tmp_path),
+        ],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = make_trainer(tmp_path / "alone", dataset=ragged(), **RANK_SETTINGS)
+    alone.train()
+    assert len(alone.pairs) > 0
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    for theirs, mine in zip(pairs, alone.pairs, strict=True):
+        assert theirs == mine
+    for name, value in load_file(tmp_path / "weights.safetensors").items():
+        torch.testing.assert_close(value, alone.model.state_dict()[name], atol=1e-5, rtol=1e-4, msg=name)
