@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
 from onerec_hf.cli.steps import (
     CODEBOOKS_NAME,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 PAIRS_NAME = "pairs.parquet"
+REWARDED_USERS = 1000
 
 
 @dataclass
@@ -49,6 +52,15 @@ class AlignArguments(OutputArguments):
     preferences: str | None = field(
         default=None,
         metadata={"help": ".jsonl or .parquet of history, chosen, rejected (lists of item ids) in place of a reward."},
+    )
+    judge: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward models that pick no pair, only say before and after what they think of the generated sessions."
+        },
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Training examples to align on, drawn at random; all when not given."}
     )
     evaluate: bool = field(
         default=True, metadata={"help": "Rank the test items before and after, beside popularity and item-kNN."}
@@ -64,6 +76,8 @@ def main(argv: list[str]) -> None:
     )
     if args.model is None:
         raise ValueError("give --model: the folder or Hub id of a trained OneRec")
+    if args.max_examples is not None and args.max_examples < 1:
+        raise ValueError(f"--max_examples must be at least 1; got {args.max_examples}")
     if (args.reward is None) == (args.preferences is None):
         raise ValueError(
             "give either --reward, models that judge generated sessions, or --preferences, a file of pairs"
@@ -78,9 +92,17 @@ def main(argv: list[str]) -> None:
     rewards = [load_reward(path) for path in args.reward or []]
     data = prepare_data(data_args)
     check_catalogue(f"--model {args.model}", processor, data)
+    # A reward that picked the pairs rises by itself; whether anything is better, one that did not can tell.
+    judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in args.judge or []]}
+    judges = {name: models for name, models in judges.items() if models}
     before = ranking_rows(model, processor, data) if args.evaluate else []
+    judged = reward_rows(model, processor, judges, data, "before") if args.evaluate else []
     training_args.output_dir = str(folder / "checkpoints")
-    trainer: Any = make_trainer(model, rewards, training_args, data, processor, preferences)
+    examples = data.split.train if preferences is None else preferences
+    if args.max_examples is not None and args.max_examples < len(examples):
+        drawn = np.random.default_rng(training_args.seed).choice(len(examples), args.max_examples, replace=False)
+        examples = examples.select(np.sort(drawn))
+    trainer: Any = make_trainer(model, rewards, training_args, processor, examples)
     claim_folder(folder)
     with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
         trainer.train()
@@ -92,7 +114,9 @@ def main(argv: list[str]) -> None:
     if preferences is None:
         trainer.pairs.to_parquet(folder / PAIRS_NAME)
     after = ranking_rows(trainer.model, processor, data) if args.evaluate else []
+    judged += reward_rows(trainer.model, processor, judges, data, "after") if args.evaluate else []
     rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
+    rows += judged
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     write_results(
         folder / "results.json",
@@ -107,6 +131,7 @@ def main(argv: list[str]) -> None:
     say(f"saved to {folder}")
     if args.evaluate:
         print_before_and_after(before, after)
+        print_rewards(judged)
 
 
 def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
@@ -140,22 +165,22 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
     return rows.select_columns(wanted)
 
 
-def load_reward(path: str):
+def load_reward(path: str, option: str = "--reward"):
     from transformers import AutoModelForSequenceClassification
 
-    with naming("--reward", path):
+    with naming(option, path):
         return AutoModelForSequenceClassification.from_pretrained(path)
 
 
-def make_trainer(model, rewards: list, args, data: PreparedData, processor: OneRecProcessor, preferences):
+def make_trainer(model, rewards: list, args, processor: OneRecProcessor, examples: datasets.Dataset):
     """The trainer that draws its own pairs, or the one that takes them as they are given."""
     from onerec_hf.trainers import OneRecDPOTrainer, Seq2SeqDPOTrainer
 
-    if preferences is not None:
+    if not rewards:
         args.remove_unused_columns = True
-        return Seq2SeqDPOTrainer(model, args=args, train_dataset=preferences, processing_class=processor)
-    say(f"{len(data.split.train):,} examples, pairs for {args.dpo_ratio:.1%} of them in each iteration")
-    return OneRecDPOTrainer(model, rewards, args=args, train_dataset=data.split.train, processing_class=processor)
+        return Seq2SeqDPOTrainer(model, args=args, train_dataset=examples, processing_class=processor)
+    say(f"{len(examples):,} examples, pairs for {args.dpo_ratio:.1%} of them in each iteration")
+    return OneRecDPOTrainer(model, rewards, args=args, train_dataset=examples, processing_class=processor)
 
 
 def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[dict[str, Any]]:
@@ -166,6 +191,41 @@ def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[
         args = OneRecTrainingArguments(scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True)
         trainer = OneRecTrainer(model, args, processing_class=processor)
         return evaluate_beside_baselines(trainer, data, "test")
+
+
+def session_reward(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> float:
+    """Mean over users of the sum of the rewards of the session that the model recommends."""
+    with model.eval().packed_experts():
+        parts = [
+            processor.batch_decode(model.recommend(**processor(some), num_beams=10, exclude=some))
+            for some in (histories[start : start + 64] for start in range(0, len(histories), 64))
+        ]
+    sessions = [session for part in parts for session in part]
+    return float(sum(np.mean(reward.reward(histories, sessions)) for reward in rewards))
+
+
+def reward_rows(
+    model, processor: OneRecProcessor, judges: dict[str, list], data: PreparedData, when: str
+) -> list[dict[str, Any]]:
+    """Result rows `<judge>/before` or `/after`: the mean reward of sessions for test users."""
+    histories = data.split.test[:REWARDED_USERS]["history"]
+    return [
+        result_row(f"{name}/{when}", session_reward(model, processor, histories, rewards), "reward")
+        for name, rewards in judges.items()
+    ]
+
+
+def print_rewards(rows: list[dict[str, Any]]) -> None:
+    """The mean reward of generated sessions before and after, a line per kind of judge."""
+    values = {row["name"]: row["value"] for row in rows}
+    for name, who in (
+        ("reward", "the reward that picked the pairs"),
+        ("heldout_reward", "the judge, which picked none"),
+    ):
+        if f"{name}/before" in values:
+            print(
+                f"mean reward of a session by {who}: {values[f'{name}/before']:.4f} -> {values[f'{name}/after']:.4f}"
+            )
 
 
 def print_before_and_after(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.cli.align import session_reward
 from onerec_hf.cli.arguments import SemanticIDArguments
 from onerec_hf.cli.steps import CODEBOOKS_NAME, PreparedData, embed_items, find_codebooks, say, write_bytes
 from onerec_hf.evaluation.results import result_row
@@ -81,13 +82,11 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dic
         write_bytes(folder / "aligned" / CODEBOOKS_NAME, codebooks)
     histories = data.split.test[:USERS]["history"]
     found = []
-    models: dict[str, Any] = {"before": trainer.model, "after": aligned.model}
+    models = {"before": trainer.model, "after": aligned.model}
     for when, model in models.items():
-        with model.eval().packed_experts():
-            out = model.recommend(**processor(histories), num_beams=10, exclude=histories)
-        sessions = processor.batch_decode(out)
         for name, reward in (("reward", picker), ("heldout_reward", judge)):
-            found.append(result_row(f"{name}/{when}", float(np.mean(reward.reward(histories, sessions))), "rating"))
+            mean = session_reward(model, processor, histories, [reward])
+            found.append(result_row(f"{name}/{when}", mean, "rating"))
     values = {row["name"]: row["value"] for row in found}
     say(
         f"one round of preference alignment ({len(aligned.pairs)} pairs): mean predicted rating of a generated session "

@@ -62,6 +62,10 @@ def test_by_a_reward_model(trained, data, reward, tmp_path):
             trained.folder,
             "--reward",
             reward,
+            "--judge",
+            reward,
+            "--max_examples",
+            40,
             *data.options,
             *QUICK,
             "--output_dir",
@@ -70,7 +74,11 @@ def test_by_a_reward_model(trained, data, reward, tmp_path):
     )
     folder = tmp_path / "aligned"
     assert contents(trained.folder) == before
-    assert {line.split()[0] for line in done.out.splitlines()[1:]} == {"popularity", "item_knn", "before", "aligned"}
+    *ranking, picked, judged = done.out.splitlines()[1:]
+    assert {line.split()[0] for line in ranking} == {"popularity", "item_knn", "before", "aligned"}
+    assert picked.startswith("mean reward of a session by the reward that picked the pairs: ")
+    assert judged.split(": ")[1] == picked.split(": ")[1]
+    assert "40 examples, pairs for 20.0% of them" in done.err
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
@@ -83,6 +91,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path):
     assert all(a > b for a, b in zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True))
     names = {row["name"] for row in json.loads((folder / "results.json").read_text())["rows"]}
     assert {"before/onerec/recall@10", "onerec/recall@10", "popularity/recall@10", "seconds"} <= names
+    assert {f"{kind}/{when}" for kind in ("reward", "heldout_reward") for when in ("before", "after")} <= names
     assert (folder / "README.md").exists()
     assert (folder / "codebooks.safetensors").exists()
     assert not (folder / "checkpoints").exists()
