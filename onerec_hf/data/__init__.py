@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
     from onerec_hf.data.feedback import PositiveFeedback
+    from onerec_hf.data.impressions import load_impressions
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
     from onerec_hf.data.kuairand_feedback import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.packing import PackedDataset
@@ -47,6 +48,7 @@ _PUBLIC = {
     "label_matrix": "kuairand_feedback",
     "leave_one_out": "splits",
     "load_files": "sources",
+    "load_impressions": "impressions",
     "load_kuairand_feedback": "kuairand_feedback",
     "load_source": "sources",
     "prefix_examples": "prefixes",
