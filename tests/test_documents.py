@@ -254,21 +254,34 @@ def test_every_example_is_run_here():
 
 @pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])
 def test_recipes_parse(recipe, tmp_path):
+    """The command that a recipe's own comment names for it takes all of its options."""
+    from onerec_hf.cli.align import AlignArguments
     from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
+    from onerec_hf.cli.reward import RewardDataArguments, RewardModelArguments
     from onerec_hf.cli.train import TrainArguments
-    from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.trainers import OneRecDPOConfig, OneRecTrainingArguments, RewardTrainingArguments
 
-    classes = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    classes = {
+        "train": (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
+        "reward": (RewardDataArguments, RewardModelArguments, RewardTrainingArguments),
+        "align": (AlignArguments, DataArguments, OneRecDPOConfig),
+    }
+    text = recipe.read_text(encoding="utf-8")
+    command = re.findall(rf"onerec-hf (\w+) +--config recipes/{recipe.name}", text)[0]
     argv = ["--config", str(recipe), "--data_dir", "somewhere", "--max_steps", "2"]
-    data, ids, model, _, training = parse(classes, argv, "train")
-    assert data.dataset is not None
-    assert data.data_dir == "somewhere"
-    assert training.max_steps == 2
-    assert training.output_dir.startswith("runs/")
-    assert isinstance(training.learning_rate, float)
-    config = model.config(ids.codebook_sizes, data.session_length)
-    assert config.hidden_size == model.hidden_size
+    parsed = parse(classes[command], argv, command)
+    options = {name: value for part in parsed for name, value in vars(part).items()}
+    assert options["dataset"] is not None
+    assert options["data_dir"] == "somewhere"
+    assert options["max_steps"] == 2
+    assert options["output_dir"].startswith("runs/")
+    assert isinstance(options["learning_rate"], float)
+    if command == "train":
+        data, ids, model, *_ = parsed
+        config = model.config(ids.codebook_sizes, data.session_length)
+        assert config.hidden_size == model.hidden_size
 
 
-def test_there_are_two_recipes():
-    assert [recipe.name for recipe in RECIPES] == ["amazon_beauty.yaml", "movielens.yaml"]
+def test_these_recipes_are_there():
+    names = ["amazon_beauty.yaml", "kuairand.yaml", "kuairand_align.yaml", "kuairand_reward.yaml", "movielens.yaml"]
+    assert [recipe.name for recipe in RECIPES] == names
