@@ -30,19 +30,21 @@ from _kuairand import SESSION_LENGTH, World, load_world
 SESSIONS, BEAMS = 8, 16  # per user, of SESSION_LENGTH items
 OBJECTIVES = ("swt", "vtr", "wtr", "ltr")
 # What a variant changes of the shared settings below. Losses other than IPA's get random pairs: the paper does not say which it gave them.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "onerec_ntp": {"dpo_weight": 0.0},
+_LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {"selection": "random"},
-    "ipo": {
-        "selection": "random",
-        "loss_type": "ipo",
-        "beta": 1.0,
-    },  # a margin of half a nat per code, where TRL's 0.1 asks for five
+    "ipo": {"selection": "random", "loss_type": "ipo", "beta": 1.0},  # TRL's 0.1 asks for a margin of five nats a code
     "cdpo": {"selection": "random", "loss_type": "cdpo", "label_smoothing": 0.1},
     "rdpo": {"selection": "random", "loss_type": "robust", "label_smoothing": 0.1},
     "cpo": {"selection": "random", "loss_type": "cpo"},
     "simpo": {"selection": "random", "loss_type": "simpo", "beta": 2.0},
     "s_dpo": {"selection": "several", "loss_type": "s_dpo"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "onerec_ntp": {"dpo_weight": 0.0},
+    # As preference optimisation is usually done: pairs drawn once, one reference.
+    **{name: {**settings, "iterations": 1} for name, settings in _LOSSES.items()},
+    # The same losses with IPA's iterations: new pairs and a new reference in each epoch.
+    **{f"{name}_iterated": settings for name, settings in _LOSSES.items()},
     "ipa_one_iteration": {"iterations": 1},
     "ipa": {},
 }
