@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from pathlib import Path
+
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .files_onerec import find_file, pinned
 
@@ -38,7 +41,11 @@ def checked_format(config: dict) -> dict:
             f"config.json names the weights file {config['transformers_weights']!r:.80}; a OneRec repository's weights are "
             f"{_WEIGHTS}, whole or in shards"
         )
-    return {**config, "format_version": FORMAT_VERSION}
+    config = {**config, "format_version": FORMAT_VERSION}
+    if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        # Where the config names a pipeline, `pipeline()` takes the repository's, or asks for trust: not where the package has it.
+        config.pop("custom_pipelines", None)
+    return config
 
 
 def check_weights(repo: str | os.PathLike, variant: str | None = None, **kwargs) -> str | os.PathLike:
@@ -106,7 +113,7 @@ class CarriesCode:
 
         Args:
             repo_id: "name" or "owner/name"; made where there is none.
-            include_code: upload the code as well (170 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
+            include_code: upload the code as well (230 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
                 is not installed. `False` is for those who rely on the package. [`include_code`] when not given: `True`.
             kwargs: as for `transformers.PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `max_shard_size`, `tags`.
@@ -138,6 +145,8 @@ class HubModel(CarriesCode):
 
     #: What the Auto classes find in the repository's code, by the Auto class's name.
     _auto_map: dict[str, str] = {}
+    #: The pipelines of the repository's code by their task, as transformers writes them into the config.
+    _custom_pipelines: dict[str, dict] = {}
 
     def _save_beside(self, folder: str | os.PathLike) -> None:
         """Writes what belongs to the model and is no weight."""
@@ -163,8 +172,11 @@ class HubModel(CarriesCode):
             if (self.include_code if include_code is None else include_code) and not adapter_only:
                 self._save_code(save_directory)
                 config.auto_map = dict(self._auto_map)
-            elif hasattr(config, "auto_map"):  # from the repository that it was loaded from
-                del config.auto_map
+                if self._custom_pipelines:
+                    config.custom_pipelines = copy.deepcopy(self._custom_pipelines)
+            else:
+                for name in ("auto_map", "custom_pipelines"):  # from the repository that it was loaded from
+                    vars(config).pop(name, None)
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
     @classmethod

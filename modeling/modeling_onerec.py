@@ -658,6 +658,12 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _files_beside = (CATALOGUE_NAME,)
+    _custom_pipelines = {
+        "generative-recommendation": {
+            "impl": "pipeline_onerec.GenerativeRecommendationPipeline",
+            "pt": ["AutoModelForSeq2SeqLM"],
+        }
+    }
 
     def __init__(self, config: OneRecConfig):
         super().__init__(config)

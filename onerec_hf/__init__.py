@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CatalogueDiff": "modeling.catalogue_onerec",
     "ItemCatalogue": "modeling.catalogue_onerec",
+    "GenerativeRecommendationPipeline": "modeling.pipeline_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
     "OneRecForSessionReward": "modeling.reward_onerec",
     "OneRecRewardConfig": "modeling.reward_configuration_onerec",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.constraint_onerec import CatalogueConstraint
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
     from onerec_hf.modeling.reward_items_onerec import RewardItems
@@ -59,7 +61,7 @@ def __dir__() -> list[str]:
 def register_auto_classes() -> None:
     """
     Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, and its reward model with AutoConfig
-    and AutoModelForSequenceClassification. May be called again.
+    and AutoModelForSequenceClassification; and the task "generative-recommendation" with `pipeline()`. May be called again.
     """
     from transformers import (
         AutoConfig,
@@ -69,9 +71,11 @@ def register_auto_classes() -> None:
         AutoProcessor,
         AutoTokenizer,
     )
+    from transformers.pipelines import PIPELINE_REGISTRY
 
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
     from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
@@ -84,6 +88,9 @@ def register_auto_classes() -> None:
     AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
     AutoConfig.register("onerec_reward", OneRecRewardConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(OneRecRewardConfig, OneRecForSessionReward, exist_ok=True)
+    task = "generative-recommendation"
+    if task not in PIPELINE_REGISTRY.supported_tasks:  # it warns of a second time
+        PIPELINE_REGISTRY.register_pipeline(task, GenerativeRecommendationPipeline, AutoModelForSeq2SeqLM)
 
 
 # The command line answers `--help` without torch and transformers (seconds of imports), so its process registers when a command

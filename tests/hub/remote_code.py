@@ -18,7 +18,7 @@ class WithoutThePackage(importlib.abc.MetaPathFinder):
 
 def use(repo, history, **kwargs):
     """What the Auto classes make of a repository, and the model and processor themselves."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, pipeline
 
     config = AutoConfig.from_pretrained(repo, trust_remote_code=True, **kwargs)
     model = AutoModelForSeq2SeqLM.from_pretrained(repo, trust_remote_code=True, **kwargs)
@@ -26,7 +26,9 @@ def use(repo, history, **kwargs):
     inputs = processor([history])
     beams = processor.batch_decode(model.recommend(**inputs, num_beams=4, num_return_sequences=4))
     generated = model.generate(**inputs, num_beams=4, num_return_sequences=4)
+    recommender = pipeline("generative-recommendation", model=repo, trust_remote_code=True, device="cpu", **kwargs)
     return {
+        "pipeline": [type(recommender).__module__, recommender([history, history[:1]], items={"m4": "Alien"})],
         "modules": [type(thing).__module__ for thing in (config, model, processor, processor.tokenizer)],
         "experts": model.config._experts_implementation,
         "recommend": beams,
@@ -39,7 +41,13 @@ def use(repo, history, **kwargs):
 def main():
     absent = WithoutThePackage()
     sys.meta_path.insert(0, absent)
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoProcessor,
+        pipeline,
+    )
 
     asked = json.loads(sys.argv[1])
     answer = {}
@@ -58,11 +66,12 @@ def main():
         made = AutoProcessor.from_pretrained(asked["repo"], trust_remote_code=True, revision=asked["model_only"])
     answer["made"] = made.batch_decode(made([asked["history"]], [["m4"]])["labels"])
     answer["warnings"] = sorted({str(one.message)[:300] for one in caught})
-    for repo in (asked["plain"], asked["repo"]):
-        try:
-            AutoConfig.from_pretrained(repo, trust_remote_code=False)
-        except ValueError as error:
-            answer.setdefault("refused", []).append(str(error))
+    for load in (AutoConfig.from_pretrained, lambda repo, **kwargs: pipeline(model=repo, **kwargs)):
+        for repo in (asked["plain"], asked["repo"]):
+            try:
+                load(repo, trust_remote_code=False)
+            except ValueError as error:
+                answer.setdefault("refused", []).append(str(error))
     sys.meta_path.remove(absent)  # installed after all, in the process that runs the repository's code already
     import onerec_hf
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    pipeline,
+)
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecForSessionReward, OneRecRewardConfig, RewardItems
 from tests.hub.hub_server import WRITE
@@ -63,6 +69,9 @@ def test_a_process_without_the_package_does_the_same(hub, model, processor, rewa
     reward.push_to_hub(REWARD)
     assert set(hub.files(REPO)) >= CODE
     assert not CODE & set(hub.files(PLAIN))
+    names = json.loads(hub.text(REPO, "config.json"))["custom_pipelines"]["generative-recommendation"]
+    assert names == {"impl": "pipeline_onerec.GenerativeRecommendationPipeline", "pt": ["AutoModelForSeq2SeqLM"]}
+    assert "custom_pipelines" not in hub.text(PLAIN, "config.json") + hub.text(REWARD, "config.json")
     assert "auto_map" not in "".join(hub.text(PLAIN, name) for name in hub.files(PLAIN) if name.endswith(".json"))
 
     folder = tmp_path / "saved-by-stranger"
@@ -71,20 +80,28 @@ def test_a_process_without_the_package_does_the_same(hub, model, processor, rewa
 
     wanted = sessions(model, processor)
     generated = model.generate(**processor([HISTORY]), num_beams=4, num_return_sequences=4)
+    recommender = pipeline("generative-recommendation", model=model, processor=processor, device="cpu")
+    recommended = recommender([HISTORY, HISTORY[:1]], items={"m4": "Alien"})
     for place in ("hub", "folder"):  # what was pushed, and what was loaded from there and saved again
         found = answer[place]
         assert all(module.startswith("transformers_modules.") for module in found["modules"])
         assert found["recommend"] == wanted
         assert found["generate"] == processor.batch_decode(generated)
+        module, answers = found["pipeline"]
+        assert module.startswith("transformers_modules.")
+        for one, other in zip(answers, recommended, strict=True):
+            assert [(each["item"], each.get("title")) for each in one] == [
+                (each["item"], each.get("title")) for each in other
+            ]
         assert (found["backbone"], found["tokenizer"]) == ("OneRecModel", "OneRecTokenizer")
         assert found["experts"] == model.config._experts_implementation
     assert answer["reward"] == pytest.approx(reward.reward([HISTORY, []], SESSIONS))
     assert answer["made"] == [["m4"]]
     assert answer["warnings"] == []
     assert "warning" not in stderr.lower(), stderr
-    without_code, untrusted = answer["refused"]
-    assert "model type `onerec`" in without_code
-    assert "trust_remote_code=True" in untrusted
+    for without_code, untrusted in (answer["refused"][:2], answer["refused"][2:]):  # by AutoConfig, by pipeline()
+        assert "model type `onerec`" in without_code
+        assert "trust_remote_code=True" in untrusted
     assert answer["installed"] == [True, "onerec_hf.modeling.processing_onerec"]
 
     # What the stranger saved loads through the package.
@@ -109,12 +126,13 @@ def test_the_package_is_used_where_it_is_installed(hub, model, processor, reward
             loaded = AutoModelForSeq2SeqLM.from_pretrained(REPO, trust_remote_code=trust)
             loaded_processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=trust)
             config = AutoConfig.from_pretrained(REPO, trust_remote_code=trust)
+            recommender = pipeline("generative-recommendation", model=REPO, trust_remote_code=trust, device="cpu")
             judge = AutoModelForSequenceClassification.from_pretrained(REWARD, trust_remote_code=trust)
     finally:
         transformers.logging.set_verbosity(verbosity)
     said = capfd.readouterr()
     assert "warn" not in (said.out + said.err).lower()
-    for thing in (loaded, loaded_processor, loaded_processor.tokenizer, config, judge):
+    for thing in (loaded, loaded_processor, loaded_processor.tokenizer, config, judge, recommender, recommender.model):
         assert type(thing).__module__.startswith("onerec_hf.modeling."), type(thing)
     assert not [name for name in sys.modules if name.startswith("transformers_modules") and "onerec" in name]
     assert sessions(loaded, loaded_processor) == sessions(model, processor)
@@ -130,8 +148,20 @@ def test_code_is_left_out_of_what_is_saved_after_loading(hub, model, processor, 
     names = {file.name for file in (tmp_path / "plain").iterdir()}
     assert not CODE & names
     texts = [file.read_text() for file in (tmp_path / "plain").glob("*.json")]
-    assert not any("auto_map" in text or "include_code" in text for text in texts)
+    left_out = ("auto_map", "custom_pipelines", "include_code")
+    assert not any(name in text for name in left_out for text in texts)
     loaded.save_pretrained(tmp_path / "whole", include_code=True)
     assert {file.name for file in (tmp_path / "whole").iterdir()} >= CODE
     model.push_to_hub(PLAIN, include_code=False)
     assert model.include_code  # for that push only
+
+
+def test_a_pipeline_is_pushed_whole_and_its_repository_works_without_code_too(hub, model, processor):
+    recommender = pipeline("generative-recommendation", model=model, processor=processor, device="cpu", top_k=3)
+    recommender.push_to_hub(REPO)
+    assert set(hub.files(REPO)) >= CODE | {"catalogue.safetensors", "processor_config.json", "model.safetensors"}
+    for one in (model, processor):
+        one.push_to_hub(PLAIN, include_code=False)
+    for repo in (REPO, PLAIN):
+        loaded = pipeline("generative-recommendation", model=repo, device="cpu", top_k=3)
+        assert [each["item"] for each in loaded(HISTORY)] == [each["item"] for each in recommender(HISTORY)]
