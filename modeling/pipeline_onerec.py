@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
+
+from .item_fields_onerec import item_metadata, known_rows
 
 if TYPE_CHECKING:
     from .catalogue_onerec import ItemCatalogue
@@ -187,7 +188,9 @@ class GenerativeRecommendationPipeline(Pipeline):
         for_all = {}
         for name, ids in (("exclude", exclude), ("allow", allow)):
             if ids is not None:
-                rows, skipped = _rows(catalogue, ids, name, unknown or self._preprocess_params.get("unknown", "skip"))
+                rows, skipped = known_rows(
+                    catalogue, ids, name, unknown or self._preprocess_params.get("unknown", "skip")
+                )
                 if skipped:
                     warnings.warn(f"left out {skipped} of {len(rows) + skipped} items of {name}: not in the catalogue")
                 for_all[name] = np.unique(rows)
@@ -226,7 +229,7 @@ class GenerativeRecommendationPipeline(Pipeline):
             if given.get(key) is None and key != "history":
                 continue
             name = input_.name if key == "history" else f"{key} of {input_.name}"
-            rows[key], more = _rows(catalogue, given.get(key), name, unknown)
+            rows[key], more = known_rows(catalogue, given.get(key), name, unknown)
             skipped += more
         history = rows["history"]
         if unknown == "error" and not len(history):
@@ -309,83 +312,9 @@ class GenerativeRecommendationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
-def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
-    """
-    What is known of items, as a dictionary of fields by item id.
-
-    Args:
-        items: a mapping from ids to titles or to dictionaries of fields, or a table with a column `item_id` (see
-            [`GenerativeRecommendationPipeline`]). Empty values (`None`, NaN) are left out.
-        catalogue: what the ids have to be of.
-
-    Raises:
-        ValueError: no column `item_id`, a field named "item", "items" or "score", or no item of the catalogue.
-        TypeError: ids of another type than the catalogue's.
-
-    Example:
-        >>> from onerec_hf import ItemCatalogue
-        >>> catalogue = ItemCatalogue([7, 8], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
-        >>> item_metadata({"item_id": [7, 8], "title": ["Heat", "Alien"], "year": [1995, None]}, catalogue)
-        {7: {'title': 'Heat', 'year': 1995}, 8: {'title': 'Alien'}}
-    """
-    try:
-        table = dict(
-            items.items()
-        )  # a mapping or a Series from ids to fields, or the columns of a dictionary or a DataFrame
-    except AttributeError:
-        rows = list(items) if isinstance(items, Iterable) else [items]
-        if not all(isinstance(row, Mapping) and "item_id" in row for row in rows):
-            raise ValueError(
-                f'items must be a mapping, or a table with a column "item_id"; got {items!r:.60}'
-            ) from None
-        fields_of = {row["item_id"]: {name: row[name] for name in row if name != "item_id"} for row in rows}
-    else:
-        if "item_id" in table:
-            ids = table.pop("item_id")
-            columns = zip(*table.values(), strict=True) if table else ((),) * len(ids)
-            fields_of = {item: dict(zip(table, row, strict=True)) for item, row in zip(ids, columns, strict=True)}
-        else:
-            fields_of = {
-                item: fields if isinstance(fields, Mapping) else {"title": fields} for item, fields in table.items()
-            }
-    taken = {"item", "items", "score"} & {name for fields in fields_of.values() for name in fields}
-    if taken:
-        raise ValueError(f"items has a field {min(taken)!r}, which answers have themselves; rename it")
-    rows, _ = _rows(catalogue, list(fields_of), "items", "skip")
-    if not len(rows):
-        raise ValueError(
-            f"items: none of {len(fields_of)} ids is in the catalogue of {len(catalogue)} items, e.g. {next(iter(fields_of), None)!r}; "
-            'a table needs a column "item_id"'
-        )
-    return {
-        item: {name: _plain(value) for name, value in fields.items() if not _is_empty(value)}
-        for item, fields in fields_of.items()
-    }
-
-
-def _plain(value):
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _is_empty(value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _is_history(value) -> bool:
     """Whether this can be a history, among others; an item id cannot."""
     return isinstance(value, list | tuple | Mapping | np.ndarray | torch.Tensor)
-
-
-def _rows(catalogue: ItemCatalogue, ids, name: str, unknown: str) -> tuple[np.ndarray, int]:
-    """Catalogue rows of those of `ids` that it holds, in order, and how many it lacks; errors begin with `name`."""
-    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes | Mapping):
-        raise ValueError(f'{name} must be a list of item ids, e.g. ["m17", "m4"]; got {ids!r:.60}')
-    try:
-        rows = catalogue.rows(ids, unknown="mask" if unknown == "skip" else "error")
-    except (KeyError, TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error.args[0]}") from None
-    known = rows[rows >= 0]
-    return known, len(rows) - len(known)
 
 
 def _told(answers: Iterable[_Answer]) -> Iterator[list[dict]]:
@@ -407,4 +336,4 @@ def _told(answers: Iterable[_Answer]) -> Iterator[list[dict]]:
         warnings.warn("; ".join(note for note, count in notes.items() if count))
 
 
-__all__ = ["GenerativeRecommendationPipeline", "item_metadata"]
+__all__ = ["GenerativeRecommendationPipeline"]
