@@ -198,10 +198,18 @@ class HubModel(CarriesCode):
         loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-            try:
-                model._load_beside(source, **(kwargs if source == repo else {**kwargs, "revision": None}))
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
+            places = [(source, kwargs if source == repo else {**kwargs, "revision": None})]
+            # An adapter may bring what its base has grown to. The Auto classes name the base here, and the adapter beside it.
+            adapter = kwargs.get("adapter_kwargs") or {}
+            if source != repo:
+                places.append((repo, kwargs))
+            elif "_adapter_model_path" in adapter:
+                places.append((adapter["_adapter_model_path"], {**kwargs, **adapter}))
+            for place, hub in places:
+                try:
+                    model._load_beside(place, **hub)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
         return loaded
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
