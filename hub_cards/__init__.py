@@ -1,5 +1,18 @@
-"""Model cards: templates and the code that fills them."""
+"""Model and dataset cards: templates and the code that fills them from a run."""
 
-from onerec_hf.hub_cards.cards import write_generator_card
+from onerec_hf.hub_cards.adapter import write_adapter_card
+from onerec_hf.hub_cards.alignment import Alignment
+from onerec_hf.hub_cards.generator import write_generator_card
+from onerec_hf.hub_cards.preferences import write_preferences_card
+from onerec_hf.hub_cards.reward import write_reward_card
+from onerec_hf.hub_cards.training import Training, write_trainer_card
 
-__all__ = ["write_generator_card"]
+__all__ = [
+    "Alignment",
+    "Training",
+    "write_adapter_card",
+    "write_generator_card",
+    "write_preferences_card",
+    "write_reward_card",
+    "write_trainer_card",
+]

@@ -11,7 +11,7 @@ from onerec_hf import OneRecProcessor
 from onerec_hf.data import RecommendationData
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.hub_cards import write_generator_card
-from onerec_hf.hub_cards.cards import plain_text
+from onerec_hf.hub_cards.common import plain_text
 from tests.conftest import make_catalogue, make_model
 
 PROTOCOL = "Leave-one-out split: for each of 7 users the last item is the test target."
@@ -151,18 +151,30 @@ def test_the_numbers_are_the_models_and_the_catalogues(write, experts):
     processor = OneRecProcessor.from_catalogue(catalogue, max_history=17)
     card = write(model=model, processor=processor)
     ids = section(card, "Semantic IDs")
-    assert ids.startswith("1,234 items (string ids); 3 levels of 16, 9, 30 codes")
+    assert ids.startswith("1,234 items (string ids), 3 levels, one item per semantic ID.")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in ids.splitlines() if line[:3].strip("| ").isdigit()
+    ]
+    for level, (column, size) in enumerate(zip(catalogue.codes.T, (16, 9, 30), strict=True)):
+        use = [int((column == code).sum()) for code in range(size)]
+        assert list(map(int, rows[level])) == [level + 1, size, sum(n > 0 for n in use), min(use), max(use)]
     assert f"`{catalogue.hash[:16]}`" in ids
     assert "embeddings" not in ids  # the catalogue knows none
     described = section(card, "Model")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert described.startswith(f"{parameters:,} parameters; 3 encoder and 1 decoder layers of width 32;")
-    assert ("4 experts per decoder layer, 2 per token" in described) == (experts == 4)
+    experts_weights = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    assert (experts_weights > 0) == (experts == 4)
+    assert f"| parameters | {parameters:,} |" in described
+    assert f"| active per token | {parameters - experts_weights // 2:,} |" in described  # two of four experts
+    assert "| encoder | 3 layers, fully visible |" in described
+    assert "| decoder | 1 layers |" in described
+    assert ("| experts | 4 per decoder layer, 2 per token |" in described) == (experts == 4)
     assert ("dense decoder" in described) == (experts == 1)
+    assert "Expert load" not in described  # nobody counted
     assert ("mixture-of-experts" in ModelCard(card).data.tags) == (experts == 4)
-    assert "The encoder reads the latest 17 items of a history." in described
+    assert "| history | the latest 17 items |" in described
     processor = OneRecProcessor.from_catalogue(catalogue)
-    assert "The encoder reads the whole history." in write(model=model, processor=processor)
+    assert "| history | whole |" in write(model=model, processor=processor)
 
 
 def test_the_table_holds_the_rows(write):

@@ -1,0 +1,184 @@
+"""The generator's card: semantic IDs, model, data, ranking beside baselines, alignment; it says nothing that the run did not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onerec_hf.hub_cards.alignment import Alignment, before_and_after
+from onerec_hf.hub_cards.common import hub_id, names, write_card
+from onerec_hf.hub_cards.experts import EXPERT_LOAD_NAME, load_over_mean, parameter_counts, plot_expert_load
+from onerec_hf.semantic_ids.report import SemanticIDReport
+
+if TYPE_CHECKING:
+    from onerec_hf.data import RecommendationData
+    from onerec_hf.hub_cards.training import Training
+    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+REPORT_NAME = "semantic_ids.json"
+
+
+def write_generator_card(
+    folder: str | os.PathLike,
+    processor: OneRecProcessor,
+    model: OneRecForConditionalGeneration,
+    source: RecommendationData | None = None,
+    protocol: str = "",
+    rows: Sequence[dict[str, Any]] = (),
+    repo_id: str | None = None,
+    exclude_seen: bool = True,
+    *,
+    num_beams: int | None = None,
+    counts: Mapping[str, int] | None = None,
+    training: Training | None = None,
+    alignment: Alignment | None = None,
+    tokens_per_expert: Any = None,
+    command: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Writes `README.md` for a trained generator into `folder`, and beside it `expert_load.png` where matplotlib is installed and
+    `tokens_per_expert` is given. Codebooks and the report of the semantic IDs (`semantic_ids.json`) are looked for in the folder.
+
+    Args:
+        source: where the data came from; the card says that it is not known when not given.
+        protocol: how the data was filtered and split, sentences with counts.
+        rows: result rows named `model/metric`; those of `onerec` become the card's model index, and `before/onerec/metric`,
+            `reward/before`, `heldout_reward/before` with theirs after the table of the alignment.
+        repo_id: the Hub repository that the card's snippet loads; `folder` when not given.
+        exclude_seen, num_beams: whether the rows leave out what a user has seen, and the beams of the ranking.
+        counts: numbers of the data, by what they count.
+        training: what the trainer knows, `Training.of(trainer)`.
+        alignment: what the trainer knows of the pairs, `Alignment.of(trainer)`.
+        tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
+        command: the command line of the run.
+        metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
+
+    Example:
+        >>> write_generator_card("my-model", processor, model, source, split.description, rows)  # doctest: +SKIP
+    """
+    from huggingface_hub import ModelCardData
+
+    folder, catalogue, named = Path(folder), processor.catalogue, names(folder, repo_id)
+    assert catalogue is not None
+    scores = [(*row["name"].split("/", 1), row["value"]) for row in rows if "/" in row["name"]]
+    table: dict[str, dict[str, float]] = {}
+    for scored, metric, value in scores:
+        table.setdefault(scored, {})[metric] = value
+    metrics = [metric for metric in table.get("onerec", ()) if "/" not in metric]
+    extra = dict(metadata or {})
+    tags = ["onerec", "generative-recommendation", "semantic-ids", *extra.pop("tags", ())]
+    tags += ["mixture-of-experts"] * (model.config.num_experts > 1)
+    total, active = parameter_counts(model)
+    load = None if tokens_per_expert is None else np.asarray(tokens_per_expert)
+    write_card(
+        folder,
+        "generator",
+        ModelCardData(
+            **{
+                "library_name": "transformers",
+                "pipeline_tag": "other",
+                "tags": list(dict.fromkeys(tags)),
+                "base_model": hub_id(model.config),
+                "model_name": named["name"],
+                "eval_results": _eval_results(source, {metric: table["onerec"][metric] for metric in metrics}),
+                **extra,
+            }
+        ),
+        **named,
+        example_history=catalogue.ids(range(min(3, len(catalogue)))),
+        catalogue=catalogue,
+        levels=code_use(catalogue),
+        report=_report(folder, catalogue),
+        codebooks=(folder / "codebooks.safetensors").exists(),
+        config=model.config,
+        parameters=total,
+        active=active,
+        load=None if load is None else load_over_mean(load),
+        loaded_tokens=None if load is None else int(load[0].sum()) // model.config.num_experts_per_tok,
+        plot=EXPERT_LOAD_NAME if load is not None and plot_expert_load(load, folder / EXPERT_LOAD_NAME) else None,
+        max_history=processor.max_history,
+        source=source,
+        protocol=protocol,
+        counts=counts or {},
+        exclude_seen=exclude_seen,
+        num_beams=num_beams,
+        metrics=metrics,
+        table={
+            scored: [values.get(metric) for metric in metrics]
+            for scored, values in table.items()
+            if values.keys() & set(metrics)  # other rows, as of alignment, are no ranking
+        },
+        alignment=alignment,
+        before_after=before_and_after(list(rows)),
+        popularity=popularity_facts(catalogue),
+        training=training,
+        command=command,
+    )
+
+
+def _eval_results(source: RecommendationData | None, scores: dict[str, float]) -> list | None:
+    from huggingface_hub import EvalResult
+
+    if source is None:
+        return None
+    results = [
+        EvalResult(
+            task_type="recommendation",
+            task_name="Generative recommendation",
+            dataset_type=source.name,
+            dataset_name=source.name,
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in scores.items()
+    ]
+    return results or None
+
+
+def code_use(catalogue: ItemCatalogue) -> list[dict[str, int]]:
+    """
+    Per level the size of the codebook, how many of its codes some item has, and the fewest and most items on one code.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue
+        >>> code_use(ItemCatalogue(["a", "b", "c"], [[0, 0], [0, 1], [1, 1]], [2, 4]))[0]
+        {'size': 2, 'used': 2, 'fewest': 1, 'most': 2}
+    """
+    levels = []
+    for column, size in zip(catalogue.codes.T, catalogue.codebook_sizes, strict=True):
+        use = np.bincount(column, minlength=size)
+        levels.append({"size": size, "used": int((use > 0).sum()), "fewest": int(use.min()), "most": int(use.max())})
+    return levels
+
+
+def popularity_facts(catalogue: ItemCatalogue) -> dict[str, float] | None:
+    """
+    Items without a training interaction, and the share of the interactions that the most popular tenth of the items has; None where the
+    catalogue does not know.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue
+        >>> popularity_facts(ItemCatalogue(["a", "b"], [[0], [1]], [2], popularity=[3, 0]))
+        {'cold': 1, 'top_share': 1.0}
+    """
+    counts = catalogue.popularity
+    if counts is None or not counts.sum():
+        return None
+    top = np.sort(counts)[::-1][: -(-len(counts) // 10)]
+    return {"cold": int((counts == 0).sum()), "top_share": float(top.sum() / counts.sum())}
+
+
+def _report(folder: Path, catalogue: ItemCatalogue) -> SemanticIDReport | None:
+    """How the semantic IDs were made, where that stands beside them; a catalogue that has changed since is another."""
+    path = folder / REPORT_NAME
+    if catalogue.version or not path.is_file():
+        return None
+    return SemanticIDReport(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,153 @@
+"""What a trainer knows of its run, and the card that it writes of it (`create_model_card`, and so `push_to_hub=True`)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onerec_hf.hub_cards.adapter import write_adapter_card
+from onerec_hf.hub_cards.common import hub_id, names, write_card
+from onerec_hf.hub_cards.generator import write_generator_card
+from onerec_hf.hub_cards.reward import write_reward_card
+from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+
+if TYPE_CHECKING:
+    from onerec_hf.hub_cards.alignment import Alignment
+
+# What a trainer logs of an evaluation that is no judgement of the model.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    The facts of a training that every trainer has; [`of`] reads them.
+
+    Args:
+        trainer: its class's name.
+        examples: rows of the training dataset, None for a stream.
+        settings: the arguments that decide about the result, by name.
+        loss: mean training loss, as the trainer logged it last; None where it did not.
+        evaluation: the last evaluation's metrics while it trained.
+        evaluated_at: the step of that evaluation.
+
+    Example:
+        >>> Training("OneRecTrainer", 100, {"seed": 0}).evaluation
+        {}
+    """
+
+    trainer: str
+    examples: int | None
+    settings: dict[str, Any]
+    loss: float | None = None
+    evaluation: dict[str, float] | None = None
+    evaluated_at: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "evaluation", self.evaluation or {})
+
+    @classmethod
+    def of(cls, trainer: Any) -> Training:
+        """Reads a `transformers.Trainer`: its arguments, how far it came, and the last losses and metrics that it logged."""
+        args, state = trainer.args, trainer.state
+        dataset = trainer.train_dataset
+        dataset = getattr(dataset, "dataset", dataset)  # examples, where rows are packed
+        settings = {
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0, 2),
+            "examples in a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning rate": args.learning_rate,
+            "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+            "weight decay": args.weight_decay,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights",
+            "seed": args.seed,
+        }
+        if getattr(args, "packing", False):
+            settings["rows in a step"] = settings.pop("examples in a step")
+        losses = [entry.get("train_loss", entry.get("loss")) for entry in state.log_history]
+        evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+        last = evaluations[-1] if evaluations else {}
+        metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+        return cls(
+            type(trainer).__name__,
+            len(dataset) if hasattr(dataset, "__len__") else None,
+            settings,
+            next((loss for loss in reversed(losses) if loss is not None), None),
+            {name: value for name, value in metrics.items() if not name.endswith(_TIMINGS)},
+            last.get("step"),
+        )
+
+
+def write_trainer_card(
+    trainer: Any,
+    model_name: str | None = None,
+    tags: str | list[str] | None = None,
+    *,
+    alignment: Alignment | None = None,
+    tokens_per_expert: Any = None,
+    **metadata: Any,
+) -> None:
+    """
+    Writes `README.md` into a trainer's output folder: the card of what it trains, from what it knows.
+
+    Args:
+        trainer: a trainer of this package.
+        model_name, tags: as for `transformers.Trainer.create_model_card`.
+        alignment, tokens_per_expert: as for `write_generator_card`.
+        metadata: further front matter that the caller vouches for, e.g. `license="mit"`, `language="en"`, `datasets=["me/clicks"]`.
+
+    Example:
+        >>> write_trainer_card(trainer, license="mit")  # doctest: +SKIP
+    """
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given = [tags] if isinstance(tags, str) else list(tags or ())
+    shared = {
+        "repo_id": trainer.hub_model_id,
+        "training": Training.of(trainer),
+        "metadata": {
+            **({"model_name": model_name} if model_name else {}),
+            **{name: value for name, value in metadata.items() if value is not None},
+            "tags": [*given, *getattr(trainer, "_tag_names", ())],
+        },
+    }
+    folder, processor = trainer.args.output_dir, trainer.processing_class
+    os.makedirs(folder, exist_ok=True)  # TRL asks for a card before the first checkpoint makes it
+    if isinstance(base, OneRecForSessionReward):
+        write_reward_card(folder, base, **shared)
+    elif not isinstance(base, OneRecForConditionalGeneration):
+        write_text_card(folder, base, alignment=alignment, **shared)
+    elif base is not model:
+        write_adapter_card(folder, model, processor, alignment=alignment, **shared)
+    else:
+        facts = {"alignment": alignment, "tokens_per_expert": tokens_per_expert}
+        write_generator_card(folder, processor, base, **facts, **shared)
+
+
+def write_text_card(
+    folder, model: Any, *, training: Training, alignment: Alignment | None, repo_id=None, metadata=None
+) -> None:
+    """The card of a text model (T5, Bart, ...) that `Seq2SeqDPOTrainer` trained, or of an adapter of one."""
+    from huggingface_hub import ModelCardData
+
+    named, extra = names(folder, repo_id), dict(metadata or {})
+    base = hub_id(model.config)
+    card_data = ModelCardData(
+        **{"library_name": "transformers", "model_name": named["name"], "base_model": base, **extra}
+    )
+    write_card(
+        folder,
+        "text",
+        card_data,
+        **named,
+        model=type(model).__name__,
+        base=base,
+        alignment=alignment,
+        before_after={},
+        training=training,
+        command=None,
+    )
