@@ -20,7 +20,7 @@ ARROWS = {
     "semantic_ids": {"modeling"},
     "data": {"modeling"},
     "evaluation": {"modeling"},
-    "trainers": {"modeling", "semantic_ids", "data", "evaluation"},
+    "trainers": {"modeling", "semantic_ids", "data", "evaluation", "hub_cards"},
     "hub_cards": {"modeling", "semantic_ids", "data", "evaluation"},
     "cli": set(ROOMS),
 }

@@ -20,12 +20,15 @@ class RouterBalanceCallback(TrainerCallback):
     over accumulation and ranks, and before each optimizer step moves the routers' bias. [`OneRecTrainer`] adds it by itself; give it to a plain
     `Trainer` that trains a OneRec model with experts.
 
+    `tokens_per_expert` is the sum over all steps since training began or was resumed, (decoder_layers, num_experts), None before the first.
+
     Example:
         >>> from transformers import Trainer
         >>> trainer = Trainer(model=model, callbacks=[RouterBalanceCallback()], ...)  # doctest: +SKIP
     """
 
     def __init__(self):
+        self.tokens_per_expert: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
         self._violations: list[float] = []
         self._hook = None
@@ -36,7 +39,7 @@ class RouterBalanceCallback(TrainerCallback):
         )
         if self._model is None:
             raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
-        self._tokens = None
+        self._tokens = self.tokens_per_expert = None
         # A frozen router keeps its bias: an adapter's checkpoint would not hold the moved one.
         if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
@@ -51,6 +54,7 @@ class RouterBalanceCallback(TrainerCallback):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._tokens)
+        self.tokens_per_expert = self._tokens + (0 if self.tokens_per_expert is None else self.tokens_per_expert)
         load = self._tokens.float()
         self._violations.append(float((load.amax(1) / load.mean(1) - 1).mean()))
         self._model.update_router_bias(self._tokens)

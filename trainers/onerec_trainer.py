@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
 from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
+from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 
@@ -151,6 +152,21 @@ class OneRecTrainer(Seq2SeqTrainer):
         if "loss" in logs:
             logs.update(self._router_balance.pop_logs())
         super().log(logs, *args, **kwargs)
+
+    @property
+    def tokens_per_expert(self) -> np.ndarray | None:
+        """(decoder_layers, num_experts) tokens that chose each expert since training began or was resumed; None without experts."""
+        counts = self._router_balance.tokens_per_expert
+        return None if counts is None else counts.cpu().numpy()
+
+    def create_model_card(
+        self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
+    ) -> None:
+        """
+        Writes the card of the generator, or of its adapter, into `args.output_dir`, from what the trainer knows; see
+        [`~onerec_hf.hub_cards.write_trainer_card`].
+        """
+        write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
     def evaluation_loop(self, *args, **kwargs):
         generator = self.accelerator.unwrap_model(self.model)

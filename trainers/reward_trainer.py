@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.reward_collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
+from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
 
@@ -73,6 +74,15 @@ class RewardTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session", "labels"]
+
+    def create_model_card(
+        self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
+    ) -> None:
+        """
+        Writes the reward model's card into `args.output_dir`, from what the trainer knows; see
+        [`~onerec_hf.hub_cards.write_trainer_card`].
+        """
+        write_trainer_card(self, model_name, tags, **metadata)
 
     def compute_reward_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """AUC, calibration and relative log loss per objective, from logits and labels (-100 where missing)."""

@@ -16,6 +16,8 @@ from trl.data_utils import apply_chat_template, extract_prompt, is_conversationa
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
+from onerec_hf.hub_cards.alignment import Alignment
+from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.decoder_first import check_scores, enable_decoder_first, takes_decoder_first
 from onerec_hf.trainers.preference_checks import check_item_rows
@@ -181,6 +183,19 @@ class Seq2SeqDPOTrainer(DPOTrainer):
         for column, values in zip(_REFERENCE, zip(*parts, strict=True), strict=True):
             dataset = dataset.add_column(column, torch.cat(values).float().tolist())  # type: ignore[call-arg]
         return dataset
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **metadata,
+    ) -> None:
+        """
+        Writes the model's card into `args.output_dir`, from what the trainer knows; see
+        [`~onerec_hf.hub_cards.write_trainer_card`]. `dataset_name` is a dataset of the Hub.
+        """
+        write_trainer_card(self, model_name, tags, alignment=Alignment.of(self), datasets=dataset_name, **metadata)
 
     @property
     def _reference_moves(self) -> bool:
