@@ -15,19 +15,18 @@ import numpy as np
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
 from onerec_hf.cli.steps import (
-    CODEBOOKS_NAME,
     PreparedData,
     check_catalogue,
     check_folder,
     claim_folder,
-    find_codebooks,
+    find_origin,
     load_model,
     load_processor,
     naming,
     prepare_data,
     say,
     table,
-    write_bytes,
+    write_origin,
 )
 from onerec_hf.cli.train import evaluate_beside_baselines, resumable
 from onerec_hf.evaluation.results import result_row, write_results
@@ -35,9 +34,10 @@ from onerec_hf.evaluation.results import result_row, write_results
 if TYPE_CHECKING:
     import datasets
 
+    from onerec_hf.hub_cards import Alignment
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
-PAIRS_NAME = "pairs.parquet"
+PAIRS_NAME = "pairs/pairs.parquet"
 REWARDED_USERS = 1000
 
 
@@ -68,7 +68,7 @@ class AlignArguments(OutputArguments):
 
 
 def main(argv: list[str]) -> None:
-    from onerec_hf.hub_cards import write_generator_card
+    from onerec_hf.hub_cards import Alignment, Training, write_generator_card
     from onerec_hf.trainers import OneRecDPOConfig
 
     args, data_args, training_args = parse(
@@ -103,16 +103,14 @@ def main(argv: list[str]) -> None:
         drawn = np.random.default_rng(training_args.seed).choice(len(examples), args.max_examples, replace=False)
         examples = examples.select(np.sort(drawn))
     trainer: Any = make_trainer(model, rewards, training_args, processor, examples)
+    drawn_pairs = keep_pairs(trainer) if rewards else []
     claim_folder(folder)
     with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
         trainer.train()
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
-    codebooks = find_codebooks(args.model)
-    if codebooks is not None:
-        write_bytes(folder / CODEBOOKS_NAME, codebooks)
-    if preferences is None:
-        trainer.pairs.to_parquet(folder / PAIRS_NAME)
+    write_origin(folder, find_origin(args.model))
+    alignment = save_pairs(drawn_pairs, folder, trainer, data, command) if rewards else Alignment.of(trainer)
     after = ranking_rows(trainer.model, processor, data) if args.evaluate else []
     judged += reward_rows(trainer.model, processor, judges, data, "after") if args.evaluate else []
     rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
@@ -126,7 +124,18 @@ def main(argv: list[str]) -> None:
         dataset=data.source.name,
         protocol=data.protocol,
     )
-    write_generator_card(folder, processor, trainer.model, data.source, data.protocol, after)
+    write_generator_card(
+        folder,
+        processor,
+        trainer.model,
+        data.source,
+        data.protocol,
+        rows,
+        counts=data.counts(),
+        training=Training.of(trainer),
+        alignment=alignment,
+        command=command,
+    )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"saved to {folder}")
     if args.evaluate:
@@ -181,6 +190,47 @@ def make_trainer(model, rewards: list, args, processor: OneRecProcessor, example
         return Seq2SeqDPOTrainer(model, args=args, train_dataset=examples, processing_class=processor)
     say(f"{len(examples):,} examples, pairs for {args.dpo_ratio:.1%} of them in each iteration")
     return OneRecDPOTrainer(model, rewards, args=args, train_dataset=examples, processing_class=processor)
+
+
+def keep_pairs(trainer) -> list[dict[str, Any]]:
+    """A list that gets the rows of every iteration's pairs while the trainer trains; by itself it keeps the last iteration's."""
+    from transformers import TrainerCallback
+
+    rows: list[dict[str, Any]] = []
+
+    class KeepPairs(TrainerCallback):
+        iteration = -1
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if trainer.iteration > self.iteration:
+                rows.extend(trainer.pairs.to_list())
+            self.iteration = trainer.iteration
+
+    trainer.add_callback(KeepPairs())
+    return rows
+
+
+def save_pairs(rows: list[dict[str, Any]], folder: Path, trainer, data: PreparedData, command: str) -> Alignment:
+    """Saves the pairs of all iterations, a data set with a card of its own, where there are any; returns what the cards say of them."""
+    from datasets import Dataset
+
+    from onerec_hf.hub_cards import Alignment, write_preferences_card
+
+    pairs = Dataset.from_list(rows)
+    alignment = Alignment.of(trainer, pairs)
+    if rows:
+        path = folder / PAIRS_NAME
+        path.parent.mkdir(exist_ok=True)
+        pairs.to_parquet(path)
+        write_preferences_card(
+            path.parent,
+            pairs,
+            alignment,
+            catalogue_hash=trainer.processing_class.catalogue.hash,
+            data=f"{data.source.description} {data.protocol}",
+            command=command,
+        )
+    return alignment
 
 
 def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     (args,) = parse((QuickstartArguments,), argv, "quickstart")
     if args.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
-    folder = check_folder(args.output_dir, args.overwrite)
+    folder, command = check_folder(args.output_dir, args.overwrite), command_line("quickstart", argv)
     started = time.perf_counter()
     dataset = args.dataset or ("movielens" if args.interactions is None else None)
     data_args = DataArguments(
@@ -83,9 +83,9 @@ def main(argv: list[str]) -> None:
     )
     with resumable(folder, command=None):
         rows = evaluate_beside_baselines(trainer, data, "test")
-        rows += align_once(trainer, data, folder, args.seed)
+        rows += align_once(trainer, data, folder, args.seed, command)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, data, rows, command_line("quickstart", argv))
+    report(trainer, folder, data, rows, command)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print_sessions(*check_reload(trainer, folder, data), data)
     print_results(rows)

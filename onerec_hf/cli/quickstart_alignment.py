@@ -7,28 +7,29 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 
 from onerec_hf.cli.align import session_reward
 from onerec_hf.cli.arguments import SemanticIDArguments
-from onerec_hf.cli.steps import CODEBOOKS_NAME, PreparedData, embed_items, find_codebooks, say, write_bytes
+from onerec_hf.cli.steps import PreparedData, embed_items, find_origin, say, write_origin
 from onerec_hf.evaluation.results import result_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
 
 EXAMPLES, USERS = 1280, 400
 
 
-def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dict[str, Any]]:
+def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: str) -> list[dict[str, Any]]:
     """
     Trains two reward models on the ratings of two halves of the users, aligns a copy of the trained generator with the first for one iteration,
-    and lets both judge sessions for test users. The aligned model goes into `folder / "aligned"`.
+    and lets both judge sessions for test users. The aligned model goes into `folder / "aligned"`, with a card that names `command`.
 
     Returns:
         Result rows: mean reward of a session before and after, by the model that picked and by the one that did not; none where the data has no
@@ -40,6 +41,7 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dic
             "no column 'rating' to learn a reward from: the round of preference alignment is left out (onerec-hf align --help)"
         )
         return []
+    from onerec_hf.hub_cards import Alignment, Training, write_generator_card
     from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 
     quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -77,9 +79,7 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dic
         aligned.train()
         aligned.save_model(str(folder / "aligned"))
         (folder / "aligned" / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
-    codebooks = find_codebooks(folder)
-    if codebooks is not None:
-        write_bytes(folder / "aligned" / CODEBOOKS_NAME, codebooks)
+    write_origin(folder / "aligned", find_origin(folder))
     histories = data.split.test[:USERS]["history"]
     found = []
     models = {"before": trainer.model, "after": aligned.model}
@@ -87,6 +87,18 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int) -> list[dic
         for name, reward in (("reward", picker), ("heldout_reward", judge)):
             mean = session_reward(model, processor, histories, [reward])
             found.append(result_row(f"{name}/{when}", mean, "rating"))
+    write_generator_card(
+        folder / "aligned",
+        processor,
+        cast("OneRecForConditionalGeneration", aligned.model),
+        data.source,
+        data.protocol,
+        found,
+        counts=data.counts(),
+        training=Training.of(aligned),
+        alignment=Alignment.of(aligned),
+        command=command,
+    )
     values = {row["name"]: row["value"] for row in found}
     say(
         f"one round of preference alignment ({len(aligned.pairs)} pairs): mean predicted rating of a generated session "

@@ -92,6 +92,7 @@ class RewardModelArguments:
 
 
 def main(argv: list[str]) -> None:
+    from onerec_hf.hub_cards import Training, write_reward_card
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
     data_args, model_args, training_args = parse(
@@ -120,6 +121,15 @@ def main(argv: list[str]) -> None:
         seed=training_args.seed,
         dataset=data_args.dataset or data_args.impressions,
         protocol=feedback.description,
+    )
+    write_reward_card(
+        folder,
+        model,
+        feedback.description,
+        rows,
+        data_args.dataset or Path(data_args.impressions).stem,
+        training=Training.of(trainer),
+        command=command,
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")

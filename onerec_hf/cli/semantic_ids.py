@@ -11,7 +11,6 @@ from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, parse
 from onerec_hf.cli.steps import (
-    CODEBOOKS_NAME,
     check_folder,
     claim_folder,
     embed_items,
@@ -19,6 +18,7 @@ from onerec_hf.cli.steps import (
     prepare_data,
     say,
     write_bytes,
+    write_origin,
 )
 
 
@@ -62,8 +62,7 @@ def fit(argv: list[str]) -> None:
 
     claim_folder(folder)
     OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history).save_pretrained(folder)
-    fitted.quantizer.save(folder / CODEBOOKS_NAME)
-    write_bytes(folder / "semantic_ids.json", (json.dumps(fitted.report.as_dict(), indent=1) + "\n").encode())
+    write_origin(folder, fitted)
     print(fitted.report.table())
     say(f"saved to {folder}; train with: onerec-hf train --semantic_ids {folder}, and the same data options")
 

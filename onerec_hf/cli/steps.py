@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -27,13 +28,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-CODEBOOKS_NAME = "codebooks.safetensors"
+CODEBOOKS_NAME, REPORT_NAME = "codebooks.safetensors", "semantic_ids.json"
 
 # What the commands write: --overwrite removes these of an earlier run, and nothing else that may stand in the folder.
 _WRITTEN = (
     "README.md",
+    "expert_load.png",
     "results.json",
-    "semantic_ids.json",
+    "pairs/README.md",
+    "pairs/pairs.parquet",
+    REPORT_NAME,
     "catalogue.safetensors",
     CODEBOOKS_NAME,
     "model*.safetensors",
@@ -139,17 +143,25 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
         )
 
 
-def find_codebooks(repo: str | os.PathLike) -> bytes | None:
-    """The codebooks' file of a folder or Hub repository, None where it holds none: who takes over semantic IDs keeps it."""
+def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:
+    """
+    The files that tell where the semantic IDs of a folder or Hub repository come from, codebooks and report, as far as it holds them: who
+    takes the semantic IDs over keeps them.
+    """
     from transformers.utils.hub import cached_file
 
-    path = cached_file(
-        repo,
-        CODEBOOKS_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if path is None else Path(path).read_bytes()
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    paths = {name: cached_file(repo, name, **quietly) for name in (CODEBOOKS_NAME, REPORT_NAME)}
+    return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
+
+
+def write_origin(folder: Path, origin: dict[str, bytes] | SemanticIDs) -> None:
+    """Writes what `find_origin` found, or codebooks and report of semantic IDs that were just fitted."""
+    if not isinstance(origin, dict):
+        origin.quantizer.save(folder / CODEBOOKS_NAME)
+        origin = {REPORT_NAME: (json.dumps(origin.report.as_dict(), indent=1) + "\n").encode()}
+    for name, content in origin.items():
+        write_bytes(folder / name, content)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -174,6 +186,18 @@ class PreparedData:
         """Training sequences as positions in `item_ids`."""
         flat = np.searchsorted(self.item_ids, self.split.train_sequences.item_ids)
         return np.split(flat, self.split.train_sequences.offsets[1:-1])
+
+    def counts(self) -> dict[str, int]:
+        """How much of everything there is, for the card."""
+        return {
+            "interactions": len(self.source.interactions),
+            "of them kept": len(self.sequences.item_ids),
+            "users": len(self.sequences),
+            "items": len(self.item_ids),
+            "training examples": len(self.split.train),
+            "validation examples": len(self.split.validation),
+            "test examples": len(self.split.test),
+        }
 
 
 def prepare_data(args: DataArguments) -> PreparedData:

@@ -21,14 +21,13 @@ from onerec_hf.cli.arguments import (
     parse,
 )
 from onerec_hf.cli.steps import (
-    CODEBOOKS_NAME,
     PreparedData,
     baseline_rankings,
     check_catalogue,
     check_folder,
     claim_folder,
     discard,
-    find_codebooks,
+    find_origin,
     fit_catalogue,
     load_model,
     load_processor,
@@ -36,7 +35,7 @@ from onerec_hf.cli.steps import (
     prepare_data,
     say,
     table,
-    write_bytes,
+    write_origin,
 )
 from onerec_hf.evaluation.results import result_row, write_results
 
@@ -172,15 +171,15 @@ def train(
         "--semantic_ids": id_args.semantic_ids,
     }
     option, origin = next(((name, value) for name, value in origins.items() if value is not None), ("", None))
-    fitted, codebooks = None, None
+    made_from: Any = None
     if origin is None:
-        fitted = fit_catalogue(data, id_args)
-        say(fitted.report.table())
-        processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
+        made_from = fit_catalogue(data, id_args)
+        say(made_from.report.table())
+        processor = OneRecProcessor.from_catalogue(made_from.catalogue, max_history=data_args.max_history)
     else:
         processor = load_processor(option, origin)
         check_catalogue(f"{option} {origin}", processor, data)
-        codebooks = find_codebooks(Path(origin).resolve().parents[1] if checkpoint is not None else origin)
+        made_from = find_origin(Path(origin).resolve().parents[1] if checkpoint is not None else origin)
     if origin is None or option == "--semantic_ids":
         processor.max_history = data_args.max_history
         model = new_model(model_args, processor, data_args.session_length)
@@ -202,10 +201,7 @@ def train(
     if not own_checkpoint:
         claim_folder(folder)
     processor.save_pretrained(folder)
-    if fitted is not None:
-        fitted.quantizer.save(folder / CODEBOOKS_NAME)
-    elif codebooks is not None:
-        write_bytes(folder / CODEBOOKS_NAME, codebooks)
+    write_origin(folder, made_from)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
@@ -269,7 +265,7 @@ def report(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[
     """Writes `results.json` and the card beside the model, and uploads the folder where `push_to_hub` asks for it."""
     from huggingface_hub import HfApi
 
-    from onerec_hf.hub_cards import write_generator_card
+    from onerec_hf.hub_cards import Training, write_generator_card
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
     write_results(
@@ -293,6 +289,11 @@ def report(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[
         rows,
         repo_id=repo_id,
         exclude_seen=args.eval_exclude_seen,
+        num_beams=args.eval_num_beams,
+        counts=data.counts(),
+        training=Training.of(trainer),
+        tokens_per_expert=trainer.tokens_per_expert,
+        command=command,
     )
     say(f"saved to {folder}")
     if repo_id is not None:

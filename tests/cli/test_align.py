@@ -83,7 +83,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path):
     was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
     assert len(processor.batch_decode(model.recommend(**processor([["m1", "m2"]])))[0]) > 0
-    pairs = Dataset.from_parquet(str(folder / "pairs.parquet"))
+    pairs = Dataset.from_parquet(str(folder / "pairs" / "pairs.parquet"))
     judge = OneRecForSessionReward.from_pretrained(reward)
     assert len(pairs) > 0
     for side in ("chosen", "rejected"):
@@ -106,7 +106,7 @@ def test_by_given_pairs(trained, data, tmp_path):
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "aligned")
     was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
-    assert not (tmp_path / "aligned" / "pairs.parquet").exists()
+    assert not (tmp_path / "aligned" / "pairs").exists()
 
 
 def test_refuses_with_one_message(trained, data, reward, tmp_path):
