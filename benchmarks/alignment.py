@@ -339,13 +339,16 @@ def figure(options) -> list[dict[str, Any]]:
 
     class AfterEachEpoch(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, **kwargs):
-            add(f"iteration_{round(state.epoch)}", model)
+            done = round(state.epoch)
+            add(f"iteration_{done}", model)
+            if done == EPOCHS:  # the same training as that of the other shares
+                add(f"share_{SHARED['dpo_ratio']:g}", model)
 
     add("share_0", align(world, base, VARIANTS["onerec_ntp"], EPOCHS, options.quick))
-    for share in (0.005, 0.01, 0.02, 0.05, 0.2):
+    for share in (0.005, 0.01, 0.02):
         add(f"share_{share:g}", align(world, base, {"dpo_ratio": share}, EPOCHS, options.quick))
     add("iteration_0", base)
-    align(world, base, {}, 2 if options.quick else 6, options.quick, AfterEachEpoch())
+    align(world, base, {}, EPOCHS if options.quick else 5, options.quick, AfterEachEpoch())
     if options.json:
         plot(rows, Path(options.json).with_suffix(".png"))
     return rows
