@@ -96,8 +96,20 @@ def names(folder: str | os.PathLike, repo_id: str | None) -> dict[str, str]:
 
 
 def hub_id(config: Any) -> str | None:
-    """The Hub repository that a config was loaded from; None for a new one, or one of a folder, which the Hub may not have."""
-    return config._name_or_path if getattr(config, "_commit_hash", None) else None
+    """
+    The Hub repository that a config was loaded from; None for a new one, one of a folder, and where the cache does not tell: a card names no
+    repository that may not exist.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repo = config._name_or_path
+    if not repo or os.path.exists(repo):
+        return None
+    try:
+        return repo if isinstance(try_to_load_from_cache(repo, "config.json"), str) else None
+    except HFValidationError:  # a folder that is gone
+        return None
 
 
 def origin(config: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from .card_onerec import replace_template
 from .files_onerec import find_file, pinned
 
 # Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
@@ -133,6 +134,10 @@ class CarriesCode:
             for name, time in times.items()
             if not (name.endswith(CODE_SUFFIX) or name in self._files_beside)
         }
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        replace_template(os.path.join(working_dir, "README.md"), repo_id, self)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def _save_code(self, folder: str | os.PathLike) -> None:
         # The room travels whole: a trainer that pushes while it trains saves only the processor and the weights.
