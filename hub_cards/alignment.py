@@ -55,6 +55,7 @@ class Alignment:
         """
         args, dataset = trainer.args, trainer.train_dataset
         loss = f"DPO ({' + '.join([args.loss_type] if isinstance(args.loss_type, str) else args.loss_type)}), beta {args.beta:g}"
+        loss += ", without a reference" if args.reference_free else ""
         iterated = getattr(args, "dpo_ratio", None) is not None  # OneRecDPOConfig
         if iterated:
             loss = f"next-token loss (weight {args.ntp_weight:g}) + {loss} (weight {args.dpo_weight:g})"

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onerec_hf.data.packing import PackedDataset
 from onerec_hf.hub_cards.adapter import write_adapter_card
 from onerec_hf.hub_cards.common import hub_id, names, write_card
 from onerec_hf.hub_cards.generator import write_generator_card
@@ -53,7 +54,8 @@ class Training:
         """Reads a `transformers.Trainer`: its arguments, how far it came, and the last losses and metrics that it logged."""
         args, state = trainer.args, trainer.state
         dataset = trainer.train_dataset
-        dataset = getattr(dataset, "dataset", dataset)  # examples, where rows are packed
+        if isinstance(dataset, PackedDataset):
+            dataset = dataset.dataset  # the examples, which its rows pack
         settings = {
             "steps": state.global_step,
             "epochs": round(state.epoch or 0, 2),

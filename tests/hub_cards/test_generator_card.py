@@ -1,18 +1,22 @@
 """Model cards: the snippet runs, the front matter is valid, the numbers are the model's, and no name becomes markup."""
 
 import re
+import sys
 
+import numpy as np
 import pandas as pd
 import pytest
+import transformers
 import yaml
 from huggingface_hub import ModelCard
 
-from onerec_hf import OneRecProcessor
+from onerec_hf import ItemCatalogue, OneRecProcessor
 from onerec_hf.data import RecommendationData
 from onerec_hf.evaluation.results import result_row
-from onerec_hf.hub_cards import write_generator_card
+from onerec_hf.hub_cards import Alignment, write_generator_card
 from onerec_hf.hub_cards.common import plain_text
 from tests.conftest import make_catalogue, make_model
+from tests.hub_cards.reading import HOSTILE, headings, run_snippet, section, table_of
 
 PROTOCOL = "Leave-one-out split: for each of 7 users the last item is the test target."
 SCORES = {"recall@10": 0.123456, "coverage@10": 1.0, "ndcg@10": 0.000004}
@@ -48,13 +52,6 @@ def write(model, processor, tmp_path):
     return write
 
 
-def run_snippet(card):
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.S | re.M)
-    scope = {}
-    exec(snippet, scope)
-    return scope
-
-
 @pytest.mark.parametrize("name", ["shop", 'it\'s a "shop"\\n', "``` shop"])
 def test_the_snippet_runs_as_it_stands(write, model, processor, tmp_path, name):
     card = write(name)
@@ -68,8 +65,6 @@ def test_the_snippet_runs_as_it_stands(write, model, processor, tmp_path, name):
 
 
 def test_the_snippet_with_ids_that_look_like_code(tmp_path, write):
-    from onerec_hf import ItemCatalogue
-
     ids = ["```\n", "'\"\\", "é\u2028😀"]
     catalogue = ItemCatalogue(ids, [[0, 1, 2], [1, 0, 0], [2, 2, 2]], [4, 5, 6])
     processor, model = OneRecProcessor.from_catalogue(catalogue), make_model(catalogue)
@@ -98,26 +93,13 @@ def test_the_front_matter_is_a_model_card(write, tmp_path):
     assert ModelCard.load(tmp_path / "again.md").data.to_dict() == card.data.to_dict()
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "a: [b, {c}] # d",
-    "yes",
-    "{{ 7 * 7 }} {% raw %}",
-    "x|y `z` *w* _v_ [u](http://evil) ![t](s) ~~r~~ $q$",
-    "one\n# two\n---\nthree",
-    "'quoted' \"twice\" \\ & co",
-    "日本語 é",
-]
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_only_names(write, tmp_path, name):
     card = write("shop", data=source(name, f"Read from {name}."), protocol=f"Positive feedback: {name} >= 1.")
     loaded = ModelCard.load(tmp_path / "shop" / "README.md")
     assert {result.dataset_name for result in loaded.data.eval_results} == {name}
     _, _, body = card.split("---\n", 2)
-    headings = [line for line in body.splitlines() if line.startswith("#")]
-    assert headings == ["# shop", "## Semantic IDs", "## Model", "## Data", "## Evaluation", "## Limits"]
+    assert headings(body) == ["# shop", "## Semantic IDs", "## Model", "## Data", "## Evaluation", "## Limits"]
     data = body.split("## Data\n")[1].split("\n## ")[0].strip()
     assert data == f"Read from {plain_text(name)}. Positive feedback: {plain_text(name)} &gt;= 1."
     assert "\n" not in data
@@ -138,10 +120,6 @@ def test_plain_text_reads_as_the_name():
     for name in HOSTILE:
         shown = html.unescape(re.sub(r"\\([\\`*_\[\]|~#$!])", r"\1", plain_text(name)))
         assert shown == " ".join(name.split())
-
-
-def section(card, name):
-    return card.split(f"\n## {name}\n")[1].split("\n## ")[0]
 
 
 @pytest.mark.parametrize("experts", [1, 4])
@@ -178,8 +156,7 @@ def test_the_numbers_are_the_models_and_the_catalogues(write, experts):
 
 
 def test_the_table_holds_the_rows(write):
-    table = [line for line in section(write(), "Evaluation").splitlines() if line.startswith("|")]
-    assert table == [
+    assert table_of(section(write(), "Evaluation")) == [
         "| | recall@10 | coverage@10 | ndcg@10 |",
         "|---|---|---|---|",
         "| onerec | 0.1235 | 1.0000 | 0.0000 |",
@@ -218,3 +195,82 @@ def test_a_card_that_fails_leaves_the_old_one(write, processor, tmp_path):
     with pytest.raises(AttributeError):
         write(model=object())
     assert (tmp_path / "shop" / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_the_report_beside_the_codebooks_tells_of_collisions(write, processor, tmp_path):
+    import json
+
+    from onerec_hf.semantic_ids import fit_semantic_ids
+
+    vectors = np.random.default_rng(0).normal(size=(40, 8))
+    fitted = fit_semantic_ids([f"m{i}" for i in range(40)], vectors, [4, 4, 8], recipe="random")
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "semantic_ids.json").write_text(json.dumps(fitted.report.as_dict()))
+    processor = OneRecProcessor.from_catalogue(fitted.catalogue)
+    ids = section(write(processor=processor, model=make_model(fitted.catalogue)), "Semantic IDs")
+    assert "Quantiser: balanced." in ids
+    assert f"{fitted.report.collisions} collisions among 40 items, resolved by moving {fitted.report.moved}" in ids
+    assert f"embeddings `{fitted.catalogue.embedding_fingerprint[:16]}`" in ids
+    grown = OneRecProcessor.from_catalogue(fitted.catalogue.retire(["m1"]))  # another catalogue than the report's
+    ids = section(write(processor=grown, model=make_model(fitted.catalogue)), "Semantic IDs")
+    assert "collisions" not in ids
+    assert "1 of them retired" in ids
+
+
+def test_expert_load_is_what_was_counted(write, tmp_path, monkeypatch):
+    counts = np.array([[10, 30, 20, 20], [0, 80, 0, 0]])
+    described = section(write(tokens_per_expert=counts), "Model")
+    assert "Expert load over 40 tokens of training" in described  # two experts each
+    assert "layer 1 0.50 to 1.50; layer 2 0.00 to 4.00." in described
+    assert "(expert_load.png)" in described
+    assert (tmp_path / "shop" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    described = section(write("plain", tokens_per_expert=counts), "Model")
+    assert "layer 1 0.50 to 1.50" in described
+    assert "expert_load.png" not in described
+    assert not (tmp_path / "plain" / "expert_load.png").exists()
+
+
+def test_limits_count_cold_items_and_what_is_popular(write):
+    catalogue = ItemCatalogue(
+        [f"m{i}" for i in range(20)], [[i // 5, i % 5] for i in range(20)], [4, 5], [0, 0, 90, *[1] * 17]
+    )
+    processor = OneRecProcessor.from_catalogue(catalogue)
+    limits = section(write(processor=processor, model=make_model(catalogue)), "Limits")
+    assert "2 of 20 items have no interaction in training" in limits
+    assert "the most popular tenth of the items has 85% of the training interactions" in limits  # 91 of 107
+    assert "no interaction in training" not in section(write(), "Limits")
+
+
+def test_command_counts_and_versions_stand_as_they_are(write):
+    command = "onerec-hf train --output_dir '```\n# shop'"
+    card = write(command=command, counts={"users": 1234}, num_beams=30)
+    assert f"\n````sh\n{command}\n````\n" in card
+    assert "| users | 1,234 |" in card
+    assert "beam search of 30 beams" in card
+    assert f"transformers {transformers.__version__}" in card
+    assert "co2" not in card.lower()
+
+
+ALIGNED = Alignment(["the function <b>f</b>"], {0: 5, 1: 7}, 2, 1000, 0.01, "6 candidates | drawn.", "DPO, beta 0.1")
+
+
+def test_alignment_before_and_after(write):
+    more = [("before/onerec/recall@10", 0.05), ("reward/before", 1.0), ("reward/after", 2.0)]
+    more += [("heldout_reward/before", 1.5), ("heldout_reward/after", 1.25)]
+    card = write(alignment=ALIGNED, results=[*rows(), *(result_row(name, value, "x") for name, value in more)])
+    told = section(card, "Alignment")
+    assert (
+        "2 iterations, pairs drawn for 1.0% of 1,000 training examples in each (5 pairs in iteration 0, 7 pairs in iteration 1)."
+        in told
+    )
+    assert "Reward: the function &lt;b&gt;f&lt;/b&gt;." in told
+    assert table_of(told)[2:] == [
+        "| recall@10 | 0.0500 | 0.1235 |",
+        "| mean reward of generated sessions, by the reward that picked the pairs | 1.0000 | 2.0000 |",
+        "| mean reward of generated sessions, by a reward model that picked none | 1.5000 | 1.2500 |",
+    ]
+    assert len(table_of(section(card, "Evaluation"))) == 5
+    assert "## Alignment" not in write()
+    given = section(write(alignment=Alignment([], {0: 20}, 0, 20, None, "", "DPO")), "Alignment")
+    assert "on given pairs: 20 of them. What judged them is not known" in given
