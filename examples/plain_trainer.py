@@ -84,8 +84,7 @@ def main() -> None:
     history = processor([[0, 1, 2, 3]])
     print(f"after 0, 1, 2, 3: {processor.decode(model.eval().recommend(**history)[0])}")
 
-    # LoRA on the attention, from the saved folder. No RouterBalanceCallback here: it moves a buffer of the base model, and the
-    # base model is what an adapter leaves alone.
+    # LoRA on the attention, from the saved folder. No RouterBalanceCallback here: the router is frozen, and so is its bias.
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     adapted: Any = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(args.output_dir), lora)
     adapted.print_trainable_parameters()

@@ -248,8 +248,25 @@ def test_example_plain_trainer(workplace, monkeypatch, capsys):
     assert re.search(r"^after 0, 2, 4, 6: \[\d+, \d+\]$", out, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_example_fine_tune(workplace, monkeypatch, capsys):
+    out = run_example("fine_tune.py", monkeypatch, capsys)
+    found = re.findall(
+        r"^(.*?): +new users ([\d.]+), their new films ([\d.]+), old users ([\d.]+)$", out, re.MULTILINE
+    )
+    recall = {name: tuple(map(float, numbers)) for name, *numbers in found}
+    before, after = recall["grown catalogue, no training"], recall["with the adapter"]
+    assert after[0] > before[0] + 0.3
+    assert after[1] > before[1] + 0.3
+    assert after[2] > before[2] - 0.1  # old users are still served
+    for name in ("loaded on top of the base", "merged"):
+        assert recall[name] == pytest.approx(after, abs=0.005)
+    assert (Path("out") / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (Path("out") / "adapter" / "model.safetensors").exists()
+
+
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES} == {"train_on_your_table.py", "plain_trainer.py"}
+    assert {path.name for path in EXAMPLES} == {"train_on_your_table.py", "plain_trainer.py", "fine_tune.py"}
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])
