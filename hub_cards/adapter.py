@@ -74,6 +74,7 @@ def write_adapter_card(
         ),
         **named,
         base=base or generator.config._name_or_path,
+        base_is_folder=os.path.isdir(base or generator.config._name_or_path),
         base_name=origin(generator.config) if base is None else base,
         own_processor=(folder / "processor_config.json").exists(),
         example_history=catalogue.ids(range(min(3, len(catalogue)))),

@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
 from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded
+from tests.hub_cards.reading import run_snippet, section
 
 QUICK = [
     *[
@@ -53,7 +54,7 @@ def write_pairs(path, count=20, **columns):
     return path
 
 
-def test_by_a_reward_model(trained, data, reward, tmp_path):
+def test_by_a_reward_model(trained, data, reward, tmp_path, monkeypatch):
     before = contents(trained.folder)
     done = succeeded(
         onerec(
@@ -89,10 +90,20 @@ def test_by_a_reward_model(trained, data, reward, tmp_path):
     for side in ("chosen", "rejected"):
         assert judge.reward(pairs["history"], pairs[side]) == pytest.approx(pairs[f"{side}_reward"], rel=1e-4)
     assert all(a > b for a, b in zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True))
-    names = {row["name"] for row in json.loads((folder / "results.json").read_text())["rows"]}
-    assert {"before/onerec/recall@10", "onerec/recall@10", "popularity/recall@10", "seconds"} <= names
-    assert {f"{kind}/{when}" for kind in ("reward", "heldout_reward") for when in ("before", "after")} <= names
-    assert (folder / "README.md").exists()
+    values = {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    wanted = {f"{kind}/{when}" for kind in ("reward", "heldout_reward") for when in ("before", "after")}
+    assert {"before/onerec/recall@10", "onerec/recall@10", "popularity/recall@10", "seconds"} | wanted <= values.keys()
+    card = (folder / "README.md").read_text()
+    assert len(run_snippet(card)["sessions"]) == 1
+    told = section(card, "Alignment")
+    assert f"({len(pairs)} pairs in iteration 0)" in told
+    assert "Reward: the reward model judge" in told
+    assert f"| recall@10 | {values['before/onerec/recall@10']:.4f} | {values['onerec/recall@10']:.4f} |" in told
+    assert "onerec-hf align --model" in card
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    pairs_card = (folder / "pairs" / "README.md").read_text()
+    assert run_snippet(pairs_card)["pairs"].to_list() == pairs.to_list()
+    assert processor.catalogue.hash[:16] in pairs_card
     assert (folder / "codebooks.safetensors").exists()
     assert not (folder / "checkpoints").exists()
     assert not list(folder.rglob("*.bin"))

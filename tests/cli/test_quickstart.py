@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 from onerec_hf.cli.quickstart import codebook_size
 from onerec_hf.trainers import OneRecTrainer
 from tests.cli.commands import NUM_ITEMS, onerec, succeeded, write_csv
+from tests.hub_cards.reading import section
 
 ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "illegal_share", "seconds")
 
@@ -65,6 +66,9 @@ def check_alignment(done, folder):
     ).read_bytes()
     moved = [not torch.equal(a, b) for a, b in zip(aligned.parameters(), trained.parameters(), strict=True)]
     assert all(moved)
+    told = section((folder / "aligned" / "README.md").read_text(), "Alignment")
+    before, after = (results(folder)[f"heldout_reward/{when}"] for when in ("before", "after"))
+    assert f"by a reward model that picked none | {before:.4f} | {after:.4f} |" in told
     assert "reward" not in (folder / "README.md").read_text()
 
 

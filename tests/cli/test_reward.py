@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from onerec_hf.hub_cards.common import plain_text
 from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded, write_csv
+from tests.hub_cards.reading import run_snippet
 
 TINY = [
     "--hidden_size",
@@ -70,6 +72,18 @@ def test_a_table_becomes_a_reward_model(impressions, data, tmp_path):
     assert results["command"].startswith("onerec-hf reward --impressions")
     assert "onerec_reward" in done.out
     assert "relative_log_loss" in done.out
+
+
+def test_the_card_runs_and_shows_the_baselines(impressions, tmp_path):
+    folder = tmp_path / "judge"
+    succeeded(reward(impressions, folder))
+    card = (folder / "README.md").read_text()
+    rows = {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    for model in ("base_rate", "logistic_regression", "onerec_reward"):
+        assert f"| ltr | {plain_text(model)} | {rows[f'{model}/ltr/auc']:.4f} |" in card
+    assert "onerec-hf reward --impressions" in card
+    assert "1,600 impressions of 40 users." in card
+    assert len(run_snippet(card)["rewards"]) == 1
 
 
 def test_without_features_there_is_no_regression(impressions, tmp_path):
