@@ -203,7 +203,9 @@ class HubModel(CarriesCode):
         loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-            places = [(source, kwargs if source == repo else {**kwargs, "revision": None})]
+            places: list[tuple[str | os.PathLike | None, dict]] = [
+                (source, kwargs if source == repo else {**kwargs, "revision": None})
+            ]
             # An adapter may bring what its base has grown to. The Auto classes name the base here, and the adapter beside it.
             adapter = kwargs.get("adapter_kwargs") or {}
             if source != repo:
