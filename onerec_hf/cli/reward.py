@@ -92,6 +92,8 @@ class RewardModelArguments:
 
 
 def main(argv: list[str]) -> None:
+    from transformers import set_seed
+
     from onerec_hf.hub_cards import Training, write_reward_card
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
@@ -104,6 +106,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     feedback = load_feedback(data_args, model_args.max_history)
     say(feedback.description)
+    set_seed(training_args.seed)  # the model's first weights are drawn before Trainer would do so
     model, items, features = new_reward_model(feedback, model_args, weights)
     training_args.output_dir = str(folder / "checkpoints")
     trainer: Any = RewardTrainer(model, training_args, feedback.train, feedback.validation)

@@ -52,7 +52,7 @@ def test_a_table_becomes_a_reward_model(impressions, data, tmp_path):
     items = ["--items", data.items]
     done = succeeded(
         reward(
-            impressions, folder, *items, "--score_weights", "ltr=1", "--num_train_epochs", 8, "--learning_rate", 0.01
+            impressions, folder, *items, "--score_weights", "ltr=1", "--num_train_epochs", 40, "--learning_rate", 0.03
         )
     )
     assert {"config.json", "model.safetensors", "results.json", "reward_items.safetensors"} <= set(contents(folder))
