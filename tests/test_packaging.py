@@ -60,6 +60,7 @@ def test_wheel_holds_one_package_with_templates_and_marker(distributions):
         assert wanted in names
     modules = [p for room in ("modeling", "trainers", "hub_cards") for p in (ROOT / room).glob("*.py")]
     modules += [p for p in (ROOT / "onerec_hf").rglob("*.py") if not p.is_symlink()]
+    modules += (ROOT / "hub_cards" / "templates").iterdir()
     packaged = {name.rsplit("/", 1)[-1] for name in names}
     assert {path.name for path in modules} <= packaged
 
