@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -82,6 +83,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "give either --reward, models that judge generated sessions, or --preferences, a file of pairs"
         )
+    both = {os.path.realpath(path) for path in args.reward or []} & {
+        os.path.realpath(path) for path in args.judge or []
+    }
+    if both:
+        raise ValueError(f"--judge {sorted(both)[0]} is a --reward too: a judge is a model that picks no pair")
     folder, command = Path(training_args.output_dir), command_line("align", argv)
     check_folder(folder, args.overwrite)
     if folder.resolve() == Path(args.model).resolve():

@@ -1,6 +1,7 @@
 """`onerec-hf align`: by a reward model or by given pairs, and what it leaves behind."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path, monkeypatch):
             "--reward",
             reward,
             "--judge",
-            reward,
+            shutil.copytree(reward, tmp_path / "judge"),
             "--max_examples",
             40,
             *data.options,
@@ -138,3 +139,8 @@ def test_refuses_with_one_message(trained, data, reward, tmp_path):
     same = ["--output_dir", trained.folder, "--overwrite", *data.options, *QUICK]
     refused(onerec("align", *model, "--reward", reward, *same), "is the model itself")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_picks_no_pair(trained, data, reward, tmp_path):
+    options = ["--model", trained.folder, "--reward", reward, "--judge", reward, *data.options, *QUICK]
+    refused(onerec("align", *options, "--output_dir", tmp_path / "aligned"), "is a --reward too")
