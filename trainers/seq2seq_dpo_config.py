@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from trl.trainer.dpo_config import DPOConfig
 
 from onerec_hf.trainers.preference_losses import REFERENCE_FREE, cdpo_settings, cpo_settings
@@ -44,6 +45,7 @@ class Seq2SeqDPOConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
         if self.truncation_mode != "keep_start":
             raise ValueError("truncation_mode must be 'keep_start': an answer is written from its beginning")
         names = list(self.loss_type)

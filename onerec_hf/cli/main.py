@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # TRL's configs still set transformers' old name for activation checkpointing; nobody at a command line can mend it.
+            warnings.filterwarnings(
+                "ignore", message=r".*gradient_checkpointing` is deprecated", category=FutureWarning
+            )
             command.main(argv[1:])
     except SystemExit as exit:  # --help
         return int(exit.code or 0)
