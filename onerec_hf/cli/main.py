@@ -14,6 +14,7 @@ COMMANDS = {
     "reward": "impressions with feedback to a reward model that judges sessions",
     "align": "a trained generator to one that a reward model, or given preferences, prefers",
     "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
+    "export": "a trained generator as ONNX graphs, compared with the model",
     "demo": "a saved model as a page in the browser: pick a history, see generated sessions",
     "recommend": "histories (file or stdin) to recommended items, as JSON lines",
 }

@@ -1,0 +1,155 @@
+"""`onerec-hf export`: a trained generator as two ONNX graphs, compared with the model before they are kept."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onerec_hf.cli.arguments import OutputArguments, parse
+from onerec_hf.cli.steps import check_folder, load_model, load_processor, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+TOLERANCE = 1e-3  # of logits, float32 in both
+
+
+@dataclass
+class ExportArguments(OutputArguments):
+    """What is exported, and where to."""
+
+    model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})
+    output_dir: str = field(default="onerec-onnx", metadata={"help": "Folder for the graphs and the processor."})
+
+
+def main(argv: list[str]) -> None:
+    (args,) = parse((ExportArguments,), argv, "export", required=["--model"])
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ImportError('the export needs onnx, onnxscript and onnxruntime: pip install "onerec-hf[onnx]"') from None
+    folder = check_folder(args.output_dir, args.overwrite)
+    processor, model = load_processor("--model", args.model), load_model("--model", args.model)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as scratch:
+        differences = export_onnx(model, processor, Path(scratch))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in Path(scratch).iterdir():
+            shutil.move(path, folder / path.name)
+    for name, difference in differences.items():
+        print(f"{name}.onnx: largest difference from the model in onnxruntime {difference:.1e}")
+    say(f"saved to {folder}; the catalogue's constraint is not part of the graphs (docs/cli.md#export)")
+
+
+def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, float]:
+    """
+    Writes `encoder.onnx` (`input_ids`, `attention_mask` to `encoder_hidden_states`), `decoder.onnx` (`decoder_input_ids`, the sequence written so far,
+    `encoder_hidden_states`, `attention_mask` to `logits` of every place), each with its weights beside it, and the processor with its catalogue.
+    Numbers of users, history tokens and session tokens are free. Through transformers' ONNX exporter.
+
+    Returns:
+        Per graph the largest difference from the model's float32 outputs, on sizes that it was not traced with.
+
+    Raises:
+        ValueError: a graph that computes something else.
+    """
+    import torch
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    model = model.eval().float().cpu()
+    model.set_experts_implementation("batched_mm")  # the one that has an ONNX form for any number of tokens
+    assert processor.catalogue is not None
+    items = processor.catalogue.ids(range(min(5, len(processor.catalogue))))
+    traced = processor([items[:2], items[:1]], sessions=[items[:2], items[:1]])
+    other = processor([items[:3], items[:1], items[:2]], sessions=[items[:1], items[:2], items[:3]])
+    auto, differences = torch.export.Dim.AUTO, {}
+    for name, graph in (("encoder", encoder_graph(model)), ("decoder", decoder_graph(model))):
+        inputs, checked = (_inputs(model, name, batch) for batch in (traced, other))
+        shapes = {key: {0: auto, 1: auto} for key in inputs}
+        with warnings.catch_warnings(), SilentLoggers("torch.onnx", "transformers", "onnxscript"):
+            warnings.simplefilter("ignore")
+            exported: Any = OnnxExporter().export(graph.eval(), inputs, config=OnnxConfig(dynamic_shapes=shapes))  # type: ignore[arg-type]
+            with torch.no_grad():
+                (wanted,) = graph(**checked).values()
+            found = torch.as_tensor(next(iter(exported(**checked).values())))
+        differences[name] = float((found - wanted).abs().max())
+        if not differences[name] < TOLERANCE:
+            raise ValueError(f"{name}.onnx differs from the model by {differences[name]:.1e}: it is not kept")
+        OnnxExporter.save_program(exported.program, folder / f"{name}.onnx")
+    processor.save_pretrained(folder, include_code=False)
+    return differences
+
+
+def _inputs(model, name: str, batch) -> dict[str, torch.Tensor]:
+    import torch
+
+    encoder = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if name == "encoder":
+        return encoder
+    with torch.no_grad():
+        states = model.get_encoder()(**encoder).last_hidden_state
+    return {
+        "decoder_input_ids": batch["decoder_input_ids"],
+        "encoder_hidden_states": states,
+        "attention_mask": batch["attention_mask"],
+    }
+
+
+class SilentLoggers:
+    """The exporter's libraries speak of their own progress and of packages that nobody asked for."""
+
+    def __init__(self, *names: str):
+        self._loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self):
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *error):
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+
+
+def encoder_graph(model) -> Any:
+    """The encoder as a module whose output has a name."""
+    import torch
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = model.get_encoder()
+
+        def forward(self, input_ids, attention_mask):
+            return {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}
+
+    return Encoder()
+
+
+def decoder_graph(model) -> Any:
+    """One step of writing, without a cache: the whole sequence so far to the logits of every place."""
+    import torch
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, decoder_input_ids, encoder_hidden_states, attention_mask):
+            out = self.model(
+                encoder_outputs=(encoder_hidden_states,),
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                use_cache=False,
+            )
+            return {"logits": out.logits}
+
+    return Decoder()
