@@ -163,7 +163,7 @@ def _contains(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def _count_between(rows: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """How many entries of the user's sorted row (users, n) lie in [first, end), both (users, ...)."""
     bounds = torch.stack([first, end]).transpose(0, 1).reshape(len(rows), -1)
-    below_first, below_end = torch.searchsorted(rows, bounds).chunk(2, dim=1)
+    below_first, below_end = torch.searchsorted(rows, bounds.contiguous()).chunk(2, dim=1)
     return (below_end - below_first).view_as(first)
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,8 +352,14 @@ def test_ctrl_c_before_training_leaves_earlier_results(data, trained, tmp_path, 
 
 def test_ctrl_c_in_the_last_evaluation_loses_nothing(data, trained, tmp_path, monkeypatch):
     folder = tmp_path / "out"
+
+    def prediction_step(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(10)  # Python comes to the handler soon, not at once
+        raise AssertionError("Ctrl-C was not heard")
+
     with monkeypatch.context() as patch:
-        patch.setattr(OneRecTrainer, "prediction_step", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+        patch.setattr(OneRecTrainer, "prediction_step", prediction_step)
         done = onerec("train", *data.options, *CODES, *TINY, "--output_dir", folder)
     assert done.status == 130
     assert AutoModelForSeq2SeqLM.from_pretrained(folder).config.hidden_size == 16
