@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # As preference optimisation is usually done: pairs drawn once, one reference (not run unless asked for).
     **{f"{name}_once": {**settings, "iterations": 1} for name, settings in _LOSSES.items()},
     "ipa_one_iteration": {"iterations": 1},
+    "ipa_2_percent": {"dpo_ratio": 0.02},
     "ipa": {},
 }
 TABLE = ["sasrec", "tiger", "onerec", *(name for name in VARIANTS if not name.endswith("_once"))]
