@@ -36,6 +36,7 @@ class World:
     judge: Any
     items: Any  # RewardItems: item ids to rows
     features: np.ndarray
+    test_windows: Any  # labelled windows of the test days, of all users
     judged: dict[str, Any]  # "validation", "test": history and session (what was watched)
     observed: Any  # DataFrame: per item, mean feedback on the test days
     sequences: list[np.ndarray]  # long views in time order, of all users, before May
@@ -80,6 +81,7 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
         _train_reward(judge, feedback.validation, 1000 + seed, quick),
         items,
         features,
+        feedback.test.select(range(200)) if quick else feedback.test,
         {"validation": validation, "test": test},
         _observed(log[log["date"] >= 20220506]),
         [np.asarray(h) for h in histories.values() if len(h) > 1],

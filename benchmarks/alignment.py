@@ -92,7 +92,6 @@ def training_settings(seed: int) -> dict[str, Any]:
 def train_generator(world: World, session_length: int, quick: bool):
     """A generator of `session_length` items by the next-token loss: 5 is OneRec, 1 is TIGER's pointwise objective on a dense decoder."""
     import torch
-    from datasets import Dataset
 
     from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
@@ -116,8 +115,7 @@ def train_generator(world: World, session_length: int, quick: bool):
     if session_length == 1:
         # One target drawn of each window, so that both generators see as many examples.
         rng = np.random.default_rng(world.seed)
-        windows = windows.map(_one_target, fn_kwargs={"rng": rng}) if not quick else windows
-        windows = Dataset.from_list(list(windows)) if quick else windows
+        windows = windows.map(_one_target, fn_kwargs={"rng": rng})
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
             scratch,
@@ -265,13 +263,12 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
     return judged(world, generated(world, model, histories, name == "tiger"), ranked(world, model, histories), split)
 
 
-def within_user_auc(world: World, folder: str, quick: bool) -> dict[str, float]:
+def within_user_auc(world: World) -> dict[str, float]:
     """How often each reward model ranks two test windows of one user right: what picking among one user's candidates asks of it."""
-    from onerec_hf.data import label_matrix, load_kuairand_feedback
+    from onerec_hf.data import label_matrix
     from onerec_hf.evaluation.reward_metrics import reward_metrics, within_group_concordance
 
-    test = load_kuairand_feedback(folder, validation_start=20220501, test_start=20220506).test
-    test = test.select(range(200)) if quick else test
+    test = world.test_windows
     labels, users, found = label_matrix(test), np.array(test["user_id"][:]), {}
     for name, model in (("picker", world.picker), ("judge", world.judge)):
         p = model.predict(test["history"][:], test["session"][:]).double().numpy()
@@ -287,7 +284,7 @@ def measure(options, seed: int) -> dict[str, float]:
     quiet()
     started = cpu_seconds()
     world = load_world(options.data_dir, seed, options.quick)
-    measured = within_user_auc(world, options.data_dir, options.quick)
+    measured = within_user_auc(world)
     base = train_generator(world, SESSION_LENGTH, options.quick)
     say(f"seed {seed}: data, reward models and OneRec in {cpu_seconds() - started:.0f} CPU s")
     for name in options.variants:

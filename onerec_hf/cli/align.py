@@ -25,6 +25,7 @@ from onerec_hf.cli.steps import (
     load_processor,
     naming,
     prepare_data,
+    save_trained,
     say,
     table,
     write_origin,
@@ -113,8 +114,7 @@ def main(argv: list[str]) -> None:
     claim_folder(folder)
     with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
         trainer.train()
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
+        save_trained(trainer, folder)
     write_origin(folder, find_origin(args.model))
     alignment = save_pairs(drawn_pairs, folder, trainer, data, command) if rewards else Alignment.of(trainer)
     after = ranking_rows(trainer.model, processor, data) if args.evaluate else []

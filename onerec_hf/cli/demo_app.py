@@ -193,13 +193,14 @@ def build_app(recommender: Recommender, examples: Sequence[Sequence] = (), name:
         except ValueError as error:
             return f'<p role="alert">{html.escape(str(error))}</p>'
 
+    choices = recommender.choices()
     with gradio.Blocks(title=name) as app:
         gradio.HTML(
             f"<h1>{html.escape(name)}</h1><p>{len(recommender.catalogue):,} items. Pick or type a history, oldest first.</p>"
         )
         with gradio.Row():
             with gradio.Column():
-                picked = gradio.Dropdown(recommender.choices(), multiselect=True, label="History", elem_id="history")
+                picked = gradio.Dropdown(choices, multiselect=True, label="History", elem_id="history")
                 typed = gradio.Textbox(label="or item ids, separated by commas", elem_id="typed")
                 beams = gradio.Slider(1, 128, value=32, step=1, label="Beams", elem_id="beams")
                 length = gradio.Slider(1, 10, value=5, step=1, label="Items of a session", elem_id="length")
@@ -211,7 +212,7 @@ def build_app(recommender: Recommender, examples: Sequence[Sequence] = (), name:
         button.click(answer, inputs, sessions)
         typed.submit(answer, inputs, sessions)
         if examples:
-            known = {value for _, value in recommender.choices()}
+            known = {value for _, value in choices}
             rows = [[[str(item) for item in history if str(item) in known]] for history in examples]
             gradio.Examples([row for row in rows if row[0]], [picked], label="Histories to try")
     return app

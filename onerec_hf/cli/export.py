@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +76,7 @@ def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, fl
     for name, graph in (("encoder", encoder_graph(model)), ("decoder", decoder_graph(model))):
         inputs, checked = (_inputs(model, name, batch) for batch in (traced, other))
         shapes = {key: {0: auto, 1: auto} for key in inputs}
-        with warnings.catch_warnings(), SilentLoggers("torch.onnx", "transformers", "onnxscript"):
+        with warnings.catch_warnings(), errors_only("torch.onnx", "transformers", "onnxscript"):
             warnings.simplefilter("ignore")
             exported: Any = OnnxExporter().export(graph.eval(), inputs, config=OnnxConfig(dynamic_shapes=shapes))  # type: ignore[arg-type]
             with torch.no_grad():
@@ -103,19 +105,16 @@ def _inputs(model, name: str, batch) -> dict[str, torch.Tensor]:
     }
 
 
-class SilentLoggers:
+@contextlib.contextmanager
+def errors_only(*names: str) -> Iterator[None]:
     """The exporter's libraries speak of their own progress and of packages that nobody asked for."""
-
-    def __init__(self, *names: str):
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self):
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    try:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *error):
-        for logger, level in zip(self._loggers, self._levels, strict=True):
+        yield
+    finally:
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from onerec_hf.cli.align import session_reward
 from onerec_hf.cli.arguments import SemanticIDArguments
-from onerec_hf.cli.steps import PreparedData, embed_items, find_origin, say, write_origin
+from onerec_hf.cli.steps import PreparedData, embed_items, find_origin, save_trained, say, write_origin
 from onerec_hf.evaluation.results import result_row
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: st
             processing_class=processor,
         )
         aligned.train()
-        aligned.save_model(str(folder / "aligned"))
-        (folder / "aligned" / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
+        save_trained(aligned, folder / "aligned")
     write_origin(folder / "aligned", find_origin(folder))
     histories = data.split.test[:USERS]["history"]
     found = []

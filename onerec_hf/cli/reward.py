@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import OutputArguments, command_line, parse
-from onerec_hf.cli.steps import check_folder, claim_folder, say, table
+from onerec_hf.cli.steps import check_folder, claim_folder, save_trained, say, table
 from onerec_hf.cli.train import resumable
 from onerec_hf.evaluation.results import result_row, write_results
 
@@ -113,8 +113,7 @@ def main(argv: list[str]) -> None:
     claim_folder(folder)
     with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
         trainer.train()
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle
+        save_trained(trainer, folder)
     rows = rows_beside_baselines(model, feedback, items, features)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     write_results(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments
     from onerec_hf.data import LeaveOneOutSplit, RecommendationData, UserSequences
     from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
@@ -141,6 +143,12 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
         return AutoModelForSeq2SeqLM.from_pretrained(
             repo, use_safetensors=True, attn_implementation=attn_implementation
         )
+
+
+def save_trained(trainer: Trainer, folder: Path) -> None:
+    """Saves what a trainer trained, without the pickle of arguments that Trainer adds: nothing in an artefact is unpickled."""
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ from onerec_hf.cli.steps import (
     load_processor,
     new_model,
     prepare_data,
+    save_trained,
     say,
     table,
     write_origin,
@@ -205,8 +206,7 @@ def train(
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's pickle: nothing in an artefact is unpickled
+        save_trained(trainer, folder)
     training_args.push_to_hub = push
     return trainer
 
