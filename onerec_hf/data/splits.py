@@ -85,33 +85,74 @@ def leave_one_out(
         >>> split.train[0], split.validation[0]["session"], split.test[0]
         ({'user_id': 1, 'history': [5], 'session': [6]}, [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8]})
     """
-    if min_length < 3:
-        raise ValueError(f"min_length ({min_length}) must be at least 3: a history item and two targets.")
-    held_out = sequences.lengths >= min_length
+    train_sequences, held_out = hold_out_last_two(sequences, min_length)
     if not held_out.any():
         raise DataError(
             f"leave-one-out: none of {len(sequences):,} users has {min_length} items (the longest sequence has "
             f"{sequences.lengths.max()}). Add data, or split by time with temporal_split."
         )
-    users = sequences.user_rows
-    from_end = sequences.offsets[1:][users] - np.arange(len(users))  # 1 for the last item
-    train_sequences = sequences.where((from_end > 2) | ~held_out[users])
     train = _train_windows(train_sequences, session_length, max_history, stride)
-    user_ids, starts, stops = (
-        sequences.user_ids[held_out],
-        sequences.offsets[:-1][held_out],
-        sequences.offsets[1:][held_out],
-    )
-    validation, test = (
-        examples(user_ids, (sequences.item_ids, starts, at), (sequences.item_ids, at, at + 1))
-        for at in (stops - 2, stops - 1)
-    )
-    description = (
-        f"Leave-one-out split: for each of {held_out.sum():,} users with at least {min_length} interactions the last item is the "
-        f"test target and the one before it the validation target; {(~held_out).sum():,} users with fewer are used for training "
-        f"only; {_describe(train, session_length, max_history, stride)}."
+    validation, test = (examples(*last_item_slices(sequences, held_out, before_end)) for before_end in (1, 0))
+    description = describe_leave_one_out(
+        int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
     )
     return LeaveOneOutSplit(train, validation, test, train_sequences, description)
+
+
+def hold_out_last_two(sequences: UserSequences, min_length: int = 3) -> tuple[UserSequences, np.ndarray]:
+    """
+    What leave-one-out trains on, and (U,) bool: which users are long enough to be validated and tested on.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1] * 4 + [2], "item_id": [5, 6, 7, 8, 9], "timestamp": [0, 1, 2, 3, 4]})
+        >>> train, held_out = hold_out_last_two(UserSequences.from_interactions(rows))
+        >>> [items.tolist() for items in train.lists()], held_out.tolist()
+        ([[5, 6], [9]], [True, False])
+    """
+    if min_length < 3:
+        raise ValueError(f"min_length ({min_length}) must be at least 3: a history item and two targets.")
+    held_out = sequences.lengths >= min_length
+    users = sequences.user_rows
+    from_end = sequences.offsets[1:][users] - np.arange(len(users))  # 1 for the last item
+    return sequences.where((from_end > 2) | ~held_out[users]), held_out
+
+
+def last_item_slices(sequences: UserSequences, users: np.ndarray, before_end: int = 0):
+    """
+    For the users where the mask is true: the whole past up to an item as history and that item as session, as `examples` takes them.
+
+    Args:
+        users: (U,) bool.
+        before_end: 0 for the last item (the test target), 1 for the one before it (the validation target).
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
+        >>> examples(*last_item_slices(UserSequences.from_interactions(rows), np.array([True])))[0]
+        {'user_id': 1, 'history': [5, 6], 'session': [7]}
+    """
+    items, starts, at = (
+        sequences.item_ids,
+        sequences.offsets[:-1][users],
+        sequences.offsets[1:][users] - 1 - before_end,
+    )
+    return sequences.user_ids[users], (items, starts, at), (items, at, at + 1)
+
+
+def describe_leave_one_out(
+    held_out: int, others: int, train: int, session_length: int, max_history: int, stride: int, min_length: int = 3
+) -> str:
+    """
+    The split's sentence for model cards.
+
+    Example:
+        >>> describe_leave_one_out(9, 1, 40, 5, 50, 1)[:63]
+        'Leave-one-out split: for each of 9 users with at least 3 intera'
+    """
+    return (
+        f"Leave-one-out split: for each of {held_out:,} users with at least {min_length} interactions the last item is the "
+        f"test target and the one before it the validation target; {others:,} users with fewer are used for training "
+        f"only; {_describe(train, session_length, max_history, stride)}."
+    )
 
 
 def temporal_split(
@@ -168,7 +209,7 @@ def temporal_split(
         f"Temporal split: training on {len(train_sequences.item_ids):,} of {len(times):,} interactions, those before "
         f"{validation_start}; {len(parts['validation']):,} validation users from then to {test_start} and "
         f"{len(parts['test']):,} test users after, each with up to {session_length} target items; "
-        f"{_describe(train, session_length, max_history, stride)}."
+        f"{_describe(len(train), session_length, max_history, stride)}."
     )
     return TemporalSplit(train, parts["validation"], parts["test"], train_sequences, description)
 
@@ -188,8 +229,8 @@ def _train_windows(sequences: UserSequences, session_length: int, max_history: i
     return train
 
 
-def _describe(train: datasets.Dataset, session_length: int, max_history: int, stride: int) -> str:
+def _describe(train: int, session_length: int, max_history: int, stride: int) -> str:
     return (
-        f"the {len(train):,} training examples are per-user sliding windows (up to {session_length} target items after up to "
+        f"the {train:,} training examples are per-user sliding windows (up to {session_length} target items after up to "
         f"{max_history} history items, stride {stride}), not logged sessions"
     )

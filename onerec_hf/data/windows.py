@@ -78,11 +78,26 @@ def window_examples(
     """
     if max_history is not None and max_history < 1:
         raise ValueError(f"max_history ({max_history}) must be at least 1, or None for the whole history.")
-    rows, starts, stops = window_bounds(sequences.lengths, session_length, stride)
+    return examples(*window_slices(sequences, *window_bounds(sequences.lengths, session_length, stride), max_history))
+
+
+def window_slices(
+    sequences: UserSequences, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_history: int | None
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """
+    User ids, histories and sessions of windows, all or some of what `window_bounds` gives, as `examples` takes them.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
+        >>> sequences = UserSequences.from_interactions(rows)
+        >>> examples(*window_slices(sequences, np.array([0]), np.array([2]), np.array([3]), max_history=1))[0]
+        {'user_id': 1, 'history': [6], 'session': [7]}
+    """
     base = sequences.offsets[rows]
     history_starts = np.zeros_like(starts) if max_history is None else np.maximum(starts - max_history, 0)
     history = (sequences.item_ids, base + history_starts, base + starts)
-    return examples(sequences.user_ids[rows], history, (sequences.item_ids, base + starts, base + stops))
+    return sequences.user_ids[rows], history, (sequences.item_ids, base + starts, base + stops)
 
 
 def examples(
@@ -104,13 +119,29 @@ def examples(
     """
     from datasets import Dataset
 
+    return Dataset(example_table(user_ids, history, session))
+
+
+def example_table(
+    user_ids: np.ndarray,
+    history: tuple[np.ndarray, np.ndarray, np.ndarray],
+    session: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> pa.Table:
+    """
+    `examples` as an Arrow table.
+
+    Example:
+        >>> items = np.array([5, 6, 7])
+        >>> example_table(np.array([1]), (items, np.array([0]), np.array([2])), (items, np.array([2]), np.array([3]))).column_names
+        ['user_id', 'history', 'session']
+    """
     id_type = pa.int64() if user_ids.dtype.kind == "i" else pa.string()
     columns = {
         "user_id": pa.array(user_ids, type=id_type),
         "history": list_slices(*history),
         "session": list_slices(*session),
     }
-    return Dataset(pa.table(columns))
+    return pa.table(columns)
 
 
 def list_slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
