@@ -259,6 +259,7 @@ class OneRecTopKRouter(nn.Module):
 class OneRecSparseMoeBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.num_experts = config.num_experts  # under expert parallelism `experts` knows only its own
         self.experts = OneRecExperts(config)
         self.gate = OneRecTopKRouter(config)
 
@@ -272,7 +273,7 @@ class OneRecSparseMoeBlock(nn.Module):
         counted = (
             torch.ones_like(index) if token_mask is None else token_mask.reshape(-1, 1).to(index).expand_as(index)
         )
-        counts = index.new_zeros(self.experts.num_experts).scatter_add(0, index.flatten(), counted.flatten())
+        counts = index.new_zeros(self.num_experts).scatter_add(0, index.flatten(), counted.flatten())
         return out, counts
 
 

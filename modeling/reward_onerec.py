@@ -138,6 +138,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
     # Labels are averaged over sessions, and Trainer's `num_items_in_batch` counts labels: it divides by accumulation steps instead.
     accepts_loss_kwargs = False
     main_input_name = "input_ids"
+    _fsdp_plan = {"history_layers.*": "free_full_weight", "session_layers.*": "free_full_weight"}
     _files_beside = (REWARD_ITEMS_NAME,)
 
     def __init__(self, config: OneRecRewardConfig):

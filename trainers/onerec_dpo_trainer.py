@@ -23,6 +23,7 @@ from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
+from onerec_hf.trainers.sharding import whole_model
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +67,10 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     """
 
     _tag_names = ["trl", "dpo", "onerec", "iterative-preference-alignment"]
+    _memory_settings = {
+        "training": ", or a smaller max_history of the processor; where pairs are drawn, draw_batch_size or num_candidates",
+        "evaluation": "",
+    }
     args: OneRecDPOConfig
 
     def __init__(
@@ -155,8 +160,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         count = max(1, round(self.args.dpo_ratio * len(self._examples)))
         drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
         mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        with policy.packed_experts():
-            drawn_for = gather_object(list(self._draw(policy, mine.tolist(), iteration)))
+        with whole_model(policy) as generator, generator.packed_experts():
+            drawn_for = gather_object(list(self._draw(generator, mine.tolist(), iteration)))
         found = [pair for _, pairs in drawn_for for pair in pairs]
         self._pairs = _by_row(found)
         # A history whose candidates are all worth the same teaches nothing, and one with few candidates little: both are said.

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
@@ -19,12 +19,15 @@ from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
+from onerec_hf.trainers.sharding import whole_model
+from onerec_hf.trainers.step_faults import StepFaults
+from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
-class OneRecTrainer(Seq2SeqTrainer):
+class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k
@@ -48,6 +51,8 @@ class OneRecTrainer(Seq2SeqTrainer):
     Raises:
         ValueError: no processor, prefixes for a fully visible encoder, or `args.packing` with what cannot be packed.
 
+    Faults of a training are those of [`StepFaults`] and [`WholeCheckpoints`].
+
     Example:
         >>> trainer = OneRecTrainer(
         ...     model, OneRecTrainingArguments("out"), train_dataset=split.train, eval_dataset=split.validation, processing_class=processor
@@ -55,6 +60,11 @@ class OneRecTrainer(Seq2SeqTrainer):
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.evaluate(split.test, metric_key_prefix="test")["test_recall@10"]  # doctest: +SKIP
     """
+
+    _memory_settings = {
+        "training": ", or a smaller max_history of the processor, or packing=True",
+        "evaluation": ", eval_num_beams, or set eval_accumulation_steps=1",
+    }
 
     def __init__(
         self,
@@ -142,7 +152,7 @@ class OneRecTrainer(Seq2SeqTrainer):
         finally:
             self._interrupt.restore()
         if self._interrupt.interrupted:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+            checkpoint = newest_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(
                 f"training stopped at step {self.state.global_step}; resume it with resume_from_checkpoint={checkpoint!r}"
             )
@@ -155,7 +165,7 @@ class OneRecTrainer(Seq2SeqTrainer):
 
     @property
     def tokens_per_expert(self) -> np.ndarray | None:
-        """(decoder_layers, num_experts) tokens that chose each expert since training began or was resumed; None without experts."""
+        """(decoder_layers, num_experts) tokens that chose each expert in all steps; None without experts."""
         counts = self._router_balance.tokens_per_expert
         return None if counts is None else counts.cpu().numpy()
 
@@ -169,9 +179,9 @@ class OneRecTrainer(Seq2SeqTrainer):
         write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
     def evaluation_loop(self, *args, **kwargs):
-        generator = self.accelerator.unwrap_model(self.model)
-        with generator.packed_experts():  # thousands of rankings by the same weights
-            return super().evaluation_loop(*args, **kwargs)
+        with whole_model(self.accelerator.unwrap_model(self.model)) as self._generator:
+            with self._generator.packed_experts():  # thousands of rankings by the same weights
+                return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -188,8 +198,7 @@ class OneRecTrainer(Seq2SeqTrainer):
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         top = max(self.args.eval_top_k)
-        generator = self.accelerator.unwrap_model(model)
-        sequences = generator.recommend(
+        sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
             session_length=1,

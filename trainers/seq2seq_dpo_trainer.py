@@ -24,6 +24,9 @@ from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
 from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
+from onerec_hf.trainers.sharding import is_sharded, sharded_copy
+from onerec_hf.trainers.step_faults import StepFaults
+from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints
 
 _TEXT = ("prompt", "chosen", "rejected")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -32,7 +35,7 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _REFERENCE_FILE = "reference.safetensors"
 
 
-class Seq2SeqDPOTrainer(DPOTrainer):
+class Seq2SeqDPOTrainer(StepFaults, WholeCheckpoints, DPOTrainer):
     """
     `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and every other loss and option that
     TRL has for it. The encoder reads the prompt once per pair; what is scored is the decoder's sequence alone.
@@ -283,6 +286,8 @@ def _check_adapter(peft_config, model) -> None:
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    if is_sharded(model):
+        return sharded_copy(model)
     # TRL's fused forward, left by an earlier trainer, holds the model that it was made for: a copy of it would run the original's weights.
     forward = model.__dict__.pop("forward", None)
     copied = copy.deepcopy(model)

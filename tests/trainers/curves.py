@@ -1,0 +1,138 @@
+"""
+One short training of each trainer, for the tests that compare its curve over layouts of ranks; also the script that every rank runs:
+`python -m tests.trainers.curves KIND LAYOUT START OUT`, alone or under torchrun.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers.distributed import DistributedConfig
+
+import onerec_hf  # noqa: F401 - registers the Auto classes
+from onerec_hf import OneRecForSessionReward, OneRecProcessor, OneRecRewardConfig, RewardItems
+from onerec_hf.trainers import (
+    OneRecDPOConfig,
+    OneRecDPOTrainer,
+    OneRecTrainer,
+    OneRecTrainingArguments,
+    RewardTrainer,
+    RewardTrainingArguments,
+    Seq2SeqDPOConfig,
+    Seq2SeqDPOTrainer,
+)
+from tests.conftest import make_catalogue, make_model
+
+KINDS = ("ntp", "reward", "seq2seq_dpo", "onerec_dpo")
+# Per layout its ranks and what the model is loaded with.
+LAYOUTS = {
+    "one": (1, None),
+    "ddp": (2, None),
+    "fsdp": (2, {"fsdp_size": 2}),
+    "fsdp_ep": (2, {"fsdp_size": 2, "ep_size": 2}),
+}
+BATCH = 8
+
+
+def make_start(folder: Path) -> None:
+    """The generator and the reward model that every training starts from."""
+    catalogue = make_catalogue(60, (8, 8, 8))
+    # 60 items in 3 * 8 codes: a vocabulary of 64, which two ranks can share evenly.
+    make_model(catalogue, session_length=3).save_pretrained(folder / "generator")
+    OneRecProcessor.from_catalogue(catalogue, max_history=6).save_pretrained(folder / "generator")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "initializer_range": 0.2, "dropout_rate": 0.0}
+    config = OneRecRewardConfig(num_items=60, objectives=["vtr", "ltr"], base_rates=[0.4, 0.1], **sizes)
+    reward = OneRecForSessionReward(config)
+    reward.set_items(RewardItems(catalogue.item_ids))
+    reward.save_pretrained(folder / "reward")
+
+
+def rows(count: int = 48) -> list[dict]:
+    """Histories and sessions of unequal lengths, so that no two ranks hold the same number of tokens."""
+    return [
+        {
+            "history": [f"m{(i * 7 + j * 3) % 60}" for j in range(1 + i % 6)],
+            "session": [f"m{(i * 5 + 11 * j + 1) % 60}" for j in range(1 + i % 3)],
+            "chosen": [f"m{(i + 7 + j) % 60}" for j in range(1 + i % 2)],
+            "rejected": [f"m{(i + 31 + j) % 60}" for j in range(2 - i % 2)],
+            "labels": [float(i % 2), None if i % 5 == 0 else i % 7 / 7],
+        }
+        for i in range(count)
+    ]
+
+
+def prefers_high(histories, sessions):
+    return [sum(int(item[1:]) for item in session) / len(session) for session in sessions]
+
+
+def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
+    """The trainer, its global batch the same in every layout."""
+    ranks, distributed = LAYOUTS[layout]
+    loading = {} if distributed is None else {"distributed_config": DistributedConfig(**distributed)}
+    settings = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": BATCH // ranks,
+        "per_device_eval_batch_size": BATCH // ranks,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": 1,
+        **settings,
+    }
+    columns = {
+        "ntp": ["history", "session"],
+        "reward": ["history", "session", "labels"],
+        "seq2seq_dpo": ["history", "chosen", "rejected"],
+        "onerec_dpo": ["history", "session"],
+    }
+    data = Dataset.from_list(rows()).select_columns(columns[kind])
+    if kind == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(start / "reward", **loading)
+        return RewardTrainer(model, RewardTrainingArguments(**settings), data, data.select(range(13)))
+    model = AutoModelForSeq2SeqLM.from_pretrained(start / "generator", **loading)
+    processor = AutoProcessor.from_pretrained(start / "generator")
+    if kind == "ntp":
+        arguments = OneRecTrainingArguments(eval_top_k=[5], eval_num_beams=8, **settings)
+        return OneRecTrainer(model, arguments, data, data.select(range(13)), processor)
+    settings |= {"bf16": False, "gradient_checkpointing": False, "beta": 0.5}
+    if kind == "seq2seq_dpo":
+        return Seq2SeqDPOTrainer(
+            model,
+            args=Seq2SeqDPOConfig(**settings),
+            train_dataset=data,
+            processing_class=processor,
+        )
+    arguments = OneRecDPOConfig(dpo_ratio=0.3, num_candidates=6, candidate_length=2, **settings)
+    return OneRecDPOTrainer(model, prefers_high, args=arguments, train_dataset=data, processing_class=processor)
+
+
+def main(kind: str, layout: str, start: str, out: str) -> None:
+    trainer = make_trainer(kind, layout, Path(start), Path(out))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    found = {"loss": [entry["loss"] for entry in logs], "grad_norm": [entry["grad_norm"] for entry in logs]}
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        found["eval"] = {
+            name: value for name, value in metrics.items() if not name.endswith(("_second", "runtime", "epoch"))
+        }
+    trainer.save_model(out)
+    if trainer.is_world_process_zero():
+        Path(out, "curve.json").write_text(json.dumps(found))
+    # A rank that leaves while the other still talks to it may abort in gloo's threads.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

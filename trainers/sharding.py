@@ -1,0 +1,83 @@
+"""Models that ranks hold in shards (transformers' DistributedConfig): a whole copy to generate with, a sharded one as reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+# What a model has besides its weights.
+_BESIDE = ("catalogue", "generation_config")
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `from_pretrained(distributed_config=...)` gave each rank a part of the weights."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+@contextmanager
+def whole_model(model: PreTrainedModel) -> Iterator[Any]:
+    """
+    `model` itself, or for a sharded one a plain copy in evaluation mode with all its weights, on every rank, for as long as the context
+    lasts; all ranks have to enter it.
+
+    Beam search on shards would gather every layer's weights at each code, and hang where one rank has a batch more than another. The copy
+    costs the memory of the weights alone: no gradients, no optimizer.
+
+    Example:
+        >>> with whole_model(trainer.model) as generator:  # doctest: +SKIP
+        ...     sessions = generator.recommend(**batch)
+    """
+    if not is_sharded(model):
+        yield model
+        return
+    config = copy.copy(model.config)
+    config.distributed_config = None
+    whole = _empty_like(model, config)
+    _fill(whole, model, {name: _whole(value) for name, value in model.state_dict().items()})
+    yield whole.eval()
+
+
+def sharded_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a sharded model, sharded alike: what `copy.deepcopy` is for a plain one. On its way it is whole, in each rank's CPU memory."""
+    state = {name: _whole(value).cpu() for name, value in model.state_dict().items()}
+    config = copy.copy(model.config)
+    config.distributed_config = None
+    # FSDP puts a class of its own in front of the model's.
+    original: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    copied = original.from_pretrained(
+        None, config=config, state_dict=state, distributed_config=model.config.distributed_config, dtype=model.dtype
+    )
+    _set_beside(copied, model)
+    return copied.train(model.training)
+
+
+def _empty_like(model: PreTrainedModel, config) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _fill(empty: PreTrainedModel, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    empty.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():
+        if name not in state:  # those that no state dict holds
+            owner, _, last = name.rpartition(".")
+            setattr(empty.get_submodule(owner), last, buffer.clone())
+    empty.tie_weights()
+    _set_beside(empty, model)
+
+
+def _set_beside(empty: PreTrainedModel, model: PreTrainedModel) -> None:
+    for name in _BESIDE:
+        if name in vars(model):
+            setattr(empty, name, getattr(model, name))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
