@@ -15,6 +15,7 @@ COMMANDS = {
     "align": "a trained generator to one that a reward model, or given preferences, prefers",
     "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
     "export": "a trained generator as ONNX graphs, compared with the model",
+    "serve": "a saved model behind HTTP: batching, per-request constraints, metrics, reload",
     "demo": "a saved model as a page in the browser: pick a history, see generated sessions",
     "recommend": "histories (file or stdin) to recommended items, as JSON lines",
 }
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ONEREC_HF_DEBUG"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -1,0 +1,103 @@
+"""`onerec-hf serve`: a saved model behind HTTP."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field, fields
+
+from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.steps import naming, say
+
+
+@dataclass
+class ServeArguments:
+    """Which model, where, and within which limits."""
+
+    model: str = field(default="", metadata={"help": "A saved OneRec: folder or Hub id."})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen on. Any other than this machine's own needs a token."},
+    )
+    port: int = field(default=8000, metadata={"help": "Port; 0 takes a free one."})
+    token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token that requests must bear. Every user of the machine sees it in the list of processes: better the environment variable ONEREC_HF_TOKEN, or --token_file."
+        },
+    )
+    token_file: str | None = field(default=None, metadata={"help": "File whose first line is the token."})
+    unknown: str = field(
+        default="skip",
+        metadata={
+            "help": "Ids that the catalogue lacks, where a request does not say: skip (counted) or error (422)."
+        },
+    )
+    threads: int = field(default=0, metadata={"help": "CPU threads of a computation; 0 leaves it to torch."})
+    drain_timeout: float = field(default=30.0, metadata={"help": "Seconds to answer requests once told to stop."})
+    max_batch_size: int = field(default=32, metadata={"help": "Histories that are answered at once."})
+    max_wait_ms: float = field(
+        default=2.0, metadata={"help": "Milliseconds that the first history of a batch waits for others."}
+    )
+    max_queue: int = field(default=512, metadata={"help": "Histories that may wait; beyond it requests get 503."})
+    timeout: float = field(default=30.0, metadata={"help": "Seconds until a request gets 504."})
+    max_histories: int = field(default=64, metadata={"help": "Histories of one request."})
+    max_history_items: int = field(default=2000, metadata={"help": "Items of one history."})
+    max_list_items: int = field(default=10000, metadata={"help": "Items of one exclude or allow list."})
+    max_top_k: int = field(default=100, metadata={"help": "Largest top_k of a request."})
+    max_beams: int = field(default=128, metadata={"help": "Largest num_beams of a request."})
+    max_session_length: int = field(default=10, metadata={"help": "Largest session_length of a request."})
+    max_body_bytes: int = field(default=1 << 20, metadata={"help": "Size of a request."})
+
+
+def main(argv: list[str]) -> None:
+    (args,) = parse((ServeArguments,), argv, "serve", required=["--model"])
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'serving needs {error.name}: pip install "onerec-hf[serve]"') from None
+    from onerec_hf.serving.access import TOKEN_VARIABLE, is_loopback, read_token
+    from onerec_hf.serving.app import create_app
+    from onerec_hf.serving.models import ServedModel
+    from onerec_hf.serving.server import listen, serve
+    from onerec_hf.serving.service import RecommendationService
+    from onerec_hf.serving.settings import ServingSettings
+
+    token = read_token(args.token, args.token_file)
+    args.token = None
+    if args.unknown not in ("error", "skip"):
+        raise ValueError(f"--unknown is error or skip, not {args.unknown!r}")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
+    if not 0 <= args.threads <= 1024:
+        raise ValueError(f"--threads {args.threads}: give a number from 0 to 1024")
+    if not 0 <= args.drain_timeout <= 86_400:
+        raise ValueError(f"--drain_timeout {args.drain_timeout:g}: give 0 to 86400 seconds")
+    settings = ServingSettings(**{each.name: getattr(args, each.name) for each in fields(ServingSettings)})
+    if token is None and not is_loopback(args.host):
+        raise ValueError(
+            f"--host {args.host} lets other machines in, so requests must bear a token: set {TOKEN_VARIABLE}, or give --token_file; "
+            "`openssl rand -hex 16` makes one"
+        )
+    with listen(args.host, args.port) as bound:
+        if args.threads:
+            import torch
+
+            torch.set_num_threads(args.threads)
+        with naming("--model", args.model):
+            model = ServedModel.load(args.model)
+        assert model is not None
+        logging.basicConfig(stream=sys.stderr, format="onerec-hf serve: %(message)s")
+        logging.getLogger("onerec_hf.serving").setLevel(logging.INFO)
+        service = RecommendationService(
+            model, settings, load=lambda version: ServedModel.load(args.model, unless=version), unknown=args.unknown
+        )
+        host, port = bound.getsockname()[:2]
+        say(
+            f"model {model.version}: {model.catalogue}\nhttp://{f'[{host}]' if ':' in host else host}:{port}  "
+            f"({'with a token' if token else 'no token'}; Ctrl-C ends it, SIGHUP reloads the model)"
+        )
+        serve(create_app(service, token), service, bound, args.drain_timeout)
+        say("stopped")

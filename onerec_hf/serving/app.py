@@ -1,0 +1,153 @@
+"""The FastAPI application: routes, their schema, and errors that say what to mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from onerec_hf import __version__
+
+from .gate import Gate
+from .metrics import CONTENT_TYPE
+from .schema import Answer, Problem, Queries, Query, Readiness, Reloaded
+from .service import RecommendationService, Refused
+
+_ID_LISTS = ("history", "exclude", "allow")
+
+
+def create_app(service: RecommendationService, token: str | None = None) -> FastAPI:
+    """
+    The application of a service, which begins and ends with it.
+
+    Args:
+        token: where given, every route but `/health`, `/ready` and `/openapi.json` needs `Authorization: Bearer TOKEN`; `/reload` is there
+            only with one.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        async with service:
+            yield
+
+    app = FastAPI(
+        title="onerec-hf serve",
+        version=__version__,
+        description="Histories in, recommended items or sessions out.",
+        lifespan=lifespan,
+        docs_url=None,  # those pages fetch scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(Gate, service=service, token=token)
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    problems: dict[int | str, dict[str, Any]] = {
+        status: {"model": Problem, "description": text}
+        for status, text in (
+            (400, "No JSON."),
+            (401, "No token, or another one."),
+            (413, "Too large."),
+            (422, "Wrong types, unknown keys, limits, or nothing to read or to recommend."),
+            (503, "The queue is full, or the server stops; `Retry-After` says when to come again."),
+            (504, "No answer in time."),
+        )
+    }
+
+    @app.post("/recommend", response_model=Answer | list[Answer], response_model_exclude_none=True, responses=problems)
+    async def recommend(query: Annotated[Queries, Body()]) -> Response:
+        """Answers one query, or a list of queries by a list in its order."""
+        if isinstance(query, Query):
+            (answer,) = await service.recommend([query], ["history"])
+            return JSONResponse(answer)
+        names = [f"history of query {number}" for number in range(len(query))]
+        return JSONResponse(await service.recommend(query, names))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the process works; 500 where it has to be started anew."""
+        if not service.batcher.alive:
+            return JSONResponse({"detail": "nothing is computed any more"}, status_code=500)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready", response_model=Readiness)
+    async def ready() -> Response:
+        """200 while requests are taken, 503 once the server stops."""
+        status = "stopping" if service.draining else "ready"
+        return JSONResponse(
+            {"status": status, "model": service.model.version}, status_code=503 if service.draining else 200
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.post("/reload", response_model=Reloaded, responses={409: {"model": Problem}})
+    async def reload() -> Response:
+        """Loads the model's folder anew and serves what it holds; 409 where that cannot be served, and the present model goes on."""
+        if token is None:
+            raise Refused(403, "reloading over HTTP needs a server with a token; send the process SIGHUP instead")
+        reloaded, version, previous = await service.reload()
+        return JSONResponse({"reloaded": reloaded, "model": version, "previous": previous})
+
+    return app
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """`{"detail": ...}`; characters that no JSON text can hold are written as escapes."""
+    return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return problem(error.status, error.detail, headers)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    return problem(error.status_code, str(error.detail), headers)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return problem(400, f"the request's body is no JSON: {first['ctx']['error']}")
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        return problem(415, "send JSON, with the header Content-Type: application/json")
+    return problem(422, explain(first))
+
+
+def explain(error: dict[str, Any]) -> str:
+    """
+    One of pydantic's errors in a line, without what was sent.
+
+    Example:
+        >>> explain({"type": "int_type", "loc": ("body", "many", 0, "history", 3, "int"), "msg": "Input should be a valid integer"})
+        'query 0: history[3] must be an item id, an integer or a string'
+        >>> explain({"type": "missing", "loc": ("body", "one", "history"), "msg": "Field required"})
+        'history: Field required'
+    """
+    where: Sequence[Any] = [part for part in error["loc"] if part not in ("body", "one", "many")]
+    query = f"query {where[0]}: " if where and isinstance(where[0], int) else ""
+    where = where[1:] if query else where
+    if len(where) > 1 and where[0] in _ID_LISTS:
+        return f"{query}{where[0]}[{where[1]}] must be an item id, an integer or a string"
+    if not where:
+        return f'{query}send an object like {{"history": [item ids]}}, or a list of them'
+    name = ".".join(str(part)[:40] for part in where)
+    if error["type"] == "extra_forbidden":
+        from .schema import Query
+
+        return f"{query}unknown key {name!r}; there are {', '.join(Query.model_fields)}"
+    return f"{query}{name}: {error['msg']}"

@@ -1,0 +1,110 @@
+"""The outermost layer of the application: who may pass, how much a request may hold, and what was asked and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import HTTPException
+
+from .access import is_allowed
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from .service import RecommendationService
+
+#: What probes ask, and what says nothing about a model.
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
+KNOWN_PATHS = OPEN_PATHS | {"/recommend", "/metrics", "/reload"}
+
+
+class Gate:
+    """
+    ASGI middleware: 401 without the token, before anything of the request's body is read; 413 for a body that is too large, and 408 for
+    one that does not arrive within the service's timeout; counts requests. What has no known path is counted as "other".
+    """
+
+    def __init__(self, app: ASGIApp, service: RecommendationService, token: str | None):
+        self.app, self.service, self.token = app, service, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        path, headers = scope["path"], dict(scope["headers"])
+        path = path if path in KNOWN_PATHS else "other"
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.service.draining:
+                    message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            await send(message)
+
+        if path == "/recommend":
+            self.service.in_flight += 1
+            self.service.metrics.in_flight.inc()
+        try:
+            if (
+                self.token is not None
+                and path not in OPEN_PATHS
+                and not is_allowed(headers.get(b"authorization"), self.token)
+            ):
+                await refuse(
+                    watched, 401, "this needs the header Authorization: Bearer TOKEN", (b"www-authenticate", b"Bearer")
+                )
+            elif _length(headers) > self.service.settings.max_body_bytes:
+                await refuse(watched, 413, self._too_large(), (b"connection", b"close"))
+            else:
+                await self.app(scope, self._limited(receive), watched)
+        finally:
+            if path == "/recommend":
+                self.service.in_flight -= 1
+                self.service.metrics.in_flight.dec()
+            self.service.metrics.request(path, status, time.monotonic() - started)
+
+    def _too_large(self) -> str:
+        return f"a request holds at most {self.service.settings.max_body_bytes} bytes on this server"
+
+    def _limited(self, receive: Receive) -> Receive:
+        settings = self.service.settings
+        end, total, complete = time.monotonic() + settings.timeout, 0, False
+
+        async def limited() -> Message:
+            nonlocal total, complete
+            if complete:  # whoever asks on waits for the client to leave
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"the request did not arrive within {settings.timeout:g} seconds") from None
+            total += len(message.get("body", b""))
+            if total > settings.max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            complete = not message.get("more_body", False)
+            return message
+
+        return limited
+
+
+def _length(headers: dict[bytes, bytes]) -> int:
+    value = headers.get(b"content-length", b"")
+    return int(value) if value.isdigit() and len(value) < 20 else 0
+
+
+async def refuse(send: Send, status: int, detail: str, *headers: tuple[bytes, bytes]) -> None:
+    """Sends `{"detail": ...}`."""
+    body = json.dumps({"detail": detail}).encode()
+    start: dict[str, Any] = {
+        "type": "http.response.start",
+        "status": status,
+        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers],
+    }
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

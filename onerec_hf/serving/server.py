@@ -1,0 +1,113 @@
+"""Runs the application on a socket: uvicorn, with signals that let requests end and models change."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .service import RecommendationService, Refused
+
+logger = logging.getLogger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """
+    uvicorn that ends gracefully: on SIGTERM or SIGINT new requests get 503 while those taken are answered, then it stops listening and
+    ends. A second signal, or `drain_timeout` seconds, ends the wait.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: RecommendationService, drain_timeout: float):
+        super().__init__(config)
+        self.service, self.drain_timeout = service, drain_timeout
+        self._draining: asyncio.Task | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not what uvicorn does, which raises the signal again at the end: a server that was told to stop, and did, has succeeded.
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._draining is None:
+            logger.info("stopping: %d requests are answered first", self.service.in_flight)
+            self._draining = self._loop.create_task(self._drain())
+        else:
+            self.service.batcher.abort()
+
+    async def _drain(self) -> None:
+        if not await self.service.drain(self.drain_timeout):
+            logger.warning("not all requests were answered within %g seconds", self.drain_timeout)
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A socket that will listen on an address; port 0 takes a free one.
+
+    Raises:
+        OSError: the address is in use, or not this machine's.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(
+            f"--host {host} --port {port}: {error.strerror}; choose another port, or 0 for a free one"
+        ) from error
+    return bound
+
+
+def serve(app: FastAPI, service: RecommendationService, bound: socket.socket, drain_timeout: float = 30.0) -> None:
+    """
+    Serves until SIGTERM or SIGINT; SIGHUP reloads the model.
+
+    Args:
+        app: made for the service by [`create_app`].
+        bound: from [`listen`].
+        drain_timeout: seconds that requests have to be answered once the server stops.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        ws="none",
+        backlog=2048,
+    )
+    server = DrainingServer(config, service, drain_timeout)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reloads = set()
+
+        def reload() -> None:
+            task = loop.create_task(_reload(service))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        await server.serve([bound])
+
+    asyncio.run(main())
+
+
+async def _reload(service: RecommendationService) -> None:
+    try:
+        reloaded, version, _ = await service.reload()
+    except Refused:  # said in the log
+        return
+    if not reloaded:
+        logger.info("reload: version %s is served already", version)

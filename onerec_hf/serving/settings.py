@@ -1,0 +1,64 @@
+"""What a server allows: sizes of batches, queue and requests, and how long things may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """
+    Limits of a server. A request beyond one gets an answer that says so.
+
+    Args:
+        max_batch_size: histories that are answered at once.
+        max_wait_ms: how long the first history of a batch waits for others, in milliseconds; 0 takes what is there.
+        max_queue: histories that may wait; a request that finds less room gets 503.
+        timeout: seconds until a request gets 504.
+        max_histories: histories of one request.
+        max_history_items: items of one history. The model reads the latest ones as it was trained; all are left out with `exclude_seen`.
+        max_list_items: items of one `exclude` or `allow`.
+        max_top_k, max_beams, max_session_length: the most that a request may ask for.
+        max_body_bytes: size of a request.
+
+    Raises:
+        ValueError: a number that cannot be.
+
+    Example:
+        >>> ServingSettings(max_batch_size=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: max_batch_size must be at least 1; got 0
+    """
+
+    max_batch_size: int = 32
+    max_wait_ms: float = 2.0
+    max_queue: int = 512
+    timeout: float = 30.0
+    max_histories: int = 64
+    max_history_items: int = 2_000
+    max_list_items: int = 10_000
+    max_top_k: int = 100
+    max_beams: int = 128
+    max_session_length: int = 10
+    max_body_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "max_wait_ms":
+                if not 0 <= value <= 10_000:
+                    raise ValueError(f"max_wait_ms must lie between 0 and 10000; got {value:g}")
+            elif field.name == "timeout":
+                if not 0 < value <= 3_600:
+                    raise ValueError(f"timeout must lie between 0 and 3600 seconds; got {value:g}")
+            elif value < 1:
+                raise ValueError(f"{field.name} must be at least 1; got {value}")
+        if self.max_top_k > self.max_beams:
+            raise ValueError(
+                f"max_top_k={self.max_top_k} exceeds max_beams={self.max_beams}: there are no more sessions than beams"
+            )
+        if self.max_histories > self.max_queue:
+            raise ValueError(
+                f"max_histories={self.max_histories} exceeds max_queue={self.max_queue}: such a request could never be taken"
+            )
