@@ -328,6 +328,7 @@ class ItemCatalogue(CatalogueTable):
             ValueError: the arrays are not those that the catalogue was saved with.
         """
         check_codes(self.codes, len(self), self.codebook_sizes)
+        decode_ids(self._keys)
         id_order, code_order = sorted_orders(np.array(self._keys), self.codes, self.codebook_sizes)
         same = np.array_equal(id_order, self._id_order) and np.array_equal(code_order, self._code_order)
         if not same or self._digest() != self.hash:

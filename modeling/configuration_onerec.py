@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .hub_onerec import FORMAT_VERSION, checked_format
+from .hub_onerec import FORMAT_VERSION, check_sizes, checked_format, reading_config
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4
@@ -118,9 +118,22 @@ class OneRecConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         return super().from_dict(checked_format(config_dict), **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        with reading_config(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def validate_architecture(self):
-        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
-            raise ValueError(f"codebook_sizes must hold positive sizes, one per level; got {self.codebook_sizes}")
+        check_sizes(
+            self,
+            sizes="hidden_size intermediate_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads "
+            "num_experts num_experts_per_tok session_length max_position_embeddings",
+            layers="encoder_layers decoder_layers",
+        )
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1 or max(self.codebook_sizes) >= 2**31:
+            raise ValueError(
+                f"codebook_sizes must hold positive sizes, one per level; got {self.codebook_sizes!s:.200}"
+            )
         if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
             raise ValueError(
                 f"vocab_size={self.vocab_size} cannot hold {NUM_SPECIAL_TOKENS} special tokens and codebooks of "

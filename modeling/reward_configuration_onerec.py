@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .hub_onerec import FORMAT_VERSION, checked_format
+from .hub_onerec import FORMAT_VERSION, check_sizes, checked_format, reading_config
 
 
 @strict
@@ -103,7 +103,18 @@ class OneRecRewardConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         return super().from_dict(checked_format(config_dict), **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        with reading_config(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def validate_architecture(self):
+        check_sizes(
+            self,
+            sizes="num_items hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim tower_size max_history "
+            "max_position_embeddings",
+            layers="history_layers session_layers item_feature_dim",
+        )
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives must be distinct names, at least one; got {self.objectives}")
         if len(self.base_rates) != len(self.objectives) or not all(0 < rate < 1 for rate in self.base_rates):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .catalogue_index_onerec import decode_ids, encode_ids, find_keys
 from .files_onerec import find_file, replacing, sort_header
+from .untrusted_onerec import read_safetensors, refusing
 
 REWARD_ITEMS_NAME = "reward_items.safetensors"
 _FORMAT = "onerec-reward-items"
@@ -162,14 +162,14 @@ class RewardItems:
         Raises:
             ValueError: the file holds something else, or ids that do not match its hash.
         """
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no items of a reward model (format {metadata.get('format')!r})")
-            keys = file.get_tensor("item_ids")
-        if keys.ndim == 2:
-            keys = np.ascontiguousarray(keys).view(f"S{keys.shape[1]}")[:, 0]
-        items = cls(decode_ids(keys))
+        tensors, metadata = read_safetensors(path, "np")
+        if metadata.get("format") != _FORMAT or "item_ids" not in tensors:
+            raise ValueError(f"{path} holds no items of a reward model (format {metadata.get('format')!r:.80})")
+        keys = tensors["item_ids"]
+        with refusing(path):
+            if keys.ndim == 2:
+                keys = np.ascontiguousarray(keys, dtype=np.uint8).view(f"S{keys.shape[1]}")[:, 0]
+            items = cls(decode_ids(keys))
         if items.hash != metadata.get("hash"):
             raise ValueError(f"{path} does not match its hash: it was damaged; copy or download it again")
         return items

@@ -39,6 +39,8 @@ class OneRecTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
+        if any(not 1 <= size < 2**31 for size in self.codebook_sizes):
+            raise ValueError(f"codebook_sizes must hold positive sizes; got {self.codebook_sizes!s:.200}")
         if not 1 <= len(self.codebook_sizes) <= 26:
             raise ValueError(f"1 to 26 levels have a letter; got {len(self.codebook_sizes)}")
         self._special = [str(token) for token in (pad_token, bos_token, eos_token, sep_token)]

@@ -12,6 +12,34 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl.scripts.utils import TrlParser
 
+from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
+
+_MOST_VALUES = 100_000
+
+
+def check_options(file: str) -> None:
+    """
+    Checks that a YAML file is a mapping of options.
+
+    Raises:
+        ValueError: no YAML, no mapping, keys that are no names, or aliases that unfold beyond all measure.
+    """
+    try:
+        with open(file, encoding="utf-8") as stream:
+            options = yaml.safe_load(stream)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError) as error:
+        raise ValueError(f"--config {file}: no YAML: {short(error, 500)}") from error
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ValueError(f"--config {file}: expected a mapping of options, e.g. max_steps: 1000")
+    waiting, count = [options], 0
+    while waiting:
+        value = waiting.pop()
+        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting.extend(parts)
+        count += len(parts)
+        if count > _MOST_VALUES:  # a few lines of aliases say more values than there is memory for
+            raise ValueError(f"--config {file}: it unfolds to more than {_MOST_VALUES:,} values")
+
 
 class CommandParser(TrlParser):
     """
@@ -49,12 +77,18 @@ class CommandParser(TrlParser):
             file = next(iter(argv[argv.index("--config") + 1 :]), None)
             if file is None or not os.path.isfile(file):
                 self.error("--config needs a YAML file" if file is None else f"--config {file}: no such file")
+        if file is not None:
+            check_options(file)
         try:
             *filled, unknown_keys, unknown_options = self.parse_args_and_config(
                 argv, return_remaining_strings=True, separate_remaining_strings=True
             )
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {file}: no YAML: {error}") from None
+        except UNEXPECTED as error:
+            if file is None:
+                raise
+            # Of the wrong type, an option of the file may break whatever asks for it first.
+            reason = short(error, 500) if isinstance(error, ValueError) else f"{type(error).__name__}: {short(error)}"
+            raise ValueError(f"--config {file} with the other options: {reason}") from error
         for where, unknown in (("", unknown_options), (f"{file}: ", unknown_keys)):
             if unknown:
                 name = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]

@@ -15,6 +15,7 @@ import numpy as np
 
 from onerec_hf.cli.arguments import parse
 from onerec_hf.cli.steps import load_model, load_processor, say
+from onerec_hf.modeling.untrusted_onerec import short
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
@@ -67,9 +68,8 @@ def main(argv: list[str]) -> None:
             f"--session_length {args.session_length}: the catalogue has only {catalogue.num_active} items"
         )
     skipped = empty = 0
-    file = contextlib.nullcontext(sys.stdin) if args.histories == "-" else open(args.histories, encoding="utf-8-sig")  # noqa: SIM115 (the with below)
-    with file as stream, model.packed_experts():
-        requests = read_requests(stream)
+    requests = read_requests(sys.stdin) if args.histories == "-" else read_file(args.histories)
+    with naming_file(args.histories), model.packed_experts():
         while batch := list(islice(requests, args.batch_size)):
             known = [
                 known_items(catalogue, number, request["history"], args.unknown, args.exclude_seen)
@@ -146,6 +146,28 @@ def known_items(catalogue: ItemCatalogue, number: int, history: list, unknown: s
     return known
 
 
+@contextlib.contextmanager
+def naming_file(path: str) -> Iterator[None]:
+    """
+    Errors inside begin with the file that the histories come from, unless that is stdin.
+
+    Raises:
+        ValueError: in place of one that does not name it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if path == "-" or path in str(error):
+            raise
+        raise ValueError(f"--histories {path}: {error}") from error
+
+
+def read_file(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Requests of a file, as `read_requests` has them; errors name the file."""
+    with naming_file(os.fspath(path)), open(path, encoding="utf-8-sig") as stream:
+        yield from read_requests(stream)
+
+
 def read_requests(stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     Requests of a JSON-lines stream: the number of the line and a dictionary with `history`; empty lines are passed over.
@@ -165,8 +187,14 @@ def read_requests(stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 request = json.loads(line)
+                if "\\u" in line:
+                    json.dumps(
+                        request, ensure_ascii=False
+                    ).encode()  # half a surrogate pair could not be written again
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is no JSON ({error.msg}): {line.strip()[:60]!r}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is no JSON ({short(error)}): {line.strip()[:60]!r}") from None
             request = {"history": request} if isinstance(request, list) else request
             if not isinstance(request, dict) or not isinstance(request.get("history"), list):
                 raise ValueError(

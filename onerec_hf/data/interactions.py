@@ -13,6 +13,7 @@ import pandas as pd
 
 from onerec_hf.data.tables import (
     DataError,
+    about,
     canonical_ids,
     column_of,
     first,
@@ -20,6 +21,7 @@ from onerec_hf.data.tables import (
     load_table,
     require_columns,
 )
+from onerec_hf.modeling.untrusted_onerec import map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
@@ -68,6 +70,18 @@ def read_interactions(
         1       a       7          2     3.0
         2       b      07          3     5.0
     """
+    with about(source):
+        return _read_interactions(source, user_column, item_column, timestamp_column, feedback_columns, session_column)
+
+
+def _read_interactions(
+    source: TableSource,
+    user_column: str,
+    item_column: str,
+    timestamp_column: str,
+    feedback_columns: Sequence[str] | None,
+    session_column: str | None,
+) -> pd.DataFrame:
     table = load_table(source, (user_column, item_column, session_column or "session_id"))
     if session_column is None and "session_id" in table.columns:
         session_column = "session_id"
@@ -115,7 +129,7 @@ def _comparable(table: pd.DataFrame) -> pd.DataFrame:
     unhashable = [
         column
         for column in table.columns
-        if table[column].dtype == object and pd.api.types.infer_dtype(table[column], skipna=True) == "mixed"
+        if table[column].dtype == object and pd.api.types.infer_dtype(table[column], skipna=True).startswith("mixed")
     ]
     written = {c: table[c].map(lambda v: repr(v.tolist() if isinstance(v, np.ndarray) else v)) for c in unhashable}
     return table.assign(**written)
@@ -226,6 +240,17 @@ def read_items(
         >>> items.item_ids.tolist(), list(items.frame), items.embeddings.shape
         ([7, 8], ['item_id', 'title'], (2, 2))
     """
+    with about(source):
+        return _read_items(source, item_column, text_columns, embedding_column, embeddings)
+
+
+def _read_items(
+    source: TableSource,
+    item_column: str,
+    text_columns: Sequence[str] | None,
+    embedding_column: str | None,
+    embeddings: np.ndarray | str | Path | None,
+) -> ItemTable:
     if embedding_column is not None and embeddings is not None:
         raise DataError("items: embedding_column and embeddings are both given. Give one.")
     table = load_table(source, (item_column, *(text_columns or ())))
@@ -280,25 +305,26 @@ def check_embeddings(embeddings: np.ndarray | str | Path, item_ids: np.ndarray) 
         >>> check_embeddings(np.ones((2, 3), dtype=np.float16), np.array([7, 8])).dtype
         dtype('float32')
     """
+    where = f"embeddings {embeddings}" if isinstance(embeddings, str | Path) else "embeddings"
     if isinstance(embeddings, str | Path):
         try:
-            embeddings = np.load(embeddings, mmap_mode="r", allow_pickle=False)
+            embeddings = map_npy(embeddings)
         except (OSError, ValueError) as error:
-            raise DataError(f"embeddings {embeddings}: cannot be read as .npy: {error}") from error
+            raise DataError(f"embeddings: {error}") from error
     matrix = np.asanyarray(embeddings)
-    if matrix.ndim != 2 or matrix.dtype.kind not in "fiu":
+    if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in "fiu":
         raise DataError(
-            f"embeddings: expected an (items, d) array of real numbers, got shape {matrix.shape} of {matrix.dtype}."
+            f"{where}: expected an (items, d) array of real numbers, got shape {matrix.shape} of {matrix.dtype!s:.80}."
         )
     if len(matrix) != len(item_ids):
         raise DataError(
-            f"embeddings: {len(matrix):,} rows for {len(item_ids):,} items. Row i must belong to the item table's row i."
+            f"{where}: {len(matrix):,} rows for {len(item_ids):,} items. Row i must belong to the item table's row i."
         )
     matrix = matrix.astype(np.float32, copy=False)
     bad = np.concatenate([~np.isfinite(matrix[i : i + _CHUNK]).all(axis=1) for i in range(0, len(matrix), _CHUNK)])
     if bad.any():
         raise DataError(
-            f"embeddings: {bad.sum():,} of {len(matrix):,} rows hold NaN or infinity (first: item "
+            f"{where}: {bad.sum():,} of {len(matrix):,} rows hold NaN or infinity (first: item "
             f"{item_ids[bad][:1].tolist()[0]!r}). Embed these items again or drop them."
         )
     return matrix

@@ -16,6 +16,7 @@ from onerec_hf.data.tables import (
     MISSING_TEXT,
     DataError,
     canonical_ids,
+    check_width,
     column_of,
     integers_from_text,
     require_columns,
@@ -181,6 +182,7 @@ def _read_header(header: str, path: str | Path) -> list[tuple[str, str]]:
         raise DataError(
             f"{path}: the header is empty. Its fields are name:type, e.g. 'user_id:token', separated by tabs."
         )
+    check_width(header.count("\t") + 1, path)
     types: list[tuple[str, str]] = []
     for number, field in enumerate(header.split("\t"), start=1):
         name, colon, kind = field.partition(":")

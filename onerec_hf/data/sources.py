@@ -14,7 +14,7 @@ import pandas as pd
 
 from onerec_hf.data.feedback import PositiveFeedback
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
-from onerec_hf.data.tables import DataError, column_of
+from onerec_hf.data.tables import DataError, about, column_of
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 
@@ -120,10 +120,9 @@ def load_files(
             embedding_column=embedding_column,
             embeddings=embeddings,
         )
-        items.select(
-            column_of(interactions, "item_id").unique().tolist()
-        )  # raises where an interacted item has no row
-        items = _with_text(items, text_columns)
+        with about(items_path):
+            items.select(column_of(interactions, "item_id").unique().tolist())  # raises where one has no row
+            items = _with_text(items, text_columns)
         description = f"Read from {path.name} and {Path(items_path).name}."
     return RecommendationData(path.stem, interactions, items, description, positive or PositiveFeedback())
 

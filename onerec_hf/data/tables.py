@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, listed, short
 
 if TYPE_CHECKING:
     import datasets
@@ -19,6 +23,8 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".inter", ".item")
 
 # What counts as missing in a text file, ids excepted: "NA" and "null" are ids somebody has.
 MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+_MOST_COLUMNS = 5_000
+_LONGEST_MESSAGE = 1_500  # characters
 _CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
 
 
@@ -30,6 +36,27 @@ class DataError(ValueError):
         >>> issubclass(DataError, ValueError)
         True
     """
+
+
+@contextmanager
+def about(source: Any) -> Iterator[None]:
+    """
+    Errors inside begin with the file that they are about, where `source` is one: a command may read several, with equal columns.
+
+    Example:
+        >>> with about("clicks.csv"):
+        ...     raise DataError("column 'item_id': 1 of 7 ids are null.")
+        Traceback (most recent call last):
+        ...
+        onerec_hf.data.tables.DataError: clicks.csv: column 'item_id': 1 of 7 ids are null.
+    """
+    try:
+        yield
+    except DataError as error:
+        named = not isinstance(source, str | Path) or str(source) in str(error)
+        if named and len(str(error)) <= _LONGEST_MESSAGE:
+            raise
+        raise DataError(short(error if named else f"{source}: {error}", _LONGEST_MESSAGE)) from error
 
 
 def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -> pd.DataFrame:
@@ -60,6 +87,7 @@ def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -
             f"cannot read a table from {type(source).__name__}: pass a path ({', '.join(SUFFIXES)}), a pandas.DataFrame or one split "
             "of a datasets.Dataset (of a DatasetDict, choose one: dataset['train'])."
         )
+    check_width(len(table.columns), where)
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
         raise DataError(f"{where}: column {repeated[0]!r} stands more than once. Rename or drop one of them.")
@@ -87,6 +115,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
             return pd.read_json(path, lines=True, dtype=False, convert_dates=False)  # pyright: ignore[reportArgumentType]
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
         columns = pd.read_csv(path, sep=separator, nrows=0, encoding="utf-8-sig", index_col=False).columns
+        check_width(len(columns), path)
         text = {column for column in text_columns if column in columns}
         with warnings.catch_warnings():
             # A row with more fields than the header would lose them, or shift every column by one.
@@ -101,12 +130,22 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
                 na_values={column: [""] if column in text else MISSING_TEXT for column in columns},
                 low_memory=False,
             )
-    except (
-        ValueError,
-        OSError,
-        pd.errors.ParserWarning,
-    ) as error:  # pandas' and pyarrow's parse errors are ValueErrors
-        raise DataError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {error}") from error
+    except (*UNEXPECTED, OSError, pd.errors.ParserWarning) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {short(error, 500)}") from error
+
+
+def check_width(columns: int, where: Any) -> None:
+    """
+    Refuses a table of more columns than one of interactions or items can have.
+
+    Raises:
+        DataError: there are more than 5,000.
+
+    Example:
+        >>> check_width(8, "clicks.csv")
+    """
+    if columns > _MOST_COLUMNS:
+        raise DataError(f"{where}: {columns:,} columns. Is the separator right? At most {_MOST_COLUMNS:,} are read.")
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
@@ -121,9 +160,8 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        there = ", ".join(map(str, table.columns))
         names = ", ".join(map(repr, missing))
-        raise DataError(f"{what}: no column {names} among: {there}. Name the right one, or rename it.")
+        raise DataError(f"{what}: no column {names} among: {listed(table.columns)}. Name the right one, or rename it.")
 
 
 def column_of(table: pd.DataFrame, column: str) -> pd.Series:

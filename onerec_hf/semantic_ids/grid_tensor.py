@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
 from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.untrusted_onerec import listed, map_npy, read_safetensors
 from onerec_hf.semantic_ids.imported import ImportedIDs
 
 _TENSOR = "semantic_ids"
@@ -113,20 +112,13 @@ def _load_tensor(path: str) -> np.ndarray | torch.Tensor:
             'numpy.save("ids.npy", torch.load(PATH, weights_only=True).numpy()) and pass ids.npy'
         )
     if suffix == ".npy":
-        try:
-            return np.array(np.lib.format.open_memmap(path, mode="r"))
-        except (ValueError, OverflowError, SyntaxError, TokenError) as error:  # all of which its header parser raises
-            raise ValueError(f"{path} cannot be read as .npy ({error}); copy or save it again") from error
+        return np.array(map_npy(path))
     if suffix != ".safetensors":
         raise ValueError(f"{path}: unsupported suffix {suffix!r}; pass .npy, .safetensors, an array or a tensor")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
+    tensors, _ = read_safetensors(path)
     if len(tensors) != 1 and _TENSOR not in tensors:
         raise ValueError(
-            f"{path}: expected one tensor, or one called {_TENSOR!r}; it holds {', '.join(sorted(tensors)) or 'none'}"
+            f"{path}: expected one tensor, or one called {_TENSOR!r}; it holds {listed(sorted(tensors)) or 'none'}"
         )
     return tensors[_TENSOR] if _TENSOR in tensors else next(iter(tensors.values()))
 

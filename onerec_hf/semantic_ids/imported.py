@@ -86,7 +86,7 @@ class ImportedIDs:
             row, level = (int(index) for index in np.argwhere(bad)[0])
             raise ValueError(
                 f"{source}: {int(bad.any(1).sum()):,} of {len(ids):,} items have a code outside its codebook (first: item "
-                f"{ids[row]!r}, level {level + 1} of {codes.shape[1]}: code {int(codes[row, level])}; codes run from 0 to "
+                f"{ids[row]!r:.80}, level {level + 1} of {codes.shape[1]}: code {int(codes[row, level])}; codes run from 0 to "
                 f"{limits[level] - 1}); give the codebook_sizes that the codes were made with, or make the codes count from 0"
             )
         codes = codes.astype(np.int64)
@@ -163,12 +163,13 @@ class ImportedIDs:
             if len(rows) > last_size:
                 prefix = tuple(codes[rows[0], :-1].tolist())
                 raise CrowdedPrefixError(
-                    f"{self.source}: {len(rows):,} items share the prefix {prefix} (first: {self.item_ids[rows[0]]!r}), but the last "
+                    f"{self.source}: {len(rows):,} items share the prefix {prefix} (first: {self.item_ids[rows[0]]!r:.80}), but the last "
                     f"level has only {last_size:,} codes to tell them apart; give codebook_sizes with a larger last level, or add a "
                     'level with on_collision="extra-digit"'
                 )
-            free = np.setdiff1d(np.arange(last_size), codes[rows, -1])
             late = rows[moved[rows]]
+            lowest = np.arange(min(last_size, len(rows) + len(late)))  # enough are free among them, however large the codebook
+            free = np.setdiff1d(lowest, codes[rows, -1])
             codes[late, -1] = free[: len(late)]
         return codes, moved
 

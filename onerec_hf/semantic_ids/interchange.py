@@ -14,6 +14,7 @@ import numpy as np
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
 from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.untrusted_onerec import short
 from onerec_hf.semantic_ids.imported import ImportedIDs
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -60,7 +61,7 @@ def read_index_json(
     try:
         content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}); repair it, or download it again") from error
+        raise ValueError(f"{where} is no JSON ({short(error)}); repair it, or download it again") from error
     if not isinstance(content, _Pairs) or not content:
         found = "an empty object" if isinstance(content, _Pairs) else f"JSON of type {type(content).__name__}"
         raise ValueError(
@@ -70,7 +71,7 @@ def read_index_json(
     if len(set(keys)) < len(keys):
         repeated = [key for key, count in Counter(keys).items() if count > 1]
         raise ValueError(
-            f"{where}: {len(repeated):,} of {len(set(keys)):,} items stand more than once (first: {repeated[0]!r}); every item needs "
+            f"{where}: {len(repeated):,} of {len(set(keys)):,} items stand more than once (first: {repeated[0]!r:.80}); every item needs "
             "one entry"
         )
     ids = keys if integer_ids is False else _integers(keys, where, required=bool(integer_ids))
@@ -152,7 +153,7 @@ def _integers(keys: list[str], where: str, required: bool) -> list:
         return [int(key) for key in keys]
     if required:
         raise ValueError(
-            f"{where}: integer_ids was asked for, but {len(bad):,} of {len(keys):,} items are no integers (first: {bad[0]!r}); leave "
+            f"{where}: integer_ids was asked for, but {len(bad):,} of {len(keys):,} items are no integers (first: {bad[0]!r:.80}); leave "
             "it out to keep the ids as text"
         )
     return keys
@@ -165,7 +166,7 @@ def _parse(item_ids: list, values: list, where: str, pad_levels: bool) -> np.nda
     if bad:
         item, value = bad[0]
         raise ValueError(
-            f"{where}: {len(bad):,} of {len(rows):,} items have a malformed semantic ID (first: item {item!r}, {_short(value)}); expected "
+            f"{where}: {len(bad):,} of {len(rows):,} items have a malformed semantic ID (first: item {item!r:.80}, {_short(value)}); expected "
             'tokens of a level\'s letter and a code, e.g. ["<a_12>", "<b_3>", "<c_77>"]'
         )
     letters = [("".join(letter for letter, _ in row), row) for row in rows if row is not None]
@@ -173,8 +174,8 @@ def _parse(item_ids: list, values: list, where: str, pad_levels: bool) -> np.nda
     if disordered:
         found = letters[disordered[0]][0]
         raise ValueError(
-            f"{where}: {len(disordered):,} of {len(rows):,} items have levels out of order (first: item {item_ids[disordered[0]]!r} has "
-            f"the levels {', '.join(found)}); expected {', '.join(_LETTERS[: len(found)])}, one token each"
+            f"{where}: {len(disordered):,} of {len(rows):,} items have levels out of order (first: item {item_ids[disordered[0]]!r:.80} has "
+            f"the levels {short(', '.join(found), 80)}); expected {', '.join(_LETTERS[: len(found)])}, one token each"
         )
     counts = np.array([len(found) for found, _ in letters])
     levels = int(counts.max()) if pad_levels else int(np.bincount(counts).argmax())
@@ -189,7 +190,7 @@ def _parse(item_ids: list, values: list, where: str, pad_levels: bool) -> np.nda
         )
         raise ValueError(
             f"{where}: {int(other.sum()):,} of {len(rows):,} items have another number of levels than {levels} (first: item "
-            f"{item_ids[row]!r} has {counts[row]}); {cure}"
+            f"{item_ids[row]!r:.80} has {counts[row]}); {cure}"
         )
     return np.array([[code for _, code in row] + [0] * (levels - len(row)) for _, row in letters], dtype=np.int64)
 
