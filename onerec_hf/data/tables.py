@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.parquet import read_parquet
 from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, listed, short
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
         return read_atomic(path)
     try:
         if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path)
+            return read_parquet(path)
         if path.suffix.lower() == ".jsonl":
             # pandas would turn "00123" into 123 and anything called "timestamp" into a date.
             return pd.read_json(path, lines=True, dtype=False, convert_dates=False)  # pyright: ignore[reportArgumentType]
