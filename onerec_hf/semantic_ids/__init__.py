@@ -27,6 +27,7 @@ _PUBLIC = {
     "write_index_json": "interchange",
     "Quantizer": "quantizer",
     "make_quantizer": "quantizer",
+    "Ranks": "ranks",
     "SemanticIDReport": "report",
     "compare_reports": "report",
     "plot_reports": "report",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids.imported import ImportedIDs, ImportResult
     from onerec_hf.semantic_ids.interchange import read_index_json, read_semantic_id_strings, write_index_json
     from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
+    from onerec_hf.semantic_ids.ranks import Ranks
     from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
     from onerec_hf.semantic_ids.rq_vae import RQVAEQuantizer

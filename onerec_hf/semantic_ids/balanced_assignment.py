@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from onerec_hf.semantic_ids.ranks import ALONE, Alone
+from onerec_hf.semantic_ids.shared_assignment import staying_of
+
 # Points that are handled at a time where every one of them has to be looked at.
 ROWS = 65_536
 # Rows x centroids distances held at a time; the sample that prices are searched on may hold more.
@@ -14,6 +17,11 @@ SOLVER_POINTS = 512
 # kernel would still be nothing.
 _SCALING_STEPS = 8
 _MAX_ROUNDS = 32
+# Where ranks have no more points than this left between them, each rank gets these and ends the rounds by itself: the last rounds are about
+# few points, and asking the other ranks would take longer than their distances.
+_ENDED_BY_EACH = 4096
+# Rows of a sample that the gap between best and second best centroid is taken from.
+GAP_ROWS = 2048
 
 
 class CentroidPrices:
@@ -39,23 +47,35 @@ class CentroidPrices:
         clusters = len(self.values)
         return min(points, max(16 * clusters, 4096), max(1, _SAMPLE_ENTRIES // clusters))
 
-    def refine(self, sample: torch.Tensor, centers: torch.Tensor, steps: int = 16, tolerance: float = 0.02) -> None:
-        """Moves the prices until the sample's soft demand is off balance by less than `tolerance`, at most `steps` times."""
+    def refine(
+        self,
+        sample: torch.Tensor,
+        centers: torch.Tensor,
+        steps: int = 16,
+        tolerance: float = 0.02,
+        ranks: Alone = ALONE,
+        count: int | None = None,
+        gap_rows: int = GAP_ROWS,
+    ) -> None:
+        """
+        Moves the prices until the sample's soft demand is off balance by less than `tolerance`, at most `steps` times. Where ranks hold a part
+        of the sample each, `count` is the size of the whole, and the first `gap_rows` of this rank's part are those that the gap is taken from.
+        """
         if len(centers) == 1:
             return
-        best = (squares(sample[:2048], centers) + self.values).topk(2, dim=1, largest=False).values
-        gap = float((best[:, 1] - best[:, 0]).mean())
+        best = (squares(sample[:gap_rows], centers) + self.values).topk(2, dim=1, largest=False).values
+        gap = float(ranks.mean(best[:, 1] - best[:, 0]))
         if gap == 0:  # every point is as near to two centroids: prices cannot tell points apart
             self._temperature = 0.0
             return
         self._temperature = self._heat * gap
-        balanced = False
+        balanced, count = False, len(sample) if count is None else count
         for _ in range(0, steps, _SCALING_STEPS):
             kernel = self._kernel(sample, centers)
             scaling = torch.ones_like(self.values)  # exp(-change of price / temperature)
             for _ in range(_SCALING_STEPS):
                 # Sinkhorn's form of the soft demand: two products with the kernel, no exponential.
-                demand = scaling * ((kernel @ scaling).reciprocal() @ kernel) * (len(centers) / len(sample))
+                demand = scaling * ranks.sum((kernel @ scaling).reciprocal() @ kernel) * (len(centers) / count)
                 balanced = float((demand - 1).clamp(min=0).mean()) < tolerance
                 if balanced:
                     break
@@ -110,51 +130,78 @@ def two_nearest(
 
 
 def assign_balanced(
-    points: torch.Tensor, centers: torch.Tensor, prices: CentroidPrices
+    points: torch.Tensor, centers: torch.Tensor, prices: CentroidPrices, ranks: Alone = ALONE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     (N,) labels whose counts differ by at most one, and the (K,) counts that the prices alone would have given.
 
     Up to 512 points are assigned at the least total cost. More of them ask for their cheapest centroid in rounds; a centroid keeps those
-    that would lose most elsewhere and closes when it is full.
+    that would lose most elsewhere and closes when it is full. With `ranks` the points are this rank's, counts are everyone's.
     """
     choice, regret = two_nearest(points, centers, prices.values)
-    demand = choice.bincount(minlength=len(centers))
-    if len(points) <= SOLVER_POINTS:
-        return _least_cost(points, centers), demand
-    return _fill(points, centers, prices.values, choice, regret, demand), demand
-
-
-def _fill(points, centers, prices, choice, regret, demand) -> torch.Tensor:
-    clusters = len(centers)
-    size, more = divmod(len(points), clusters)
+    demand = ranks.sum(choice.bincount(minlength=len(centers)))
+    first, count = ranks.span(len(points))
+    if count <= SOLVER_POINTS:
+        return _least_cost(ranks.gather(points), centers)[first : first + len(points)], demand
+    size, more = divmod(count, len(centers))
     room = torch.full_like(demand, size)
     room[demand.argsort(descending=True, stable=True)[:more]] += 1
+    return _fill(points, centers, prices.values, room, choice, regret, ranks, _MAX_ROUNDS), demand
+
+
+def _fill(points, centers, prices, room, choice, regret, ranks, rounds) -> torch.Tensor:
     labels = torch.empty_like(choice)
     left = torch.arange(len(points), device=points.device)
-    every = torch.arange(clusters, device=points.device)
-    for _ in range(_MAX_ROUNDS):
-        # By centroid, largest regret first; the first `room` of each stay.
-        order = regret.argsort(descending=True, stable=True)
-        order = order[choice[order].argsort(stable=True)]
-        asked = choice[order]
-        stays = torch.arange(len(asked), device=asked.device) - torch.searchsorted(asked, every)[asked] < room[asked]
-        labels[left[order[stays]]] = asked[stays]
-        room = room - asked[stays].bincount(minlength=clusters)
-        left = left[order[~stays].sort().values]
-        if not len(left):
+    for done in range(1, rounds + 1):
+        if ranks.size == 1:
+            stays = staying(choice, regret, room)
+            room = room - choice[stays].bincount(minlength=len(room))
+        else:
+            stays, room = staying_of(ranks, choice, regret, room)
+        labels[left[stays]] = choice[stays]
+        left = left[~stays]
+        first, count = ranks.span(len(left))
+        if not count:
             return labels
-        is_open = room.nonzero().squeeze(1)
-        position, regret = two_nearest(points[left], centers[is_open], prices[is_open])
+        mine, is_open = slice(first, first + len(left)), room.nonzero().squeeze(1)
+        alone = ranks.size > 1 and count <= _ENDED_BY_EACH
+        asking = ranks.gather(points[left]) if alone else points[left]
+        position, regret = two_nearest(asking, centers[is_open], prices[is_open])
         choice = is_open[position]
+        if alone:
+            ended = _fill(asking, centers, prices, room, choice, regret, ALONE, rounds - done)
+            labels[left] = ended[mine]
+            return labels
     # Points that are still left after so many rounds are equal or nearly so (copies of one item): who goes where matters little.
-    slots = every.repeat_interleave(room)
-    if len(left) <= SOLVER_POINTS:
+    first, count = ranks.span(len(left))
+    slots = torch.arange(len(room), device=room.device).repeat_interleave(room)
+    if ranks.size == 1 and count <= SOLVER_POINTS:
         cost = squares(points[left].double(), centers.double())[:, slots]
         labels[left] = slots[_solve(cost)]
     else:
-        labels[left] = slots
+        labels[left] = slots[first : first + len(left)]
     return labels
+
+
+def staying(choice: torch.Tensor, regret: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """
+    (n,) bool: of the points that ask for a centroid, the `room` of it with the largest regret; of equal ones the first.
+
+    Args:
+        choice, regret: (n,), what `two_nearest` gives.
+        room: (K,) int64.
+
+    Example:
+        >>> staying(torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 3.0, 3.0, 0.0]), torch.tensor([1, 1]))
+        tensor([False,  True, False,  True])
+    """
+    order = regret.argsort(descending=True, stable=True)
+    order = order[choice[order].argsort(stable=True)]
+    asked = choice[order]
+    first = torch.searchsorted(asked, torch.arange(len(room), device=room.device))
+    stays = torch.empty_like(choice, dtype=torch.bool)
+    stays[order] = torch.arange(len(asked), device=asked.device) - first[asked] < room[asked]
+    return stays
 
 
 def _least_cost(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -186,8 +186,14 @@ def embedding_fingerprint(embeddings: np.ndarray, recipe: str) -> str:
         >>> len(embedding_fingerprint(np.zeros((2, 2)), "zeros"))
         64
     """
-    digest = hashlib.sha256(f"{recipe}|{embeddings.dtype.str}|{embeddings.shape}".encode())
-    digest.update(np.ascontiguousarray(embeddings).tobytes())
+    return fingerprint_of([embeddings], embeddings.dtype, embeddings.shape, recipe)
+
+
+def fingerprint_of(parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[int, ...], recipe: str) -> str:
+    """[`embedding_fingerprint`] of (n, d) embeddings that come in parts, first rows first; `shape` is that of the whole."""
+    digest = hashlib.sha256(f"{recipe}|{dtype.str}|{shape}".encode())
+    for part in parts:
+        digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()
 
 

@@ -10,10 +10,14 @@ import numpy as np
 import torch
 
 from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
-from onerec_hf.semantic_ids.embeddings import embedding_fingerprint
+from onerec_hf.semantic_ids.balanced_assignment import ROWS
+from onerec_hf.semantic_ids.balanced_kmeans import check_enough
+from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
 from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
+from onerec_hf.semantic_ids.ranks import Ranks
 from onerec_hf.semantic_ids.report import SemanticIDReport, describe_ids
-from onerec_hf.semantic_ids.unique_codes import add_digit, make_unique
+from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
+from onerec_hf.semantic_ids.unique_codes import add_digit, add_digit_over, make_unique, make_unique_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +40,15 @@ def fit_semantic_ids(
     recipe: str = "given",
     max_iter: int = 20,
     seed: int = 0,
+    ranks: Ranks | None = None,
     **settings,
 ) -> SemanticIDs:
     """
     Residual codes (balanced: paper, section 3.1), made unique.
+
+    Over `ranks` every process gives its own items and gets the whole catalogue and report; the quantiser's `codes_` are those of its own
+    items. Codebooks and codes are those of one process with all items, up to the order of summation. Beside its embeddings (and their
+    residuals) a rank then holds the catalogue and 8 bytes per item and level for the codes of all ranks' items.
 
     Args:
         item_ids: N integers or strings.
@@ -51,11 +60,13 @@ def fit_semantic_ids(
         popularity: (N,) interaction counts to keep in the catalogue.
         recipe: how the embeddings were made, for the fingerprint.
         max_iter: most iterations of k-means per level.
+        ranks: the processes that hold the items between them, `Ranks()` for those of torch.distributed: `item_ids`, `embeddings` and
+            `popularity` are this rank's share then. For method "balanced".
         settings: further arguments of the method's class.
 
     Raises:
-        ValueError: numbers of rows that differ, NaN or infinite embeddings (the first item), fewer items than codes, or more items under one
-            prefix than the last level can tell apart.
+        ValueError: numbers of rows that differ, NaN or infinite embeddings (the first item), fewer items than codes, more items under one
+            prefix than the last level can tell apart, or another method than "balanced" over ranks.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(50, 8))
@@ -63,16 +74,14 @@ def fit_semantic_ids(
         >>> len(fitted.catalogue), fitted.report.cluster_sizes[0]
         (50, [10, 10])
     """
-    item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
-    points = _check_embeddings(item_ids, embeddings)
     if on_collision not in ("assign", "extra-digit"):
         raise ValueError(f'on_collision must be "assign" or "extra-digit"; got {on_collision!r}')
     quantizer = make_quantizer(method, codebook_sizes, max_iter=max_iter, seed=seed, **settings)
-    if max(codebook_sizes) > len(item_ids):
-        raise ValueError(
-            f"fewer items than codes: {len(item_ids)} items cannot fill codebooks of {list(codebook_sizes)}; use codebooks of at most "
-            f"{len(item_ids)} codes"
-        )
+    if ranks is not None and ranks.size > 1:
+        return _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, recipe, seed)
+    item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
+    points = _check_embeddings(item_ids, embeddings)
+    check_enough(len(item_ids), max(codebook_sizes))
     quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
@@ -90,6 +99,46 @@ def fit_semantic_ids(
         sizes,
         popularity=popularity,
         embedding_fingerprint=embedding_fingerprint(points.cpu().numpy(), recipe),
+    )
+    return SemanticIDs(catalogue, quantizer, report)
+
+
+def _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, recipe, seed) -> SemanticIDs:
+    """The same, every process with its own items."""
+    if not isinstance(quantizer, ResidualQuantizer):
+        raise ValueError(
+            f'quantiser {quantizer.method!r} is fitted by one process; over ranks there is "balanced". Start it without torchrun'
+        )
+    with ranks.together():
+        item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
+        points = _check_embeddings(item_ids, embeddings)
+        if popularity is not None and len(popularity) != len(item_ids):
+            raise ValueError(f"popularity: {len(popularity)} counts for {len(item_ids)} items")
+    widths = ranks.gather_objects(points.shape[1])
+    if len(set(widths)) > 1:
+        raise ValueError(f"embeddings have {widths} dimensions on ranks 0 to {ranks.size - 1}; they must be the same")
+    quantizer.fit(points, ranks)
+    codes, sizes, moved = quantizer.codes_, list(quantizer.codebook_sizes), 0
+    if on_collision == "assign":
+        unique = make_unique_over(ranks, codes, *quantizer.last_level(points, codes))
+        moved = int(ranks.sum(unique.moved.sum()))
+        everyones = ranks.gather(unique.codes)
+    else:
+        everyones = ranks.gather(add_digit_over(ranks, codes))
+        sizes.append(int(everyones[:, -1].max()) + 1)
+    levels, digit = len(quantizer.codebook_sizes), sum(sizes[len(quantizer.codebook_sizes) :])
+    report = describe_ids(points, quantizer, everyones[:, :levels], moved, digit, seed, ranks)
+    parts = (part.cpu().numpy() for part in ranks.in_order(points, ROWS))
+    shape = (len(everyones), points.shape[1])
+    fingerprint = ranks.gather_objects(fingerprint_of(parts, np.dtype(np.float32), shape, recipe))[0]
+    ids = ranks.gather_objects(item_ids)
+    counts = None if popularity is None else ranks.gather_objects(np.asarray(popularity))
+    catalogue = ItemCatalogue(
+        np.concatenate(ids) if isinstance(item_ids, np.ndarray) else [item for part in ids for item in part],
+        everyones.cpu().numpy(),
+        sizes,
+        popularity=None if counts is None else np.concatenate(counts),
+        embedding_fingerprint=fingerprint,
     )
     return SemanticIDs(catalogue, quantizer, report)
 
@@ -145,8 +194,10 @@ def _check_embeddings(item_ids: Sequence | np.ndarray, embeddings: np.ndarray | 
         )
     bad = ~torch.isfinite(points).all(1)
     if bad.any():
+        first = int(bad.int().argmax())
+        item = np.asarray(item_ids[first : first + 1]).tolist()[0]
         raise ValueError(
-            f"{int(bad.sum())} of {len(item_ids)} items have NaN or infinite embeddings (first: item {item_ids[int(bad.int().argmax())]!r}); "
+            f"{int(bad.sum())} of {len(item_ids)} items have NaN or infinite embeddings (first: item {item!r}); "
             "repair them or leave these items out"
         )
     return points

@@ -168,7 +168,9 @@ class ImportedIDs:
                     'level with on_collision="extra-digit"'
                 )
             late = rows[moved[rows]]
-            lowest = np.arange(min(last_size, len(rows) + len(late)))  # enough are free among them, however large the codebook
+            lowest = np.arange(
+                min(last_size, len(rows) + len(late))
+            )  # enough are free among them, however large the codebook
             free = np.setdiff1d(lowest, codes[rows, -1])
             codes[late, -1] = free[: len(late)]
         return codes, moved

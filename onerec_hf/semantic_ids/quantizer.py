@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files_onerec import replacing, sort_header
+from onerec_hf.modeling.untrusted_onerec import listed, read_safetensors, refusing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS
+from onerec_hf.semantic_ids.ranks import ALONE, Alone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,12 +73,14 @@ class Quantizer(ABC):
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> Self:
         """A quantiser that encodes and decodes as the saved one."""
 
-    def reconstruction_error(self, points: torch.Tensor | np.ndarray, codes: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance between (n, d) points and what their (n, l) codes decode to."""
+    def reconstruction_error(
+        self, points: torch.Tensor | np.ndarray, codes: torch.Tensor, ranks: Alone = ALONE
+    ) -> torch.Tensor:
+        """Mean squared distance between (n, d) points and what their (n, l) codes decode to; over `ranks`, of all of theirs."""
         points = torch.as_tensor(points).float()
         chunks = zip(points.split(ROWS), codes.split(ROWS), strict=True)
         total = sum((chunk - self.decode(part)).square().sum(dtype=torch.double) for chunk, part in chunks)
-        return torch.as_tensor(total).float() / len(points)
+        return ranks.sum(torch.as_tensor(total)).float() / ranks.span(len(points))[1]
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file: to a temporary name first, then renamed."""
@@ -85,6 +88,7 @@ class Quantizer(ABC):
         metadata = {"format": _FORMAT, "version": _VERSION, "method": self.method, "settings": json.dumps(settings)}
         with replacing(path) as temporary:
             save_file({name: part.contiguous().cpu() for name, part in tensors.items()}, temporary, metadata=metadata)
+            sort_header(temporary)
 
     @staticmethod
     def load(path: str | os.PathLike) -> Quantizer:
@@ -92,25 +96,22 @@ class Quantizer(ABC):
         Reads a saved quantiser, of whichever method.
 
         Raises:
-            ValueError: the file is cut short, holds no quantiser, or is of another version.
+            ValueError: the file is damaged or cut short, holds no quantiser, or is of another version.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{os.fspath(path)} is damaged or cut short ({error}); copy or download it again"
-            ) from error
+        path = os.fspath(path)
+        tensors, metadata = read_safetensors(path)
         if metadata.get("format") != _FORMAT:
-            names = ", ".join(sorted(tensors)) or "none"
-            raise ValueError(f"{os.fspath(path)} holds no codebooks of a quantiser (its tensors: {names})")
-        if metadata.get("version") != _VERSION or metadata.get("method") not in _CLASSES:
             raise ValueError(
-                f"{os.fspath(path)} is of quantiser version {metadata.get('version')} and method {metadata.get('method')!r}; this "
-                f"onerec_hf reads version {_VERSION} and {', '.join(METHODS)}: update onerec_hf"
+                f"{path} holds no codebooks of a quantiser (its tensors: {listed(sorted(tensors)) or 'none'})"
             )
-        return _class_of(metadata["method"])._restore(tensors, json.loads(metadata["settings"]))
+        version, method = metadata.get("version"), metadata.get("method")
+        if version != _VERSION or method not in _CLASSES:
+            raise ValueError(
+                f"{path} is of quantiser version {version!s:.80} and method {method!r:.80}; this onerec_hf reads version {_VERSION} and "
+                f"{', '.join(METHODS)}: update onerec_hf"
+            )
+        with refusing(path):
+            return _class_of(method)._restore(tensors, json.loads(metadata["settings"]))
 
 
 def make_quantizer(

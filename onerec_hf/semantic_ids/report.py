@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.untrusted_onerec import read_json_object, refusing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, squares
 from onerec_hf.semantic_ids.quantizer import Quantizer
+from onerec_hf.semantic_ids.ranks import ALONE, Alone
 
 _NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
 
@@ -57,6 +59,23 @@ class SemanticIDReport:
         """As plain lists and numbers."""
         return asdict(self)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SemanticIDReport:
+        """
+        Reads `semantic_ids.json`, which `onerec-hf semantic-ids fit` writes: `as_dict` as JSON.
+
+        Raises:
+            ValueError: no JSON, or no such report.
+            OSError: no such file.
+        """
+        content = read_json_object(path)
+        with refusing(path):
+            wanted = {part.name: str(part.type) for part in fields(cls)}
+            wrong = [name for name, kind in wanted.items() if name in content and not _is(content[name], kind)]
+            if wrong:
+                raise ValueError(f"its {wrong[0]} is no {wanted[wrong[0]]}")
+            return cls(**content)
+
     def table(self) -> str:
         """As aligned text."""
         return compare_reports([self])
@@ -69,6 +88,13 @@ class SemanticIDReport:
         return f"{collided}, resolved by moving {self.moved:,} ({self.moved / self.num_items:.1%})"
 
 
+def _is(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of the kind that an annotation names."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(_is(part, kind[5:-1]) for part in value)
+    return isinstance(value, {"str": str, "int": int, "float": (int, float)}[kind])
+
+
 def describe_ids(
     embeddings: torch.Tensor,
     quantizer: Quantizer,
@@ -76,24 +102,27 @@ def describe_ids(
     moved: int,
     extra_digit: int = 0,
     seed: int = 0,
+    ranks: Alone = ALONE,
 ) -> SemanticIDReport:
     """
     The report of a fitted quantiser and of the codes that were made unique.
 
     Args:
-        embeddings: (N, d) float32, what was quantised.
-        codes: (N, L) int64, the quantiser's levels after collisions were resolved.
+        embeddings: (N, d) float32, what was quantised; over `ranks`, this rank's.
+        codes: (N, L) int64, the quantiser's levels after collisions were resolved, of all items.
         moved, extra_digit: how they were resolved.
         seed: of the sample whose neighbours are looked up.
     """
     sizes = quantizer.codebook_sizes
-    mean = embeddings.mean(0)
-    variance = sum(float((rows - mean).square().sum(dtype=torch.double)) for rows in embeddings.split(ROWS))
-    variance = max(variance / len(embeddings), 1e-12)
+    mean = ranks.mean(embeddings)
+    parts = (float((rows - mean).square().sum(dtype=torch.double)) for rows in embeddings.split(ROWS))
+    variance = float(ranks.sum(torch.tensor(sum(parts), dtype=torch.double, device=embeddings.device)))
+    variance = max(variance / len(codes), 1e-12)
     errors = [
-        float(quantizer.reconstruction_error(embeddings, quantizer.codes_[:, : level + 1]))
+        float(quantizer.reconstruction_error(embeddings, quantizer.codes_[:, : level + 1], ranks))
         for level in range(len(sizes))
     ]
+    fitted = ranks.gather(quantizer.codes_)
     counts = [column.bincount(minlength=size) for column, size in zip(codes.unbind(1), sizes, strict=True)]
     prefixes = _prefix_numbers(codes)
     return SemanticIDReport(
@@ -106,8 +135,8 @@ def describe_ids(
         utilisation=[float((count > 0).double().mean()) for count in counts],
         entropy=[_entropy(count) for count in counts],
         distinct_prefixes=[int(numbers.max()) + 1 for numbers in prefixes],
-        neighbour_agreement=_neighbour_agreement(embeddings, prefixes, seed),
-        collisions=len(codes) - int(_prefix_numbers(quantizer.codes_)[-1].max()) - 1,
+        neighbour_agreement=_neighbour_agreement(embeddings, prefixes, seed, ranks),
+        collisions=len(codes) - int(_prefix_numbers(fitted)[-1].max()) - 1,
         moved=moved,
         extra_digit=extra_digit,
     )
@@ -128,19 +157,32 @@ def _entropy(counts: torch.Tensor) -> float:
     return float(-torch.xlogy(share, share).sum() / np.log(len(counts)))
 
 
-def _neighbour_agreement(embeddings: torch.Tensor, prefixes: list[torch.Tensor], seed: int) -> list[float]:
-    items = len(embeddings)
+def _neighbour_agreement(
+    embeddings: torch.Tensor, prefixes: list[torch.Tensor], seed: int, ranks: Alone
+) -> list[float]:
+    first, items = ranks.span(len(embeddings))
     neighbours = min(_NEIGHBOURS, items - 1)
     if neighbours == 0:
         return [1.0] * len(prefixes)
-    queries = torch.randperm(items, generator=torch.Generator().manual_seed(seed))[:_QUERIES].to(embeddings.device)
+    sampled = torch.randperm(items, generator=torch.Generator().manual_seed(seed))[:_QUERIES].to(embeddings.device)
+    vectors = ranks.pick(embeddings, first, sampled)
     agreed = np.zeros(len(prefixes))
-    for rows in queries.split(_QUERY_ROWS):
-        distances = squares(embeddings[rows], embeddings)
-        distances[torch.arange(len(rows), device=rows.device), rows] = float("inf")
-        near = distances.topk(neighbours, dim=1, largest=False).indices
+    for rows, queries in zip(sampled.split(_QUERY_ROWS), vectors.split(_QUERY_ROWS), strict=True):
+        distances = squares(queries, embeddings)
+        here = ((rows >= first) & (rows < first + len(embeddings))).nonzero().squeeze(1)
+        distances[here, rows[here] - first] = float("inf")
+        near = _nearest_of_all(distances, neighbours, first, ranks)
         agreed += [float((numbers[near] == numbers[rows, None]).double().mean(1).sum()) for numbers in prefixes]
-    return (agreed / len(queries)).tolist()
+    return (agreed / len(sampled)).tolist()
+
+
+def _nearest_of_all(distances: torch.Tensor, k: int, first: int, ranks: Alone) -> torch.Tensor:
+    """(q, k) numbers, among all ranks' rows, of the nearest; each rank has the (q, n) distances to its own."""
+    values, near = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
+    if ranks.size == 1:
+        return near
+    values, near = ranks.gather(values.T).T, ranks.gather((near + first).T).T
+    return near.gather(1, values.topk(k, dim=1, largest=False).indices)
 
 
 def compare_reports(reports: Sequence[SemanticIDReport]) -> str:

@@ -11,6 +11,7 @@ import torch
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_enough, check_points, means
 from onerec_hf.semantic_ids.quantizer import Quantizer
+from onerec_hf.semantic_ids.ranks import ALONE, Alone
 
 
 class ResidualQuantizer(Quantizer):
@@ -59,31 +60,39 @@ class ResidualQuantizer(Quantizer):
         self.assignment: Literal["optimal", "greedy"] = assignment
         self.max_points_per_cluster = max_points_per_cluster
 
-    def fit(self, points: torch.Tensor | np.ndarray) -> ResidualQuantizer:
-        """Fits all levels to (N, d) points."""
-        residual = check_points(points).float().clone()
-        check_enough(residual, max(self.codebook_sizes))
+    def fit(self, points: torch.Tensor | np.ndarray, ranks: Alone = ALONE) -> ResidualQuantizer:
+        """
+        Fits all levels to (N, d) points; over `ranks` as [`BalancedKMeans`] does, `codes_` are this rank's then.
+
+        Raises:
+            ValueError: as there, or plain k-means over ranks.
+        """
+        if ranks.size > 1 and self.method != "balanced":
+            raise ValueError('clustering "kmeans" is for one process; over ranks there is "balanced"')
+        with ranks.together():
+            residual = check_points(points, empty=ranks.size > 1).float().clone()
+        check_enough(ranks.span(len(residual))[1], max(self.codebook_sizes))
         cluster = self._balanced if self.method == "balanced" else self._plain
         self.codebooks_, codes = [], []
         for level, size in enumerate(self.codebook_sizes):
-            centers, labels = cluster(residual, size, self.seed + level)
+            centers, labels = cluster(residual, size, self.seed + level, ranks)
             self.codebooks_.append(centers)
             codes.append(labels)
             _subtract(residual, centers, labels)
         self.codes_ = torch.stack(codes, dim=1)
         return self
 
-    def _balanced(self, points: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _balanced(self, points: torch.Tensor, size: int, seed: int, ranks: Alone) -> tuple[torch.Tensor, torch.Tensor]:
         kmeans = BalancedKMeans(
             size,
             max_iter=self.max_iter,
             assignment=self.assignment,
             max_points_per_cluster=self.max_points_per_cluster,
             seed=seed,
-        ).fit(points)
+        ).fit(points, ranks)
         return kmeans.cluster_centers_, kmeans.labels_
 
-    def _plain(self, points: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _plain(self, points: torch.Tensor, size: int, seed: int, _: Alone) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             import faiss
         except ImportError:
@@ -131,6 +140,8 @@ class ResidualQuantizer(Quantizer):
     @classmethod
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ResidualQuantizer:
         codebooks = [tensors[f"codebook.{level}"] for level in range(len(tensors))]
+        if any(check_points(codebook).shape[1] != codebooks[0].shape[1] for codebook in codebooks):
+            raise ValueError(f"codebooks of different widths: {[tuple(codebook.shape) for codebook in codebooks]}")
         quantizer = cls([len(codebook) for codebook in codebooks], **settings)
         quantizer.codebooks_ = codebooks
         return quantizer

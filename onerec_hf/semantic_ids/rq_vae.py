@@ -300,7 +300,7 @@ class RQVAEQuantizer(Quantizer):
             ValueError: not two-dimensional, NaN or infinite rows (how many, the first), fewer points than codes of a level.
         """
         points = check_points(points).float()
-        check_enough(points, max(self.codebook_sizes))
+        check_enough(len(points), max(self.codebook_sizes))
         with _own_randomness(), tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder,
@@ -363,9 +363,10 @@ class RQVAEQuantizer(Quantizer):
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> RQVAEQuantizer:
         input_size = settings.pop("input_size")
         quantizer = cls(**settings)
-        with _own_randomness():
+        # On no device, and with the file's own tensors: settings that lie about sizes cost no memory.
+        with _own_randomness(), torch.device("meta"):
             quantizer.model_ = RQVAEModel(quantizer._config(input_size)).eval()
-        quantizer.model_.load_state_dict(tensors)
+        quantizer.model_.load_state_dict(tensors, assign=True)
         return quantizer
 
 

@@ -7,6 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from onerec_hf.semantic_ids.ranks import Ranks
+
+# Over ranks, prefixes are settled in so many portions: only a portion's residuals exist twice.
+_PORTIONS = 8
+
 
 class UniqueResult(NamedTuple):
     """`codes` (N, L) int64 without repetition and `moved` (N,) bool: the items whose last code changed."""
@@ -80,6 +85,46 @@ def make_unique(
         moved[rows] = codes[rows, -1] != assigned
         codes[rows, -1] = assigned
     return UniqueResult(codes, moved)
+
+
+def make_unique_over(
+    ranks: Ranks, codes: torch.Tensor, last_residuals: torch.Tensor, last_codebook: torch.Tensor
+) -> UniqueResult:
+    """
+    [`make_unique`] for items that lie on several ranks. Each prefix has a rank that settles it: the items' codes and residuals go there and
+    their last codes come back, an eighth of the prefixes at a time.
+
+    Args:
+        codes, last_residuals: as there, this rank's items; the result is this rank's too.
+
+    Raises:
+        CrowdedPrefixError: as there, on every rank.
+    """
+    codes, moved = codes.clone(), torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+    prefix = _numbers(codes[:, :-1])
+    for portion in range(_PORTIONS):
+        rows = ((prefix // ranks.size) % _PORTIONS == portion).nonzero().squeeze(1)
+        (theirs, residuals), answer = ranks.exchange(prefix[rows] % ranks.size, codes[rows], last_residuals[rows])
+        with ranks.together():
+            settled = make_unique(theirs, residuals, last_codebook).codes[:, -1] if len(theirs) else theirs[:, -1]
+        last = answer(settled)
+        moved[rows] = codes[rows, -1] != last
+        codes[rows, -1] = last
+    return UniqueResult(codes, moved)
+
+
+def add_digit_over(ranks: Ranks, codes: torch.Tensor) -> torch.Tensor:
+    """[`add_digit`] for items that lie on several ranks: codes and result are this rank's."""
+    (theirs,), answer = ranks.exchange(_numbers(codes) % ranks.size, codes)
+    return torch.cat([codes, answer(add_digit(theirs)[:, -1:])], dim=1)
+
+
+def _numbers(codes: torch.Tensor) -> torch.Tensor:
+    """(n,) int64, at least 0, equal for equal rows of (n, l) codes; the last code moves it by one."""
+    numbers = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+    for column in codes.unbind(1):
+        numbers = (numbers * 65_537 + column) & (2**62 - 1)
+    return numbers
 
 
 def add_digit(codes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Runs a function on several ranks that gloo joins, for tests: processes forked from a server that has torch imported already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(size: int, function: Callable, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """
+    What `function(*arguments)` returns on each rank, rank 0 first; a ValueError is returned as it is.
+
+    Args:
+        function: of a module, so that the processes find it by name.
+        timeout: seconds to wait for a rank.
+
+    Raises:
+        AssertionError: a rank failed otherwise (its traceback), or did not answer.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["onerec_hf.semantic_ids.fit", "tests.ranks"])
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder) / "meeting"
+        ends, processes = [], []
+        for rank in range(size):
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(meeting, rank, size, theirs, function, arguments))
+            process.start()
+            theirs.close()
+            ends.append(mine)
+            processes.append(process)
+        try:
+            answers = [end.recv() if end.poll(timeout) else (False, f"no answer in {timeout} s") for end in ends]
+        except EOFError:
+            answers = [(False, "a rank died without a word")]
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+    for rank, (fine, answer) in enumerate(answers):
+        assert fine, f"rank {rank}: {answer}"
+    return [answer for _, answer in answers]
+
+
+def _rank(meeting: Path, rank: int, size: int, end: Any, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=size)
+    try:
+        answer: tuple[bool, Any] = (True, function(*arguments))
+    except ValueError as error:
+        answer = (True, error)
+    except Exception:
+        answer = (False, traceback.format_exc())
+    end.send(answer)
+    end.close()
+    if answer[0]:
+        dist.barrier()
+        dist.destroy_process_group()
