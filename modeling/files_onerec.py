@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 
+from safetensors import SafetensorError
+
+#: The folder inside another one in which files wait until all of them are written.
+UNFINISHED_NAME = ".unfinished"
+_CURES = {
+    errno.ENOSPC: "make room there, or name a folder on another disk",
+    errno.EDQUOT: "your quota is used up: make room, or name a folder elsewhere",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
+    errno.EROFS: "it is mounted read-only: name a folder that can be written to",
+    errno.EACCES: "name a folder that you may write to",
+    errno.EPERM: "name a folder that you may write to",
+    errno.EIO: "the disk fails: name a folder on another one",
+}
+# What torch.save says of a full disk.
+_TORCH_SAVE_FAILED = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -15,6 +33,9 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     """
     Gives a temporary name beside `path` to write to, which takes the place of `path` when the block ends. Where the block fails, what
     stood at `path` stays, and nothing is left beside it.
+
+    Raises:
+        OSError: the disk is full, read-only or fails; the message says what could not be written, where, and what to do.
 
     Example:
         >>> import tempfile
@@ -28,9 +49,90 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise (cannot_write(path, error) or error) from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # nothing there, or nothing can be written at all
             os.unlink(temporary)
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, ...] = ()) -> Iterator[str]:
+    """
+    Gives a temporary folder to write files to, which take their places in `folder` when the block ends: `last` as the last one, and what
+    had its name goes first. Whoever finds `last` finds all of the others, and of one writing, however that ended: killed, on a full disk.
+
+    Args:
+        folder: made where there is none, with the parents that it lacks.
+        last: a file without which nobody takes the others for complete.
+        replaces: patterns of files that give way, where the block writes none of their names.
+
+    Raises:
+        OSError: as `replacing`; what stood in `folder` stays.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing_files(folder, last="index") as temporary:
+        ...         for name in ("index", "volume"):
+        ...             _ = open(f"{temporary}/{name}", "w").write("whole")
+        ...     sorted(os.listdir(folder))
+        ['index', 'volume']
+    """
+    folder = os.fspath(folder)
+    temporary, new = os.path.join(folder, UNFINISHED_NAME), not os.path.exists(folder)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        os.makedirs(temporary)
+        yield temporary
+        names = sorted(os.listdir(temporary), key=lambda name: name == last)
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, last))
+        for name in os.listdir(folder):
+            if name not in names and any(fnmatch(name, pattern) for pattern in replaces):
+                os.unlink(os.path.join(folder, name))
+        for name in names:
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise (cannot_write(folder, error) or error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # something was written to it
+                os.rmdir(folder)
+
+
+def remove_whole(folder: str | os.PathLike) -> None:
+    """Removes a folder, first of all its name: one that is half removed when the process ends is not taken for what it was."""
+    parent, name = os.path.split(os.path.normpath(os.fspath(folder)))
+    doomed = os.path.join(parent, f"_removed-{name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def cannot_write(path: str | os.PathLike, error: Exception) -> OSError | None:
+    """
+    The error that says what could not be written, why, and what to do about it; None for an error that is about something else.
+
+    Example:
+        >>> print(cannot_write("out/results.json", OSError(errno.ENOSPC, "No space left on device")))
+        cannot write out/results.json: No space left on device; make room there, or name a folder on another disk
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError):  # which knows the number as text alone
+        code = next((code for code in _CURES if f"(os error {code})" in str(error)), None)
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_SAVE_FAILED):
+        code = errno.ENOSPC
+    if code not in _CURES:
+        return None
+    named = error.filename if isinstance(error, OSError) else None
+    if named is not None and not os.path.abspath(os.fspath(named)).startswith(os.path.abspath(os.fspath(path))):
+        return None  # another file, which was to be read
+    told = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
+    told.errno = code
+    return told
 
 
 def sort_header(path: str | os.PathLike) -> None:
@@ -74,4 +176,13 @@ def pinned(repo: str | os.PathLike, kwargs: dict) -> dict:
     return kwargs if revision is None else {**kwargs, "revision": revision}
 
 
-__all__ = ["find_file", "pinned", "replacing", "sort_header"]
+__all__ = [
+    "UNFINISHED_NAME",
+    "cannot_write",
+    "find_file",
+    "pinned",
+    "remove_whole",
+    "replacing",
+    "replacing_files",
+    "sort_header",
+]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .card_onerec import replace_template
-from .files_onerec import find_file, pinned
+from .files_onerec import find_file, pinned, replacing_files
+from .untrusted_onerec import read_json_object, refusing, short
 
 # Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
 FORMAT_VERSION = 1
 CODE_SUFFIX = "_onerec.py"
 _WEIGHTS, _PICKLES = "model.safetensors", ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST_ADAPTERS = 4
 _ADAPTER, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+# Of an earlier save into the same folder: whole weights where there are shards now would be loaded in their place.
+_FORMER_WEIGHTS = (_WEIGHTS, "model-?????-of-?????.safetensors", f"{_WEIGHTS}.index.json")
 
 
 def checked_format(config: dict) -> dict:
@@ -49,7 +55,44 @@ def checked_format(config: dict) -> dict:
     return config
 
 
-def check_weights(repo: str | os.PathLike, variant: str | None = None, **kwargs) -> str | os.PathLike:
+@contextmanager
+def reading_config(repo: str | os.PathLike) -> Iterator[None]:
+    """
+    What the libraries raise about a config.json becomes one error that names its repository.
+
+    Raises:
+        ValueError: in place of those; no file, no access and the like remain OSErrors.
+    """
+    with refusing(f"config.json of {os.fspath(repo)}"):
+        try:
+            yield
+        except StrictDataclassError as error:
+            raise ValueError(short(error.__cause__ or error, 500)) from error
+
+
+def check_sizes(config, sizes: str, layers: str) -> None:
+    """
+    Refuses sizes that no model has: a config.json is a few hundred bytes, and would otherwise ask for any amount of memory.
+
+    Raises:
+        ValueError: one of `sizes` (names, with blanks between them) is not between 1 and 2^31, or one of `layers` not between 0 and 4,096.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_sizes(SimpleNamespace(hidden_size=64, encoder_layers=10**9), "hidden_size", "encoder_layers")
+        Traceback (most recent call last):
+        ...
+        ValueError: encoder_layers=1000000000 must lie between 0 and 4096
+    """
+    for names, low, high in ((sizes, 1, 2**31), (layers, 0, 4096)):
+        for name in names.split():
+            if not low <= getattr(config, name) <= high:
+                raise ValueError(f"{name}={getattr(config, name)!s:.40} must lie between {low} and {high}")
+
+
+def check_weights(
+    repo: str | os.PathLike, variant: str | None = None, _adapters: int = 0, **kwargs
+) -> str | os.PathLike:
     """
     Refuses weights that would be unpickled, or that stand outside the repository. Takes `from_pretrained`'s hub arguments.
 
@@ -72,11 +115,19 @@ def check_weights(repo: str | os.PathLike, variant: str | None = None, **kwargs)
         adapter = find_file(repo, "adapter_config.json", **kwargs)
         if adapter is None:
             raise OSError(f"{repo} holds no weights: no file named {weights} or {index_name}")
-        with open(adapter, encoding="utf-8") as file:
-            base = json.load(file)["base_model_name_or_path"]
-        return check_weights(base, variant, **{**kwargs, "revision": None})
-    with open(index, encoding="utf-8") as file:
-        shards = json.load(file)["weight_map"].values()
+        base = read_json_object(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter} names no base model (base_model_name_or_path)")
+        if _adapters >= _MOST_ADAPTERS:
+            raise ValueError(f"{adapter}: {_adapters} adapters on each other, and no weights beneath them")
+        try:
+            return check_weights(base, variant, _adapters + 1, **{**kwargs, "revision": None})
+        except OSError as error:
+            raise OSError(f"{adapter} names the base model {base!r:.80}: {short(error, 500)}") from error
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{index} names no weights files (weight_map)")
+    shards = shards.values()
     for shard in sorted(set(shards)):
         if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
             raise ValueError(
@@ -163,26 +214,36 @@ class HubModel(CarriesCode):
         self, save_directory, *args, is_main_process: bool = True, include_code: bool | None = None, **kwargs
     ):
         """
-        Writes weights (safetensors), configs, the item catalogue and the code.
+        Writes weights (safetensors), configs, the item catalogue and the code. They take their places when all of them are written,
+        `config.json` as the last one: a folder whose writing was cut short is no model.
 
         Args:
             save_directory: the folder.
             include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
             args, is_main_process, kwargs: as for `transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            OSError: a full or read-only disk; what stood in the folder stays.
         """
-        if self.should_save_on_this_rank(is_main_process):  # type: ignore[attr-defined]
-            os.makedirs(save_directory, exist_ok=True)
-            self._save_beside(save_directory)
-            config, adapter_only = self.config, getattr(self, "_hf_peft_config_loaded", False)  # type: ignore[attr-defined]
+        saves = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
+        if not saves or kwargs.get("distributed_checkpoint"):  # which all ranks write, each its part
+            super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+            return
+        config, adapter_only = self.config, getattr(self, "_hf_peft_config_loaded", False)  # type: ignore[attr-defined]
+        last, former = ("adapter_config.json", ()) if adapter_only else ("config.json", _FORMER_WEIGHTS)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)  # the library would take the temporary folder's
+        with replacing_files(save_directory, last, () if kwargs.get("variant") else former) as temporary:
+            self._save_beside(temporary)
             if (self.include_code if include_code is None else include_code) and not adapter_only:
-                self._save_code(save_directory)
+                self._save_code(temporary)
                 config.auto_map = dict(self._auto_map)
                 if self._custom_pipelines:
                     config.custom_pipelines = copy.deepcopy(self._custom_pipelines)
             else:
                 for name in ("auto_map", "custom_pipelines"):  # from the repository that it was loaded from
                     vars(config).pop(name, None)
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(temporary, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -228,4 +289,13 @@ class HubModel(CarriesCode):
         return super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
 
 
-__all__ = ["CODE_SUFFIX", "FORMAT_VERSION", "CarriesCode", "HubModel", "check_weights", "checked_format"]
+__all__ = [
+    "CODE_SUFFIX",
+    "FORMAT_VERSION",
+    "CarriesCode",
+    "HubModel",
+    "check_sizes",
+    "check_weights",
+    "checked_format",
+    "reading_config",
+]

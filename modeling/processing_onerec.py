@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,10 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
-from .files_onerec import find_file, pinned
+from .files_onerec import find_file, pinned, replacing_files
 from .hub_onerec import CarriesCode
 from .tokenization_onerec import OneRecTokenizer
+from .untrusted_onerec import refusing
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -50,6 +52,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
     ):
         super().__init__(tokenizer, **kwargs)
+        if max_history is not None and not (isinstance(max_history, int) and max_history >= 1):
+            raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
         self.max_history = max_history
         self.set_catalogue(catalogue)
 
@@ -226,27 +230,36 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """
-        Writes the tokenizer's and the processor's configs, the item catalogue and the code.
+        Writes the tokenizer's and the processor's configs, the item catalogue and the code. They take their places when all of them
+        are written, the catalogue as the last one: a folder whose writing was cut short is no processor that can be used.
 
         Args:
             save_directory: the folder.
             push_to_hub, kwargs: as for `transformers.ProcessorMixin.save_pretrained`.
             include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
+
+        Raises:
+            OSError: a full or read-only disk; what stood in the folder stays.
         """
-        save_directory = os.fspath(save_directory)  # the library splits it
-        os.makedirs(save_directory, exist_ok=True)
-        if self.catalogue is not None:
-            self.catalogue.save(os.path.join(save_directory, CATALOGUE_NAME))
+        if push_to_hub:
+            kwargs.setdefault("repo_id", Path(save_directory).name)  # the library would take the temporary folder's
         self.tokenizer.init_kwargs.pop("auto_map", None)  # from the repository that it was loaded from
-        if self.include_code if include_code is None else include_code:
-            self._save_code(save_directory)
-            self.auto_map = {"AutoProcessor": "processing_onerec.OneRecProcessor"}
-            self.tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ("tokenization_onerec.OneRecTokenizer", None)}
+        last = "processor_config.json" if self.catalogue is None else CATALOGUE_NAME
         try:
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            with replacing_files(save_directory, last) as temporary:
+                if self.catalogue is not None:
+                    self.catalogue.save(os.path.join(temporary, CATALOGUE_NAME))
+                if self.include_code if include_code is None else include_code:
+                    self._save_code(temporary)
+                    self.auto_map = {"AutoProcessor": "processing_onerec.OneRecProcessor"}
+                    self.tokenizer.init_kwargs["auto_map"] = {
+                        "AutoTokenizer": ("tokenization_onerec.OneRecTokenizer", None)
+                    }
+                saved = super().save_pretrained(temporary, push_to_hub=push_to_hub, **kwargs)
         finally:
             self.__dict__.pop("auto_map", None)
             self.tokenizer.init_kwargs.pop("auto_map", None)
+        return [os.path.join(os.fspath(save_directory), os.path.basename(path)) for path in saved]
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
@@ -271,11 +284,12 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         `transformers.ProcessorMixin.from_pretrained`. Where only a model was saved, with its catalogue, the processor is made from that.
 
         Raises:
-            ValueError: the catalogue is of a newer version, damaged, or of other codebooks than the tokenizer.
+            ValueError: a config that is damaged; a catalogue that is of a newer version, damaged, or of other codebooks than the tokenizer.
             OSError: the library's own errors: no such repository or revision, no access, no connection; or nothing to make one from.
         """
         kwargs = pinned(pretrained_model_name_or_path, kwargs)
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with refusing(pretrained_model_name_or_path):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         try:
             processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
         except ValueError as error:

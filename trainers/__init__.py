@@ -4,7 +4,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
+    "BatchOutOfMemoryError": "step_faults",
+    "CheckpointError": "whole_checkpoints",
     "InterruptCallback": "callbacks",
+    "LostRankError": "step_faults",
+    "NonFiniteError": "step_faults",
     "RouterBalanceCallback": "callbacks",
     "OneRecTrainingArguments": "onerec_config",
     "OneRecDPOConfig": "onerec_dpo_config",
@@ -16,6 +20,9 @@ _PUBLIC = {
     "Seq2SeqPreferenceCollator": "preference_collators",
     "Seq2SeqDPOConfig": "seq2seq_dpo_config",
     "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
+    "StepFaults": "step_faults",
+    "WholeCheckpoints": "whole_checkpoints",
+    "newest_checkpoint": "whole_checkpoints",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
+    from onerec_hf.trainers.step_faults import BatchOutOfMemoryError, LostRankError, NonFiniteError, StepFaults
+    from onerec_hf.trainers.whole_checkpoints import CheckpointError, WholeCheckpoints, newest_checkpoint
 
 
 def __getattr__(name: str):

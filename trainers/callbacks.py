@@ -7,6 +7,7 @@ import threading
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -14,13 +15,13 @@ from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 logger = logging.get_logger(__name__)
 
 
-class RouterBalanceCallback(TrainerCallback):
+class RouterBalanceCallback(TrainerCallback, ExportableState):
     """
     Loss-free balancing of the experts (technical report, arXiv 2506.13695; DeepSeek-V3): counts which experts the step's tokens chose,
     over accumulation and ranks, and before each optimizer step moves the routers' bias. [`OneRecTrainer`] adds it by itself; give it to a plain
     `Trainer` that trains a OneRec model with experts.
 
-    `tokens_per_expert` is the sum over all steps since training began or was resumed, (decoder_layers, num_experts), None before the first.
+    `tokens_per_expert` is the sum over all steps, (decoder_layers, num_experts), None before the first. It stands in the checkpoints.
 
     Example:
         >>> from transformers import Trainer
@@ -39,10 +40,23 @@ class RouterBalanceCallback(TrainerCallback):
         )
         if self._model is None:
             raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
-        self._tokens = self.tokens_per_expert = None
+        self._tokens, self.tokens_per_expert = None, self._restored(state)
         # A frozen router keeps its bias: an adapter's checkpoint would not hold the moved one.
         if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
+
+    def state(self) -> dict:
+        """What a checkpoint holds of this callback, in Trainer's form."""
+        counts = self.tokens_per_expert
+        return {"args": {}, "attributes": {"tokens_per_expert": None if counts is None else counts.tolist()}}
+
+    def _restored(self, state) -> torch.Tensor | None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.setdefault(
+            name, self.state()
+        )  # absent where another trainer wrote the checkpoint
+        counts = saved["attributes"]["tokens_per_expert"] if state.global_step else None
+        return None if counts is None else torch.tensor(counts, device=next(self._model.parameters()).device)
 
     @torch.compiler.disable  # one addition, whose state would compile it anew whenever accumulation begins
     def _count(self, module, args, output):

@@ -20,6 +20,7 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
             `per_device_train_batch_size` then counts rows. Evaluation stays as it is.
         packing_length: history items of a packed row; at least `max_history`.
         pad_to_multiple_of: without packing, pad histories to a multiple of so many items, so that `torch_compile` sees few shapes.
+        stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
 
     Example:
         >>> args = OneRecTrainingArguments("out", eval_top_k=[10], eval_num_beams=20, report_to="none")
@@ -47,6 +48,10 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None,
         metadata={"help": "Pad histories to a multiple of so many items (few shapes for torch_compile)."},
+    )
+    stop_at_nonfinite: bool = field(
+        default=True,
+        metadata={"help": "Stop on a loss or gradient that is not finite, and save the batch's examples."},
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate (paper, section 4.1: 2e-4)."})
 

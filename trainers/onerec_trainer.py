@@ -152,7 +152,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         finally:
             self._interrupt.restore()
         if self._interrupt.interrupted:
-            checkpoint = newest_checkpoint(self.args.output_dir)
+            checkpoint = newest_checkpoint(str(self.args.output_dir))
             raise KeyboardInterrupt(
                 f"training stopped at step {self.state.global_step}; resume it with resume_from_checkpoint={checkpoint!r}"
             )

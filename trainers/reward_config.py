@@ -13,6 +13,7 @@ class RewardTrainingArguments(TrainingArguments):
 
     Args:
         calibration_bins: groups of equal size in the expected calibration error.
+        stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
 
     Example:
         >>> RewardTrainingArguments("out").learning_rate
@@ -20,6 +21,10 @@ class RewardTrainingArguments(TrainingArguments):
     """
 
     calibration_bins: int = field(default=10, metadata={"help": "Groups of the expected calibration error."})
+    stop_at_nonfinite: bool = field(
+        default=True,
+        metadata={"help": "Stop on a loss or gradient that is not finite, and save the batch's examples."},
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Sessions of a training batch."})

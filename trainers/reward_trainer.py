@@ -13,9 +13,11 @@ from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
+from onerec_hf.trainers.step_faults import StepFaults
+from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(StepFaults, WholeCheckpoints, Trainer):
     """
     Trains a [`~onerec_hf.OneRecForSessionReward`] on examples `{"history": [item ids], "session": [item ids], "labels": [rate or None]}`
     (arXiv 2502.18965, section 3.3, equation 7; [`~onerec_hf.data.feedback_windows`] makes them). Evaluation reports per objective what
@@ -37,6 +39,8 @@ class RewardTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.evaluate(feedback.test, metric_key_prefix="test")["test_vtr/auc"]  # doctest: +SKIP
     """
+
+    _memory_settings = {"training": ", or a smaller max_history of the model", "evaluation": ""}
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class Seq2SeqDPOConfig(DPOConfig):
         cpo_alpha: weight of the chosen answers' likelihood in CPO.
         simpo_gamma: SimPO's target margin.
         reference_free: the reference's log-probabilities are constants, no reference model is kept; set by "cpo" and "simpo".
+        stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
 
     Raises:
         ValueError: losses that do not go together, or options that have no meaning for an encoder-decoder model.
@@ -41,6 +42,10 @@ class Seq2SeqDPOConfig(DPOConfig):
     simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of SimPO."})
     reference_free: bool = field(
         default=False, metadata={"help": "Constants in place of a reference model; set by loss_type cpo and simpo."}
+    )
+    stop_at_nonfinite: bool = field(
+        default=True,
+        metadata={"help": "Stop on a loss or gradient that is not finite, and save the batch's examples."},
     )
 
     def __post_init__(self):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
+from onerec_hf.cli.runs import begin, finish, open_folder
 from onerec_hf.cli.steps import (
     PreparedData,
     check_catalogue,
-    check_folder,
-    claim_folder,
+    check_complete,
     find_origin,
     load_model,
     load_processor,
@@ -28,10 +28,13 @@ from onerec_hf.cli.steps import (
     save_trained,
     say,
     table,
+    write_bytes,
     write_origin,
 )
 from onerec_hf.cli.train import evaluate_beside_baselines, resumable
 from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.untrusted_onerec import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> None:
     if both:
         raise ValueError(f"--judge {sorted(both)[0]} is a --reward too: a judge is a model that picks no pair")
     folder, command = Path(training_args.output_dir), command_line("align", argv)
-    check_folder(folder, args.overwrite)
+    goes_on = open_folder(folder, args.overwrite, training_args)
     if folder.resolve() == Path(args.model).resolve():
         raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
     started = time.perf_counter()
@@ -110,13 +113,15 @@ def main(argv: list[str]) -> None:
         drawn = np.random.default_rng(training_args.seed).choice(len(examples), args.max_examples, replace=False)
         examples = examples.select(np.sort(drawn))
     trainer: Any = make_trainer(model, rewards, training_args, processor, examples)
-    drawn_pairs = keep_pairs(trainer) if rewards else []
-    claim_folder(folder)
-    with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
-        trainer.train()
+    if rewards:
+        keep_pairs(trainer)
+    origin = find_origin(args.model)
+    begin(folder, command, goes_on)
+    write_origin(folder, origin)
+    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         save_trained(trainer, folder)
-    write_origin(folder, find_origin(args.model))
-    alignment = save_pairs(drawn_pairs, folder, trainer, data, command) if rewards else Alignment.of(trainer)
+    alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command) if rewards else Alignment.of(trainer)
     after = ranking_rows(trainer.model, processor, data) if args.evaluate else []
     judged += reward_rows(trainer.model, processor, judges, data, "after") if args.evaluate else []
     rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
@@ -142,7 +147,7 @@ def main(argv: list[str]) -> None:
         alignment=alignment,
         command=command,
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    finish(folder)
     say(f"saved to {folder}")
     if args.evaluate:
         print_before_and_after(before, after)
@@ -158,33 +163,53 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
     """
     from datasets import Dataset
 
-    readers: dict[str, Any] = {".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet}
-    suffix = Path(path).suffix
-    if suffix not in readers or not Path(path).is_file():
-        raise ValueError(f"--preferences {path}: name an existing .jsonl or .parquet file")
-    with tempfile.TemporaryDirectory() as cache:
-        rows = readers[suffix](path, cache_dir=cache, keep_in_memory=True)
-    wanted = ["history", "chosen", "rejected"]
-    missing = [column for column in wanted if column not in rows.column_names]
-    if missing or not len(rows):
+    from onerec_hf.data.tables import load_table
+
+    where, wanted = f"--preferences {path}", ["history", "chosen", "rejected"]
+    if Path(path).suffix not in (".jsonl", ".parquet") or not Path(path).is_file():
+        raise ValueError(f"{where}: name an existing .jsonl or .parquet file")
+    table = load_table(path)
+    if any(column not in table.columns for column in wanted):
         raise ValueError(
-            f"--preferences {path}: {len(rows)} rows with {rows.column_names}; it needs rows with {wanted}"
+            f"{where}: {len(table)} rows with {listed(table.columns)}; it needs rows with {', '.join(wanted)}"
         )
+    columns = {column: [_items_of(value) for value in table[column]] for column in wanted}
+    for column, rows in columns.items():
+        bad = [row for row, items in enumerate(rows) if items is None]
+        if bad:
+            raise ValueError(
+                f"{where}: {column!r} is no list of item ids in {len(bad)} of {len(rows)} rows (first: row {bad[0]}, counting from 0)"
+            )
     assert processor.catalogue is not None
-    items = [item for column in wanted for items in rows[column] for item in items]
-    unknown = (processor.catalogue.rows(items, unknown="mask") < 0).sum()
+    items = [item for rows in columns.values() for items in rows for item in items or ()]
+    try:
+        unknown = (processor.catalogue.rows(items, unknown="mask") < 0).sum()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
     if unknown:
         raise ValueError(
-            f"--preferences {path}: {unknown} of {len(items)} items are not in the model's catalogue; leave these rows out"
+            f"{where}: {unknown} of {len(items)} items are not in the model's catalogue; leave these rows out"
         )
-    return rows.select_columns(wanted)
+    return Dataset.from_dict(columns)
+
+
+def _items_of(value: Any) -> list | None:
+    """A table's cell as a list of items, or None where it is none."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return value if isinstance(value, list) else None
 
 
 def load_reward(path: str, option: str = "--reward"):
     from transformers import AutoModelForSequenceClassification
 
+    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+
     with naming(option, path):
-        return AutoModelForSequenceClassification.from_pretrained(path)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        check_complete(loaded)
+        if not isinstance(model, OneRecForSessionReward):
+            raise ValueError(f"it holds a {type(model).__name__}, no OneRec reward model")
+        return model
 
 
 def make_trainer(model, rewards: list, args, processor: OneRecProcessor, examples: datasets.Dataset):
@@ -198,22 +223,24 @@ def make_trainer(model, rewards: list, args, processor: OneRecProcessor, example
     return OneRecDPOTrainer(model, rewards, args=args, train_dataset=examples, processing_class=processor)
 
 
-def keep_pairs(trainer) -> list[dict[str, Any]]:
-    """A list that gets the rows of every iteration's pairs while the trainer trains; by itself it keeps the last iteration's."""
+def keep_pairs(trainer) -> None:
+    """Has each iteration's pairs written beside the checkpoints, for `kept_pairs`: by itself the trainer keeps the last iteration's."""
     from transformers import TrainerCallback
 
-    rows: list[dict[str, Any]] = []
-
     class KeepPairs(TrainerCallback):
-        iteration = -1
-
-        def on_epoch_end(self, args, state, control, **kwargs):
-            if trainer.iteration > self.iteration:
-                rows.extend(trainer.pairs.to_list())
-            self.iteration = trainer.iteration
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            path = Path(args.output_dir, f"pairs-{trainer.iteration}.json")
+            if args.should_save:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, json.dumps(trainer.pairs.to_list()).encode())
 
     trainer.add_callback(KeepPairs())
-    return rows
+
+
+def kept_pairs(trainer) -> list[dict[str, Any]]:
+    """The rows of all iterations' pairs, also of those before the training was resumed."""
+    paths = [Path(trainer.args.output_dir, f"pairs-{iteration}.json") for iteration in range(trainer.iteration + 1)]
+    return [row for path in paths if path.exists() for row in json.loads(path.read_text())]
 
 
 def save_pairs(rows: list[dict[str, Any]], folder: Path, trainer, data: PreparedData, command: str) -> Alignment:
@@ -227,7 +254,8 @@ def save_pairs(rows: list[dict[str, Any]], folder: Path, trainer, data: Prepared
     if rows:
         path = folder / PAIRS_NAME
         path.parent.mkdir(exist_ok=True)
-        pairs.to_parquet(path)
+        with replacing(path) as temporary:
+            pairs.to_parquet(temporary)
         write_preferences_card(
             path.parent,
             pairs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from onerec_hf.cli.arguments import (
     parse,
 )
 from onerec_hf.cli.quickstart_alignment import align_once
-from onerec_hf.cli.steps import PreparedData, check_folder, prepare_data, say
+from onerec_hf.cli.runs import finish
+from onerec_hf.cli.steps import PreparedData, check_folder, is_unfinished, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results, report, resumable, train
 from onerec_hf.evaluation.results import result_row
 
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     (args,) = parse((QuickstartArguments,), argv, "quickstart")
     if args.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
-    folder, command = check_folder(args.output_dir, args.overwrite), command_line("quickstart", argv)
+    folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
+    command = command_line("quickstart", argv)
     started = time.perf_counter()
     dataset = args.dataset or ("movielens" if args.interactions is None else None)
     data_args = DataArguments(
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
         rows += align_once(trainer, data, folder, args.seed, command)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print_results(rows)
     say(

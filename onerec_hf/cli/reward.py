@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import OutputArguments, command_line, parse
-from onerec_hf.cli.steps import check_folder, claim_folder, save_trained, say, table
+from onerec_hf.cli.runs import begin, finish, open_folder
+from onerec_hf.cli.steps import save_trained, say, table
 from onerec_hf.cli.train import resumable
 from onerec_hf.evaluation.results import result_row, write_results
 
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         (RewardDataArguments, RewardModelArguments, RewardTrainingArguments), argv, "reward", ["--output_dir"]
     )
     folder, command = Path(training_args.output_dir), command_line("reward", argv)
-    check_folder(folder, data_args.overwrite)
+    goes_on = open_folder(folder, data_args.overwrite, training_args)
     weights = numbers_of("--score_weights", model_args.score_weights)
     started = time.perf_counter()
     feedback = load_feedback(data_args, model_args.max_history)
@@ -110,9 +110,9 @@ def main(argv: list[str]) -> None:
     model, items, features = new_reward_model(feedback, model_args, weights)
     training_args.output_dir = str(folder / "checkpoints")
     trainer: Any = RewardTrainer(model, training_args, feedback.train, feedback.validation)
-    claim_folder(folder)
-    with resumable(folder, None), contextlib.redirect_stdout(sys.stderr):
-        trainer.train()
+    begin(folder, command, goes_on)
+    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         save_trained(trainer, folder)
     rows = rows_beside_baselines(model, feedback, items, features)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
         training=Training.of(trainer),
         command=command,
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    finish(folder)
     say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
     print_reward(rows, feedback.objectives)
 

@@ -9,12 +9,13 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, parse
+from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, command_line, parse
+from onerec_hf.cli.runs import begin, finish
 from onerec_hf.cli.steps import (
     check_folder,
-    claim_folder,
     embed_items,
     fit_catalogue,
+    is_unfinished,
     prepare_data,
     say,
     write_bytes,
@@ -55,14 +56,16 @@ def fit(argv: list[str]) -> None:
     data_args, id_args, args = parse((DataArguments, SemanticIDArguments, FitArguments), argv, "semantic-ids fit")
     if id_args.semantic_ids is not None:
         raise ValueError("--semantic_ids is for `onerec-hf train`: fit makes new ones, into --output_dir")
-    folder = check_folder(args.output_dir, args.overwrite)
+    folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
     fitted = fit_catalogue(prepare_data(data_args), id_args)
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
-    claim_folder(folder)
-    OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history).save_pretrained(folder)
+    begin(folder, command_line("semantic-ids fit", argv))
     write_origin(folder, fitted)
+    # The catalogue is written last: without it there is nothing to train with.
+    OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history).save_pretrained(folder)
+    finish(folder)
     print(fitted.report.table())
     say(f"saved to {folder}; train with: onerec-hf train --semantic_ids {folder}, and the same data options")
 

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,24 +33,28 @@ def say(text: str) -> None:
 
 
 CODEBOOKS_NAME, REPORT_NAME = "codebooks.safetensors", "semantic_ids.json"
+#: Stands in the folder of a run that has not ended, or was killed.
+UNFINISHED_RUN = "unfinished.json"
 
 # What the commands write: --overwrite removes these of an earlier run, and nothing else that may stand in the folder.
+# Without the first two no model and no processor loads, so that half-removed results are not taken for whole ones.
 _WRITTEN = (
+    "config.json",
+    "catalogue.safetensors",
     "README.md",
     "expert_load.png",
     "results.json",
     "pairs/README.md",
     "pairs/pairs.parquet",
     REPORT_NAME,
-    "catalogue.safetensors",
     CODEBOOKS_NAME,
     "model*.safetensors",
     "*_onerec.py",
     "model.safetensors.index.json",
-    "config.json",
     "generation_config.json",
     "processor_config.json",
     "tokenizer_config.json",
+    "training_args.bin",
 )
 
 
@@ -58,10 +64,21 @@ def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
 
     Raises:
         FileExistsError: it holds something already and `overwrite` was not given.
+        PermissionError: nothing can be written there.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the output")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: {there} is read-only, or not yours; name a folder that can be written to"
+        )
+    if not overwrite and is_unfinished(folder):
+        raise FileExistsError(
+            f"{folder} holds a run that has not ended: go on with it by --resume_from_checkpoint last (a training), or begin it anew with "
+            "--overwrite"
+        )
     if not overwrite and any(path.is_file() for path in folder.rglob("*")):
         raise FileExistsError(
             f"{folder} exists already and is not empty; name another folder, or pass --overwrite to replace its results"
@@ -69,10 +86,15 @@ def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     return folder
 
 
-def claim_folder(folder: Path) -> None:
+def is_unfinished(folder: str | os.PathLike) -> bool:
+    """Whether the folder is that of a run that has not ended, or was killed."""
+    return (Path(folder) / UNFINISHED_RUN).is_file()
+
+
+def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
     """Makes the folder and removes an earlier run's results from it: they must not be taken for this one's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints", "aligned"):
+    for name in (*(() if keep_checkpoints else ("checkpoints",)), "_removed-checkpoints", "aligned", ".unfinished"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in _WRITTEN:
         for path in folder.glob(pattern):
@@ -82,6 +104,7 @@ def claim_folder(folder: Path) -> None:
 def discard(folder: Path) -> None:
     """Takes back what a run has written, and the folder if nothing else stands in it."""
     claim_folder(folder)
+    (folder / UNFINISHED_RUN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -103,8 +126,9 @@ def naming(option: str, repo: str) -> Iterator[None]:
         raise ValueError(
             f"{option} {repo}: the weights are damaged or cut short ({error}); copy or download them again, or train anew"
         ) from error
-    except (OSError, ValueError, StrictDataclassError) as error:
-        reason = str(error)
+    except (OSError, StrictDataclassError, *UNEXPECTED) as error:
+        plain = isinstance(error, OSError | ValueError | StrictDataclassError)
+        reason = short(error, 1000) if plain else f"it is damaged ({type(error).__name__}: {short(error)})"
         if not os.path.isdir(repo):
             reason = f"there is no such folder, and as a repository of the Hub: {reason.splitlines()[0]}"
         raise ValueError(f"{option} {repo}: {reason}") from error
@@ -125,7 +149,25 @@ def load_processor(option: str, repo: str) -> OneRecProcessor:
             raise ValueError(
                 "it holds no item catalogue (catalogue.safetensors); name what `onerec-hf semantic-ids fit` or `train` wrote"
             )
+        processor.catalogue.verify()
     return processor
+
+
+def check_complete(loaded: dict[str, Any]) -> None:
+    """
+    Refuses a checkpoint that lacks weights: the library makes them up, and says so in its log only.
+
+    Args:
+        loaded: what `from_pretrained(..., output_loading_info=True)` says.
+
+    Raises:
+        ValueError: how many, and the first.
+    """
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(key[0]) for key in loaded["mismatched_keys"])
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of the weights are not in its files, or of another shape (first: {lacking[0]:.80}); copy or download them again"
+        )
 
 
 def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
@@ -137,18 +179,33 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
     """
     from transformers import AutoModelForSeq2SeqLM
 
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+
     with naming(option, repo):
         if os.path.isdir(repo) and not os.path.isfile(os.path.join(repo, "config.json")):
             raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            repo, use_safetensors=True, attn_implementation=attn_implementation
+        model, loaded = AutoModelForSeq2SeqLM.from_pretrained(
+            repo, use_safetensors=True, attn_implementation=attn_implementation, output_loading_info=True
         )
+        check_complete(loaded)
+        if not isinstance(model, OneRecForConditionalGeneration):
+            raise ValueError(f"it holds a {type(model).__name__}, no OneRec generator")
+        return model
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:
-    """Saves what a trainer trained, without the pickle of arguments that Trainer adds: nothing in an artefact is unpickled."""
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    """
+    Saves what a trainer trained, without the pickle of arguments that Trainer adds: nothing in an artefact is unpickled. `config.json` comes
+    last: a folder that has it is a whole model.
+    """
+    from onerec_hf.modeling.files_onerec import replacing_files
+
+    if not trainer.args.should_save:
+        trainer.save_model(str(folder))
+        return
+    with replacing_files(folder, last="config.json") as temporary:
+        trainer.save_model(temporary)
+        Path(temporary, "training_args.bin").unlink(missing_ok=True)
 
 
 def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:

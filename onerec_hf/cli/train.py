@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from onerec_hf.cli.arguments import (
     command_line,
     parse,
 )
+from onerec_hf.cli.runs import begin, finish, open_folder, resumes_in
 from onerec_hf.cli.steps import (
+    UNFINISHED_RUN,
     PreparedData,
     baseline_rankings,
     check_catalogue,
-    check_folder,
-    claim_folder,
     discard,
     find_origin,
     fit_catalogue,
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+
+
+NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
 
 
 @dataclass
@@ -94,8 +96,7 @@ def main(argv: list[str]) -> None:
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
         )
     folder = Path(training_args.output_dir)
-    if not resumes_in(folder, training_args):
-        check_folder(folder, run_args.overwrite)
+    open_folder(folder, run_args.overwrite, training_args)
     command = command_line("train", argv)
     started = time.perf_counter()
     data = prepare_data(data_args)
@@ -108,22 +109,8 @@ def main(argv: list[str]) -> None:
         rows = evaluate_beside_baselines(trainer, data, "test")
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command)
-    if not run_args.keep_checkpoints:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    finish(folder, run_args.keep_checkpoints)
     print_results(rows)
-
-
-def resumes_in(folder: Path, training_args: OneRecTrainingArguments) -> bool:
-    """Whether the run goes on with a checkpoint of its own output folder, which then keeps what it holds."""
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is None:
-        return False
-    if not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: it holds no complete checkpoint (trainer_state.json); name a folder such as "
-            f"{folder / 'checkpoints' / 'checkpoint-500'}"
-        )
-    return Path(checkpoint).resolve().parent == (folder / "checkpoints").resolve()
 
 
 def on_prefixes(data: PreparedData, args: DataArguments) -> PreparedData:
@@ -199,10 +186,9 @@ def train(
         processing_class=processor,
         callbacks=[EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else None,
     )
-    if not own_checkpoint:
-        claim_folder(folder)
-    processor.save_pretrained(folder)
+    begin(folder, command, own_checkpoint)
     write_origin(folder, made_from)
+    processor.save_pretrained(folder)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
@@ -222,10 +208,13 @@ def resumable(folder: Path, command: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        complete = [path.parent for path in folder.glob("checkpoints/checkpoint-*/trainer_state.json")]
-        if command is not None and complete:
-            last = max(complete, key=lambda path: int(path.name.split("-")[-1]))
-            hint = f"The checkpoint {last} is kept; go on with:\n  {command} --resume_from_checkpoint {shlex.quote(str(last))}"
+        from onerec_hf.trainers import newest_checkpoint
+
+        last = newest_checkpoint(folder / "checkpoints")
+        if command is not None and last is not None:
+            hint = (
+                f"The checkpoint {last} is kept; go on with:\n  {command} --resume_from_checkpoint {shlex.quote(last)}"
+            )
         elif any(folder.glob("model*.safetensors")):
             hint = f"The trained model is in {folder}; it is not evaluated yet: onerec-hf evaluate --help"
         else:
@@ -297,7 +286,7 @@ def report(trainer: OneRecTrainer, folder: Path, data: PreparedData, rows: list[
     )
     say(f"saved to {folder}")
     if repo_id is not None:
-        hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoints/**", "*.tmp"])
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)
         say(f"uploaded to {repo_id}")
 
 

@@ -1,0 +1,77 @@
+"""A command's run in its output folder: marked until everything is written, and how one that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onerec_hf.cli.steps import UNFINISHED_RUN, check_folder, claim_folder, is_unfinished, say, write_bytes
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+LAST = ("last", "true")
+
+
+def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
+    """
+    Checks the output folder of a training, and puts the checkpoint's path in place of `--resume_from_checkpoint last`. Where a run was
+    killed before its first checkpoint, there is none, and it begins anew.
+
+    Returns:
+        Whether the run goes on with a checkpoint of its own folder, which then keeps its checkpoints.
+
+    Raises:
+        ValueError: a folder that is no whole checkpoint.
+        FileExistsError: the folder is another run's, as `check_folder` says.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is not None and asked.lower() in LAST:
+        from onerec_hf.trainers.whole_checkpoints import newest_checkpoint
+
+        args.resume_from_checkpoint = newest_checkpoint(folder / "checkpoints")
+        if args.resume_from_checkpoint is None:
+            say(f"{folder} holds no checkpoint yet: training begins anew")
+            overwrite = overwrite or is_unfinished(folder)
+    own = resumes_in(folder, args)
+    if not own:
+        check_folder(folder, overwrite)
+    return own
+
+
+def resumes_in(folder: Path, args: TrainingArguments) -> bool:
+    """
+    Whether the run goes on with a checkpoint of its own output folder.
+
+    Raises:
+        ValueError: a folder that is no whole checkpoint.
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None:
+        return False
+    from onerec_hf.trainers.whole_checkpoints import is_whole
+
+    if not is_whole(checkpoint):
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: it holds no complete checkpoint (trainer_state.json); name a folder such as "
+            f"{folder / 'checkpoints' / 'checkpoint-500'}, or `last`"
+        )
+    return Path(checkpoint).resolve().parent == (folder / "checkpoints").resolve()
+
+
+def begin(folder: Path, command: str | None, goes_on: bool = False) -> None:
+    """Takes the folder for this run: marks it, and removes an earlier one's results, but for the checkpoints that it goes on with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / UNFINISHED_RUN, (json.dumps({"command": command}) + "\n").encode())
+    claim_folder(folder, keep_checkpoints=goes_on)
+
+
+def finish(folder: Path, keep_checkpoints: bool = False) -> None:
+    """Takes the mark off, now that everything is written, and removes the checkpoints."""
+    from onerec_hf.modeling.files_onerec import remove_whole
+
+    os.unlink(folder / UNFINISHED_RUN)
+    if not keep_checkpoints:
+        remove_whole(folder / "checkpoints")
