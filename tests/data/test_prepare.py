@@ -86,7 +86,7 @@ def assert_equals_in_memory(folder, manifest, source, positive, settings):
     assert split.description in manifest["protocol"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     tables(),
     st.sampled_from(["parquet", "csv", "jsonl"]),
