@@ -43,6 +43,7 @@ from .packing_onerec import (
     within_ranges,
 )
 from .rotary_onerec import OneRecRotaryEmbedding, apply_rotary, history_positions
+from .sharding_onerec import ShardedModel
 
 
 @dataclass
@@ -346,7 +347,7 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class OneRecPreTrainedModel(HubModel, PreTrainedModel):
+class OneRecPreTrainedModel(HubModel, ShardedModel, PreTrainedModel):
     config: OneRecConfig
     _auto_map = {
         "AutoConfig": "configuration_onerec.OneRecConfig",

@@ -1,6 +1,6 @@
 """
 One short training of each trainer, for the tests that compare its curve over layouts of ranks; also the script that every rank runs:
-`python -m tests.trainers.curves KIND LAYOUT START OUT`, alone or under torchrun.
+`python -m tests.trainers.curves LAYOUT START OUT KIND ...`, alone or under torchrun.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 from transformers.distributed import DistributedConfig
 
@@ -29,10 +30,11 @@ from tests.conftest import make_catalogue, make_model
 KINDS = ("ntp", "reward", "seq2seq_dpo", "onerec_dpo")
 # Per layout its ranks and what the model is loaded with.
 LAYOUTS = {
-    "one": (1, None),
-    "ddp": (2, None),
+    "one": (1, {}),
+    "ddp": (2, {}),
     "fsdp": (2, {"fsdp_size": 2}),
     "fsdp_ep": (2, {"fsdp_size": 2, "ep_size": 2}),
+    "fsdp4_ep2": (4, {"fsdp_size": 4, "ep_size": 2}),
 }
 BATCH = 8
 
@@ -72,7 +74,9 @@ def prefers_high(histories, sessions):
 def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     """The trainer, its global batch the same in every layout."""
     ranks, distributed = LAYOUTS[layout]
-    loading = {} if distributed is None else {"distributed_config": DistributedConfig(**distributed)}
+    if kind == "reward":  # it has no experts
+        distributed = {name: size for name, size in distributed.items() if name != "ep_size"}
+    loading = {"distributed_config": DistributedConfig(**distributed)} if distributed else {}
     settings = {
         "output_dir": str(out),
         "per_device_train_batch_size": BATCH // ranks,
@@ -116,21 +120,28 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     return OneRecDPOTrainer(model, prefers_high, args=arguments, train_dataset=data, processing_class=processor)
 
 
-def main(kind: str, layout: str, start: str, out: str) -> None:
-    trainer = make_trainer(kind, layout, Path(start), Path(out))
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    found = {"loss": [entry["loss"] for entry in logs], "grad_norm": [entry["grad_norm"] for entry in logs]}
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        found["eval"] = {
-            name: value for name, value in metrics.items() if not name.endswith(("_second", "runtime", "epoch"))
-        }
-    trainer.save_model(out)
-    if trainer.is_world_process_zero():
-        Path(out, "curve.json").write_text(json.dumps(found))
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def main(layout: str, start: str, out: str, *kinds: str) -> None:
+    for kind in kinds:
+        folder = Path(out, kind)
+        trainer = make_trainer(kind, layout, Path(start), folder)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        found = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm")}
+        found["held"] = sum(_local(parameter).numel() for parameter in trainer.model.parameters())
+        found["experts"] = [
+            len(_local(parameter)) for name, parameter in trainer.model.named_parameters() if "gate_up_proj" in name
+        ]
+        if trainer.eval_dataset is not None:
+            found["eval"] = trainer.evaluate()
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            (folder / "curve.json").write_text(json.dumps(found))
+        trainer.accelerator.wait_for_everyone()
     # A rank that leaves while the other still talks to it may abort in gloo's threads.
-    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

@@ -1,0 +1,119 @@
+"""One process, DDP, sharded weights (FSDP2) and split experts train the same curve, and save the same model (see curves.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+
+from tests.trainers.curves import KINDS, LAYOUTS, make_start
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def launch(ranks, *command):
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return subprocess.run(
+        [*start, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    make_start(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(start, tmp_path_factory):
+    """Per layout the folder with one trained model and curve per trainer; each layout is run once."""
+    done = {}
+
+    def of(layout):
+        if layout not in done:
+            out = done[layout] = tmp_path_factory.mktemp(layout)
+            run = launch(LAYOUTS[layout][0], "tests.trainers.curves", layout, start, out, *KINDS)
+            assert run.returncode == 0, run.stderr[-3000:]
+        return done[layout]
+
+    return of
+
+
+def curve(folder, kind):
+    return json.loads((folder / kind / "curve.json").read_text())
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one"])
+def test_curve_and_model_are_those_of_one_process(trained, layout):
+    alone, folder = trained("one"), trained(layout)
+    for kind in KINDS:
+        expected, found = curve(alone, kind), curve(folder, kind)
+        for what in ("loss", "grad_norm"):
+            assert len(found[what]) == 6
+            assert found[what] == pytest.approx(expected[what], abs=5e-5), (kind, what)
+        assert found["loss"][-1] != pytest.approx(found["loss"][0], abs=1e-2)  # it did train
+        for metric, value in expected.get("eval", {}).items():
+            if not metric.endswith(("_second", "_runtime")):
+                assert found["eval"][metric] == pytest.approx(value, abs=1e-4), (kind, metric)
+        auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForSeq2SeqLM
+        mine, theirs = (auto.from_pretrained(where / kind) for where in (alone, folder))
+        assert theirs.config.to_dict() == mine.config.to_dict()
+        for name, value in mine.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], value, atol=3e-4, rtol=1e-3, msg=f"{kind} {name}")
+        if kind != "reward":
+            assert len(theirs.catalogue) == 60
+            AutoProcessor.from_pretrained(folder / kind)
+
+
+@pytest.mark.parametrize(("layout", "share"), [("fsdp", 2), ("fsdp_ep", 2), ("fsdp4_ep2", 4)])
+def test_a_rank_holds_its_share_of_the_weights(trained, layout, share):
+    experts = 4 // LAYOUTS[layout][1].get("ep_size", 1)
+    for kind in KINDS:
+        whole, part = curve(trained("one"), kind), curve(trained(layout), kind)
+        assert part["held"] == pytest.approx(whole["held"] / share, rel=0.02)
+        if "ep_size" in LAYOUTS[layout][1] and kind != "reward":
+            # Of the experts that it owns, a rank holds its share beside the other owners.
+            assert part["experts"] == [experts * LAYOUTS[layout][1]["ep_size"] // share] * 2
+
+
+def test_a_tied_table_that_does_not_divide_is_refused(start, tmp_path):
+    script = tmp_path / "odd.py"
+    script.write_text(
+        """
+import sys
+from transformers import AutoModelForSeq2SeqLM
+from transformers.distributed import DistributedConfig
+from tests.trainers.curves import make_catalogue, make_model
+
+make_model(make_catalogue(60, (8, 8, 8)), vocab_size=67).save_pretrained(sys.argv[1] + sys.argv[2])
+try:
+    AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1] + sys.argv[2], distributed_config=DistributedConfig(fsdp_size=2))
+except ValueError as error:
+    print(error)
+"""
+    )
+    start_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [sys.executable, *start_ranks, str(script), str(tmp_path), "/odd"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("vocab_size=67 rows, which fsdp_size=2 does not divide") == 2
+    assert "resize_token_embeddings(68)" in run.stdout
