@@ -179,9 +179,10 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
     def evaluation_loop(self, *args, **kwargs):
-        with whole_model(self.accelerator.unwrap_model(self.model)) as self._generator:
-            with self._generator.packed_experts():  # thousands of rankings by the same weights
-                return super().evaluation_loop(*args, **kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        # Packed: thousands of rankings by the same weights.
+        with whole_model(policy) as self._generator, self._generator.packed_experts():
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ def is_sharded(model: Any) -> bool:
 @contextmanager
 def whole_model(model: PreTrainedModel) -> Iterator[Any]:
     """
-    `model` itself, or for a sharded one a plain copy in evaluation mode with all its weights, on every rank, for as long as the context
+    `model` itself, or for a sharded one (an adapter around it as well) a plain copy in evaluation mode with all its weights, on every rank, for as long as the context
     lasts; all ranks have to enter it.
 
     Beam search on shards would gather every layer's weights at each code, and hang where one rank has a batch more than another. The copy
@@ -58,12 +59,15 @@ def sharded_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copied.train(model.training)
 
 
-def _empty_like(model: PreTrainedModel, config) -> PreTrainedModel:
+def _empty_like(model: Any, config) -> Any:
     with torch.device("meta"):
+        if isinstance(model, PeftModel):
+            base = _empty_like(model.get_base_model(), config)
+            return get_peft_model(base, model.active_peft_config, adapter_name=model.active_adapter)
         return type(model)(config)
 
 
-def _fill(empty: PreTrainedModel, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+def _fill(empty: Any, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     empty.load_state_dict(state, assign=True)
     for name, buffer in model.named_buffers():
         if name not in state:  # those that no state dict holds
@@ -73,7 +77,8 @@ def _fill(empty: PreTrainedModel, model: PreTrainedModel, state: dict[str, torch
     _set_beside(empty, model)
 
 
-def _set_beside(empty: PreTrainedModel, model: PreTrainedModel) -> None:
+def _set_beside(empty: Any, model: Any) -> None:
+    empty, model = (each.get_base_model() if isinstance(each, PeftModel) else each for each in (empty, model))
     for name in _BESIDE:
         if name in vars(model):
             setattr(empty, name, getattr(model, name))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 from transformers.distributed import DistributedConfig
@@ -27,7 +28,7 @@ from onerec_hf.trainers import (
 )
 from tests.conftest import make_catalogue, make_model
 
-KINDS = ("ntp", "reward", "seq2seq_dpo", "onerec_dpo")
+KINDS = ("ntp", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
 # Per layout its ranks and what the model is loaded with.
 LAYOUTS = {
     "one": (1, {}),
@@ -95,6 +96,7 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     }
     columns = {
         "ntp": ["history", "session"],
+        "adapter": ["history", "session"],
         "reward": ["history", "session", "labels"],
         "seq2seq_dpo": ["history", "chosen", "rejected"],
         "onerec_dpo": ["history", "session"],
@@ -105,7 +107,10 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
         return RewardTrainer(model, RewardTrainingArguments(**settings), data, data.select(range(13)))
     model = AutoModelForSeq2SeqLM.from_pretrained(start / "generator", **loading)
     processor = AutoProcessor.from_pretrained(start / "generator")
-    if kind == "ntp":
+    if kind == "adapter":
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    if kind in ("ntp", "adapter"):
         arguments = OneRecTrainingArguments(eval_top_k=[5], eval_num_beams=8, **settings)
         return OneRecTrainer(model, arguments, data, data.select(range(13)), processor)
     settings |= {"bf16": False, "gradient_checkpointing": False, "beta": 0.5}

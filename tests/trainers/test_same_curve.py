@@ -81,7 +81,7 @@ def test_curve_and_model_are_those_of_one_process(trained, layout):
 @pytest.mark.parametrize(("layout", "share"), [("fsdp", 2), ("fsdp_ep", 2), ("fsdp4_ep2", 4)])
 def test_a_rank_holds_its_share_of_the_weights(trained, layout, share):
     experts = 4 // LAYOUTS[layout][1].get("ep_size", 1)
-    for kind in KINDS:
+    for kind in set(KINDS) - {"adapter"}:  # whose few weights every rank has
         whole, part = curve(trained("one"), kind), curve(trained(layout), kind)
         assert part["held"] == pytest.approx(whole["held"] / share, rel=0.02)
         if "ep_size" in LAYOUTS[layout][1] and kind != "reward":
