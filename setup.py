@@ -8,7 +8,7 @@ not depend on them.)
 from setuptools import setup
 
 ROOMS = ("modeling", "trainers", "hub_cards")
-INNER = ("cli", "data", "evaluation", "semantic_ids", "serving")
+INNER = ("cli", "data", "evaluation", "planning", "semantic_ids", "serving")
 
 setup(
     packages=["onerec_hf", *(f"onerec_hf.{name}" for name in (*INNER, *ROOMS))],

@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
     "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantisers compared",
     "train": "train a generator on interactions",
+    "plan": "memory per GPU, communication and time per step of a model, computed from its config",
     "reward": "impressions with feedback to a reward model that judges sessions",
     "align": "a trained generator to one that a reward model, or given preferences, prefers",
     "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     command = importlib.import_module(f"onerec_hf.cli.{argv[0].replace('-', '_')}")
     import onerec_hf
 
-    onerec_hf.register_auto_classes()
+    if not {"-h", "--help"} & set(argv):
+        onerec_hf.register_auto_classes()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -1,0 +1,224 @@
+"""`onerec-hf plan`: memory per GPU and communication per step of a model that need not exist yet, from its config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onerec_hf.cli.arguments import ModelArguments, parse
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.planning import Gpu
+
+# Options of `train` that mean the same here, so that its recipes can be planned with.
+SAME_AS = {"per_device_train_batch_size": "batch", "gradient_checkpointing": "checkpointing"}
+
+
+@dataclass
+class PlanArguments:
+    """How many GPUs of what kind, what a step reads, and how the model lies over the GPUs."""
+
+    gpus: int = field(default=1, metadata={"help": "GPUs, all machines together."})
+    gpus_per_node: int = field(default=8, metadata={"help": "GPUs of one machine."})
+    batch: int = field(default=64, metadata={"help": "Users (examples) per GPU and step."})
+    max_history: int = field(default=50, metadata={"help": "Items of a history; batches count as padded to it."})
+    session_length: int = field(default=5, metadata={"help": "Items of a session."})
+    codebook_sizes: list[int] = field(
+        default_factory=lambda: [256, 256, 256], metadata={"help": "Codes per level, for a new model."}
+    )
+    dtype: str = field(
+        default="mixed",
+        metadata={
+            "help": "float32; mixed (train's --bf16: float32 weights, bfloat16 products); bfloat16 (all of it)."
+        },
+    )
+    checkpointing: bool = field(default=False, metadata={"help": "Gradient checkpointing of every layer."})
+    strategy: list[str] | None = field(
+        default=None, metadata={"help": "ddp, fsdp, fsdp+ep, hsdp, hsdp+ep, zero3; all that exist when not given."}
+    )
+    ep_size: int | None = field(
+        default=None, metadata={"help": "GPUs that share the experts; the most of one machine when not given."}
+    )
+    gpu: str = field(default="h100", metadata={"help": "Whose published peaks count: h100, a100."})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GiB of one GPU; 80 for both."})
+    tflops: float | None = field(default=None, metadata={"help": "Peak of matrix products in TFLOP/s, any type."})
+    memory_gb_s: float | None = field(default=None, metadata={"help": "Bandwidth of the GPU's memory in GB/s."})
+    node_gb_s: float | None = field(default=None, metadata={"help": "GB/s that a GPU sends inside a machine."})
+    network_gb_s: float | None = field(default=None, metadata={"help": "GB/s that a GPU sends to other machines."})
+    json: str | None = field(default=None, metadata={"help": "File for the plans, in bytes and seconds."})
+
+
+def main(argv: list[str]) -> None:
+    source, argv = config_option(argv)
+    model_args, args = parse((ModelArguments, PlanArguments), argv, "plan")
+    if source is not None and model_args.model is not None:
+        raise ValueError("give --config or --model, both name a model; not both")
+    from onerec_hf.cli.steps import say, table
+    from onerec_hf.planning import HEADER, STRATEGIES, Batch, best, layouts, make_plans, summary
+    from onerec_hf.planning import table as rows
+
+    for name in ("batch", "max_history", "session_length"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    source = source or model_args.model
+    config = load_config(source) if source else model_args.config(args.codebook_sizes, args.session_length)
+    # A saved model says how long its sessions are, unless the option does.
+    given = any(text.split("=")[0] == "--session_length" for text in argv)
+    batch = Batch(args.batch, args.max_history, args.session_length if given or not source else config.session_length)
+    plans = make_plans(
+        config,
+        layouts(config, args.gpus, args.strategy or STRATEGIES, args.gpus_per_node, args.ep_size),
+        batch,
+        dtype=args.dtype,
+        checkpointing=args.checkpointing,
+        gpu=chosen_gpu(args),
+        gpus_per_node=args.gpus_per_node,
+    )
+    if not plans:
+        raise ValueError(
+            f"none of {', '.join(args.strategy or STRATEGIES)} exists on {args.gpus} GPUs with this model"
+        )
+    choice = best(plans)
+    print(summary(config, batch))
+    print(f"{plans[0].flops:.3g} FLOPs per GPU and step; {args.dtype}; {chosen_gpu(args).name}, {args.gpus} of them\n")
+    print(table(rows(plans), list(HEADER)))
+    for plan in plans:
+        if plan.problem:
+            say(f"{plan.layout.strategy}: {plan.problem}")
+    print(f"\n{advice(choice, args.checkpointing)}")
+    if args.json:
+        write_json(Path(args.json), config, plans, choice)
+
+
+def config_option(argv: list[str]) -> tuple[str | None, list[str]]:
+    """
+    What `--config` names if that is a model's (config.json, folder, Hub id), and the other arguments. A YAML file stays an option file, as in
+    every command; of a recipe for `train`, what has no part in a plan is left out.
+    """
+    argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
+    if "--config" not in argv[:-1]:
+        return None, argv
+    at = argv.index("--config")
+    value, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
+    if Path(value).suffix not in (".yaml", ".yml"):
+        return value, rest
+    return None, recipe_options(value) + rest
+
+
+def recipe_options(file: str) -> list[str]:
+    """
+    A recipe's options as arguments.
+
+    Raises:
+        ValueError: no YAML mapping, or a key that neither `plan` nor `train` has.
+    """
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file}: no YAML: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {file}: a mapping of options is needed")
+    known = {option.name for part in (ModelArguments, PlanArguments) for option in fields(part)}
+    argv, others = [], []
+    for name, value in options.items():
+        if name in SAME_AS:
+            name = SAME_AS[name]
+        elif name == "bf16":
+            name, value = "dtype", "mixed" if value else "float32"
+        if name not in known:
+            others.append(name)
+        elif value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    if others:
+        check_train_options(file, others)
+    return argv
+
+
+def check_train_options(file: str, names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: a name that `train` does not have either.
+    """
+    from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments
+    from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.trainers import OneRecTrainingArguments
+
+    parts: tuple[Any, ...] = (DataArguments, SemanticIDArguments, TrainArguments, OneRecTrainingArguments)
+    known = {option.name for part in parts for option in fields(part)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--config {file}: neither plan nor train has an option {unknown[0]}")
+
+
+def load_config(source: str) -> OneRecConfig:
+    """
+    Raises:
+        ValueError: nothing there, or the config of another model.
+    """
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise ValueError(f"--config {source}: no such file or folder")
+    try:
+        if Path(source).is_file():
+            values = json.loads(Path(source).read_text(encoding="utf-8"))
+        else:
+            values, _ = OneRecConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {source}: no model's configuration there: {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != "onerec":
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise ValueError(f"--config {source}: a OneRec generator's config is needed; this is of {kind or 'no model'}")
+    return OneRecConfig.from_dict(values)
+
+
+def chosen_gpu(args: PlanArguments) -> Gpu:
+    """The GPU that the options describe."""
+    from onerec_hf.planning import GPUS
+
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu {args.gpu}: choose among {', '.join(GPUS)}, and change its numbers by --tflops etc.")
+    changed = {
+        "memory": args.gpu_memory,
+        "bfloat16": args.tflops,
+        "float32": args.tflops,
+        "memory_bandwidth": args.memory_gb_s,
+        "node_bandwidth": args.node_gb_s,
+        "network_bandwidth": args.network_gb_s,
+    }
+    changed = {name: value for name, value in changed.items() if value is not None}
+    if changed and min(changed.values()) <= 0:
+        raise ValueError("--gpu_memory, --tflops and the bandwidths must be above 0")
+    return replace(GPUS[args.gpu], **changed)
+
+
+def advice(choice: Any, checkpointing: bool) -> str:
+    if choice is None:
+        cures = (
+            "a smaller --batch or more --gpus"
+            if checkpointing
+            else "--checkpointing true, a smaller --batch or more --gpus"
+        )
+        return f"Nothing fits: try {cures}."
+    return f"To start with: {choice.layout.strategy}, the simplest that fits and is not bound to be much slower than the others."
+
+
+def write_json(file: Path, config: OneRecConfig, plans: list[Any], choice: Any) -> None:
+    from onerec_hf.planning import active_parameters, count_parameters
+
+    content = {
+        "parameters": count_parameters(config),
+        "active_parameters": active_parameters(config),
+        "choice": choice and choice.layout.strategy,
+        "plans": [plan.as_dict() for plan in plans],
+    }
+    scratch = file.with_name(f"{file.name}.tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(file)

@@ -1,0 +1,25 @@
+"""What a training run takes before it is started: parameters, memory, FLOPs and communication per step, computed from a config."""
+
+from onerec_hf.planning.activations import Batch
+from onerec_hf.planning.hardware import GPUS, Gpu
+from onerec_hf.planning.layouts import STRATEGIES, Layout, layouts
+from onerec_hf.planning.parameters import active_parameters, count_parameters
+from onerec_hf.planning.plan import HEADER, Plan, best, make_plan, make_plans, summary, table
+
+__all__ = [
+    "GPUS",
+    "HEADER",
+    "STRATEGIES",
+    "Batch",
+    "Gpu",
+    "Layout",
+    "Plan",
+    "active_parameters",
+    "best",
+    "count_parameters",
+    "layouts",
+    "make_plan",
+    "make_plans",
+    "summary",
+    "table",
+]

@@ -1,0 +1,200 @@
+"""A plan per layout: memory per GPU, bytes sent and lower bounds of time per step, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from onerec_hf.planning.activations import Batch, activations
+from onerec_hf.planning.compute import step_flops
+from onerec_hf.planning.hardware import GPUS, Gpu
+from onerec_hf.planning.layouts import DTYPES, Layout
+from onerec_hf.planning.parameters import active_parameters, count_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+GIB, GB = 2**30, 10**9
+# Of the GPU's memory, for the CUDA context, NCCL's buffers and what the allocator cannot use. An assumption, not a measurement.
+RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What one layout takes.
+
+    Args:
+        layout: strategy and sizes.
+        memory: bytes on the GPU that holds the most, by name: `weights`, `gradients`, `optimizer`, `activations`, `logits`, `other` (buckets,
+            gathered weights, autocast's copies, rows in flight, buffers). They do not all peak at once: their sum is an upper bound.
+        sent_in_node, sent_between_nodes: bytes that a GPU sends per step to others of its machine, and over the network.
+        flops: operations of one GPU per step, checkpointing's repetitions among them.
+        seconds: lower bounds of a step by `compute`, `memory` traffic and `communication`, each at the GPU's published peak.
+        fits: whether the memory's sum leaves the reserve free.
+        problem: why the layout cannot train the model, if it cannot.
+    """
+
+    layout: Layout
+    memory: dict[str, int]
+    sent_in_node: float
+    sent_between_nodes: float
+    flops: int
+    seconds: dict[str, float]
+    fits: bool
+    problem: str | None
+
+    @property
+    def total(self) -> int:
+        """Bytes per GPU, an upper bound."""
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """The largest of the lower bounds: what a step takes where everything overlaps perfectly."""
+        return max(self.seconds.values())
+
+    @property
+    def limit(self) -> str:
+        """Which of them it is."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON takes it: bytes, seconds."""
+        return {
+            **asdict(self.layout),
+            "replicas": self.layout.replicas,
+            "memory": {**self.memory, "total": self.total},
+            "sent_in_node": round(self.sent_in_node),
+            "sent_between_nodes": round(self.sent_between_nodes),
+            "flops": self.flops,
+            "seconds": {**self.seconds, "step": self.step_seconds},
+            "limit": self.limit,
+            "fits": self.fits,
+            "problem": self.problem,
+        }
+
+
+def make_plan(
+    config: OneRecConfig,
+    layout: Layout,
+    batch: Batch,
+    dtype: str = "mixed",
+    checkpointing: bool = False,
+    gpu: Gpu = GPUS["h100"],
+    gpus_per_node: int = 8,
+) -> Plan:
+    """
+    The plan of one layout.
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> config = OneRecConfig(hidden_size=1024, intermediate_size=4096, encoder_layers=12, decoder_layers=12)
+        >>> plan = make_plan(config, Layout("fsdp", gpus=8, shards=8), Batch(users=64))
+        >>> plan.fits, plan.memory["optimizer"]
+        (True, 4027412480)
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose among {', '.join(DTYPES)}")
+    made = activations(config, batch, layout.precision(dtype), expert_ranks=layout.experts)
+    held = layout.memory(config, dtype)
+    memory = {
+        "weights": held["weights"],
+        "gradients": held["gradients"],
+        "optimizer": held["optimizer"],
+        "activations": made.kept(checkpointing),
+        "logits": made.logits,
+        "other": held["buffers"] + held["gathered"] + made.exchange,
+    }
+    sent = {True: 0.0, False: 0.0}
+    for collective in layout.collectives(config, batch, dtype, checkpointing):
+        sent[collective.crosses(gpus_per_node)] += collective.sent
+    flops = step_flops(config, batch, checkpointing)
+    # Weights read in both passes, gradients written; the optimizer reads weights, gradients and moments and writes all but the gradients;
+    # what is kept for the backward pass is written and read.
+    element = 4 if dtype == "float32" else 2
+    traffic = 3 * element * layout.computed_parameters(config) + 2 * (memory["activations"] + memory["logits"])
+    traffic += 2 * (held["weights"] + held["optimizer"]) + held["gradients"]
+    seconds = {
+        "compute": flops / (1e12 * (gpu.float32 if dtype == "float32" else gpu.bfloat16)),
+        "memory": traffic / (GB * gpu.memory_bandwidth),
+        "communication": max(sent[False] / (GB * gpu.node_bandwidth), sent[True] / (GB * gpu.network_bandwidth)),
+    }
+    problem = layout.problem(config)
+    fits = problem is None and sum(memory.values()) <= (1 - RESERVE) * gpu.memory * GIB
+    return Plan(layout, memory, sent[False], sent[True], flops, seconds, fits, problem)
+
+
+def make_plans(config: OneRecConfig, found: Sequence[Layout], batch: Batch, **options) -> list[Plan]:
+    """[`make_plan`] of several layouts."""
+    return [make_plan(config, layout, batch, **options) for layout in found]
+
+
+# From the simplest to the one with the most parts.
+SIMPLEST_FIRST = ("ddp", "hsdp", "fsdp", "hsdp+ep", "fsdp+ep", "zero3")
+
+
+def best(plans: Sequence[Plan]) -> Plan | None:
+    """
+    The simplest plan that fits, unless it can take half as long again as the quickest one (by the lower bounds); None where nothing fits.
+    """
+    fitting = [plan for plan in plans if plan.fits]
+    least = min((plan.step_seconds for plan in fitting), default=0.0)
+    close = [plan for plan in fitting if plan.step_seconds <= 1.5 * least]
+    return min(close, key=lambda plan: SIMPLEST_FIRST.index(plan.layout.strategy), default=None)
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.1f}" if count >= 0.05 * GIB else f"{count / GIB:.2g}"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / GB:.1f}" if count >= 0.05 * GB else f"{count / GB:.2g}"
+
+
+HEADER = (
+    *(
+        "strategy",
+        "shards",
+        "experts",
+        "copies",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "other",
+    ),
+    *("GiB per GPU", "fits", "GB in node", "GB network", "ms at least", "limit"),
+)
+
+
+def table(plans: Sequence[Plan]) -> list[list[str]]:
+    """Rows under `HEADER`: GiB, GB and milliseconds as text."""
+    return [
+        [
+            plan.layout.strategy,
+            str(plan.layout.shards),
+            str(plan.layout.experts),
+            str(plan.layout.replicas),
+            *map(gib, plan.memory.values()),
+            gib(plan.total),
+            "yes" if plan.fits else "no",
+            gigabytes(plan.sent_in_node),
+            gigabytes(plan.sent_between_nodes),
+            f"{1000 * plan.step_seconds:.3g}",
+            plan.limit,
+        ]
+        for plan in plans
+    ]
+
+
+def summary(config: OneRecConfig, batch: Batch) -> str:
+    """One line about the model and the batch."""
+    encoder, decoder = batch.tokens(config)
+    return (
+        f"{count_parameters(config):,} parameters, {active_parameters(config):,} active; {batch.users} users per GPU: "
+        f"{encoder:,} history tokens, {decoder:,} session tokens"
+    )

@@ -1,0 +1,169 @@
+"""
+What a training step really holds and sends, for comparison with onerec_hf.planning. As a script (under torchrun) it measures one strategy and
+writes each rank's numbers into FOLDER/rank-N.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed import DistributedConfig
+
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+from onerec_hf.planning import Batch
+
+
+def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, torch.Tensor]:
+    """A batch of random items; `padded`: the first user's history and session are one item shorter."""
+    levels = config.tokens_per_item
+
+    def items(count):
+        codes = [
+            torch.randint(size, (batch.users, count)) + offset
+            for size, offset in zip(config.codebook_sizes, config.level_offsets, strict=True)
+        ]
+        return torch.stack([torch.full_like(codes[0], 3), *codes], -1).flatten(1)
+
+    histories, labels = items(batch.history), items(batch.session)
+    labels[:, ::levels] = -100
+    masks = {"attention_mask": torch.ones_like(histories), "decoder_attention_mask": torch.ones_like(labels)}
+    if padded:
+        masks["attention_mask"][0, :levels] = 0
+        masks["decoder_attention_mask"][0, -levels:] = 0
+    return {"input_ids": histories, "labels": labels, **masks}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def nbytes(tensors) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """
+    Bytes of the storages that autograd saves: `activations`, and `copies` of weights: autocast's, or those that FSDP gathered.
+
+    Args:
+        copies: the type of such copies; they are known by their shapes.
+    """
+
+    def __init__(self, model: torch.nn.Module, copies: torch.dtype | None = None):
+        self.weights = {local(weight).untyped_storage().data_ptr() for weight in model.parameters()}
+        self.dtype, self.shapes = copies, set()
+        for weight in model.parameters():
+            for shape in (weight.shape, local(weight).shape):
+                self.shapes |= {tuple(shape), (*shape[:-2], *shape[-2:][::-1])}
+        self.seen = {}
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            is_copy = tensor.dtype == self.dtype and tuple(tensor.shape) in self.shapes
+            self.seen[storage.data_ptr()] = (storage, is_copy)  # kept, so that its address stays its own
+        return tensor
+
+    def _bytes(self, copies: bool) -> int:
+        return sum(storage.nbytes() for storage, is_copy in self.seen.values() if is_copy is copies)
+
+    @property
+    def activations(self) -> int:
+        return self._bytes(False)
+
+    @property
+    def copies(self) -> int:
+        return self._bytes(True)
+
+
+KINDS = {
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_to_all": "all_to_all",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Payload bytes of the collectives inside the context, by kind: the whole buffer; of all_to_all of token rows, what is sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.payload = dict.fromkeys(KINDS.values(), 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        kind = next((kind for part, kind in KINDS.items() if part in name), None)
+        if "c10d" in name and kind is not None:
+            sizes = [
+                leaf.numel() * leaf.element_size()
+                for leaf in torch.utils._pytree.tree_leaves(args)
+                if isinstance(leaf, torch.Tensor)
+            ]
+            # Gather: output, then input; scatter: output, then input; the exchange of rows: input.
+            self.payload[kind] += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def measure(model, wrapped, config, batch, dtype="float32", copies=None, padded=True) -> dict:
+    """Two steps of AdamW; the numbers of the second."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        saved, collectives = SavedTensors(model, copies), Collectives()
+        autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "mixed" else nullcontext()
+        with collectives, saved:
+            with autocast:
+                loss = wrapped(**rows(config, batch, padded)).loss
+            kept = {"activations": saved.activations, "copies": saved.copies}
+            loss.backward()
+        optimizer.step()
+    parameters = list(model.parameters())
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    return {
+        "weights": nbytes(parameters),
+        "gradients": nbytes(weight.grad for weight in parameters),
+        "optimizer": nbytes(moments),
+        **kept,
+        "collectives": collectives.payload,
+    }
+
+
+def measured(folder: str, strategy: str, dtype: str, batch: dict, shards=1, experts=1, checkpointing=False) -> dict:
+    """One strategy on all ranks; the model is the one saved in `folder`."""
+    options = {"experts_implementation": "grouped_mm"}  # what a GPU runs
+    mixed = dtype == "mixed"
+    if strategy != "ddp":
+        options["distributed_config"] = DistributedConfig(
+            fsdp_size=shards, ep_size=experts, fsdp_mixed_precision=mixed
+        )
+    model = OneRecForConditionalGeneration.from_pretrained(folder, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = DistributedDataParallel(model) if strategy == "ddp" else model
+    autocast = dtype if strategy == "ddp" else "float32"
+    copies = torch.bfloat16 if mixed else torch.float32
+    return measure(model, wrapped, model.config, Batch(**batch), autocast, copies)
+
+
+def main(folder: str, settings: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    found = [measured(folder, **setting) for setting in json.loads(settings)]
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
