@@ -12,9 +12,10 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 # What a model has besides its weights.
-_BESIDE = ("catalogue", "generation_config")
+_BESIDE = ("catalogue", "items", "generation_config")
 
 
 def is_sharded(model: Any) -> bool:
@@ -45,18 +46,36 @@ def whole_model(model: PreTrainedModel) -> Iterator[Any]:
     yield whole.eval()
 
 
+def shard(model: PreTrainedModel, distributed_config: DistributedConfig) -> PreTrainedModel:
+    """
+    The rank's shard of a whole model that all ranks have alike, a new one, say; a saved one is sharded as it is read by
+    `from_pretrained(..., distributed_config=...)`, without being whole anywhere.
+
+    Raises:
+        ValueError: sizes that do not fit the ranks or the model.
+
+    Example:
+        >>> model = shard(OneRecForConditionalGeneration(config), DistributedConfig(fsdp_size=2, ep_size=2))  # doctest: +SKIP
+    """
+    return _sharded(model, dict(model.state_dict()), distributed_config)
+
+
 def sharded_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a sharded model, sharded alike: what `copy.deepcopy` is for a plain one. On its way it is whole, in each rank's CPU memory."""
     state = {name: _whole(value).cpu() for name, value in model.state_dict().items()}
+    return _sharded(model, state, model.config.distributed_config)
+
+
+def _sharded(model: PreTrainedModel, state: dict[str, torch.Tensor], distributed_config) -> PreTrainedModel:
     config = copy.copy(model.config)
     config.distributed_config = None
     # FSDP puts a class of its own in front of the model's.
     original: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
-    copied = original.from_pretrained(
-        None, config=config, state_dict=state, distributed_config=model.config.distributed_config, dtype=model.dtype
+    sharded = original.from_pretrained(
+        None, config=config, state_dict=state, distributed_config=distributed_config, dtype=model.dtype
     )
-    _set_beside(copied, model)
-    return copied.train(model.training)
+    _set_beside(sharded, model)
+    return sharded.train(model.training)
 
 
 def _empty_like(model: Any, config) -> Any:

@@ -20,6 +20,7 @@ from onerec_hf.cli.arguments import (
     parse,
 )
 from onerec_hf.cli.runs import begin, finish, open_folder, resumes_in
+from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.cli.steps import (
     UNFINISHED_RUN,
     PreparedData,
@@ -75,8 +76,8 @@ class TrainArguments(OutputArguments):
 def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecTrainingArguments
 
-    data_args, id_args, model_args, run_args, training_args = parse(
-        (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
+    data_args, id_args, model_args, sharding, run_args, training_args = parse(
+        (DataArguments, SemanticIDArguments, ModelArguments, ShardingArguments, TrainArguments, OneRecTrainingArguments),
         argv,
         "train",
         required=["--output_dir"],
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
         )
+    sharding.check(training_args)
     folder = Path(training_args.output_dir)
     open_folder(folder, run_args.overwrite, training_args)
     command = command_line("train", argv)
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
     if run_args.train_on == "prefixes":
         data = on_prefixes(data, data_args)
     trainer = train(
-        data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience, command
+        data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience, command, sharding
     )
     with resumable(folder, command):
         rows = evaluate_beside_baselines(trainer, data, "test")
@@ -134,6 +136,7 @@ def train(
     training_args: OneRecTrainingArguments,
     early_stopping_patience: int | None = None,
     command: str | None = None,
+    sharding: ShardingArguments | None = None,
 ) -> OneRecTrainer:
     """
     Fits semantic IDs (or takes those of the model or checkpoint to go on from), trains, saves the model into `folder` and returns the
@@ -141,6 +144,7 @@ def train(
 
     Args:
         command: the command line to resume with after Ctrl-C; nothing is kept then when not given.
+        sharding: how ranks share the model; each has a whole one when not given.
 
     Raises:
         ValueError: an artefact to go on from that is absent, damaged or made for other items. `folder` is untouched then.
@@ -174,6 +178,8 @@ def train(
     else:
         model = load_model(option, origin, model_args.attn_implementation)
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
+    if sharding is not None:
+        model = sharding.shard(model)
     own_checkpoint = resumes_in(folder, training_args)
     training_args.output_dir = str(folder / "checkpoints")
     # Trainer would push its checkpoints, not the artefact.
