@@ -1,0 +1,150 @@
+"""The queue: what shares a batch, what waits, what fails, and where it ends."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from onerec_hf.serving.batching import Aborted, Batcher, QueueFull
+
+
+class Computer:
+    """Doubles numbers, notes the batches, fails at "bad"; `open` lets it go on."""
+
+    def __init__(self):
+        self.batches, self.open = [], threading.Event()
+        self.open.set()
+
+    def __call__(self, key, items):
+        self.batches.append((key, items))
+        assert self.open.wait(10)
+        if "bad" in items:
+            raise ValueError("this one is bad")
+        return [2 * item for item in items]
+
+
+def run(test, **settings):
+    """Runs an asynchronous test with a batcher of a fresh computer."""
+    computer = Computer()
+    settings = {"max_batch_size": 4, "max_wait": 0.02, "max_queue": 100} | settings
+
+    async def main():
+        async with Batcher(computer, **settings) as batcher:
+            try:
+                return await asyncio.wait_for(test(batcher, computer), 20)
+            finally:
+                computer.open.set()
+
+    return asyncio.run(main())
+
+
+async def collected(batcher, computer, entries):
+    """Results of entries that arrive while another batch is computed."""
+    computer.open.clear()
+    (first,) = batcher.submit([("first", 0)])
+    while not computer.batches:
+        await asyncio.sleep(0.001)
+    futures = batcher.submit(entries)
+    computer.open.set()
+    await first
+    return await asyncio.gather(*futures)
+
+
+def test_entries_of_a_key_share_batches_in_their_order():
+    async def test(batcher, computer):
+        entries = [("a", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5), ("a", 6), ("a", 7)]
+        assert await collected(batcher, computer, entries) == [2, 4, 6, 8, 10, 12, 14]
+        assert computer.batches[1:] == [("a", [1, 3, 4, 6]), ("b", [2, 5]), ("a", [7])]
+        assert batcher.queue_length == batcher.computing == 0
+
+    run(test)
+
+
+def test_the_first_waits_for_others_but_not_long():
+    async def test(batcher, computer):
+        (first,) = batcher.submit([("a", 1)])
+        await asyncio.sleep(0.05)
+        (second,) = batcher.submit([("a", 2)])
+        assert await asyncio.gather(first, second) == [2, 4]
+        assert computer.batches == [("a", [1, 2])]
+        started = time.monotonic()
+        assert await asyncio.gather(*batcher.submit([("a", n) for n in range(4)])) == [0, 2, 4, 6]
+        assert time.monotonic() - started < 0.4  # a full batch waits for nobody
+
+    run(test, max_wait=0.5)
+
+
+def test_only_the_entry_at_fault_fails():
+    async def test(batcher, computer):
+        futures = batcher.submit([("a", 1), ("a", "bad"), ("a", 3)])
+        assert (await asyncio.gather(*futures, return_exceptions=True))[::2] == [2, 6]
+        with pytest.raises(ValueError, match="this one is bad"):
+            futures[1].result()
+        assert await asyncio.gather(*batcher.submit([("a", 5)])) == [10]
+
+    run(test)
+
+
+def test_the_queue_takes_all_or_none():
+    async def test(batcher, computer):
+        computer.open.clear()
+        (first,) = batcher.submit([("a", 0)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        batcher.submit([("a", 1), ("b", 2)])
+        with pytest.raises(QueueFull) as refused:
+            batcher.submit([("a", 3), ("a", 4)])
+        assert refused.value.retry_after > 0
+        (last,) = batcher.submit([("a", 5)])
+        assert batcher.queue_length == 3
+        computer.open.set()
+        assert await asyncio.gather(first, last) == [0, 10]
+        assert [3, 4] not in [items for _, items in computer.batches]
+
+    run(test, max_queue=3)
+
+
+def test_who_no_longer_waits_is_not_computed():
+    async def test(batcher, computer):
+        computer.open.clear()
+        (first,) = batcher.submit([("a", 0)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        gone, also_gone, stays = batcher.submit([("a", 1), ("b", 2), ("a", 3)])
+        gone.cancel()
+        also_gone.cancel()
+        computer.open.set()
+        assert await asyncio.gather(first, stays) == [0, 6]
+        assert computer.batches == [("a", [0]), ("a", [3])]
+
+    run(test)
+
+
+def test_abort_gives_up_what_waits_and_no_more():
+    async def test(batcher, computer):
+        computer.open.clear()
+        (first,) = batcher.submit([("a", 0)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        waiting = batcher.submit([("a", 1), ("b", 2)])
+        batcher.abort()
+        computer.open.set()
+        assert await first == 0
+        assert [type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)] == [Aborted, Aborted]
+        assert await asyncio.gather(*batcher.submit([("b", 4)])) == [8]
+
+    run(test)
+
+
+def test_abort_while_a_batch_fills():
+    async def test(batcher, computer):
+        (waiting,) = batcher.submit([("a", 1)])
+        await asyncio.sleep(0.05)
+        batcher.abort()
+        with pytest.raises(Aborted):
+            await waiting
+        assert await asyncio.gather(*batcher.submit([("a", 4)])) == [8]
+        assert batcher.alive
+
+    run(test, max_wait=0.3)
