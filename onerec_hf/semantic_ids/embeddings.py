@@ -193,7 +193,7 @@ def fingerprint_of(parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[in
     """[`embedding_fingerprint`] of (n, d) embeddings that come in parts, first rows first; `shape` is that of the whole."""
     digest = hashlib.sha256(f"{recipe}|{dtype.str}|{shape}".encode())
     for part in parts:
-        digest.update(np.ascontiguousarray(part))
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 
