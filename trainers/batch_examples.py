@@ -36,9 +36,7 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
     if "session_input_ids" in batch:
         return [
             {"history": _ids(history, items), "session": _ids(session, items)}
-            for history, session in zip(
-                batch["history_input_ids"].tolist(), batch["session_input_ids"].tolist(), strict=True
-            )
+            for history, session in zip(batch["input_ids"].tolist(), batch["session_input_ids"].tolist(), strict=True)
         ]
     if "encoder_input_ids" in batch:
         return _preferences(batch, processing_class)

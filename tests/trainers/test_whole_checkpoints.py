@@ -1,0 +1,198 @@
+"""Checkpoints that are there whole or not at all: killed, on a full or read-only disk; and which one a training goes on with."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from onerec_hf.trainers import CheckpointError, newest_checkpoint
+from onerec_hf.trainers.whole_checkpoints import is_whole
+from tests.mounts import fill, set_read_only, small_disk
+from tests.trainers import preference_runs, test_onerec_dpo
+from tests.trainers.test_onerec_trainer import losses, make_trainer
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_has_its_name_when_all_is_written(tmp_path, monkeypatch):
+    seen = []
+
+    def save(self, folder):
+        seen.append((names(tmp_path), os.path.basename(folder)))
+        original(self, folder)
+
+    original = Trainer._save_rng_state
+    monkeypatch.setattr(Trainer, "_save_rng_state", save)
+    trainer = make_trainer(tmp_path, **SAVING, save_total_limit=2)
+    trainer.train()
+    assert seen == [
+        (["_unfinished-checkpoint-2"], "checkpoint-2"),
+        (["_unfinished-checkpoint-4", "checkpoint-2"], "checkpoint-4"),
+        (["_unfinished-checkpoint-6", "checkpoint-2", "checkpoint-4"], "checkpoint-6"),
+    ]
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_the_best_checkpoint_is_known_by_its_name_and_kept(tmp_path):
+    best = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = make_trainer(tmp_path, **SAVING, eval_strategy="steps", eval_steps=2, save_total_limit=1, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")  # where the loss was highest
+    assert "checkpoint-2" in names(tmp_path)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_going_on_from_the_newest_whole_one(tmp_path):
+    whole = make_trainer(tmp_path / "whole", **SAVING)
+    whole.train()
+    cut = tmp_path / "whole" / "checkpoint-6"
+    (cut / "trainer_state.json").write_text('{"epoch": 1.')  # another trainer's, which was killed while it wrote
+    (tmp_path / "whole" / "_unfinished-checkpoint-8").mkdir()
+    assert not is_whole(cut)
+    for asked in (True, "last"):
+        resumed = make_trainer(tmp_path / "whole", **SAVING)
+        resumed.train(resume_from_checkpoint=asked)
+        assert resumed._initial_global_step == 4
+        assert not (tmp_path / "whole" / "_unfinished-checkpoint-8").exists()
+        (cut / "trainer_state.json").unlink()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name])
+    assert losses(resumed) == losses(whole)
+    with pytest.raises(
+        ValueError, match=r"is no whole checkpoint: its trainer_state.json .*; the newest whole one is .*checkpoint-4"
+    ):
+        make_trainer(tmp_path / "whole").train(resume_from_checkpoint=str(cut))
+    with pytest.raises(ValueError, match="holds no whole checkpoint: leave resume_from_checkpoint out"):
+        make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_how_often_experts_were_chosen_is_kept(tmp_path):
+    whole = make_trainer(tmp_path, **SAVING)
+    whole.train()
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (resumed.tokens_per_expert == whole.tokens_per_expert).all()
+    resumed.train()  # once more, from the beginning
+    assert resumed.tokens_per_expert.sum() == whole.tokens_per_expert.sum()
+
+
+class Full(TrainerCallback):
+    """Fills the disk after the step."""
+
+    def __init__(self, folder, step, leave):
+        self.folder, self.step, self.leave = folder, step, leave
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            fill(self.folder, self.leave)
+
+
+# What fits decides which part fails: nothing but folders, the catalogue, the weights, weights and a part of the optimizer's state.
+@pytest.mark.parametrize("leave", [0, 8_000, 150_000, 600_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, leave):
+    whole = make_trainer(tmp_path / "whole", **SAVING)
+    whole.train()
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        trainer = make_trainer(disk / "run", callbacks=[Full(disk, 3, leave)], **SAVING)
+        with pytest.raises(
+            CheckpointError,
+            match=r"stopped at step 4: cannot write .*checkpoint-4: No space left on device; make room there.*"
+            r"go on with resume_from_checkpoint='.*checkpoint-2'",
+        ):
+            trainer.train()
+        assert names(disk / "run") == ["checkpoint-2"]
+        (disk / "filling").unlink()
+        resumed = make_trainer(disk / "run", **SAVING)
+        resumed.train(resume_from_checkpoint=True)
+        for name, value in resumed.model.state_dict().items():
+            assert torch.equal(value, whole.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "make", [test_onerec_dpo.make_trainer, preference_runs.make_trainer], ids=["alignment", "pairs"]
+)
+def test_a_full_disk_in_alignment(tmp_path, make):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        moves = {} if make is test_onerec_dpo.make_trainer else {"sync_ref_model": True, "max_steps": 6}
+        trainer = make(disk / "run", callbacks=[Full(disk, 3, 20_000)], **SAVING, **moves)
+        with pytest.raises(CheckpointError, match=r"checkpoint-2"):
+            trainer.train()
+        assert "checkpoint-4" not in names(disk / "run")
+        assert is_whole(disk / "run" / "checkpoint-2")
+
+
+def test_a_disk_that_is_mounted_read_only(tmp_path):
+    class Locks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                set_read_only(tmp_path / "disk")
+
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        trainer = make_trainer(disk / "run", callbacks=[Locks()], **SAVING)
+        with pytest.raises(
+            CheckpointError, match=r"Read-only file system; it is mounted read-only: name a folder.*checkpoint-2'"
+        ):
+            trainer.train()
+        assert is_whole(disk / "run" / "checkpoint-2")
+
+
+def test_a_kill_at_every_file_operation_leaves_whole_checkpoints_only(tmp_path):
+    """A forked process trains on from the checkpoint of step 2, which gives way to that of step 4, and kills itself at the n-th operation."""
+    make_trainer(tmp_path / "start", max_steps=2, **SAVING).train()
+    trainer = make_trainer(tmp_path / "run", max_steps=4, **SAVING, save_total_limit=1)
+    found, survived = set(), 0
+    for at in range(1, 1000):
+        os.system(f"rm -rf {tmp_path}/run; cp -r {tmp_path}/start {tmp_path}/run")
+        if not killed_at(at, lambda: trainer.train(resume_from_checkpoint=True), tmp_path / "run"):
+            break
+        survived += 1
+        left = [path for path in (tmp_path / "run").iterdir() if path.name.startswith("checkpoint-")]
+        assert left, f"no checkpoint after operation {at}"
+        for path in left:
+            assert is_whole(path)
+            torch.load(path / "optimizer.pt", weights_only=True)
+            torch.load(path / "rng_state.pth", weights_only=True)
+            assert {"model.safetensors", "config.json", "catalogue.safetensors"} <= set(names(path))
+            found.add(path.name)
+    assert survived > 30
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    assert names(tmp_path / "run") == ["checkpoint-4"]
+
+
+def killed_at(number, work, folder) -> bool:
+    """Runs `work` in a fork that kills itself before its n-th operation on a path in `folder`; whether it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+
+        def hook(event, args):
+            nonlocal count
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and str(
+                args[0]
+            ).startswith(str(folder)):
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
