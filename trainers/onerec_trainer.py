@@ -15,12 +15,14 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
+from onerec_hf.data.streaming import ExampleStream
 from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.sharding import whole_model
 from onerec_hf.trainers.step_faults import StepFaults
+from onerec_hf.trainers.stream_loading import StreamPositionCallback, stream_dataloader
 from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         args: [`OneRecTrainingArguments`].
         processing_class: the [`OneRecProcessor`]; its catalogue becomes the model's, its `max_history` says how much the encoder reads.
         train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored. To train on, prefixes
-            as well.
+            as well, and an [`~onerec_hf.data.ExampleStream`], of which every rank reads its part.
 
     Raises:
         ValueError: no processor, prefixes for a fully visible encoder, or `args.packing` with what cannot be packed.
@@ -70,7 +72,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         self,
         model: PreTrainedModel | str,
         args: OneRecTrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | ExampleStream | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: OneRecProcessor | None = None,
         data_collator=None,
@@ -105,7 +107,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[self._router_balance, self._interrupt, *(callbacks or [])],
+            callbacks=[self._router_balance, self._interrupt, StreamPositionCallback(), *(callbacks or [])],
             **kwargs,
         )
 
@@ -137,6 +139,11 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             yield
         finally:
             self.data_collator = training_collator
+
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, ExampleStream):
+            return stream_dataloader(self.train_dataset, self.args, self.data_collator)
+        return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
         with self._collating_for_evaluation():
@@ -221,7 +228,9 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
 
 
 def _are_prefixes(dataset) -> bool:
-    return isinstance(dataset, Dataset | IterableDataset) and "history_lengths" in (dataset.column_names or ())
+    return isinstance(dataset, Dataset | IterableDataset | ExampleStream) and "history_lengths" in (
+        dataset.column_names or ()
+    )
 
 
 def _require_causal(config) -> None:

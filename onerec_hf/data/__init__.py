@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from onerec_hf.data.kuairand_feedback import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.packing import PackedDataset
     from onerec_hf.data.prefixes import prefix_examples
+    from onerec_hf.data.prepare import prepare_log
+    from onerec_hf.data.prepare_buckets import ExampleSettings
+    from onerec_hf.data.prepared import PreparedFolder
     from onerec_hf.data.recbole import read_recbole, write_recbole
     from onerec_hf.data.reward_collator import RewardDataCollator
     from onerec_hf.data.sequences import UserSequences
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
     from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
+    from onerec_hf.data.streaming import ExampleStream
     from onerec_hf.data.tables import DataError
     from onerec_hf.data.watch_time import WatchTimeScale
     from onerec_hf.data.windows import window_examples
@@ -28,12 +32,15 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "SOURCES": "sources",
     "DataError": "tables",
+    "ExampleSettings": "prepare_buckets",
+    "ExampleStream": "streaming",
     "ItemTable": "interactions",
     "LeaveOneOutSplit": "splits",
     "OneRecDataCollator": "collators",
     "PackedDataCollator": "collators",
     "PackedDataset": "packing",
     "PositiveFeedback": "feedback",
+    "PreparedFolder": "prepared",
     "RecommendationData": "sources",
     "SessionCriteria": "sessions",
     "RewardDataCollator": "reward_collator",
@@ -52,6 +59,7 @@ _PUBLIC = {
     "load_kuairand_feedback": "kuairand_feedback",
     "load_source": "sources",
     "prefix_examples": "prefixes",
+    "prepare_log": "prepare",
     "read_interactions": "interactions",
     "read_items": "interactions",
     "read_recbole": "recbole",
