@@ -16,6 +16,7 @@ import numpy as np
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
 from onerec_hf.cli.runs import begin, finish, open_folder
+from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.cli.steps import (
     PreparedData,
     check_catalogue,
@@ -75,10 +76,12 @@ class AlignArguments(OutputArguments):
 def main(argv: list[str]) -> None:
     from onerec_hf.hub_cards import Alignment, Training, write_generator_card
     from onerec_hf.trainers import OneRecDPOConfig
+    from onerec_hf.trainers.sharding import whole_model
 
-    args, data_args, training_args = parse(
-        (AlignArguments, DataArguments, OneRecDPOConfig), argv, "align", required=["--output_dir"]
+    args, data_args, sharding, training_args = parse(
+        (AlignArguments, DataArguments, ShardingArguments, OneRecDPOConfig), argv, "align", required=["--output_dir"]
     )
+    sharding.check(training_args)
     if args.model is None:
         raise ValueError("give --model: the folder or Hub id of a trained OneRec")
     if args.max_examples is not None and args.max_examples < 1:
@@ -112,7 +115,7 @@ def main(argv: list[str]) -> None:
     if args.max_examples is not None and args.max_examples < len(examples):
         drawn = np.random.default_rng(training_args.seed).choice(len(examples), args.max_examples, replace=False)
         examples = examples.select(np.sort(drawn))
-    trainer: Any = make_trainer(model, rewards, training_args, processor, examples)
+    trainer: Any = make_trainer(sharding.shard(model), rewards, training_args, processor, examples)
     if rewards:
         keep_pairs(trainer)
     origin = find_origin(args.model)
@@ -122,8 +125,11 @@ def main(argv: list[str]) -> None:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         save_trained(trainer, folder)
     alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command) if rewards else Alignment.of(trainer)
-    after = ranking_rows(trainer.model, processor, data) if args.evaluate else []
-    judged += reward_rows(trainer.model, processor, judges, data, "after") if args.evaluate else []
+    after = []
+    if args.evaluate:
+        with whole_model(trainer.model) as aligned:
+            after = ranking_rows(aligned, processor, data)
+            judged += reward_rows(aligned, processor, judges, data, "after")
     rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
     rows += judged
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
