@@ -23,6 +23,8 @@ _PUBLIC = {
     "StepFaults": "step_faults",
     "WholeCheckpoints": "whole_checkpoints",
     "newest_checkpoint": "whole_checkpoints",
+    "shard": "sharding",
+    "whole_model": "sharding",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
+    from onerec_hf.trainers.sharding import shard, whole_model
     from onerec_hf.trainers.step_faults import BatchOutOfMemoryError, LostRankError, NonFiniteError, StepFaults
     from onerec_hf.trainers.whole_checkpoints import CheckpointError, WholeCheckpoints, newest_checkpoint
 

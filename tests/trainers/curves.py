@@ -1,10 +1,11 @@
 """
 One short training of each trainer, for the tests that compare its curve over layouts of ranks; also the script that every rank runs:
-`python -m tests.trainers.curves LAYOUT START OUT KIND ...`, alone or under torchrun.
+`python -m tests.trainers.curves LAYOUT START OUT`, alone or under torchrun.
 """
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,13 +30,26 @@ from onerec_hf.trainers import (
 from tests.conftest import make_catalogue, make_model
 
 KINDS = ("ntp", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
-# Per layout its ranks and what the model is loaded with.
+
+
+@dataclass
+class Layout:
+    """How many ranks there are, how they share a model, batches per step, and which trainers are run so."""
+
+    ranks: int = 2
+    sizes: dict[str, int] = field(default_factory=dict)
+    accumulate: int = 1
+    kinds: tuple[str, ...] = KINDS
+
+
 LAYOUTS = {
-    "one": (1, {}),
-    "ddp": (2, {}),
-    "fsdp": (2, {"fsdp_size": 2}),
-    "fsdp_ep": (2, {"fsdp_size": 2, "ep_size": 2}),
-    "fsdp4_ep2": (4, {"fsdp_size": 4, "ep_size": 2}),
+    "one": Layout(ranks=1),
+    "ddp": Layout(),
+    "ddp_accumulated": Layout(accumulate=2, kinds=("ntp",)),
+    "fsdp": Layout(sizes={"fsdp_size": 2}),
+    "fsdp_ep": Layout(sizes={"fsdp_size": 2, "ep_size": 2}),
+    "fsdp4_ep2": Layout(4, {"fsdp_size": 4, "ep_size": 2}, kinds=("ntp", "onerec_dpo")),
+    "hsdp_ep": Layout(4, {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2}, kinds=("ntp",)),
 }
 BATCH = 8
 
@@ -74,13 +88,13 @@ def prefers_high(histories, sessions):
 
 def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     """The trainer, its global batch the same in every layout."""
-    ranks, distributed = LAYOUTS[layout]
-    if kind == "reward":  # it has no experts
-        distributed = {name: size for name, size in distributed.items() if name != "ep_size"}
-    loading = {"distributed_config": DistributedConfig(**distributed)} if distributed else {}
+    ranks, accumulate = LAYOUTS[layout].ranks, LAYOUTS[layout].accumulate
+    sizes = {name: size for name, size in LAYOUTS[layout].sizes.items() if name != "ep_size" or kind != "reward"}
+    loading = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
     settings = {
         "output_dir": str(out),
-        "per_device_train_batch_size": BATCH // ranks,
+        "per_device_train_batch_size": BATCH // ranks // accumulate,
+        "gradient_accumulation_steps": accumulate,
         "per_device_eval_batch_size": BATCH // ranks,
         "max_steps": 6,
         "learning_rate": 3e-3,
@@ -129,8 +143,8 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def main(layout: str, start: str, out: str, *kinds: str) -> None:
-    for kind in kinds:
+def main(layout: str, start: str, out: str) -> None:
+    for kind in LAYOUTS[layout].kinds:
         folder = Path(out, kind)
         trainer = make_trainer(kind, layout, Path(start), folder)
         trainer.train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
-from tests.trainers.curves import KINDS, LAYOUTS, make_start
+from tests.trainers.curves import LAYOUTS, make_start
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def trained(start, tmp_path_factory):
     def of(layout):
         if layout not in done:
             out = done[layout] = tmp_path_factory.mktemp(layout)
-            run = launch(LAYOUTS[layout][0], "tests.trainers.curves", layout, start, out, *KINDS)
+            run = launch(LAYOUTS[layout].ranks, "tests.trainers.curves", layout, start, out)
             assert run.returncode == 0, run.stderr[-3000:]
         return done[layout]
 
@@ -59,7 +59,7 @@ def curve(folder, kind):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one"])
 def test_curve_and_model_are_those_of_one_process(trained, layout):
     alone, folder = trained("one"), trained(layout)
-    for kind in KINDS:
+    for kind in LAYOUTS[layout].kinds:
         expected, found = curve(alone, kind), curve(folder, kind)
         for what in ("loss", "grad_norm"):
             assert len(found[what]) == 6
@@ -78,15 +78,14 @@ def test_curve_and_model_are_those_of_one_process(trained, layout):
             AutoProcessor.from_pretrained(folder / kind)
 
 
-@pytest.mark.parametrize(("layout", "share"), [("fsdp", 2), ("fsdp_ep", 2), ("fsdp4_ep2", 4)])
-def test_a_rank_holds_its_share_of_the_weights(trained, layout, share):
-    experts = 4 // LAYOUTS[layout][1].get("ep_size", 1)
-    for kind in set(KINDS) - {"adapter"}:  # whose few weights every rank has
+@pytest.mark.parametrize(("layout", "experts"), [("fsdp", 2), ("fsdp_ep", 2), ("fsdp4_ep2", 1), ("hsdp_ep", 2)])
+def test_a_rank_holds_its_share_of_the_weights(trained, layout, experts):
+    for kind in set(LAYOUTS[layout].kinds) - {"adapter"}:  # whose few weights every rank has
         whole, part = curve(trained("one"), kind), curve(trained(layout), kind)
+        share = LAYOUTS[layout].sizes["fsdp_size"]
         assert part["held"] == pytest.approx(whole["held"] / share, rel=0.02)
-        if "ep_size" in LAYOUTS[layout][1] and kind != "reward":
-            # Of the experts that it owns, a rank holds its share beside the other owners.
-            assert part["experts"] == [experts * LAYOUTS[layout][1]["ep_size"] // share] * 2
+        if kind != "reward":  # of four experts, in two layers
+            assert part["experts"] == [experts] * 2
 
 
 def test_a_tied_table_that_does_not_divide_is_refused(start, tmp_path):
