@@ -23,6 +23,7 @@ _CURES = {
     errno.EPERM: "name a folder that you may write to",
     errno.EIO: "the disk fails: name a folder on another one",
 }
+_READING_TOO = (errno.EACCES, errno.EPERM, errno.EIO)
 # What torch.save says of a full disk.
 _TORCH_SAVE_FAILED = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -127,9 +128,11 @@ def cannot_write(path: str | os.PathLike, error: Exception) -> OSError | None:
         code = errno.ENOSPC
     if code not in _CURES:
         return None
-    named = error.filename if isinstance(error, OSError) else None
-    if named is not None and not os.path.abspath(os.fspath(named)).startswith(os.path.abspath(os.fspath(path))):
-        return None  # another file, which was to be read
+    if code in _READING_TOO and isinstance(error, OSError) and error.filename is not None:
+        place = os.path.abspath(os.fspath(path))
+        named = [name for name in (error.filename, error.filename2) if name is not None]
+        if not any(os.path.abspath(os.fspath(name)).startswith(place) for name in named):
+            return None  # another file, which was to be read
     told = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
     told.errno = code
     return told

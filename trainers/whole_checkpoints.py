@@ -143,8 +143,10 @@ class WholeCheckpoints(Trainer):
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
-        """Keeps the first failure to write a checkpoint for `_raise_together`, and raises everything else."""
-        if self._unfinished is None or cannot_write(str(self.args.output_dir), error) is None:
+        """Keeps the first failure to write a checkpoint for `_raise_together`, and raises everything else: but what follows from it."""
+        if self._unfinished is None or (
+            self._failure is None and cannot_write(str(self.args.output_dir), error) is None
+        ):
             raise error
         self._failure = self._failure or error
 

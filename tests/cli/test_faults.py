@@ -155,8 +155,9 @@ def test_a_read_only_target_is_refused_before_the_work(data, tmp_path, command):
 
 def test_bad_batches_end_in_one_message(data, tmp_path, monkeypatch):
     command = ["train", *data.options, *CODES, *TINY, "--output_dir"]
+    loss = Trainer.compute_loss
     monkeypatch.setattr(
-        Trainer, "compute_loss", lambda self, *args, **kwargs: torch.tensor(float("nan"), requires_grad=True)
+        Trainer, "compute_loss", lambda self, *args, **kwargs: loss(self, *args, **kwargs) * float("nan")
     )
     message = refused(onerec(*command, tmp_path / "nan"), "training stopped at step 1", "is nan", "learning_rate")
     (path,) = (tmp_path / "nan" / "checkpoints").glob("nonfinite-step-1-rank-0.jsonl")

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from onerec_hf.trainers import CheckpointError, newest_checkpoint
 from onerec_hf.trainers.whole_checkpoints import is_whole
@@ -161,7 +162,8 @@ def test_a_kill_at_every_file_operation_leaves_whole_checkpoints_only(tmp_path):
         for path in left:
             assert is_whole(path)
             torch.load(path / "optimizer.pt", weights_only=True)
-            torch.load(path / "rng_state.pth", weights_only=True)
+            with safe_globals():
+                torch.load(path / "rng_state.pth", weights_only=True)
             assert {"model.safetensors", "config.json", "catalogue.safetensors"} <= set(names(path))
             found.add(path.name)
     assert survived > 30
