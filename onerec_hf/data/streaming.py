@@ -34,7 +34,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         buffer_size: examples that are mixed in memory, per rank and worker.
 
     Raises:
-        ValueError: no file, or (while iterating) a reader for whom there is no example.
+        ValueError: no examples, or (while iterating) a reader for whom there is no example.
 
     Example:
         >>> import tempfile
@@ -54,10 +54,12 @@ class ExampleStream(torch.utils.data.IterableDataset):
         seed: int = 0,
         buffer_size: int = 10_000,
     ):
-        if not files:
-            raise ValueError("a stream of examples needs at least one Parquet file")
-        self.files = [str(path) for path in files]
-        self.rows = [pq.read_metadata(path).num_rows for path in self.files] if rows is None else list(rows)
+        counted = [pq.read_metadata(path).num_rows for path in files] if rows is None else rows
+        # An empty file is nobody's part.
+        self.files = [str(path) for path, count in zip(files, counted, strict=True) if count]
+        self.rows = [count for count in counted if count]
+        if not self.files:
+            raise ValueError(f"a stream needs Parquet files with examples; got {len(files)} without any")
         self.column_names = pq.read_schema(self.files[0]).names
         self.seed, self.buffer_size, self.epoch = seed, buffer_size, 0
 
@@ -83,7 +85,9 @@ class ExampleStream(torch.utils.data.IterableDataset):
         data: Any = load_dataset(
             "parquet", data_files=self.files, split="train", streaming=True, columns=self.column_names
         )
-        data = data.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        # One shard after the other: prepared shards are mixed already, and reading several at a time ends with a pause of five seconds
+        # (datasets waits for pyarrow's threads).
+        data = data.shuffle(seed=self.seed, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         data = split_dataset_by_node(data.with_format("arrow"), rank=part, world_size=parts)
         data.set_epoch(epoch)
         yield from data.iter(batch_size=_CHUNK)
