@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
+from onerec_hf.cli.launch import all_ranks, is_first
 from onerec_hf.cli.runs import begin, finish, open_folder
 from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.cli.steps import (
@@ -124,12 +125,14 @@ def main(argv: list[str]) -> None:
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         save_trained(trainer, folder)
-    alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command) if rewards else Alignment.of(trainer)
     after = []
     if args.evaluate:
         with whole_model(trainer.model) as aligned:
             after = ranking_rows(aligned, processor, data)
             judged += reward_rows(aligned, processor, judges, data, "after")
+    if not is_first():
+        return
+    alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command) if rewards else Alignment.of(trainer)
     rows = [{**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/")] + after
     rows += judged
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
@@ -284,14 +287,23 @@ def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[
 
 
 def session_reward(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> float:
-    """Mean over users of the sum of the rewards of the session that the model recommends."""
+    """Mean over users of the sum of the rewards of the session that the model recommends; ranks share the users."""
+    ranks = all_ranks()
+    mine = histories if ranks is None else histories[ranks.share(len(histories))]
+    worth = _session_rewards(model, processor, mine, rewards)
+    parts = [worth] if ranks is None else ranks.gather_objects(worth)
+    return float(np.concatenate(parts).mean())
+
+
+def _session_rewards(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> np.ndarray:
+    """(users,) float64."""
     with model.eval().packed_experts():
         parts = [
             processor.batch_decode(model.recommend(**processor(some), num_beams=10, exclude=some))
             for some in (histories[start : start + 64] for start in range(0, len(histories), 64))
         ]
     sessions = [session for part in parts for session in part]
-    return float(sum(np.mean(reward.reward(histories, sessions)) for reward in rewards))
+    return np.sum([reward.reward(histories, sessions) for reward in rewards], axis=0) if histories else np.zeros(0)
 
 
 def reward_rows(

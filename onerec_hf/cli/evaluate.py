@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, command_line, parse
+from onerec_hf.cli.launch import is_first
 from onerec_hf.cli.steps import check_catalogue, load_model, load_processor, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results
 from onerec_hf.evaluation.results import write_results
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
         )
         trainer = OneRecTrainer(model, training_args, processing_class=processor)
         rows = evaluate_beside_baselines(trainer, data, args.split)
+    if not is_first():
+        return
     if args.json:
         write_results(
             args.json,

@@ -7,8 +7,11 @@ import os
 import sys
 import warnings
 
+from onerec_hf.cli.launch import is_first, leave
+
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
+    "prepare": "raw logs of any size to sharded training examples, with bounded memory",
     "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantisers compared",
     "train": "train a generator on interactions",
     "plan": "memory per GPU, communication and time per step of a model, computed from its config",
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 "ignore", message=r".*gradient_checkpointing` is deprecated", category=FutureWarning
             )
             command.main(argv[1:])
+            leave()
     except SystemExit as exit:  # --help
         return int(exit.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -88,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Our warnings speak to the person at the command line, who has no use for the source line they come from."""
     ours = os.path.abspath(filename).startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if ours and not is_first():
+        return
     text = f"onerec-hf: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.launch import all_ranks, is_first
 from onerec_hf.cli.steps import load_model, load_processor, say
 from onerec_hf.modeling.untrusted_onerec import short
 
@@ -67,36 +68,67 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--session_length {args.session_length}: the catalogue has only {catalogue.num_active} items"
         )
-    skipped = empty = 0
-    requests = read_requests(sys.stdin) if args.histories == "-" else read_file(args.histories)
-    with naming_file(args.histories), model.packed_experts():
-        while batch := list(islice(requests, args.batch_size)):
-            known = [
-                known_items(catalogue, number, request["history"], args.unknown, args.exclude_seen)
-                for number, request in batch
-            ]
-            skipped += sum(len(request["history"]) for _, request in batch) - sum(map(len, known))
-            histories = [items for items in known if items]
-            empty += len(known) - len(histories)
-            answers: Iterator[dict[str, Any]] = iter(())
-            if histories:
-                out: Any = model.recommend(
-                    **processor(histories),
-                    session_length=args.session_length,
-                    num_beams=max(args.num_beams, args.top_k),
-                    num_return_sequences=args.top_k,
-                    exclude=histories if args.exclude_seen else None,
-                    return_dict_in_generate=True,
-                )
-                answers = _answers(processor.batch_decode(out), out.sequences_scores.tolist(), args)
-            for (_, request), items in zip(batch, known, strict=True):
-                echoed = {key: value for key, value in request.items() if key != "history"}
-                answer = next(answers) if items else next(_answers([[]] * args.top_k, [0.0] * args.top_k, args))
-                print(json.dumps(echoed | answer, ensure_ascii=False), flush=True)
-    if skipped or empty:
+    ranks = all_ranks()
+    left_out = np.zeros(2, dtype=np.int64)
+    with model.packed_experts():
+        for numbered in _batches(args, 1 if ranks is None else ranks.size):
+            parts = []
+            if ranks is None:
+                parts = [_recommended(model, processor, numbered, args)]
+            elif numbered := ranks.gather_objects(numbered)[0]:  # the first rank reads, every rank answers its share
+                mine = numbered[ranks.share(len(numbered))]
+                parts = ranks.gather_objects(_recommended(model, processor, mine, args))
+            if not numbered:
+                break
+            for lines, unknown in parts:
+                left_out += unknown
+                for line in lines if is_first() else ():
+                    print(line, flush=True)
+    if left_out.any():
         say(
-            f"left out {skipped} items that are not in the catalogue; {empty} users without a known item got an empty answer"
+            f"left out {left_out[0]} items that are not in the catalogue; {left_out[1]} users without a known item got an empty answer"
         )
+
+
+def _batches(args: RecommendArguments, batches: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Numbered requests, `batches` batches at a time, and an empty list at the end; on other ranks than the first nothing but such lists."""
+    while not is_first():
+        yield []
+    file = contextlib.nullcontext(sys.stdin) if args.histories == "-" else open(args.histories, encoding="utf-8-sig")  # noqa: SIM115 (the with below)
+    with file as stream:
+        requests = read_requests(stream)
+        while numbered := list(islice(requests, batches * args.batch_size)):
+            yield numbered
+    yield []
+
+
+def _recommended(
+    model: Any, processor: Any, numbered: list[tuple[int, dict[str, Any]]], args: RecommendArguments
+) -> tuple[list[str], tuple[int, int]]:
+    """The lines that answer a batch of requests; how many items were unknown, and how many users without a known one."""
+    known = [
+        known_items(processor.catalogue, number, request["history"], args.unknown, args.exclude_seen)
+        for number, request in numbered
+    ]
+    histories = [items for items in known if items]
+    answers: Iterator[dict[str, Any]] = iter(())
+    if histories:
+        out: Any = model.recommend(
+            **processor(histories),
+            session_length=args.session_length,
+            num_beams=max(args.num_beams, args.top_k),
+            num_return_sequences=args.top_k,
+            exclude=histories if args.exclude_seen else None,
+            return_dict_in_generate=True,
+        )
+        answers = _answers(processor.batch_decode(out), out.sequences_scores.tolist(), args)
+    lines = []
+    for (_, request), items in zip(numbered, known, strict=True):
+        echoed = {key: value for key, value in request.items() if key != "history"}
+        answer = next(answers) if items else next(_answers([[]] * args.top_k, [0.0] * args.top_k, args))
+        lines.append(json.dumps(echoed | answer, ensure_ascii=False))
+    skipped = sum(len(request["history"]) for _, request in numbered) - sum(map(len, known))
+    return lines, (skipped, len(known) - len(histories))
 
 
 def _answers(sessions: list[list], scores: list[float], args: RecommendArguments) -> Iterator[dict[str, Any]]:

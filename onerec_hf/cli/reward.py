@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import OutputArguments, command_line, parse
+from onerec_hf.cli.launch import is_first
 from onerec_hf.cli.runs import begin, finish, open_folder
 from onerec_hf.cli.steps import save_trained, say, table
 from onerec_hf.cli.train import resumable
@@ -114,6 +115,8 @@ def main(argv: list[str]) -> None:
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         save_trained(trainer, folder)
+    if not is_first():
+        return
     rows = rows_beside_baselines(model, feedback, items, features)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     write_results(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onerec_hf.cli.launch import is_first
 from onerec_hf.cli.steps import UNFINISHED_RUN, check_folder, claim_folder, is_unfinished, say, write_bytes
 
 if TYPE_CHECKING:
@@ -62,14 +63,21 @@ def resumes_in(folder: Path, args: TrainingArguments) -> bool:
 
 
 def begin(folder: Path, command: str | None, goes_on: bool = False) -> None:
-    """Takes the folder for this run: marks it, and removes an earlier one's results, but for the checkpoints that it goes on with."""
+    """
+    Takes the folder for this run: marks it, and removes an earlier one's results, but for the checkpoints that it goes on with. Of several
+    ranks the first one does.
+    """
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / UNFINISHED_RUN, (json.dumps({"command": command}) + "\n").encode())
     claim_folder(folder, keep_checkpoints=goes_on)
 
 
 def finish(folder: Path, keep_checkpoints: bool = False) -> None:
-    """Takes the mark off, now that everything is written, and removes the checkpoints."""
+    """Takes the mark off, now that everything is written, and removes the checkpoints; of several ranks the first one does."""
+    if not is_first():
+        return
     from onerec_hf.modeling.files_onerec import remove_whole
 
     os.unlink(folder / UNFINISHED_RUN)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, command_line, parse
+from onerec_hf.cli.launch import is_first
 from onerec_hf.cli.runs import begin, finish
 from onerec_hf.cli.steps import (
     check_folder,
@@ -62,6 +63,8 @@ def fit(argv: list[str]) -> None:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
     begin(folder, command_line("semantic-ids fit", argv))
+    if not is_first():
+        return
     write_origin(folder, fitted)
     # The catalogue is written last: without it there is nothing to train with.
     OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history).save_pretrained(folder)

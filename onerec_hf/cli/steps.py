@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.cli.launch import all_ranks, is_first
 from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr: stdout belongs to results."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress goes to stderr: stdout belongs to results. Of several ranks the first one speaks."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 CODEBOOKS_NAME, REPORT_NAME = "codebooks.safetensors", "semantic_ids.json"
@@ -60,13 +62,16 @@ _WRITTEN = (
 
 def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     """
-    The output folder, untouched so far: `claim_folder` makes it ready once the input has proved good.
+    The output folder, untouched so far: `claim_folder` makes it ready once the input has proved good. Of several ranks the first one looks:
+    it may have begun to write when another comes.
 
     Raises:
         FileExistsError: it holds something already and `overwrite` was not given.
         PermissionError: nothing can be written there.
     """
     folder = Path(folder)
+    if not is_first():
+        return folder
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the output")
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -102,7 +107,9 @@ def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Takes back what a run has written, and the folder if nothing else stands in it."""
+    """Takes back what a run has written, and the folder if nothing else stands in it; the first rank does."""
+    if not is_first():
+        return
     claim_folder(folder)
     (folder / UNFINISHED_RUN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -221,7 +228,9 @@ def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:
 
 
 def write_origin(folder: Path, origin: dict[str, bytes] | SemanticIDs) -> None:
-    """Writes what `find_origin` found, or codebooks and report of semantic IDs that were just fitted."""
+    """Writes what `find_origin` found, or codebooks and report of semantic IDs that were just fitted; the first rank does."""
+    if not is_first():
+        return
     if not isinstance(origin, dict):
         origin.quantizer.save(folder / CODEBOOKS_NAME)
         origin = {REPORT_NAME: (json.dumps(origin.report.as_dict(), indent=1) + "\n").encode()}
@@ -274,6 +283,12 @@ def prepare_data(args: DataArguments) -> PreparedData:
     """
     from onerec_hf.data import DataError, PositiveFeedback, UserSequences, leave_one_out, load_files, load_source
 
+    if args.prepared is not None:
+        from onerec_hf.cli.prepared_data import folder_data  # it builds on this module
+
+        return folder_data(args)
+    if args.eval_users is not None:
+        raise ValueError("--eval_users goes with --prepared")
     if (args.dataset is None) == (args.interactions is None):
         raise ValueError("give either --dataset (a named source) or --interactions (your own table)")
     for option, value, needs, given in (
@@ -319,8 +334,13 @@ def prepare_data(args: DataArguments) -> PreparedData:
     return PreparedData(source, sequences, split, item_ids, protocol)
 
 
-def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarray, str]:
-    """(items, d) float32 embeddings in the order of `data.item_ids` and a line that says how they were made. Learns from training rows only."""
+def embed_items(data: PreparedData, args: SemanticIDArguments, rows: slice = slice(None)) -> tuple[np.ndarray, str]:
+    """
+    (items, d) float32 embeddings in the order of `data.item_ids` and a line that says how they were made. Learns from training rows only.
+
+    Args:
+        rows: the items to return. Where embeddings are given, and nothing else is asked for, the others are not read.
+    """
     from onerec_hf.semantic_ids import (
         align_embeddings,
         behaviour_embeddings,
@@ -329,8 +349,9 @@ def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarr
         text_embeddings,
     )
 
-    items = data.source.items.select(data.item_ids) if data.source.items is not None else None
     kinds = args.embedding
+    read = rows if kinds == "given" else slice(None)
+    items = data.source.items.select(data.item_ids[read]) if data.source.items is not None else None
     if kinds == "auto":
         if items is None:
             kinds = "behaviour"
@@ -359,30 +380,39 @@ def embed_items(data: PreparedData, args: SemanticIDArguments) -> tuple[np.ndarr
                 "behaviour"
             )
     recipe = f"{kinds} (dim {args.embedding_dim}, behaviour weight {args.behaviour_weight:g})"
-    return combine_embeddings(parts, weights), recipe
+    vectors = combine_embeddings(parts, weights)
+    return (vectors if kinds == "given" else vectors[rows]), recipe
 
 
 def fit_catalogue(
     data: PreparedData, args: SemanticIDArguments, embedded: tuple[np.ndarray, str] | None = None
 ) -> SemanticIDs:
-    """Semantic IDs for the items of `data`, with their training popularity; `embedded` is what `embed_items` gave, if it was asked before."""
+    """
+    Semantic IDs for the items of `data`, with their training popularity; under torchrun every rank has a share of the items.
+
+    Args:
+        embedded: what `embed_items` gave, if it was asked before.
+    """
     from onerec_hf.semantic_ids import fit_semantic_ids
 
     if min(args.codebook_sizes) < 1:
         raise ValueError(f"--codebook_sizes must hold positive numbers, one per level; got {args.codebook_sizes}")
-    embeddings, recipe = embed_items(data, args) if embedded is None else embedded
+    ranks = all_ranks()
+    mine = slice(None) if ranks is None else ranks.share(len(data.item_ids))
+    embeddings, recipe = embed_items(data, args, mine) if embedded is None else embedded
     popularity = np.bincount(np.concatenate(data.train_rows()), minlength=len(data.item_ids))
     say(f"semantic IDs: {len(data.item_ids):,} items from {recipe}, codebooks {args.codebook_sizes}")
     return fit_semantic_ids(
-        data.item_ids,
+        data.item_ids[mine],
         embeddings,
         args.codebook_sizes,
-        popularity=popularity,
+        popularity=popularity[mine],
         recipe=recipe,
         method=args.quantizer,
         on_collision=args.on_collision,  # pyright: ignore[reportArgumentType] (checked there)
         max_iter=args.kmeans_iterations,
         seed=args.semantic_id_seed,
+        ranks=ranks,
     )
 
 

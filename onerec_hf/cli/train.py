@@ -19,6 +19,7 @@ from onerec_hf.cli.arguments import (
     command_line,
     parse,
 )
+from onerec_hf.cli.launch import is_first
 from onerec_hf.cli.runs import begin, finish, open_folder, resumes_in
 from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.cli.steps import (
@@ -65,6 +66,12 @@ class TrainArguments(OutputArguments):
             "help": "Evaluations without a better metric_for_best_model after which training stops; off when not given."
         },
     )
+    baselines: bool = field(
+        default=True,
+        metadata={
+            "help": "Rank with popularity and item-kNN beside the model; they hold all training sequences in memory."
+        },
+    )
     keep_checkpoints: bool = field(
         default=False,
         metadata={
@@ -77,7 +84,14 @@ def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecTrainingArguments
 
     data_args, id_args, model_args, sharding, run_args, training_args = parse(
-        (DataArguments, SemanticIDArguments, ModelArguments, ShardingArguments, TrainArguments, OneRecTrainingArguments),
+        (
+            DataArguments,
+            SemanticIDArguments,
+            ModelArguments,
+            ShardingArguments,
+            TrainArguments,
+            OneRecTrainingArguments,
+        ),
         argv,
         "train",
         required=["--output_dir"],
@@ -96,6 +110,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
         )
+    if run_args.train_on == "prefixes" and data_args.prepared is not None:
+        raise ValueError(
+            "--train_on goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare --train_on`"
+        )
     sharding.check(training_args)
     folder = Path(training_args.output_dir)
     open_folder(folder, run_args.overwrite, training_args)
@@ -105,10 +123,20 @@ def main(argv: list[str]) -> None:
     if run_args.train_on == "prefixes":
         data = on_prefixes(data, data_args)
     trainer = train(
-        data, folder, data_args, id_args, model_args, training_args, run_args.early_stopping_patience, command, sharding
+        data,
+        folder,
+        data_args,
+        id_args,
+        model_args,
+        training_args,
+        run_args.early_stopping_patience,
+        command,
+        sharding,
     )
     with resumable(folder, command):
-        rows = evaluate_beside_baselines(trainer, data, "test")
+        rows = evaluate_beside_baselines(trainer, data, "test", run_args.baselines)
+    if not is_first():
+        return
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command)
     finish(folder, run_args.keep_checkpoints)
@@ -194,7 +222,8 @@ def train(
     )
     begin(folder, command, own_checkpoint)
     write_origin(folder, made_from)
-    processor.save_pretrained(folder)
+    if is_first():
+        processor.save_pretrained(folder)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
@@ -229,8 +258,13 @@ def resumable(folder: Path, command: str | None) -> Iterator[None]:
         raise KeyboardInterrupt(hint) from None
 
 
-def evaluate_beside_baselines(trainer: OneRecTrainer, data: PreparedData, split: str) -> list[dict[str, Any]]:
-    """Result rows of the model and of popularity and item-kNN on a split: full catalogue, seen items left out as `trainer.args` says."""
+def evaluate_beside_baselines(
+    trainer: OneRecTrainer, data: PreparedData, split: str, baselines: bool = True
+) -> list[dict[str, Any]]:
+    """
+    Result rows of the model and, with `baselines`, of popularity and item-kNN on a split: full catalogue, seen items left out as `trainer.args` says. Ranks share
+    the model's users; the rows come to the first rank, the others get none.
+    """
     from onerec_hf.evaluation import ranking_metrics
 
     args, processor = cast("OneRecTrainingArguments", trainer.args), cast("OneRecProcessor", trainer.processing_class)
@@ -240,12 +274,21 @@ def evaluate_beside_baselines(trainer: OneRecTrainer, data: PreparedData, split:
     trainer.compute_metrics = trainer.compute_metrics or trainer.compute_ranking_metrics
     with contextlib.redirect_stdout(sys.stderr):
         metrics = trainer.evaluate(getattr(data.split, split), metric_key_prefix=split)
-    ks = tuple(args.eval_top_k)
-    rankings, relevant = baseline_rankings(data, catalogue, split, max(ks), args.eval_exclude_seen)
-    scores = {name: ranking_metrics(ranked, relevant, ks, len(catalogue)) for name, ranked in rankings.items()}
+    if not is_first():
+        return []
+    ks, scores = tuple(args.eval_top_k), {}
+    if baselines:
+        rankings, relevant = baseline_rankings(data, catalogue, split, max(ks), args.eval_exclude_seen)
+        scores = {name: ranking_metrics(ranked, relevant, ks, len(catalogue)) for name, ranked in rankings.items()}
+    measured = [name for name in metrics if "@" in name]
     rows = [
-        result_row(f"onerec/{metric}", metrics[f"{split}_{metric}"], "share", against=f"popularity/{metric}")
-        for metric in scores["popularity"]
+        result_row(
+            f"onerec/{name.removeprefix(f'{split}_')}",
+            metrics[name],
+            "share",
+            against=f"popularity/{name.removeprefix(f'{split}_')}" if baselines else None,
+        )
+        for name in measured
     ]
     rows += [
         result_row(f"{name}/{metric}", value, "share")
@@ -300,7 +343,8 @@ def print_results(rows: list[dict[str, Any]]) -> None:
     """The metrics as a table, a model per line."""
     metrics = [row["name"].split("/")[1] for row in rows if row["name"].startswith("onerec/")]
     values = {row["name"]: row["value"] for row in rows}
-    models = ("popularity", "item_knn", "onerec")
+    there = {row["name"].split("/")[0] for row in rows}
+    models = [name for name in ("popularity", "item_knn", "onerec") if name in there]
     print(
         table(
             [[name, *(f"{values[f'{name}/{metric}']:.4f}" for metric in metrics)] for name in models], ["", *metrics]
