@@ -51,7 +51,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise (cannot_write(path, error) or error) from error
+        told = cannot_write(path, error)
+        if told is None:
+            raise
+        raise told from error
     finally:
         with suppress(OSError):  # nothing there, or nothing can be written at all
             os.unlink(temporary)
@@ -95,7 +98,10 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
         for name in names:
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise (cannot_write(folder, error) or error) from error
+        told = cannot_write(folder, error)
+        if told is None:
+            raise
+        raise told from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if new:

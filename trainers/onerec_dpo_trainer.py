@@ -151,7 +151,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         """Makes the policy the reference and draws the iteration's pairs; once per iteration, also after a resume."""
         if iteration == self.iteration or self._offline:
             return
-        self.iteration = iteration
+        self.iteration, self._last_batch = iteration, {}  # memory that does not suffice from here on is no batch's
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(policy.state_dict())

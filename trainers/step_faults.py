@@ -175,11 +175,11 @@ class StepFaults(Trainer):
                 f" and raise gradient_accumulation_steps ({self.args.gradient_accumulation_steps}) by as much, or set "
             )
             cure += "gradient_checkpointing=True"
+        shapes = _shapes(self._last_batch)
+        where = f"on a batch of {shapes}" if shapes else "outside a batch"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return (
-            f"out of memory at step {self.state.global_step + (phase == 'training')}, in {phase} on a batch of {_shapes(self._last_batch)}. "
-            f"{cure}{self._memory_settings[phase]}. ({first})"
-        )
+        step = self.state.global_step + (phase == "training")
+        return f"out of memory at step {step}, in {phase} {where}. {cure}{self._memory_settings[phase]}. ({first})"
 
     def _lost_rank(self, phase: str, error: BaseException) -> str:
         last = newest_checkpoint(str(self.args.output_dir))
@@ -223,4 +223,4 @@ def _shapes(batch: dict[str, Any], before: str = "") -> str:
         for name, value in batch.items()
         if isinstance(value, dict) or (isinstance(value, torch.Tensor) and value.dim() > 1 and "mask" not in name)
     ]
-    return ", ".join(parts) or "nothing yet"
+    return ", ".join(parts)
