@@ -97,7 +97,8 @@ class _Counter:
     def __init__(self, config: OneRecConfig, precision: Precision, accelerator: bool):
         self.config, self.precision = config, precision
         self.width = config.hidden_size
-        self.heads = config.num_attention_heads * config.head_dim
+        self.head_dim = config.head_dim or 0
+        self.heads = config.num_attention_heads * self.head_dim
         # On an accelerator dropout keeps a mask of one byte per element, on a CPU one of the element's type.
         self.mask_bytes = 1 if accelerator else None
 
@@ -118,8 +119,8 @@ class _Counter:
         """Of `queries` and `keys` tokens, all users together: q, k, v, output, log-sum-exp, and the mask as additive one."""
         config, matrix = self.config, self.precision.matrix
         # With a mask, grouped keys and values are repeated to all heads.
-        groups = config.num_attention_heads if masked else config.num_key_value_heads
-        total = matrix * (2 * queries * self.heads + 2 * keys * groups * config.head_dim)
+        groups = config.num_attention_heads if masked else config.num_key_value_heads or 0
+        total = matrix * (2 * queries * self.heads + 2 * keys * groups * self.head_dim)
         total += 4 * queries * config.num_attention_heads
         return total + (matrix * queries * (keys // users) if masked else 0)
 
@@ -129,7 +130,7 @@ class _Counter:
 
     def experts(self, expert_parallel: bool) -> int:
         config, precision = self.config, self.precision
-        routed, inner = config.num_experts_per_tok, config.moe_intermediate_size
+        routed, inner = config.num_experts_per_tok, config.moe_intermediate_size or 0
         router_element = 2 if precision.autocast else 4
         router = router_element * (self.width + config.num_experts) + 8 * routed
         # Sorted rows, gate and up, the gate's activation, the product, the result; indices and the gate's weight.

@@ -34,7 +34,7 @@ class Collective:
     Args:
         kind: all_reduce, all_gather, reduce_scatter or all_to_all.
         payload: bytes of the whole buffer: what is reduced, gathered or scattered; of all_to_all, what one GPU sends on average.
-        ranks: GPUs that take part.
+        ranks: GPUs that take part, in order: a machine after another.
         spread: GPUs between one member and the next: 1 where they stand side by side.
         what: which tensors.
     """
@@ -45,15 +45,21 @@ class Collective:
     spread: int
     what: str
 
-    @property
-    def sent(self) -> float:
-        """Bytes that leave one GPU, by the ring algorithms; of all_to_all, what others' experts get."""
-        share = self.payload * (self.ranks - 1) / self.ranks
-        return 2 * share if self.kind == "all_reduce" else share
+    def sent(self, gpus_per_node: int) -> tuple[float, float]:
+        """
+        The least that a GPU has to send, to others of its machine and to other machines, where the machines' GPUs share what crosses between
+        them. Of all_to_all: what others' experts get, as balanced experts have it.
 
-    def crosses(self, gpus_per_node: int) -> bool:
-        """Whether it has to leave a machine."""
-        return self.ranks * self.spread > gpus_per_node and self.ranks > 1
+        Example:
+            >>> Collective("all_reduce", payload=1600, ranks=16, spread=1, what="gradients").sent(gpus_per_node=8)
+            (2800.0, 200.0)
+        """
+        inside = min(self.ranks, max(1, gpus_per_node // self.spread))
+        if self.kind == "all_to_all":
+            return self.payload * (inside - 1) / self.ranks, self.payload * (self.ranks - inside) / self.ranks
+        nodes = -(-self.ranks // inside)
+        total = self.payload * (2 if self.kind == "all_reduce" else 1)
+        return total * (inside - 1) / inside, total * (nodes - 1) / nodes / inside
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class Unit:
 
 
 def _attention(config: OneRecConfig) -> list[Shape]:
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    width = config.hidden_size
+    width, head_dim = config.hidden_size, config.head_dim or 0  # the config fills in what it was not given
+    queries, keys = config.num_attention_heads * head_dim, (config.num_key_value_heads or 0) * head_dim
     return [(queries, width), (keys, width), (keys, width), (width, queries)]
 
 
@@ -59,7 +59,7 @@ def expert_shapes(config: OneRecConfig) -> tuple[Shape, ...]:
     """The packed weights of one decoder layer's experts; none where the decoder is dense."""
     if config.num_experts == 1:
         return ()
-    experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size or 0
     return ((experts, 2 * inner, width), (experts, width, inner))
 
 

@@ -30,7 +30,7 @@ class Plan:
         layout: strategy and sizes.
         memory: bytes on the GPU that holds the most, by name: `weights`, `gradients`, `optimizer`, `activations`, `logits`, `other` (buckets,
             gathered weights, autocast's copies, rows in flight, buffers). They do not all peak at once: their sum is an upper bound.
-        sent_in_node, sent_between_nodes: bytes that a GPU sends per step to others of its machine, and over the network.
+        sent_in_node, sent_between_nodes: the least bytes that a GPU sends per step to others of its machine, and over the network.
         flops: operations of one GPU per step, checkpointing's repetitions among them.
         seconds: lower bounds of a step by `compute`, `memory` traffic and `communication`, each at the GPU's published peak.
         fits: whether the memory's sum leaves the reserve free.
@@ -108,9 +108,8 @@ def make_plan(
         "logits": made.logits,
         "other": held["buffers"] + held["gathered"] + made.exchange,
     }
-    sent = {True: 0.0, False: 0.0}
-    for collective in layout.collectives(config, batch, dtype, checkpointing):
-        sent[collective.crosses(gpus_per_node)] += collective.sent
+    sent = [c.sent(gpus_per_node) for c in layout.collectives(config, batch, dtype, checkpointing)]
+    in_node, between_nodes = sum(part[0] for part in sent), sum(part[1] for part in sent)
     flops = step_flops(config, batch, checkpointing)
     # Weights read in both passes, gradients written; the optimizer reads weights, gradients and moments and writes all but the gradients;
     # what is kept for the backward pass is written and read.
@@ -120,11 +119,11 @@ def make_plan(
     seconds = {
         "compute": flops / (1e12 * (gpu.float32 if dtype == "float32" else gpu.bfloat16)),
         "memory": traffic / (GB * gpu.memory_bandwidth),
-        "communication": max(sent[False] / (GB * gpu.node_bandwidth), sent[True] / (GB * gpu.network_bandwidth)),
+        "communication": max(in_node / (GB * gpu.node_bandwidth), between_nodes / (GB * gpu.network_bandwidth)),
     }
     problem = layout.problem(config)
     fits = problem is None and sum(memory.values()) <= (1 - RESERVE) * gpu.memory * GIB
-    return Plan(layout, memory, sent[False], sent[True], flops, seconds, fits, problem)
+    return Plan(layout, memory, in_node, between_nodes, flops, seconds, fits, problem)
 
 
 def make_plans(config: OneRecConfig, found: Sequence[Layout], batch: Batch, **options) -> list[Plan]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
@@ -84,6 +86,35 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         return self._bytes(True)
 
 
+class LiveBytes(TorchDispatchMode):
+    """
+    What operations inside the context have made and not freed: `live` now, `peak` at most.
+
+    Args:
+        present: tensors that were there before; views of them are nothing new.
+    """
+
+    def __init__(self, present):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in present}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, address, size):
+        self.known.discard(address)
+        self.live -= size
+
+
 KINDS = {
     "allgather": "all_gather",
     "reduce_scatter": "reduce_scatter",
@@ -104,9 +135,7 @@ class Collectives(TorchDispatchMode):
         kind = next((kind for part, kind in KINDS.items() if part in name), None)
         if "c10d" in name and kind is not None:
             sizes = [
-                leaf.numel() * leaf.element_size()
-                for leaf in torch.utils._pytree.tree_leaves(args)
-                if isinstance(leaf, torch.Tensor)
+                leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
             ]
             # Gather: output, then input; scatter: output, then input; the exchange of rows: input.
             self.payload[kind] += max(sizes)
