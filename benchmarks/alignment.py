@@ -246,11 +246,14 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
     catalogue = world.processor.catalogue
     assert catalogue is not None
     if name == "sasrec":
-        from _sasrec import train_sasrec
+        from _sequence_models import SASRec
+        from _sequence_training import train_sequence_model
 
         epochs = 1 if quick else 6
         rows = [catalogue.rows(sequence.tolist()) for sequence in world.sequences[: 300 if quick else None]]
-        model = train_sasrec(rows, len(catalogue), world.seed, epochs, max_length=30)
+        torch.manual_seed(world.seed)
+        model = SASRec(len(catalogue), max_length=30)
+        train_sequence_model(model, rows, world.seed, epochs, share=0.25)
         top = model.rank([catalogue.rows(history) for history in histories], SESSIONS * SESSION_LENGTH)
         sessions = [_in_fives(catalogue.ids(user)) for user in top]
         return judged(world, sessions, top[:, :10], split)

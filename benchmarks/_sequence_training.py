@@ -1,0 +1,92 @@
+"""
+How the sequence models are trained: on the next item of every place, by the cross-entropy over all items, which on public data beats the sampled
+binary loss of SASRec's paper by far (arXiv 2309.07602), or by that one, for the row as it was published.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _sequence_models import SequenceModel
+
+
+def next_item_loss(
+    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, seen: torch.Tensor
+) -> torch.Tensor:
+    """
+    Mean loss over places.
+
+    Args:
+        states: (places, width).
+        targets: (places,) ids of the items that follow, from 1.
+        loss: `ce`, the softmax over all items; `bce`, one random item beside each target (SASRec's equation 6).
+        seen: (places, t) ids of each place's user, from which `bce` draws no negative.
+    """
+    if loss == "ce":
+        return F.cross_entropy(model.scores(states), targets - 1)
+    items = len(model.items.weight)
+    drawn = torch.randint(1, items, targets.shape)
+    while (again := (drawn[:, None] == seen).any(1) | (drawn == targets)).any():
+        drawn[again] = torch.randint(1, items, (int(again.sum()),))
+    right, wrong = ((states * model.items(ids)).sum(-1) for ids in (targets, drawn))
+    return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
+
+
+def train_sequence_model(
+    model: SequenceModel,
+    sequences: Sequence[np.ndarray],
+    seed: int,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    loss: str = "ce",
+    share: float = 1.0,
+    judge: Callable[[SequenceModel], float] | None = None,
+    patience: int = 5,
+    spent: Callable[[], float] | None = None,
+) -> float | None:
+    """
+    Trains on the next items of every sequence.
+
+    Args:
+        sequences: per user the item rows in time order, two at least.
+        share: of the places of a batch, drawn anew each time: the scores of all items at all places are most of the work.
+        judge: after each epoch, how good the model is; training ends when that has not risen for `patience` epochs, and the best weights stay.
+        spent: share of a budget that is spent; training ends where it reaches 1.
+
+    Returns:
+        What `judge` said of the weights that stayed.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    best, best_state, since = None, None, 0
+    for _ in range(epochs):
+        model.train()
+        order = rng.permutation(len(sequences))
+        for start in range(0, len(order), batch_size):
+            some = [sequences[i] for i in order[start : start + batch_size]]
+            inputs, targets = model.batch([s[:-1] for s in some]), model.batch([s[1:] for s in some])
+            real = (targets != 0) & (torch.from_numpy(rng.random(targets.shape)) < share)
+            seen = inputs.repeat_interleave(real.sum(1), dim=0)
+            value = next_item_loss(model, model(inputs)[real], targets[real], loss, seen)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            if spent is not None and spent() >= 1:
+                break
+        if judge is not None:
+            now = judge(model)
+            since += 1
+            if best is None or now > best:
+                best, best_state, since = now, copy.deepcopy(model.state_dict()), 0
+        if since >= patience or (spent is not None and spent() >= 1):
+            break
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    return best
