@@ -246,6 +246,7 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
     catalogue = world.processor.catalogue
     assert catalogue is not None
     if name == "sasrec":
+        import torch
         from _sequence_models import SASRec
         from _sequence_training import train_sequence_model
 
