@@ -126,7 +126,9 @@ def main() -> None:
         result_row("small/pandas_peak", pandas["peak"], "GiB"),
         result_row("small/prepare_cpu_over_pandas", again["cpu"] / pandas["cpu"], "ratio", against="pandas"),
     ]
-    finish(table, args.json, counts=manifest["counts"], settings=manifest["settings"])
+    import polars
+
+    finish(table, args.json, counts=manifest["counts"], settings=manifest["settings"], polars=polars.__version__)
 
 
 if __name__ == "__main__":

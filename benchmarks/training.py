@@ -62,7 +62,7 @@ def load(data_dir: str):
     from onerec_hf.cli.arguments import DataArguments
     from onerec_hf.cli.steps import prepare_data
 
-    data = prepare_data(DataArguments("amazon-beauty", data_dir, max_history=MAX_HISTORY))
+    data = prepare_data(DataArguments(dataset="amazon-beauty", data_dir=data_dir, max_history=MAX_HISTORY))
     flat = np.random.default_rng(0).permutation(np.prod(CODES))[: len(data.item_ids)]
     catalogue = ItemCatalogue(data.item_ids, np.stack(np.unravel_index(flat, CODES), 1), CODES)
     return data.split.train_sequences, OneRecProcessor.from_catalogue(catalogue, MAX_HISTORY)

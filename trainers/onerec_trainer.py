@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
-from onerec_hf.data.streaming import ExampleStream
+from onerec_hf.data.streaming import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
@@ -144,6 +144,14 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         if isinstance(self.train_dataset, ExampleStream):
             return stream_dataloader(self.train_dataset, self.args, self.data_collator)
         return super().get_train_dataloader()
+
+    def num_examples(self, dataloader) -> int:
+        # A stream's data loader counts batches.
+        return (
+            len(dataloader.dataset.stream)
+            if isinstance(dataloader.dataset, BatchStream)
+            else super().num_examples(dataloader)
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         with self._collating_for_evaluation():

@@ -16,6 +16,8 @@ def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) 
     Example:
         >>> loader = stream_dataloader(PreparedFolder("prepared").train(), args, collator)  # doctest: +SKIP
     """
+    if stream.seed is None:
+        stream.seed = args.seed if args.data_seed is None else args.data_seed
     batches = stream.batches(
         args.train_batch_size, collator, args.process_index, args.world_size, args.dataloader_num_workers
     )

@@ -41,7 +41,26 @@ def command_line(prog: str, argv: Sequence[str]) -> str:
 
 
 @dataclass
-class DataArguments:
+class ExampleArguments:
+    """How interactions become examples."""
+
+    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
+    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+    positive: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
+        },
+    )
+    min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
+    session_length: int = field(default=5, metadata={"help": "Items of a training session (the paper's m)."})
+    max_history: int = field(default=50, metadata={"help": "Latest items of a history that the encoder reads."})
+    stride: int = field(default=1, metadata={"help": "Step between a user's training sessions."})
+
+
+@dataclass
+class DataArguments(ExampleArguments):
     """Which interactions, and how they become examples."""
 
     dataset: str | None = field(
@@ -63,19 +82,14 @@ class DataArguments:
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
     )
-    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
-    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
-    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
-    positive: list[str] | None = field(
+    prepared: str | None = field(
         default=None,
-        metadata={
-            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
-        },
+        metadata={"help": "Folder of `onerec-hf prepare`, whose examples are streamed; in place of --interactions."},
     )
-    min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
-    session_length: int = field(default=5, metadata={"help": "Items of a training session (the paper's m)."})
-    max_history: int = field(default=50, metadata={"help": "Latest items of a history that the encoder reads."})
-    stride: int = field(default=1, metadata={"help": "Step between a user's training sessions."})
+    eval_users: int | None = field(
+        default=None,
+        metadata={"help": "With --prepared: evaluate on so many users, a random sample; all when not given."},
+    )
 
 
 @dataclass

@@ -21,6 +21,12 @@ class EvaluateArguments:
     top_k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "The k of the metrics."})
     num_beams: int = field(default=50, metadata={"help": "Beams per user; at least the largest k."})
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of a user's history."})
+    baselines: bool = field(
+        default=True,
+        metadata={
+            "help": "Rank with popularity and item-kNN beside the model; they hold all training sequences in memory."
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     json: str | None = field(default=None, metadata={"help": "File for the rows as JSON."})
 
@@ -55,7 +61,7 @@ def main(argv: list[str]) -> None:
             eval_exclude_seen=args.exclude_seen,
         )
         trainer = OneRecTrainer(model, training_args, processing_class=processor)
-        rows = evaluate_beside_baselines(trainer, data, args.split)
+        rows = evaluate_beside_baselines(trainer, data, args.split, args.baselines)
     if not is_first():
         return
     if args.json:

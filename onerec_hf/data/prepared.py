@@ -78,7 +78,7 @@ class PreparedFolder:
         if found != rows:
             raise DataError(f"{self.path}: {name} has {found:,} rows, not {rows:,}; {cure}.")
 
-    def train(self, seed: int = 0, buffer_size: int = 10_000) -> ExampleStream:
+    def train(self, seed: int | None = None, buffer_size: int = 10_000) -> ExampleStream:
         """The training examples as a stream; see [`ExampleStream`]."""
         from onerec_hf.data.streaming import ExampleStream
 

@@ -122,12 +122,23 @@ def load_files(
         )
         with about(items_path):
             items.select(column_of(interactions, "item_id").unique().tolist())  # raises where one has no row
-            items = _with_text(items, text_columns)
+            items = with_text(items, text_columns)
         description = f"Read from {path.name} and {Path(items_path).name}."
     return RecommendationData(path.stem, interactions, items, description, positive or PositiveFeedback())
 
 
-def _with_text(items: ItemTable, text_columns: Sequence[str] | None) -> ItemTable:
+def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> ItemTable:
+    """
+    The items with a column `text` of the text columns (all of them when None; one called `text` is taken as it is).
+
+    Warns:
+        UserWarning: how many items have no text, when there are no embeddings either.
+
+    Example:
+        >>> items = read_items(pd.DataFrame({"item_id": [7], "title": ["Alien"], "year": ["1979"]}))
+        >>> with_text(items).frame["text"].tolist()
+        ['Alien | 1979']
+    """
     frame = items.frame
     if text_columns is None:
         candidates = [column for column in frame.columns if column != "item_id"]

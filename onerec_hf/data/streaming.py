@@ -30,7 +30,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
     Args:
         files: Parquet files with columns that the trainer reads, `history` and `session`.
         rows: how many examples each file has; read from the files when not given.
-        seed: of the order.
+        seed: of the order; the trainer's (`data_seed` or `seed`) when None.
         buffer_size: examples that are mixed in memory, per rank and worker.
 
     Raises:
@@ -51,7 +51,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         self,
         files: Sequence[str | Path],
         rows: Sequence[int] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         buffer_size: int = 10_000,
     ):
         counted = [pq.read_metadata(path).num_rows for path in files] if rows is None else rows
@@ -87,7 +87,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         )
         # One shard after the other: prepared shards are mixed already, and reading several at a time ends with a pause of five seconds
         # (datasets waits for pyarrow's threads).
-        data = data.shuffle(seed=self.seed, buffer_size=self.buffer_size, max_buffer_input_shards=1)
+        data = data.shuffle(seed=self.seed or 0, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         data = split_dataset_by_node(data.with_format("arrow"), rank=part, world_size=parts)
         data.set_epoch(epoch)
         yield from data.iter(batch_size=_CHUNK)

@@ -1,0 +1,67 @@
+"""`onerec-hf prepare`: a log of any size to a folder of sharded training examples, for `onerec-hf train --prepared`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onerec_hf.cli.arguments import ExampleArguments, OutputArguments, command_line, parse
+from onerec_hf.cli.steps import say
+
+
+@dataclass
+class PrepareArguments(OutputArguments):
+    """Which log, and how the folder is laid out."""
+
+    interactions: str | None = field(
+        default=None,
+        metadata={"help": "The log: a .parquet, .csv, .tsv or .jsonl file, a folder of them, or a quoted pattern."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to make."})
+    train_on: str = field(
+        default="windows",
+        metadata={
+            "help": "windows (a history per session) or prefixes (a history once for all its sessions; for --encoder_is_causal)."
+        },
+    )
+    num_shards: int = field(
+        default=64, metadata={"help": "Training files; best a multiple of ranks times data loader workers."}
+    )
+    rows_per_bucket: int = field(
+        default=2_000_000, metadata={"help": "Rows of the log in memory at one time, about; fewer take less memory."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the order of the training examples."})
+
+
+def main(argv: list[str]) -> None:
+    args, example_args = parse(
+        (PrepareArguments, ExampleArguments), argv, "prepare", required=["--interactions", "--output_dir"]
+    )
+    from onerec_hf.data import ExampleSettings, PositiveFeedback, prepare_log
+
+    settings = ExampleSettings(
+        example_args.min_item_interactions,
+        example_args.session_length,
+        example_args.max_history,
+        example_args.stride,
+        args.train_on,
+    )
+    manifest = prepare_log(
+        args.interactions,
+        args.output_dir,
+        user_column=example_args.user_column,
+        item_column=example_args.item_column,
+        timestamp_column=example_args.timestamp_column,
+        positive=None if example_args.positive is None else PositiveFeedback.parse(example_args.positive),
+        settings=settings,
+        num_shards=args.num_shards,
+        rows_per_bucket=args.rows_per_bucket,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    counts = manifest["counts"]
+    width = max(map(len, counts))
+    print("\n".join(f"{name.replace('_', ' '):<{width}}  {count:>15,}" for name, count in counts.items()))
+    say(
+        f"{manifest['protocol']}\nsaved to {args.output_dir}; train with: "
+        + command_line("train", ["--prepared", args.output_dir])
+    )
