@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
@@ -28,6 +29,8 @@ def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) 
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        # Its own numbers: how often workers are started must not decide what dropout draws.
+        generator=torch.Generator().manual_seed(stream.seed),
     )
     return prepare_data_loader(
         loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False

@@ -61,7 +61,5 @@ def main(argv: list[str]) -> None:
     counts = manifest["counts"]
     width = max(map(len, counts))
     print("\n".join(f"{name.replace('_', ' '):<{width}}  {count:>15,}" for name, count in counts.items()))
-    say(
-        f"{manifest['protocol']}\nsaved to {args.output_dir}; train with: "
-        + command_line("train", ["--prepared", args.output_dir])
-    )
+    hint = command_line("train", ["--prepared", args.output_dir, "--output_dir"])
+    say(f"{manifest['protocol']}\nsaved to {args.output_dir}; train with: {hint} ...")
