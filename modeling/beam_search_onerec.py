@@ -88,7 +88,7 @@ def beam_search(
     session_length: int,
     sample: bool = False,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Beams:
     """
     The `num_beams` most probable sessions of `session_length` items per user, level by level; or with `sample` as many sessions drawn
@@ -104,7 +104,7 @@ def beam_search(
     Args:
         decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
-        generator: of the Gumbel noise, on the device of the model.
+        generator: of the Gumbel noise, on the device of the model; or one per user, whose sessions then depend on nobody else's.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config
     device = trie.leaf_to_row.device
@@ -175,8 +175,13 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     Gumbel keys of the children (users, beams, children) of nodes whose keys are `maximum` (users, beams): drawn independently, then shifted
     so that their largest equals the node's key (Kool et al., section 3.2 and appendix B.3).
     """
-    noise = torch.empty_like(log_probabilities).exponential_(generator=generator).log_().neg_()
-    keys = log_probabilities + noise
+    noise = torch.empty_like(log_probabilities)
+    if isinstance(generator, Sequence):
+        for of_user, own in zip(noise, generator, strict=True):
+            of_user.exponential_(generator=own)
+    else:
+        noise.exponential_(generator=generator)
+    keys = log_probabilities + noise.log_().neg_()
     largest = keys.amax(-1, keepdim=True)
     maximum = maximum[..., None]
     v = maximum - keys + torch.log1p(-(keys - largest).exp())

@@ -230,7 +230,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         do_sample: bool = False,
         temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict_in_generate: bool = False,
     ) -> torch.LongTensor | ModelOutput:
         """
@@ -249,7 +249,8 @@ class OneRecGenerationMixin(GenerationMixin):
             do_sample: draw `num_beams` sessions without replacement (stochastic beam search) instead of finding the most probable
                 ones. The distribution is the model's at this `temperature`, held to the legal items at each code.
             temperature: divides the logits that are sampled from; scores are those of the model itself.
-            generator: random numbers for `do_sample`, on the model's device.
+            generator: random numbers for `do_sample`, on the model's device; or a list of generators, one per user, with which a user's
+                sessions do not depend on who else is asked for.
             return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary); with
                 `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
                 `sampling_scores` (log-probabilities under the distribution that was sampled from).
@@ -259,8 +260,8 @@ class OneRecGenerationMixin(GenerationMixin):
             legal sessions exist than were asked for, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, `num_return_sequences > num_beams`, a temperature that is not positive, or exclusions that leave a
-                user no item.
+            ValueError: no catalogue, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
+                than users, or exclusions that leave a user no item.
             KeyError: an id in `exclude` or `allow` that the catalogue lacks.
         """
         session_length = self.config.session_length if session_length is None else session_length
@@ -277,6 +278,8 @@ class OneRecGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"temperature={temperature} must be positive; for the most probable sessions leave do_sample out"
             )
+        if isinstance(generator, Sequence) and len(generator) != len(input_ids):
+            raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: give one each, or one for all")
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
@@ -335,8 +338,17 @@ class OneRecGenerationMixin(GenerationMixin):
             )
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
+            generator = sampling["generator"]
+            own = generator[some] if isinstance(generator, Sequence) else generator
             parts.append(
-                beam_search(decoder, self.lm_head, constraint.of(some), num_beams, session_length, **sampling)
+                beam_search(
+                    decoder,
+                    self.lm_head,
+                    constraint.of(some),
+                    num_beams,
+                    session_length,
+                    **{**sampling, "generator": own},
+                )
             )
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 

@@ -195,7 +195,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 exclude=histories if args.exclude_seen else None,
                 do_sample=args.candidates == "sample",
                 temperature=args.temperature,
-                generator=torch.Generator(device).manual_seed(_seed(args.seed, iteration, some[0])),
+                # One each: candidates are the same whoever shares the batch, and whatever rank draws them.
+                generator=[torch.Generator(device).manual_seed(_seed(args.seed, iteration, row)) for row in some],
             )
             sessions = processor.batch_decode(out)  # type: ignore[union-attr]
             for place, (row, history) in enumerate(zip(some, histories, strict=True)):

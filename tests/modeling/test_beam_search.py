@@ -433,6 +433,32 @@ def test_a_generator_repeats_the_draw_and_temperature_must_be_positive():
         recommend(MODEL, do_sample=True, temperature=0.0)
 
 
+def test_with_a_generator_of_its_own_a_user_does_not_depend_on_the_others():
+    """Other users in the batch, another order, longer histories beside: the same sessions and keys."""
+
+    def drawn(places):
+        out = MODEL.recommend(
+            **PROCESSOR([HISTORIES[place] for place in places]),
+            do_sample=True,
+            session_length=2,
+            num_beams=6,
+            num_return_sequences=6,
+            exclude=[HISTORIES[place] for place in places],
+            generator=[torch.Generator().manual_seed(place) for place in places],
+            return_dict_in_generate=True,
+        )
+        sessions, keys = PROCESSOR.batch_decode(out), out.sampling_keys
+        return {place: (sessions[6 * i : 6 * i + 6], keys[6 * i : 6 * i + 6]) for i, place in enumerate(places)}
+
+    together, backwards = drawn(range(len(HISTORIES))), drawn(range(len(HISTORIES) - 1, -1, -1))
+    for place in range(len(HISTORIES)):
+        for other in (backwards, drawn([place])):
+            assert other[place][0] == together[place][0]
+            torch.testing.assert_close(other[place][1], together[place][1], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="1 generators for 2 users: give one each, or one for all"):
+        MODEL.recommend(**PROCESSOR([["m1"], ["m2"]]), do_sample=True, generator=[torch.Generator()])
+
+
 def test_compiled_steps_answer_alike_and_compile_once():
     model = make_model(CATALOGUE, seed=3)
     expected = recommend(model, num_beams=5, session_length=3)

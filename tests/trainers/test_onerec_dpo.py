@@ -102,6 +102,17 @@ def test_pairs_are_the_best_and_worst_of_the_models_own_candidates(tmp_path):
         assert pair["history"] == trainer._examples[pair["row"]]["history"]
 
 
+@pytest.mark.parametrize("candidates", ["beam", "sample"])
+def test_candidates_do_not_depend_on_who_shares_a_batch(tmp_path, candidates):
+    tables = []
+    for size in (1, 5, 12):
+        trainer = make_trainer(tmp_path, candidates=candidates, draw_batch_size=size)
+        trainer.begin_iteration(0)
+        tables.append(trainer.pairs.to_list())
+    assert tables[0] == tables[1] == tables[2]
+    assert len(tables[0]) > 5
+
+
 def test_loss_is_ntp_plus_lambda_times_dpo(tmp_path):
     trainer = make_trainer(tmp_path, dpo_weight=0.3, ntp_weight=2.0, beta=0.2)
     trainer.begin_iteration(0)
@@ -329,6 +340,7 @@ trainer.accelerator.end_training()
 """
 # Few pairs: most steps have a rank with none.
 RANK_SETTINGS = {
+    "candidates": "sample",
     "dpo_ratio": 0.2,
     "optim": "sgd",
     "learning_rate": 0.05,
