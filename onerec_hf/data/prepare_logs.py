@@ -114,6 +114,7 @@ class Log:
         files: as `find_log_files` gives them.
         user_column, item_column, timestamp_column: their names.
         positive: which rows count.
+        first_row: number of the first row, where other files come before.
 
     Example:
         >>> import os, tempfile
@@ -131,13 +132,14 @@ class Log:
     item_column: str = "item_id"
     timestamp_column: str = "timestamp"
     positive: PositiveFeedback = field(default_factory=PositiveFeedback)
+    first_row: int = 0
 
     @property
     def is_text(self) -> bool:
         """Whether every value stands there as text (.csv, .tsv)."""
         return self.files[0].suffix.lower() in (".csv", ".tsv")
 
-    def scan(self, first_row: int = 0) -> pl.LazyFrame:
+    def scan(self) -> pl.LazyFrame:
         """
         All rows, with `__row__`, their number.
 
@@ -146,7 +148,7 @@ class Log:
         """
         pl = import_polars()
         paths, suffix = list(self.files), self.files[0].suffix.lower()
-        number: dict[str, Any] = {"row_index_name": "__row__", "row_index_offset": first_row}
+        number: dict[str, Any] = {"row_index_name": "__row__", "row_index_offset": self.first_row}
         try:
             if suffix == ".parquet":
                 upcast = pl.ScanCastOptions(integer_cast="upcast", float_cast="upcast")
@@ -168,12 +170,11 @@ class Log:
             )
         return frame
 
-    def batches(self, checks: Checks, first_row: int = 0, buckets: int = 1) -> Iterator[pl.DataFrame]:
+    def batches(self, checks: Checks, buckets: int = 1) -> Iterator[pl.DataFrame]:
         """
         The positive rows, in batches that may come in any order; `checks` tells afterwards what all rows are like.
 
         Args:
-            first_row: number of the first row, where other files come before.
             buckets: how many parts the users are dealt into.
 
         Returns:
@@ -184,7 +185,7 @@ class Log:
             DataError: files that cannot be read, or columns of types that cannot be used.
         """
         pl = import_polars()
-        frame = self.scan(first_row)
+        frame = self.scan()
         schema = frame.collect_schema()
         columns = {
             "user": self._id(pl, schema, self.user_column),
