@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from onerec_hf.cli.main import COMMANDS
 from onerec_hf.cli.main import main as onerec_hf_command
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SIZES = sorted((ROOT / "recipes" / "scale").glob("*.yaml"))
+LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 SUBCOMMANDS = {"semantic-ids": ["fit", "report"]}  # the command's first word -> those of its second
 
 _SMALL_MODEL = "--hidden_size 16 --intermediate_size 16 --moe_intermediate_size 16 --num_experts 4 --decoder_layers 1"
@@ -33,6 +36,7 @@ CHEAPER = {
     "train": f"--codebook_sizes 8 8 8 --max_steps 2 --eval_num_beams 10 {_SMALL_MODEL}".split(),
     "evaluate": ["--num_beams", "10"],
     "recommend": ["--num_beams", "10"],
+    "plan": [],
 }
 
 
@@ -159,7 +163,11 @@ COMMAND_NAMES = [
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=page_id(path)) for path in [*PAGES, ROOT / "CHANGELOG.md", *RECIPES, *EXAMPLES]]
+    "path",
+    [
+        pytest.param(path, id=page_id(path))
+        for path in [*PAGES, ROOT / "CHANGELOG.md", *RECIPES, *SIZES, *LAUNCHES, *EXAMPLES]
+    ],
 )
 def test_commands_have_the_options_that_pages_name(path):
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -266,7 +274,8 @@ def test_example_fine_tune(workplace, monkeypatch, capsys):
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES} == {"train_on_your_table.py", "plain_trainer.py", "fine_tune.py"}
+    elsewhere = {"prepare_with_ray.py"}  # tests/data/test_prepare_with_ray.py
+    assert {path.name for path in EXAMPLES} - elsewhere == {"train_on_your_table.py", "plain_trainer.py", "fine_tune.py"}
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])
@@ -299,6 +308,46 @@ def test_recipes_parse(recipe, tmp_path):
         assert config.hidden_size == model.hidden_size
 
 
+@pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in SIZES])
+def test_recipes_of_sizes_can_be_planned_and_hold_the_model_of_their_name(recipe, capsys):
+    assert f"onerec-hf plan --config recipes/scale/{recipe.name} --gpus 8" in recipe.read_text(encoding="utf-8")
+    assert onerec_hf_command(["plan", "--config", str(recipe), "--gpus", "8"]) == 0
+    parameters = int(re.match(r"([\d,]+) parameters", capsys.readouterr().out)[1].replace(",", ""))
+    assert parameters / 1e9 == pytest.approx(float(recipe.stem.rstrip("b")), rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in LAUNCHES])
+def test_recipes_for_accelerate_say_their_command_and_name_parts_of_the_model(recipe):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+
+    text, settings = recipe.read_text(encoding="utf-8"), load_config_from_file(str(recipe))
+    commands = re.findall(rf"#     accelerate launch --config_file recipes/accelerate/{recipe.name} (.*)", text)
+    assert commands
+    for command in commands:
+        before, _, after = command.partition("--module onerec_hf.cli.main train ")
+        unknown = set(re.findall(r"--\w+", before)) - {"--num_machines", "--num_processes"}
+        assert not unknown | set(re.findall(r"--\w+", after)) - options_of("train")
+        assert (ROOT / re.search(r"--config (\S+)", after)[1]).is_file()
+    assert "Not run" in text or recipe.name == "ddp.yaml"  # which tests/planning/test_launch.py runs
+    with torch.device("meta"):
+        model = OneRecForConditionalGeneration(OneRecConfig(encoder_layers=1, decoder_layers=1))
+    classes = {type(module).__name__ for module in model.modules()}
+    named = settings.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "")
+    named += "," + settings.deepspeed_config.get("deepspeed_moe_layer_cls_names", "")
+    assert {name for name in named.split(",") if name} <= classes
+
+
+def test_the_tables_of_the_scale_page_are_what_the_code_computes():
+    scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert scale["page"]() == page, "python benchmarks/scale.py --write"
+    assert page.count("\n### ") == len(SIZES)
+
+
 def test_these_recipes_are_there():
+    assert [recipe.name for recipe in SIZES] == ["0.1b.yaml", "0.3b.yaml", "10b.yaml", "1b.yaml", "3b.yaml"]
+    assert [path.stem for path in LAUNCHES] == ["ddp", "deepspeed_zero3", "distributed", "fsdp2"]
     names = ["amazon_beauty.yaml", "kuairand.yaml", "kuairand_align.yaml", "kuairand_reward.yaml", "movielens.yaml"]
     assert [recipe.name for recipe in RECIPES] == names

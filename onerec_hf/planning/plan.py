@@ -137,11 +137,12 @@ SIMPLEST_FIRST = ("ddp", "hsdp", "fsdp", "hsdp+ep", "fsdp+ep", "zero3")
 
 def best(plans: Sequence[Plan]) -> Plan | None:
     """
-    The simplest plan that fits, unless it can take half as long again as the quickest one (by the lower bounds); None where nothing fits.
+    The simplest plan that fits, unless by the lower bounds it takes both half as long again as the quickest one and 10 ms more, which a step
+    spends on starting its kernels anyway (an assumption); None where nothing fits.
     """
     fitting = [plan for plan in plans if plan.fits]
     least = min((plan.step_seconds for plan in fitting), default=0.0)
-    close = [plan for plan in fitting if plan.step_seconds <= 1.5 * least]
+    close = [plan for plan in fitting if plan.step_seconds <= max(1.5 * least, least + 0.010)]
     return min(close, key=lambda plan: SIMPLEST_FIRST.index(plan.layout.strategy), default=None)
 
 

@@ -1,0 +1,33 @@
+"""The recipe for accelerate that needs no GPU, run as its comment says: two gloo processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_ddp_recipe_train_one_model(tmp_path):
+    rows = [f"{user},film{(user + step) % 24},{step}" for user in range(60) for step in range(8)]
+    (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    command = ["accelerate", "launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
+    command += "--num_processes 2 --module onerec_hf.cli.main train --interactions interactions.csv".split()
+    command += "--codebook_sizes 8 8 8 --hidden_size 16 --intermediate_size 16 --moe_intermediate_size 8".split()
+    command += "--encoder_layers 1 --decoder_layers 1 --num_experts 4 --max_steps 3 --eval_num_beams 10".split()
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:], "--use_cpu", "true", "--output_dir", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("saved to out") == 1  # two processes of one run, not two runs
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "onerec"
+    assert "onerec" in done.stdout
