@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,4 +180,4 @@ def _report(folder: Path, catalogue: ItemCatalogue) -> SemanticIDReport | None:
     path = folder / REPORT_NAME
     if catalogue.version or not path.is_file():
         return None
-    return SemanticIDReport(**json.loads(path.read_text(encoding="utf-8")))
+    return SemanticIDReport.load(path)

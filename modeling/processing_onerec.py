@@ -52,7 +52,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
     ):
         super().__init__(tokenizer, **kwargs)
-        if max_history is not None and not (isinstance(max_history, int) and max_history >= 1):
+        if max_history is not None and not (isinstance(max_history, int) and 1 <= max_history < 2**31):
             raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
         self.max_history = max_history
         self.set_catalogue(catalogue)

@@ -57,6 +57,9 @@ class OneRecTokenizer(PreTrainedTokenizer):
             sep_token=sep_token,
             **kwargs,
         )
+        ids = [self.pad_token_id, self.bos_token_id, self.eos_token_id, self.sep_token_id]
+        if ids != [0, 1, 2, 3]:  # a tokenizer_config.json can say otherwise
+            raise ValueError(f"the special tokens have the ids 0 to 3; got {ids!s:.80}")
 
     @property
     def vocab_size(self) -> int:

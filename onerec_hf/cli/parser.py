@@ -117,6 +117,8 @@ class CommandParser(TrlParser):
         """A YAML value as the command line would give it."""
         if isinstance(value, list) and action.nargs == "+":
             return [option, *map(str, value)]
+        if isinstance(value, dict | list) and action.type in (int, float, string_to_bool):
+            self.error(f"argument {option}: expected one value, not {short(value, 80)}")
         if value is None or isinstance(value, dict | list):  # which no command line can say: as TrlParser takes them
             action.default = value
             return []

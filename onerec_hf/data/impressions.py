@@ -11,12 +11,13 @@ import pandas as pd
 from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
 from onerec_hf.data.kuairand_feedback import SessionFeedback
 from onerec_hf.data.session_feedback import feedback_windows
-from onerec_hf.data.tables import DataError
+from onerec_hf.data.tables import DataError, names_source
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
 
 
+@names_source
 def load_impressions(
     source: TableSource,
     objectives: Mapping[str, str],

@@ -13,12 +13,12 @@ import pandas as pd
 
 from onerec_hf.data.tables import (
     DataError,
-    about,
     canonical_ids,
     column_of,
     first,
     integers_from_text,
     load_table,
+    names_source,
     require_columns,
 )
 from onerec_hf.modeling.untrusted_onerec import map_npy
@@ -31,6 +31,7 @@ __all__ = ["DataError", "ItemTable", "canonical_ids", "read_interactions", "read
 _CHUNK = 65_536
 
 
+@names_source
 def read_interactions(
     source: TableSource,
     *,
@@ -70,18 +71,6 @@ def read_interactions(
         1       a       7          2     3.0
         2       b      07          3     5.0
     """
-    with about(source):
-        return _read_interactions(source, user_column, item_column, timestamp_column, feedback_columns, session_column)
-
-
-def _read_interactions(
-    source: TableSource,
-    user_column: str,
-    item_column: str,
-    timestamp_column: str,
-    feedback_columns: Sequence[str] | None,
-    session_column: str | None,
-) -> pd.DataFrame:
     table = load_table(source, (user_column, item_column, session_column or "session_id"))
     if session_column is None and "session_id" in table.columns:
         session_column = "session_id"
@@ -212,6 +201,7 @@ class ItemTable:
         return ItemTable(self.item_ids[rows], self.frame.iloc[rows].reset_index(drop=True), embeddings)
 
 
+@names_source
 def read_items(
     source: TableSource,
     *,
@@ -240,17 +230,6 @@ def read_items(
         >>> items.item_ids.tolist(), list(items.frame), items.embeddings.shape
         ([7, 8], ['item_id', 'title'], (2, 2))
     """
-    with about(source):
-        return _read_items(source, item_column, text_columns, embedding_column, embeddings)
-
-
-def _read_items(
-    source: TableSource,
-    item_column: str,
-    text_columns: Sequence[str] | None,
-    embedding_column: str | None,
-    embeddings: np.ndarray | str | Path | None,
-) -> ItemTable:
     if embedding_column is not None and embeddings is not None:
         raise DataError("items: embedding_column and embeddings are both given. Give one.")
     table = load_table(source, (item_column, *(text_columns or ())))
@@ -309,8 +288,10 @@ def check_embeddings(embeddings: np.ndarray | str | Path, item_ids: np.ndarray) 
     if isinstance(embeddings, str | Path):
         try:
             embeddings = map_npy(embeddings)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise DataError(f"embeddings: {error}") from error
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read as .npy: {error}") from error
     matrix = np.asanyarray(embeddings)
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in "fiu":
         raise DataError(

@@ -39,7 +39,9 @@ def read_parquet(path: Path) -> pd.DataFrame:
             for column in range(metadata.num_columns)
         ]
     leaves = [metadata.schema.column(column) for column in range(metadata.num_columns)]
-    _refuse_beyond(max(_FREE_VALUES, size * _VALUES_PER_BYTE), sum(chunk.num_values for chunk in chunks), "values", size)
+    _refuse_beyond(
+        max(_FREE_VALUES, size * _VALUES_PER_BYTE), sum(chunk.num_values for chunk in chunks), "values", size
+    )
     most = max(_FREE_BYTES, size * _BYTES_PER_BYTE)
     fixed = sum(
         chunk.num_values * leaf.length

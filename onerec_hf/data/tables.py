@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import datasets
 
     TableSource = str | Path | pd.DataFrame | datasets.Dataset
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".inter", ".item")
 
@@ -58,6 +62,17 @@ def about(source: Any) -> Iterator[None]:
         if named and len(str(error)) <= _LONGEST_MESSAGE:
             raise
         raise DataError(short(error if named else f"{source}: {error}", _LONGEST_MESSAGE)) from error
+
+
+def names_source(read: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A function whose first argument is a table's source, its errors beginning with that, see `about`."""
+
+    @functools.wraps(read)
+    def named(source: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        with about(source):
+            return read(source, *args, **kwargs)
+
+    return named
 
 
 def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -> pd.DataFrame:

@@ -74,7 +74,11 @@ class SemanticIDReport:
             wrong = [name for name, kind in wanted.items() if name in content and not _is(content[name], kind)]
             if wrong:
                 raise ValueError(f"its {wrong[0]} is no {wanted[wrong[0]]}")
-            return cls(**content)
+            report = cls(**content)
+            levels = {len(value) for value in content.values() if isinstance(value, list)}
+            if len(levels) != 1 or 0 in levels or any(len(sizes) != 2 for sizes in report.cluster_sizes):
+                raise ValueError("its lists are not of one entry per level")
+            return report
 
     def table(self) -> str:
         """As aligned text."""
