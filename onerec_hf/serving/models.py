@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from onerec_hf.modeling.catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -127,6 +130,7 @@ class ServedModel:
         processor = OneRecProcessor.from_pretrained(folder)
         # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
         model: Any = OneRecForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        _own_memory(model, processor)
         if torch.accelerator.is_available():
             model.to(device=torch.accelerator.current_accelerator())
         served = cls(model, processor, version)
@@ -257,6 +261,23 @@ class ServedModel:
                 }
             )
         return answers
+
+
+def _own_memory(model: Any, processor: OneRecProcessor) -> None:
+    """
+    Parts weights and catalogue, one for both, from the files that they are mapped from: a process whose mapped file is cut by `cp` over it
+    dies at the next access.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    if model.catalogue is None or processor.catalogue is None or model.catalogue.hash != processor.catalogue.hash:
+        return  # refused later
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, CATALOGUE_NAME)
+        processor.catalogue.save(path)
+        catalogue = ItemCatalogue.load(path)  # stays mapped where the name is gone
+    model.set_catalogue(catalogue)
+    processor.set_catalogue(catalogue)
 
 
 def find_folder(repo: str) -> Path:

@@ -193,3 +193,27 @@ def test_a_folder_that_changes_while_it_is_read(link, folder, save, tmp_path, mo
     monkeypatch.setattr(models, "version_of", slow)
     with pytest.raises(ValueError, match="changed while they were read"):
         models.ServedModel.load(str(moving))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_nothing_is_read_from_the_folder_any_more(folder, tmp_path):
+    """Files that are copied over in place, not renamed, would else kill the process at its next access."""
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    with Running(copied) as server:
+        before = server.post({"history": ["m1", "m2"]}).json()
+        mapped = []
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                if str(copied) in line:
+                    mapped.append(range(*(int(end, 16) for end in line.split()[0].split("-"))))
+        served = server.service.model
+        catalogue = served.catalogue
+        assert served.model.catalogue is catalogue
+        arrays = [catalogue.codes, catalogue.active, catalogue._keys, catalogue._id_order, catalogue._code_order]
+        places = [array.ctypes.data for array in arrays]
+        places += [tensor.data_ptr() for tensor in (*served.model.parameters(), *served.model.buffers())]
+        assert not [place for place in places if any(place in part for part in mapped)]
+        for name in ("model.safetensors", "catalogue.safetensors"):
+            os.truncate(copied / name, 10)
+        assert server.post({"history": ["m1", "m2"]}).json() == before
