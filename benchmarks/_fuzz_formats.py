@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+from decimal import Decimal
 from random import Random
 from typing import Any
 
@@ -324,7 +325,6 @@ def npy_file(generator: Random, content: bytes) -> bytes:
 
 def parquet_file(generator: Random, content: bytes) -> bytes:
     """A Parquet file with a column of another kind, or written another way."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(content))
@@ -350,7 +350,6 @@ def parquet_file(generator: Random, content: bytes) -> bytes:
         row_group_size=generator.choice((1, 3, 1000)),
         store_schema=generator.random() < 0.7,
     )
-    del pa
     return out.getvalue()
 
 
@@ -377,9 +376,7 @@ def _column(generator: Random, rows: int, given: Any) -> Any:
         lambda: pa.array(holes, pa.date32()),
         lambda: pa.array(holes, pa.time64("us")),
         lambda: pa.array(holes, pa.duration("ms")),
-        lambda: pa.array(
-            [None if n is None else __import__("decimal").Decimal(n) for n in holes], pa.decimal128(20, 3)
-        ),
+        lambda: pa.array([None if n is None else Decimal(n) for n in holes], pa.decimal128(20, 3)),
         lambda: pa.array([str(n).encode() + b"\xff" for n in small], pa.binary()),
         lambda: pa.array([[n] * (n % 4) for n in small]),
         lambda: pa.array([[[n]] for n in small]),
