@@ -164,10 +164,7 @@ COMMAND_NAMES = [
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, id=page_id(path))
-        for path in [*PAGES, ROOT / "CHANGELOG.md", *RECIPES, *SIZES, *LAUNCHES, *EXAMPLES]
-    ],
+    [pytest.param(path, id=page_id(path)) for path in [*PAGES, ROOT / "CHANGELOG.md", *RECIPES, *SIZES, *EXAMPLES]],
 )
 def test_commands_have_the_options_that_pages_name(path):
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -275,7 +272,11 @@ def test_example_fine_tune(workplace, monkeypatch, capsys):
 
 def test_every_example_is_run_here():
     elsewhere = {"prepare_with_ray.py"}  # tests/data/test_prepare_with_ray.py
-    assert {path.name for path in EXAMPLES} - elsewhere == {"train_on_your_table.py", "plain_trainer.py", "fine_tune.py"}
+    assert {path.name for path in EXAMPLES} - elsewhere == {
+        "train_on_your_table.py",
+        "plain_trainer.py",
+        "fine_tune.py",
+    }
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])

@@ -19,7 +19,7 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
         >>> from onerec_hf import OneRecConfig
         >>> from onerec_hf.planning import Batch
         >>> forward_flops(OneRecConfig(), Batch(users=1, history=1, session=1))
-        106725376
+        102760448
     """
     encoder_tokens, decoder_tokens = batch.tokens(config)
     encoder_length, decoder_length = batch.lengths(config)

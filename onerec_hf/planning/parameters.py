@@ -101,7 +101,7 @@ def count_parameters(config: OneRecConfig) -> int:
     Example:
         >>> from onerec_hf import OneRecConfig
         >>> count_parameters(OneRecConfig(hidden_size=1024, intermediate_size=4096, encoder_layers=12, decoder_layers=12))
-        4027412480
+        3927078912
     """
     return sum(unit.parameters * unit.copies for unit in units(config)) - tied_parameters(config)
 
@@ -118,7 +118,7 @@ def active_parameters(config: OneRecConfig) -> int:
     Example:
         >>> from onerec_hf import OneRecConfig
         >>> active_parameters(OneRecConfig(hidden_size=1024, intermediate_size=4096, encoder_layers=12, decoder_layers=12))
-        705187840
+        605190144
     """
     if config.num_experts == 1:
         return count_parameters(config)

@@ -94,7 +94,7 @@ def make_plan(
         >>> config = OneRecConfig(hidden_size=1024, intermediate_size=4096, encoder_layers=12, decoder_layers=12)
         >>> plan = make_plan(config, Layout("fsdp", gpus=8, shards=8), Batch(users=64))
         >>> plan.fits, plan.memory["optimizer"]
-        (True, 4027412480)
+        (True, 3927078912)
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose among {', '.join(DTYPES)}")

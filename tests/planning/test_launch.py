@@ -16,9 +16,39 @@ def test_two_processes_of_the_ddp_recipe_train_one_model(tmp_path):
     rows = [f"{user},film{(user + step) % 24},{step}" for user in range(60) for step in range(8)]
     (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
     command = ["accelerate", "launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
-    command += "--num_processes 2 --module onerec_hf.cli.main train --interactions interactions.csv".split()
-    command += "--codebook_sizes 8 8 8 --hidden_size 16 --intermediate_size 16 --moe_intermediate_size 8".split()
-    command += "--encoder_layers 1 --decoder_layers 1 --num_experts 4 --max_steps 3 --eval_num_beams 10".split()
+    command += [
+        "--num_processes",
+        "2",
+        "--module",
+        "onerec_hf.cli.main",
+        "train",
+        "--interactions",
+        "interactions.csv",
+    ]
+    command += [
+        "--codebook_sizes",
+        "8",
+        "8",
+        "8",
+        "--hidden_size",
+        "16",
+        "--intermediate_size",
+        "16",
+        "--moe_intermediate_size",
+        "8",
+    ]
+    command += [
+        "--encoder_layers",
+        "1",
+        "--decoder_layers",
+        "1",
+        "--num_experts",
+        "4",
+        "--max_steps",
+        "3",
+        "--eval_num_beams",
+        "10",
+    ]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:], "--use_cpu", "true", "--output_dir", "out"],
         cwd=tmp_path,
