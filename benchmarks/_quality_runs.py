@@ -188,6 +188,8 @@ def budget_trainer():
     class BudgetTrainer(OneRecTrainer):
         """Warm-up by steps, then a cosine down to zero over the budget."""
 
+        model: Any
+
         def __init__(self, *args, budget: Budget, asked, **kwargs):
             self.budget, self.asked, self.best = budget, asked, (-1.0, {})
             super().__init__(*args, **kwargs)
