@@ -172,7 +172,7 @@ def load_config(source: str) -> OneRecConfig:
         else:
             values, _ = OneRecConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--config {source}: no model's configuration there: {error}") from None
+        raise ValueError(f"--config {source}: no model's configuration there: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict) or values.get("model_type") != "onerec":
         kind = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"--config {source}: a OneRec generator's config is needed; this is of {kind or 'no model'}")
