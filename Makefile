@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-test quickstart test lint bench site clean
+.PHONY: install install-test quickstart test lint bench audit site clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,11 @@ lint: install-test
 
 bench: install-test
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick || exit 1; done
+
+# Known vulnerabilities in what is installed; asks PyPI, so it needs a network.
+audit: install-test
+	$(PIP) install -q pip-audit
+	$(BIN)/pip-audit
 
 site: install-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,0 +1,132 @@
+"""The same seed on the same machine gives the same files, byte for byte, in processes whose hashes differ."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import CODES, TINY, interaction_rows, item_rows, write_csv
+
+TIMES = {"seconds"}  # of results.json: what a run took
+# What says when, where and with which command a file was made.
+PLACES = ("README.md", "results.json")
+
+
+def run(hash_seed: int, *argv, threads: int = 1, stdin: str = "") -> str:
+    """The output of `onerec-hf ARGV...` in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": str(hash_seed),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "onerec_hf.cli.main", *map(str, argv)]
+    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> dict[str, object]:
+    """Every file of an artefact, and of the results everything but times and places."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "results.json":
+            found[name] = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in TIMES]
+        elif path.is_file() and path.name not in PLACES and path.suffix != ".png":
+            found[name] = path.read_bytes()
+    return found
+
+
+def same(first: Path, second: Path, *expected: str) -> None:
+    one, other = files(first), files(second)
+    assert set(expected) <= set(one)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("determinism")
+    write_csv(folder / "clicks.csv", interaction_rows())
+    write_csv(folder / "products.csv", item_rows())
+    header, *rows = interaction_rows()
+    shown = [[*header, "like"], *([*row, int(row[1][1:]) % 3 == 0] for row in rows)]
+    write_csv(folder / "shown.csv", [[*row[:3], int(row[3])] if row[3] != "like" else row for row in shown])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(work):
+    return ["--interactions", work / "clicks.csv", "--items", work / "products.csv"]
+
+
+@pytest.fixture(scope="module")
+def trained(work, data):
+    for seed in (1, 2):
+        run(seed, "train", *data, *CODES, *TINY, "--output_dir", work / f"shop{seed}")
+    return work / "shop1", work / "shop2"
+
+
+@pytest.fixture(scope="module")
+def judges(work):
+    options = ["--impressions", work / "shown.csv", "--objectives", "ltr=like", "--history_end", "500"]
+    options += ["--validation_start", "1500", "--test_start", "2200", "--min_items", "1", "--max_items", "4"]
+    options += ["--hidden_size", "8", "--intermediate_size", "8", "--num_attention_heads", "2", "--max_steps", "3"]
+    for seed in (1, 2):
+        run(seed, "reward", *options, "--use_cpu", "true", "--output_dir", work / f"judge{seed}")
+    return work / "judge1", work / "judge2"
+
+
+@pytest.mark.slow
+def test_semantic_ids(work, data):
+    for seed in (1, 2):
+        run(seed, "semantic-ids", "fit", *data, *CODES, "--output_dir", work / f"ids{seed}", threads=seed)
+    same(work / "ids1", work / "ids2", "catalogue.safetensors", "codebooks.safetensors", "semantic_ids.json")
+
+
+@pytest.mark.slow
+def test_train(trained):
+    same(
+        *trained, "model.safetensors", "catalogue.safetensors", "codebooks.safetensors", "results.json", "config.json"
+    )
+
+
+@pytest.mark.slow
+def test_reward(judges):
+    same(*judges, "model.safetensors", "reward_items.safetensors", "results.json")
+
+
+@pytest.mark.slow
+def test_align(work, data, trained, judges):
+    sizes = ["--max_steps", "2", "--max_examples", "20", "--dpo_ratio", "0.5", "--num_candidates", "4"]
+    sizes += ["--use_cpu", "true", "--bf16", "false"]
+    for seed in (1, 2):
+        options = ["--model", trained[0], "--reward", judges[0], *data[:2], *sizes]
+        run(seed, "align", *options, "--output_dir", work / f"aligned{seed}")
+    same(work / "aligned1", work / "aligned2", "model.safetensors", "pairs/pairs.parquet", "results.json")
+
+
+@pytest.mark.slow
+def test_evaluate_and_recommend(work, data, trained):
+    histories = "".join(json.dumps([f"m{i}", f"m{i + 1}"]) + "\n" for i in range(10))
+    answers, rows = [], []
+    for seed in (1, 2):
+        folder = work / f"evaluated{seed}"
+        folder.mkdir()
+        options = ["--model", trained[0], "--top_k", "3", "--session_length", "2"]
+        answers.append(run(seed, "recommend", *options, stdin=histories))
+        run(seed, "evaluate", "--model", trained[0], *data, "--json", folder / "results.json")
+        rows.append(files(folder))
+    assert answers[0] == answers[1]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_export(work, trained):
+    for seed in (1, 2):
+        run(seed, "export", "--model", trained[0], "--output_dir", work / f"onnx{seed}")
+    same(work / "onnx1", work / "onnx2")
