@@ -152,8 +152,8 @@ class Server:
             try:
                 self.ask([1, 2, 3])
                 return time.perf_counter() - self.started
-            except urllib.error.HTTPError:  # which is an OSError
-                raise
+            except urllib.error.HTTPError as error:  # which is an OSError
+                raise RuntimeError(f"{self.name}: {error.read().decode()}\n{self.log.read_text()}") from error
             except OSError:
                 time.sleep(0.02)
 
@@ -286,7 +286,7 @@ def main() -> None:
     from onerec_hf.evaluation.results import result_row
 
     args = parser(__doc__).parse_args()
-    duration = {clients: 0.7 if args.quick else 8.0 if clients == 64 else 4.0 for clients in CLIENTS}
+    duration = {clients: 0.7 if args.quick else 6.0 if clients == 64 else 3.0 for clients in CLIENTS}
     with tempfile.TemporaryDirectory() as folder:
         save_model(f"{folder}/model", args.quick)
         servers = {name: Server(name, f"{folder}/model", Path(folder, name)) for name in SERVERS}

@@ -129,7 +129,12 @@ class ServedModel:
             return None
         processor = OneRecProcessor.from_pretrained(folder)
         # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
-        model: Any = OneRecForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        try:
+            model: Any = OneRecForConditionalGeneration.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32
+            )
+        except RuntimeError as error:
+            raise ValueError(f"its weights do not fit its config: {str(error)[:300]}") from error
         _own_memory(model, processor)
         if torch.accelerator.is_available():
             model.to(device=torch.accelerator.current_accelerator())
