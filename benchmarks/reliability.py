@@ -1,7 +1,7 @@
 """
 Kills (SIGKILL) training, alignment, semantic-ID fitting, saving and pushing at random moments, goes on, and compares bit by bit.
 
-    python benchmarks/reliability.py [--quick] [--json FILE] [--kills N] [--phases train align ...] [--seed S]
+    python benchmarks/reliability.py [--quick] [--json FILE] [--kills N] [--phases train align ...] [--seed S] [--join FILE ...]
 
 A kill is survived where (1) nothing that the killed process left is a half-written artefact that loads, (2) every checkpoint under its own
 name is whole, and (3) the same command, started again (a training with `--resume_from_checkpoint last`), ends in weights, item catalogue and
@@ -12,6 +12,8 @@ should meet: checkpoints, saves and uploads.
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import os
 import random
 import shutil
@@ -218,7 +220,7 @@ class Trials:
     def argv(self, phase: str, folder: Path) -> list[str]:
         out = ["--output_dir", str(folder)]
         if phase == "train":
-            return ["train", *self.data, *_CODES, *_SIZES, *_QUIET, *_SAVING, "--max_steps", "15", *out]
+            return ["train", *self.data, *_CODES, *_SIZES, *_QUIET, *_SAVING, "--max_steps", "10", *out]
         if phase == "align":
             some = ["--num_candidates", "6", "--dpo_ratio", "0.2", "--max_examples", "64", "--evaluate", "false"]
             some += ["--bf16", "false", "--learning_rate", "0.01", "--num_train_epochs", "2"]
@@ -346,6 +348,9 @@ def _main(root: Path) -> None:
     arguments.add_argument("--kills", type=int, help=f"per phase; {KILLS}, with --quick {QUICK_KILLS}")
     arguments.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     arguments.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments.add_argument(
+        "--join", nargs="+", default=[], metavar="FILE", help="results whose rows join these: other phases', fuzz.py's"
+    )
     args = arguments.parse_args()
     kills = args.kills or (QUICK_KILLS if args.quick else KILLS)
 
@@ -360,6 +365,8 @@ def _main(root: Path) -> None:
     import onerec_hf.trainers.onerec_dpo_trainer
     import onerec_hf.trainers.onerec_trainer
 
+    gc.collect()
+    gc.freeze()  # else each fork's first collections walk through, and copy, all that was imported
     trials, rows = Trials(root, args.seed), []
     for phase in args.phases:
         if phase == "align" and not (root / "train-expected").exists():
@@ -368,6 +375,8 @@ def _main(root: Path) -> None:
         survived = trials.run_command(phase, kills) if own is None else own(kills)
         say(f"{phase}: {survived} of {kills} survived")
         rows.append(result_row(f"kill9/{phase}", survived, f"of {kills}"))
+    for file in args.join:
+        rows += json.loads(Path(file).read_text())["rows"]
     finish(rows, args.json, seed=args.seed, kills=kills)
 
 

@@ -19,7 +19,7 @@ LAST = ("last", "true")
 def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
     """
     Checks the output folder of a training, and puts the checkpoint's path in place of `--resume_from_checkpoint last`. Where a run was
-    killed before its first checkpoint, there is none, and it begins anew.
+    killed before its first checkpoint, there is none, and it begins anew; where it is complete, there is nothing to do, and the program ends.
 
     Returns:
         Whether the run goes on with a checkpoint of its own folder, which then keeps its checkpoints.
@@ -34,12 +34,20 @@ def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
 
         args.resume_from_checkpoint = newest_checkpoint(folder / "checkpoints")
         if args.resume_from_checkpoint is None:
+            if not overwrite and is_complete(folder):
+                say(f"{folder} holds a complete run: nothing is left to do")
+                raise SystemExit(0)
             say(f"{folder} holds no checkpoint yet: training begins anew")
             overwrite = overwrite or is_unfinished(folder)
     own = resumes_in(folder, args)
     if not own:
         check_folder(folder, overwrite)
     return own
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a training has ended here, with model and results, and nothing is under way."""
+    return all((folder / name).is_file() for name in ("config.json", "results.json")) and not is_unfinished(folder)
 
 
 def resumes_in(folder: Path, args: TrainingArguments) -> bool:

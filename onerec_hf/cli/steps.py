@@ -93,7 +93,7 @@ def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
 
 def is_unfinished(folder: str | os.PathLike) -> bool:
     """Whether the folder is that of a run that has not ended, or was killed."""
-    return (Path(folder) / UNFINISHED_RUN).is_file()
+    return any(Path(folder).glob(f"{UNFINISHED_RUN}*"))  # its temporary name counts: killed there, a run has begun too
 
 
 def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
@@ -101,7 +101,7 @@ def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*(() if keep_checkpoints else ("checkpoints",)), "_removed-checkpoints", "aligned", ".unfinished"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in _WRITTEN:
+    for pattern in (*_WRITTEN, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -63,7 +63,10 @@ def test_a_training_that_was_killed_goes_on_by_one_option(data, tmp_path, monkey
     assert set(contents(folder)) == set(contents(whole))
     first, second = (load_file(path / "model.safetensors") for path in (folder, whole))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    refused(onerec(*go_on), "exists already and is not empty")  # nothing is left to do
+    before = contents(folder)
+    assert "holds a complete run: nothing is left to do" in succeeded(onerec(*go_on)).err
+    assert contents(folder) == before
+    refused(onerec(*command), "exists already and is not empty")
 
 
 def test_last_begins_anew_in_a_new_folder(data, tmp_path):

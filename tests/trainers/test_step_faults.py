@@ -193,7 +193,7 @@ from tests.trainers.test_step_faults import Dies, poisoned
 from tests.trainers.test_onerec_trainer import make_trainer
 
 folder, what = sys.argv[1], sys.argv[2]
-settings = {"save_strategy": "steps", "save_steps": 2, "ddp_timeout": 8, "optim": "sgd"}
+settings = {"save_strategy": "steps", "save_steps": 2, "ddp_timeout": 30, "optim": "sgd"}
 if what == "poison":
     trainer = poisoned(folder, max_steps=6, **settings)
 else:
@@ -257,14 +257,14 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_all_go_on(tmp_path, what)
         deadline = time.monotonic() + 200
         while newest_checkpoint(tmp_path) != str(tmp_path / "checkpoint-4") and time.monotonic() < deadline:
             time.sleep(0.1)
-        _, err = survivor.communicate(timeout=60)  # ddp_timeout is 8 seconds
+        _, err = survivor.communicate(timeout=240)  # ddp_timeout is 30 seconds, and the machine may be busy
     finally:
         lost.kill()
         lost.communicate()
         survivor.kill()
     assert survivor.returncode not in (0, -signal.SIGKILL)
     assert (
-        "LostRankError: rank 0 of 2: another rank died, or did not answer for 8 seconds (ddp_timeout), at step 4 of 6"
+        "LostRankError: rank 0 of 2: another rank died, or did not answer for 30 seconds (ddp_timeout), at step 4 of 6"
         in err
     )
     assert f"resume_from_checkpoint={str(tmp_path / 'checkpoint-4')!r}" in err

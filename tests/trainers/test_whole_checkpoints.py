@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -148,13 +149,18 @@ def test_a_disk_that_is_mounted_read_only(tmp_path):
 
 
 def test_a_kill_at_every_file_operation_leaves_whole_checkpoints_only(tmp_path):
-    """A forked process trains on from the checkpoint of step 2, which gives way to that of step 4, and kills itself at the n-th operation."""
-    make_trainer(tmp_path / "start", max_steps=2, **SAVING).train()
-    trainer = make_trainer(tmp_path / "run", max_steps=4, **SAVING, save_total_limit=1)
+    """A forked process saves the checkpoint of step 4, to which that of step 2 gives way, and kills itself at the n-th operation."""
+    trainer = make_trainer(tmp_path / "run", save_total_limit=1)
+    trainer.train()
+    trainer.state.global_step = 2
+    trainer._save_checkpoint(trainer.model, None)
+    shutil.copytree(tmp_path / "run", tmp_path / "start")
+    trainer.state.global_step = 4
     found, survived = set(), 0
     for at in range(1, 1000):
-        os.system(f"rm -rf {tmp_path}/run; cp -r {tmp_path}/start {tmp_path}/run")
-        if not killed_at(at, lambda: trainer.train(resume_from_checkpoint=True), tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "start", tmp_path / "run")
+        if not killed_at(at, lambda: trainer._save_checkpoint(trainer.model, None), tmp_path / "run"):
             break
         survived += 1
         left = [path for path in (tmp_path / "run").iterdir() if path.name.startswith("checkpoint-")]
@@ -171,17 +177,21 @@ def test_a_kill_at_every_file_operation_leaves_whole_checkpoints_only(tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-4"]
 
 
+# What changes a folder: reading it is no moment of its own.
+_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
 def killed_at(number, work, folder) -> bool:
-    """Runs `work` in a fork that kills itself before its n-th operation on a path in `folder`; whether it came to that."""
+    """Runs `work` in a fork that kills itself before its n-th change of `folder`; whether it came to that."""
     pid = os.fork()
     if pid == 0:
         count = 0
 
         def hook(event, args):
             nonlocal count
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and str(
-                args[0]
-            ).startswith(str(folder)):
+            changes = event in _CHANGES or (event == "open" and args[2] & _WRITING)
+            if changes and str(args[0]).startswith(str(folder)):
                 count += 1
                 if count == number:
                     os.kill(os.getpid(), signal.SIGKILL)
