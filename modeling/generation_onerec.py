@@ -338,7 +338,7 @@ class OneRecGenerationMixin(GenerationMixin):
             )
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
-            generator = sampling["generator"]
+            generator = sampling.get("generator")  # generate() does not sample here
             own = generator[some] if isinstance(generator, Sequence) else generator
             parts.append(
                 beam_search(
