@@ -335,6 +335,18 @@ def _train_parser() -> Any:
     return CommandParser(kinds, "onerec-hf train", ["--output_dir"])
 
 
+def _read_plan_config(path: Path) -> None:
+    from onerec_hf.cli.plan import load_config
+
+    load_config(str(path))
+
+
+def _read_plan_recipe(path: Path) -> None:
+    from onerec_hf.cli.plan import recipe_options
+
+    recipe_options(str(path))
+
+
 def _preferences() -> dict[str, list]:
     return {"history": [["m1"], ["m2", "m3"]], "chosen": [["m2"], ["m1"]], "rejected": [["m3"], ["m4"]]}
 
@@ -584,6 +596,14 @@ PARSERS: dict[str, Parser] = {
             partial(_file, _reward_folder, "reward_items.safetensors"),
             formats.safetensors_file,
         ),
+        Parser(
+            "plan-config",
+            "config.json",
+            _read_plan_config,
+            partial(_file, _model_folder, "config.json"),
+            formats.json_file,
+        ),
+        Parser("plan-recipe", "options.yaml", _read_plan_recipe, _yaml_files, formats.yaml_file),
         Parser("yaml-options", "options.yaml", _read_yaml, _yaml_files, formats.yaml_file),
         Parser(
             "preferences-jsonl",

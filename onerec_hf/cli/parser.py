@@ -17,16 +17,18 @@ from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
 _MOST_VALUES = 100_000
 
 
-def check_options(file: str) -> None:
+def read_options(file: str) -> dict[str, Any]:
     """
-    Checks that a YAML file is a mapping of options.
+    The mapping of options that a YAML file is.
 
     Raises:
-        ValueError: no YAML, no mapping, keys that are no names, or aliases that unfold beyond all measure.
+        ValueError: no such file, no YAML, no mapping, keys that are no names, or aliases that unfold beyond all measure.
     """
     try:
         with open(file, encoding="utf-8") as stream:
             options = yaml.safe_load(stream)
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError) as error:
         raise ValueError(f"--config {file}: no YAML: {short(error, 500)}") from error
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
@@ -39,6 +41,7 @@ def check_options(file: str) -> None:
         count += len(parts)
         if count > _MOST_VALUES:  # a few lines of aliases say more values than there is memory for
             raise ValueError(f"--config {file}: it unfolds to more than {_MOST_VALUES:,} values")
+    return options
 
 
 class CommandParser(TrlParser):
@@ -78,7 +81,7 @@ class CommandParser(TrlParser):
             if file is None or not os.path.isfile(file):
                 self.error("--config needs a YAML file" if file is None else f"--config {file}: no such file")
         if file is not None:
-            check_options(file)
+            read_options(file)
         try:
             *filled, unknown_keys, unknown_options = self.parse_args_and_config(
                 argv, return_remaining_strings=True, separate_remaining_strings=True

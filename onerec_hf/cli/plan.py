@@ -115,16 +115,9 @@ def recipe_options(file: str) -> list[str]:
     Raises:
         ValueError: no YAML mapping, or a key that neither `plan` nor `train` has.
     """
-    import yaml
+    from onerec_hf.cli.parser import read_options
 
-    try:
-        options = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file}: no YAML: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"--config {file}: a mapping of options is needed")
+    options = read_options(file)
     known = {option.name for part in (ModelArguments, PlanArguments) for option in fields(part)}
     argv, others = [], []
     for name, value in options.items():
@@ -163,6 +156,8 @@ def load_config(source: str) -> OneRecConfig:
         ValueError: nothing there, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.hub_onerec import reading_config
+    from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
 
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"--config {source}: no such file or folder")
@@ -171,12 +166,17 @@ def load_config(source: str) -> OneRecConfig:
             values = json.loads(Path(source).read_text(encoding="utf-8"))
         else:
             values, _ = OneRecConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--config {source}: no model's configuration there: {str(error).splitlines()[0]}") from None
+    except (OSError, *UNEXPECTED) as error:
+        raise ValueError(
+            f"--config {source}: no model's configuration there: {short(str(error).split(chr(10))[0])}"
+        ) from None
     if not isinstance(values, dict) or values.get("model_type") != "onerec":
         kind = values.get("model_type") if isinstance(values, dict) else None
-        raise ValueError(f"--config {source}: a OneRec generator's config is needed; this is of {kind or 'no model'}")
-    return OneRecConfig.from_dict(values)
+        raise ValueError(
+            f"--config {source}: a OneRec generator's config is needed; this is of {kind or 'no model'!s:.80}"
+        )
+    with reading_config(source):
+        return OneRecConfig.from_dict(values)
 
 
 def chosen_gpu(args: PlanArguments) -> Gpu:
