@@ -1,4 +1,4 @@
-"""The recipe for accelerate that needs no GPU, run as its comment says: two gloo processes."""
+"""The recipes for accelerate that need no GPU, run as their comments say: two gloo processes."""
 
 import json
 import os
@@ -11,12 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+SHARDED = ["--fsdp_size", "2", "--ep_size", "2", "--save_only_model", "true"]
+
+
 @pytest.mark.slow
-def test_two_processes_of_the_ddp_recipe_train_one_model(tmp_path):
+@pytest.mark.parametrize(("recipe", "options"), [("ddp", []), ("distributed", SHARDED)])
+def test_two_processes_train_one_model(recipe, options, tmp_path):
     rows = [f"{user},film{(user + step) % 24},{step}" for user in range(60) for step in range(8)]
     (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    command = ["accelerate", "launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
+    command = ["accelerate", "launch", "--config_file", str(ROOT / "recipes" / "accelerate" / f"{recipe}.yaml")]
     command += [
+        "--num_machines",
+        "1",
         "--num_processes",
         "2",
         "--module",
@@ -50,7 +56,15 @@ def test_two_processes_of_the_ddp_recipe_train_one_model(tmp_path):
         "10",
     ]
     done = subprocess.run(
-        [str(Path(sys.executable).parent / command[0]), *command[1:], "--use_cpu", "true", "--output_dir", "out"],
+        [
+            str(Path(sys.executable).parent / command[0]),
+            *command[1:],
+            *options,
+            "--use_cpu",
+            "true",
+            "--output_dir",
+            "out",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
