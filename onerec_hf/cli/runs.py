@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onerec_hf.cli.launch import is_first
+from onerec_hf.cli.launch import is_first, num_ranks
 from onerec_hf.cli.steps import UNFINISHED_RUN, check_folder, claim_folder, is_unfinished, say, write_bytes
 
 if TYPE_CHECKING:
@@ -25,9 +25,14 @@ def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
         Whether the run goes on with a checkpoint of its own folder, which then keeps its checkpoints.
 
     Raises:
-        ValueError: a folder that is no whole checkpoint.
+        ValueError: a folder that is no whole checkpoint, or processes that each would train alone.
         FileExistsError: the folder is another run's, as `check_folder` says.
     """
+    if args.world_size != num_ranks():
+        raise ValueError(
+            f"this is one of {num_ranks()} processes, and transformers joins them only on accelerators, of which there is none, or where it is "
+            "told to use the CPU: add --use_cpu true"
+        )
     asked = args.resume_from_checkpoint
     if asked is not None and asked.lower() in LAST:
         from onerec_hf.trainers.whole_checkpoints import newest_checkpoint
