@@ -12,6 +12,7 @@ A file of the log is a worker's task, then a bucket of users is one; what they d
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -33,7 +34,7 @@ def prepare_with_ray(
     sizes = [pq.read_metadata(path).num_rows for path in files]
     parts = [{"file": str(path), "first_row": sum(sizes[:i])} for i, path in enumerate(files)]
 
-    def positive_rows(part: dict) -> pa.Table:
+    def positive_rows(part: Any) -> pa.Table:
         [file], [first_row] = part["file"], part["first_row"]
         log, checks = Log(find_log_files(file), positive=positive, first_row=int(first_row)), Checks()
         frames = list(log.batches(checks, buckets))
@@ -47,9 +48,9 @@ def prepare_with_ray(
         return tidy(rows, TYPED).with_columns(bucket=pl.lit(number)).to_arrow(compat_level=pl.CompatLevel.oldest())
 
     rows = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(positive_rows, batch_size=1)
-    rows = rows.groupby("bucket", num_partitions=buckets).map_groups(in_order, batch_format="pyarrow").materialize()
+    rows = rows.groupby("bucket").map_groups(in_order, batch_format="pyarrow").materialize()
 
-    items = rows.groupby("item", num_partitions=buckets).count().to_pandas()
+    items = rows.groupby("item").count().to_pandas()
     frequent = ray.put(items.loc[items["count()"] >= settings.min_item_interactions, "item"].tolist())
 
     def examples(bucket: pa.Table) -> pa.Table:
@@ -64,7 +65,7 @@ def prepare_with_ray(
             for name, table in tables.items()
         )
 
-    rows.groupby("bucket", num_partitions=buckets).map_groups(examples, batch_format="pyarrow").write_parquet(
+    rows.groupby("bucket").map_groups(examples, batch_format="pyarrow").write_parquet(
         output_dir, partition_cols=["split"]
     )
 

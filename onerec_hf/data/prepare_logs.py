@@ -272,7 +272,8 @@ class Log:
 
         def count(column: str, what: str, bad) -> None:
             if number := int(bad.sum()):
-                checks.count_bad(column, what, number, int(batch["row"].filter(bad).min()))
+                first: Any = batch["row"].filter(bad).min()
+                checks.count_bad(column, what, number, first)
 
         for name, column in (("user", self.user_column), ("item", self.item_column)):
             if batch[name].null_count():
@@ -285,8 +286,9 @@ class Log:
             values = batch[f"feedback {name}"]
             if self.is_text:
                 count(name, "values are not numbers", values.is_null() & batch[f"given {name}"])
-            if (highest := values.max()) is not None:
-                checks.highest[name] = max(float(highest), checks.highest.get(name, float("-inf")))
+            highest: Any = values.max()
+            if highest is not None:
+                checks.highest[name] = max(highest, checks.highest.get(name, float("-inf")))
         for name in ("user", "item", "time"):
             if batch.schema[name] == pl.String and checks.integers[name]:
                 # A canonical integer is written as it would be written: "7", not "07" or "+7".

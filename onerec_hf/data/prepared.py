@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from onerec_hf.data.prepare import FORMAT, MANIFEST_NAME
@@ -112,10 +113,10 @@ class PreparedFolder:
 
     @cached_property
     def train_sequences(self) -> UserSequences:
-        """What may be learned from, all of it in memory; the times are lost."""
+        """What may be learned from, all of it in memory: users in the order of the buckets, without times."""
         table = pq.read_table(self.path / "sequences.parquet")
-        lengths = pa.compute.list_value_length(table["items"]).to_numpy()
-        items = _ids(pa.compute.list_flatten(table["items"]))
+        lengths = pc.call_function("list_value_length", [table["items"]]).to_numpy()
+        items = _ids(pc.call_function("list_flatten", [table["items"]]))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return UserSequences(_ids(table["user_id"]), items, np.zeros(len(items), dtype=np.int64), offsets)
 
