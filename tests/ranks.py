@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -28,10 +30,13 @@ def on_ranks(size: int, function: Callable, *arguments: Any, timeout: float = 12
     context.set_forkserver_preload(["onerec_hf.semantic_ids.fit", "tests.ranks"])
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         ends, processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(meeting, rank, size, theirs, function, arguments))
+            process = context.Process(target=_rank, args=(meeting, port, rank, size, theirs, function, arguments))
             process.start()
             theirs.close()
             ends.append(mine)
@@ -49,8 +54,11 @@ def on_ranks(size: int, function: Callable, *arguments: Any, timeout: float = 12
     return [answer for _, answer in answers]
 
 
-def _rank(meeting: Path, rank: int, size: int, end: Any, function: Callable, arguments: tuple) -> None:
+def _rank(meeting: Path, port: int, rank: int, size: int, end: Any, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    # What torchrun says, which Trainer asks for.
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=size)
     try:
         answer: tuple[bool, Any] = (True, function(*arguments))

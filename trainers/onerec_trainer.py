@@ -19,6 +19,7 @@ from onerec_hf.data.streaming import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
+from onerec_hf.trainers.evaluation_checks import check_countable
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.sharding import whole_model
 from onerec_hf.trainers.step_faults import StepFaults
@@ -130,7 +131,8 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         """By how many items of a history the encoder reads; Trainer itself would look for a text's token count."""
         lengths = pc.list_value_length(dataset.with_format("arrow")[:]["history"])
         read = pc.min_element_wise(lengths, self.processing_class.max_history)  # type: ignore[attr-defined]
-        return LengthGroupedSampler(batch_size, lengths=read.to_pylist())
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _SeededByLength(seed, batch_size, lengths=read.to_pylist())
 
     @contextmanager
     def _collating_for_evaluation(self):
@@ -193,11 +195,14 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         """
         write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        check_countable(dataloader, self.args.world_size)
+        # Seq2SeqTrainer would keep the users that fill up the ranks' last batches: they would count twice.
+        self.gather_function = self.accelerator.gather_for_metrics
         policy = self.accelerator.unwrap_model(self.model)
         # Packed: thousands of rankings by the same weights.
         with whole_model(policy) as self._generator, self._generator.packed_experts():
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -233,6 +238,21 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             ranked, relevant, ks=tuple(self.args.eval_top_k), num_items=len(self.processing_class.catalogue)
         )
         return {**metrics, "illegal_share": illegal_share(ranked)}
+
+
+class _SeededByLength(LengthGroupedSampler):
+    """An order of the seed and the epoch alone: ranks have to agree on it, and their own random numbers drift apart (dropout draws by length)."""
+
+    def __init__(self, seed: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return super().__iter__()
 
 
 def _are_prefixes(dataset) -> bool:

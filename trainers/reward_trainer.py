@@ -12,6 +12,7 @@ from onerec_hf.data.reward_collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+from onerec_hf.trainers.evaluation_checks import check_countable
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
 from onerec_hf.trainers.step_faults import StepFaults
 from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints
@@ -78,6 +79,10 @@ class RewardTrainer(StepFaults, WholeCheckpoints, Trainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session", "labels"]
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        check_countable(dataloader, self.args.world_size)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
