@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.utils import logging
@@ -27,6 +29,7 @@ _NO_ANSWER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
+    "Application timeout",
     "Broken pipe",
 )
 
@@ -72,6 +75,9 @@ class StepFaults(Trainer):
         self._step_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         if self._stops_at_nonfinite:
             self.args.logging_nan_inf_filter = False
+        # With use_cpu, TrainingArguments makes the process group without ddp_timeout.
+        if self.args.use_cpu and self.args.world_size > 1:
+            _set_pg_timeout(timedelta(seconds=self.args.ddp_timeout), None)
 
     @property
     def _stops_at_nonfinite(self) -> bool:
