@@ -123,10 +123,3 @@ def test_evaluate_and_recommend(work, data, trained):
         rows.append(files(folder))
     assert answers[0] == answers[1]
     assert rows[0] == rows[1]
-
-
-@pytest.mark.slow
-def test_export(work, trained):
-    for seed in (1, 2):
-        run(seed, "export", "--model", trained[0], "--output_dir", work / f"onnx{seed}")
-    same(work / "onnx1", work / "onnx2")
