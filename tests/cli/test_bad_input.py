@@ -167,8 +167,8 @@ def test_tables_in_the_quickstart(tmp_path, damage, named):
 
 
 OPTIONS = [
-    (["--codebook_sizes", 64, 64, 64], ["40 items cannot fill codebooks of [64, 64, 64]", "at most 40"]),
-    (["--codebook_sizes", 8, 41], ["40 items cannot fill codebooks of [8, 41]", "at most 40"]),
+    (["--codebook_sizes", 64, 64, 64], ["40 items cannot fill 64", "at most 40"]),
+    (["--codebook_sizes", 8, 41], ["40 items cannot fill 41", "at most 40"]),
     (["--codebook_sizes", 8, 0], ["--codebook_sizes", "[8, 0]"]),
     (["--codebook_sizes", 2, 2], ["20 items share the prefix", "last level has only 2 codes", "larger last codebook"]),
     (["--embedding", "given"], ["--embedding given", "--items"]),
