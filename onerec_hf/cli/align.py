@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     # A reward that picked the pairs rises by itself; whether anything is better, one that did not can tell.
     judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in args.judge or []]}
     judges = {name: models for name, models in judges.items() if models}
-    before = ranking_rows(model, processor, data) if args.evaluate else []
+    before = ranking_rows(model, processor, data, training_args.use_cpu) if args.evaluate else []
     judged = reward_rows(model, processor, judges, data, "before") if args.evaluate else []
     training_args.output_dir = str(folder / "checkpoints")
     examples = data.split.train if preferences is None else preferences
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     after = []
     if args.evaluate:
         with whole_model(trainer.model) as aligned:
-            after = ranking_rows(aligned, processor, data)
+            after = ranking_rows(aligned, processor, data, training_args.use_cpu)
             judged += reward_rows(aligned, processor, judges, data, "after")
     if not is_first():
         return
@@ -276,12 +276,19 @@ def save_pairs(rows: list[dict[str, Any]], folder: Path, trainer, data: Prepared
     return alignment
 
 
-def ranking_rows(model, processor: OneRecProcessor, data: PreparedData) -> list[dict[str, Any]]:
-    """Result rows on the test split, beside the baselines."""
+def ranking_rows(model, processor: OneRecProcessor, data: PreparedData, use_cpu: bool) -> list[dict[str, Any]]:
+    """
+    Result rows on the test split, beside the baselines.
+
+    Args:
+        use_cpu: as the training is told: the last arguments that are made decide how the processes are joined.
+    """
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     with tempfile.TemporaryDirectory() as scratch:
-        args = OneRecTrainingArguments(scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True)
+        args = OneRecTrainingArguments(
+            scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True, use_cpu=use_cpu
+        )
         trainer = OneRecTrainer(model, args, processing_class=processor)
         return evaluate_beside_baselines(trainer, data, "test")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, command_line, parse
-from onerec_hf.cli.launch import is_first
+from onerec_hf.cli.launch import is_first, joined_on_cpu
 from onerec_hf.cli.steps import check_catalogue, load_model, load_processor, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results
 from onerec_hf.evaluation.results import write_results
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
             eval_top_k=args.top_k,
             eval_num_beams=args.num_beams,
             eval_exclude_seen=args.exclude_seen,
+            use_cpu=joined_on_cpu(),
         )
         trainer = OneRecTrainer(model, training_args, processing_class=processor)
         rows = evaluate_beside_baselines(trainer, data, args.split, args.baselines)

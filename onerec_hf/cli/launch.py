@@ -19,6 +19,15 @@ def is_first() -> bool:
     return num_ranks() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def joined_on_cpu() -> bool:
+    """Whether processes are to be joined that have no accelerator: the libraries join these only where they are told to use the CPU."""
+    if num_ranks() == 1:
+        return False
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
 def all_ranks() -> Ranks | None:
     """The processes that run this command, joined; None where there is one."""
     if num_ranks() == 1:
@@ -28,7 +37,7 @@ def all_ranks() -> Ranks | None:
 
     from onerec_hf.semantic_ids import Ranks
 
-    PartialState()  # joins the processes as the trainers do
+    PartialState(cpu=joined_on_cpu())  # joins the processes as the trainers do
     group: Any = dist.new_group(backend="gloo")  # items lie in main memory
     return Ranks(group)
 
