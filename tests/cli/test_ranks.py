@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from onerec_hf import ItemCatalogue
+from onerec_hf.cli.align import PAIRS_NAME
 from tests.cli.commands import CODES, TINY, Done, contents, onerec, succeeded
+from tests.cli.test_align import QUICK, reward  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -72,6 +75,7 @@ def test_evaluation_is_that_of_one_process(data, trained, tmp_path):
     assert done.out == alone.out
     rows = [json.loads((tmp_path / name).read_text())["rows"] for name in ("alone.json", "ranks.json")]
     assert rows[0] == rows[1]
+    assert "3/3" in done.err  # batches of a rank: the users are shared
 
 
 def test_recommendations_come_once_in_the_order_of_the_requests(trained):
@@ -85,6 +89,18 @@ def test_recommendations_come_once_in_the_order_of_the_requests(trained):
     assert done.out == alone.out
     assert len(done.out.splitlines()) == 11
     assert done.err.count("left out 1 items that are not in the catalogue") == 1
+
+
+def test_alignment_draws_the_pairs_of_one_process_and_writes_one_table(data, trained, reward, tmp_path):  # noqa: F811 (the fixture)
+    options = ["align", "--model", trained.folder, "--reward", reward, "--max_examples", 41, *data.options, *QUICK]
+    options += ["--candidates", "sample", "--per_device_train_batch_size", 4, "--evaluate", "false", "--output_dir"]
+    succeeded(onerec(*options, tmp_path / "alone"))
+    done = succeeded(on_ranks(2, *options, tmp_path / "shared"))
+    assert done.err.count(f"saved to {tmp_path / 'shared'}") == 1
+    assert set(contents(tmp_path / "shared")) == set(contents(tmp_path / "alone"))
+    mine, theirs = (Dataset.from_parquet(str(tmp_path / run / PAIRS_NAME)).to_list() for run in ("alone", "shared"))
+    assert theirs == mine
+    assert len({pair["row"] for pair in theirs}) == len(theirs) > 3
 
 
 def test_a_folder_that_is_not_empty_is_refused(data, tmp_path):
