@@ -32,7 +32,7 @@ def read_options(file: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError) as error:
         raise ValueError(f"--config {file}: no YAML: {short(error, 500)}") from error
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise ValueError(f"--config {file}: expected a mapping of options, e.g. max_steps: 1000")
+        raise ValueError(f"--config {file}: expected a YAML mapping of options, e.g. max_steps: 1000")
     waiting, count = [options], 0
     while waiting:
         value = waiting.pop()
