@@ -80,7 +80,7 @@ def test_refuses_what_cannot_be_planned(tmp_path):
         "this is of bert": ["--config", tmp_path],
         "no model's configuration there": ["--config", tmp_path / "broken.json"],
         "no such file or folder": ["--config", tmp_path / "absent"],
-        "a mapping of options": ["--config", tmp_path / "list.yaml"],
+        "a YAML mapping of options": ["--config", tmp_path / "list.yaml"],
         "neither plan nor train has an option wings": ["--config", tmp_path / "other.yaml"],
         "both name a model": ["--config", tmp_path, "--model", tmp_path],
         "--gpus 0": ["--gpus", "0"],
