@@ -188,7 +188,7 @@ def make_models(started, folder: str) -> None:
         make_model(catalogue, seed=seed).save_pretrained(f"{folder}/{name}")
         OneRecProcessor.from_catalogue(catalogue, max_history=5 + seed).save_pretrained(f"{folder}/{name}")
     torch.manual_seed(0)
-    judge = OneRecForSessionReward(
+    judge: Any = OneRecForSessionReward(
         OneRecRewardConfig(
             num_items=40, hidden_size=8, intermediate_size=8, num_attention_heads=2, initializer_range=0.5
         )

@@ -238,7 +238,7 @@ def keep_pairs(trainer) -> None:
 
     class KeepPairs(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
-            path = Path(args.output_dir, f"pairs-{trainer.iteration}.json")
+            path = Path(str(args.output_dir), f"pairs-{trainer.iteration}.json")
             if args.should_save:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, json.dumps(trainer.pairs.to_list()).encode())
