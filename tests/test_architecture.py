@@ -13,7 +13,9 @@ import onerec_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"modeling": ROOT / "modeling", "trainers": ROOT / "trainers", "hub_cards": ROOT / "hub_cards"}
-ROOMS |= {name: ROOT / "onerec_hf" / name for name in ("data", "semantic_ids", "evaluation", "planning", "serving", "cli")}
+ROOMS |= {
+    name: ROOT / "onerec_hf" / name for name in ("data", "semantic_ids", "evaluation", "planning", "serving", "cli")
+}
 # Which rooms a room may import from.
 ARROWS = {
     "modeling": set(),
