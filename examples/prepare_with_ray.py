@@ -43,29 +43,35 @@ def prepare_with_ray(
         return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest())
 
     def in_order(bucket: pa.Table) -> pa.Table:
-        rows: pl.DataFrame = pl.from_arrow(bucket)  # pyright: ignore[reportAssignmentType]
-        number = rows["bucket"][0]
-        return tidy(rows, TYPED).with_columns(bucket=pl.lit(number)).to_arrow(compat_level=pl.CompatLevel.oldest())
+        rows: Any = pl.from_arrow(bucket)
+        whole = tidy(rows, TYPED).select(pl.lit(rows["bucket"][0]).alias("bucket"), pl.all().implode())
+        return whole.to_arrow(
+            compat_level=pl.CompatLevel.oldest()
+        )  # a row per bucket: nothing has to be gathered again
 
-    rows = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(positive_rows, batch_size=1)
-    rows = rows.groupby("bucket").map_groups(in_order, batch_format="pyarrow").materialize()
+    def rows_of(bucket: pa.Table) -> Any:
+        whole: Any = pl.from_arrow(bucket)
+        return whole.select("user", "item").explode("user", "item")
 
-    items = rows.groupby("item").count().to_pandas()
-    frequent = ray.put(items.loc[items["count()"] >= settings.min_item_interactions, "item"].tolist())
+    def count(bucket: pa.Table) -> pa.Table:
+        return rows_of(bucket).group_by("item").len("rows").to_arrow(compat_level=pl.CompatLevel.oldest())
 
     def examples(bucket: pa.Table) -> pa.Table:
-        rows: pl.DataFrame = pl.from_arrow(bucket)  # pyright: ignore[reportAssignmentType]
+        rows = rows_of(bucket)
         kept = pl.DataFrame({"item": ray.get(frequent)}, schema={"item": rows.schema["item"]})
-        cut = BucketExamples(
-            rows.join(kept, on="item", how="semi", maintain_order="left"), settings, seed=int(rows["bucket"][0])
-        )
+        rows = rows.join(kept, on="item", how="semi", maintain_order="left")
+        cut = BucketExamples(rows, settings, seed=bucket["bucket"][0].as_py())
         tables = {"train": cut.train(slice(None)), "validation": cut.validation(), "test": cut.test()}
         return pa.concat_tables(
             table.append_column("split", pa.array([name] * table.num_rows, pa.string()))
             for name, table in tables.items()
         )
 
-    rows.groupby("bucket").map_groups(examples, batch_format="pyarrow").write_parquet(
+    rows = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(positive_rows, batch_size=1)
+    whole = rows.groupby("bucket", num_partitions=buckets).map_groups(in_order, batch_format="pyarrow").materialize()
+    items = whole.map_batches(count, batch_size=1, batch_format="pyarrow").to_pandas().groupby("item")["rows"].sum()
+    frequent = ray.put(items[items >= settings.min_item_interactions].index.tolist())
+    whole.map_batches(examples, batch_size=1, batch_format="pyarrow").write_parquet(
         output_dir, partition_cols=["split"]
     )
 
