@@ -66,7 +66,8 @@ def test_curve_and_model_are_those_of_one_process(trained, layout):
             assert found[what] == pytest.approx(expected[what], abs=5e-5), (kind, what)
         assert found["loss"][-1] != pytest.approx(found["loss"][0], abs=1e-2)  # it did train
         for metric, value in expected.get("eval", {}).items():
-            if not metric.endswith(("_second", "_runtime")):
+            # The loss is transformers' mean of the batches' means, whichever batches there are.
+            if not metric.endswith(("_second", "_runtime", "_loss")):
                 assert found["eval"][metric] == pytest.approx(value, abs=1e-4), (kind, metric)
         auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForSeq2SeqLM
         mine, theirs = (auto.from_pretrained(where / kind) for where in (alone, folder))
