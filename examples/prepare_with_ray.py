@@ -69,7 +69,9 @@ def prepare_with_ray(
 
     rows = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(positive_rows, batch_size=1)
     whole = rows.groupby("bucket", num_partitions=buckets).map_groups(in_order, batch_format="pyarrow").materialize()
-    items = whole.map_batches(count, batch_size=1, batch_format="pyarrow").to_pandas().groupby("item")["rows"].sum()
+    items: Any = (
+        whole.map_batches(count, batch_size=1, batch_format="pyarrow").to_pandas().groupby("item")["rows"].sum()
+    )
     frequent = ray.put(items[items >= settings.min_item_interactions].index.tolist())
     whole.map_batches(examples, batch_size=1, batch_format="pyarrow").write_parquet(
         output_dir, partition_cols=["split"]

@@ -48,7 +48,7 @@ class ShardingArguments:
         """The rank's shard of a model that all ranks have alike; the model itself where nothing is to be shared."""
         if self.fsdp_size == 1:
             return model
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         from onerec_hf.trainers.sharding import shard
 
