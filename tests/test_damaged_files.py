@@ -1,9 +1,13 @@
 """Files that fuzzing broke a parser with, one for each thing that was mended."""
 
+import base64
 import itertools
 import json
 import resource
 import shutil
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +31,7 @@ from onerec_hf.data import read_interactions, read_items
 from onerec_hf.data.interactions import check_embeddings
 from onerec_hf.modeling.hub_onerec import check_weights
 from onerec_hf.modeling.untrusted_onerec import map_npy
-from onerec_hf.semantic_ids import ResidualQuantizer, read_index_json
+from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport
 
@@ -91,6 +95,28 @@ def test_a_parquet_file_that_unfolds(tmp_path):
     with pytest.raises(ValueError, match="unfold to 60,000,000,000 bytes"):
         read_interactions(path)
     assert peak_mib() - before < 200
+
+
+# A small table of items whose second column says of itself what cannot be. Asked for that column's metadata, pyarrow 26 ends the process.
+COLUMN_THAT_LIES = (
+    "c-jka3^EjD5S`M%A$o>UN0bT3W)o$TF=GG%`ECvn#lXb;_8=o8g8|2Z1({io|2sCUEz7cEpbY$wt6ch_kBfnk0cfL&s0Xsu8XQ5XDGE7>"
+    "xdjq%mY^VtgOZaH5)zW0Fidh>smW#8xs#RQ^7e%_LO?m7DKerq2;(F;pcdLASYkjcFh#Lik;2d{|BYdeeS{|;#Bh3t6x^>Yll&}~u7r5@"
+    "|B2aOgkhew!t^YI1A>L{EV3we&o(fyGqhN=hYpZmQB#GQs257A;0#MFPSsJ!&q<L$FtMi#mPv`7M^{>L{j}6%xNXV*Kp0QL;BY{&5MhNZ"
+    "iX&k#^RYAZY>Jx;4lEW)A5#Viw&LWB)Z9c-HU?21RVE4c%#zgH_{<bl1|J!aB9ItsNoGk-Dolh6BvMe6nViZX#wKYaX`{v<Bg!MG%EllG"
+    "*DcB-#w2#6fkW&MqZ)?|Fb*VTL_xk`Vz3cwXyA}!lT>410vd*-6=DfkW0lxEMzt0u8=Tn+$ut2;Hzc#Tpk{%c2R3UKqu4G+wMEP}BxNdu"
+    "1)4CYirr}95Mxr~5WB*{K+w;3SV;DC1EbgyMztGkAYXGj<&>sEyp3R@`dbLaIIRBO!Kn6!-G-$6h0Wjh!2Z6&B6foak8j~5)8iYsZSdq5"
+    "(mW1~@GCqvBxM%d9^b+#c8i5UL!ltCsIWA(L^rvhKsT|dD8F2xEVZaOGe1wk$V|^b&rs3^m^&bdA)1+iAplrQ0RRQH1wj"
+)
+
+
+def test_a_parquet_file_whose_column_lies(tmp_path):
+    path = tmp_path / "items.parquet"
+    path.write_bytes(zlib.decompress(base64.b85decode(COLUMN_THAT_LIES)))
+    code = "import sys; from onerec_hf.data import read_items; read_items(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "items.parquet" in done.stderr.splitlines()[-1]
+    assert "histogram size mismatch" in done.stderr.splitlines()[-1]
 
 
 def test_a_parquet_file_of_a_hundred_million_equal_values(tmp_path):
@@ -201,6 +227,14 @@ def test_a_report_that_is_none(tmp_path, content):
     path = tmp_path / "semantic_ids.json"
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"semantic_ids\.json"):
+        SemanticIDReport.load(path)
+
+
+def test_a_report_of_no_items(tmp_path):
+    path = tmp_path / "semantic_ids.json"
+    report = fit_semantic_ids(range(4), np.eye(4, dtype=np.float32), codebook_sizes=[2, 2]).report
+    path.write_text(json.dumps({**report.as_dict(), "num_items": 0}))
+    with pytest.raises(ValueError, match=r"semantic_ids\.json: .*its num_items is 0"):
         SemanticIDReport.load(path)
 
 

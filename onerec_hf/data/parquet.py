@@ -31,18 +31,21 @@ def read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     size = path.stat().st_size
+    most = max(_FREE_BYTES, size * _BYTES_PER_BYTE)
     with pq.ParquetFile(path) as file:
         metadata, schema = file.metadata, file.schema_arrow
+        groups = range(metadata.num_row_groups)
+        _refuse_beyond(most, sum(metadata.row_group(group).total_byte_size for group in groups), "bytes", size)
+        for group in groups:
+            # Asked about a damaged column, pyarrow ends the process; reading a row of it, it raises.
+            next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
         chunks = [
-            metadata.row_group(group).column(column)
-            for group in range(metadata.num_row_groups)
-            for column in range(metadata.num_columns)
+            metadata.row_group(group).column(column) for group in groups for column in range(metadata.num_columns)
         ]
     leaves = [metadata.schema.column(column) for column in range(metadata.num_columns)]
     _refuse_beyond(
         max(_FREE_VALUES, size * _VALUES_PER_BYTE), sum(chunk.num_values for chunk in chunks), "values", size
     )
-    most = max(_FREE_BYTES, size * _BYTES_PER_BYTE)
     fixed = sum(
         chunk.num_values * leaf.length
         for chunk, leaf in zip(chunks, leaves * metadata.num_row_groups, strict=True)

@@ -78,6 +78,8 @@ class SemanticIDReport:
             levels = {len(value) for value in content.values() if isinstance(value, list)}
             if len(levels) != 1 or 0 in levels or any(len(sizes) != 2 for sizes in report.cluster_sizes):
                 raise ValueError("its lists are not of one entry per level")
+            if report.num_items < 1:
+                raise ValueError(f"its num_items is {report.num_items}")
             return report
 
     def table(self) -> str:
