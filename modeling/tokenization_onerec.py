@@ -4,6 +4,8 @@ import re
 
 from transformers.tokenization_python import PreTrainedTokenizer
 
+# The base class makes a dictionary of all tokens where a tokenizer_config.json adds some: more would take minutes and all memory.
+MOST_CODES = 2**22
 _TOKEN = re.compile(r"<([a-z])_(\d+)>|<(?:pad|bos|eos|sep)>")
 
 
@@ -14,10 +16,10 @@ class OneRecTokenizer(PreTrainedTokenizer):
     through [`OneRecProcessor`].
 
     Args:
-        codebook_sizes (`list[int]`): codes per level, at most 26 levels.
+        codebook_sizes (`list[int]`): codes per level, at most 26 levels and 4,194,304 codes.
 
     Raises:
-        ValueError: a text that is no sequence of semantic-ID tokens, or a code outside its codebook.
+        ValueError: sizes beyond that, a text that is no sequence of semantic-ID tokens, or a code outside its codebook.
 
     Example:
         >>> from onerec_hf import OneRecTokenizer
@@ -39,8 +41,10 @@ class OneRecTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
-        if any(not 1 <= size < 2**31 for size in self.codebook_sizes):
-            raise ValueError(f"codebook_sizes must hold positive sizes; got {self.codebook_sizes!s:.200}")
+        if any(size < 1 for size in self.codebook_sizes) or sum(self.codebook_sizes) > MOST_CODES:
+            raise ValueError(
+                f"codebook_sizes must hold positive sizes, of {MOST_CODES:,} codes at most together; got {self.codebook_sizes!s:.200}"
+            )
         if not 1 <= len(self.codebook_sizes) <= 26:
             raise ValueError(f"1 to 26 levels have a letter; got {len(self.codebook_sizes)}")
         self._special = [str(token) for token in (pad_token, bos_token, eos_token, sep_token)]

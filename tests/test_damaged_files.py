@@ -306,7 +306,7 @@ def test_a_history_length_that_is_none(copy, entry):
         OneRecProcessor.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("sizes", [[None], "abc", [10**12, 2], [-1, 2], 7])
+@pytest.mark.parametrize("sizes", [[None], "abc", [10**12, 2], [-1, 2], 7, [2, 2, 2**31 - 1, 2**31 - 1, 4]])
 def test_codebook_sizes_of_a_tokenizer(copy, sizes):
     changed(copy / "tokenizer_config.json", codebook_sizes=sizes)
     with pytest.raises(ValueError, match="shop"):
