@@ -199,6 +199,8 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         check_countable(dataloader, self.args.world_size)
         # Seq2SeqTrainer would keep the users that fill up the ranks' last batches: they would count twice.
         self.gather_function = self.accelerator.gather_for_metrics
+        if not self.args.predict_with_generate:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
         # Packed: thousands of rankings by the same weights.
         with whole_model(policy) as self._generator, self._generator.packed_experts():
