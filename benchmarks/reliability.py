@@ -346,7 +346,7 @@ def _main(root: Path) -> None:
 
     arguments = parser(__doc__)
     arguments.add_argument("--kills", type=int, help=f"per phase; {KILLS}, with --quick {QUICK_KILLS}")
-    arguments.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    arguments.add_argument("--phases", nargs="*", default=list(PHASES), choices=PHASES)
     arguments.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments.add_argument(
         "--join", nargs="+", default=[], metavar="FILE", help="results whose rows join these: other phases', fuzz.py's"
