@@ -31,7 +31,7 @@ from onerec_hf.data import read_interactions, read_items
 from onerec_hf.data.interactions import check_embeddings
 from onerec_hf.modeling.hub_onerec import check_weights
 from onerec_hf.modeling.untrusted_onerec import map_npy
-from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_index_json
+from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_grid_tensor, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport
 
@@ -228,6 +228,16 @@ def test_a_report_that_is_none(tmp_path, content):
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"semantic_ids\.json"):
         SemanticIDReport.load(path)
+
+
+def test_an_import_of_more_dimensions_than_arrays_have(tmp_path):
+    path = tmp_path / "ids.safetensors"
+    path.write_bytes(save({"ids": np.zeros((1,) * 64, dtype=np.int64)}).replace(b'"shape":[1,', b'"shape":[1,1,'))
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little") + 2
+    path.write_bytes(size.to_bytes(8, "little") + content[8:])
+    with pytest.raises(ValueError, match=r"ids\.safetensors: expected shape \(levels, items\)"):
+        read_grid_tensor(path)
 
 
 def test_a_report_of_no_items(tmp_path):

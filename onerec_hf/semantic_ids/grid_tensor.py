@@ -54,9 +54,11 @@ def read_grid_tensor(
         raise ValueError(
             f"{where} holds {tensor.dtype}, not integers; semantic IDs are codes: convert them first, e.g. with tensor.long()"
         )
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"{where}: expected shape (levels, items) and at least one of each, got {tuple(tensor.shape)}"
+        )
     codes = tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy()
-    if codes.ndim != 2 or not codes.size:
-        raise ValueError(f"{where}: expected shape (levels, items) and at least one of each, got {tuple(codes.shape)}")
     levels, items = codes.shape
     if levels > _MOST_LEVELS:
         raise ValueError(
