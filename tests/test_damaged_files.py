@@ -402,9 +402,12 @@ def test_pairs_that_are_no_lists_of_items(tmp_path, row):
         read_preferences(str(path), processor)
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '["\\ud800"]', "9" * 5_000, '{"history": 3}', "nothing"])
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '["\\ud800"]', "9" * 5_000, '{"history": 3}', "nothing", json.dumps(["x" * 9_000])]
+)
 def test_histories_that_are_none(tmp_path, line):
     catalogue = ItemCatalogue(["m1", "m2"], [[0], [1]], [2])
     path = lines(tmp_path / "histories.jsonl", '["m1"]', line)
-    with pytest.raises(ValueError, match=r"histories\.jsonl: line 2"), naming_file(str(path)):
+    with pytest.raises(ValueError, match=r"histories\.jsonl: line 2") as refusal, naming_file(str(path)):
         _ = [known_items(catalogue, number, request["history"], "error", True) for number, request in read_file(path)]
+    assert len(str(refusal.value)) < 1_000

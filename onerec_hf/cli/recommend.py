@@ -158,13 +158,13 @@ def known_items(catalogue: ItemCatalogue, number: int, history: list, unknown: s
     try:
         rows = catalogue.rows(history, unknown="mask")
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"line {number}: {error}") from None
+        raise ValueError(f"line {number}: {short(error, 500)}") from None
     known = [item for item, row in zip(history, rows, strict=True) if row >= 0]
     if unknown == "error" and len(known) < len(history):
         examples = [item for item, row in zip(history, rows, strict=True) if row < 0][:3]
         raise ValueError(
             f"line {number}: {len(history) - len(known)} of {len(history)} items are not in the catalogue of {len(catalogue)} items, e.g. "
-            f"{examples}; pass --unknown skip to leave them out"
+            f"{short(examples)}; pass --unknown skip to leave them out"
         )
     if unknown == "error" and not known:
         raise ValueError(
