@@ -71,9 +71,12 @@ def test_curve_and_model_are_those_of_one_process(trained, layout):
                 assert found["eval"][metric] == pytest.approx(value, abs=1e-4), (kind, metric)
         auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForSeq2SeqLM
         mine, theirs = (auto.from_pretrained(where / kind) for where in (alone, folder))
-        assert theirs.config.to_dict() == mine.config.to_dict()
+        settings = [{**model.config.to_dict(), "_name_or_path": None} for model in (mine, theirs)]
+        assert settings[0] == settings[1]
         for name, value in mine.state_dict().items():
-            torch.testing.assert_close(theirs.state_dict()[name], value, atol=3e-4, rtol=1e-3, msg=f"{kind} {name}")
+            # A token between two experts may choose the other one in the last digit, and move a bias by a step of 1e-3 the other way.
+            atol = 2.1e-3 if name.endswith("e_score_correction_bias") else 3e-4
+            torch.testing.assert_close(theirs.state_dict()[name], value, atol=atol, rtol=1e-3, msg=f"{kind} {name}")
         if kind != "reward":
             assert len(theirs.catalogue) == 60
             AutoProcessor.from_pretrained(folder / kind)
