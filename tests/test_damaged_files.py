@@ -119,6 +119,14 @@ def test_a_parquet_file_whose_column_lies(tmp_path):
     assert "histogram size mismatch" in done.stderr.splitlines()[-1]
 
 
+def test_a_parquet_file_whose_texts_are_none(tmp_path):
+    path = tmp_path / "items.parquet"
+    texts = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"item_id": ["m1", "m2"], "title": texts}), path)
+    with pytest.raises(ValueError, match=r"items\.parquet"):
+        read_items(path)
+
+
 def test_a_parquet_file_of_a_hundred_million_equal_values(tmp_path):
     path = tmp_path / "clicks.parquet"
     chunk = pa.table({"user_id": np.zeros(10**6, dtype=np.int8)})

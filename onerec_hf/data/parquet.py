@@ -58,6 +58,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
     # A text that is repeated is written once. Read so, it can be said what all of them are together before they are made.
     table = pq.read_table(path, read_dictionary=texts)
     _refuse_beyond(most, sum(_unfolded(chunk) for column in table.columns for chunk in column.chunks), "bytes", size)
+    table.validate(full=True)  # texts that are none would break whoever looks at them first
     if not set(texts) <= set(table.column_names):  # inside lists
         return pd.read_parquet(path)
     return table.cast(schema).to_pandas()
