@@ -28,6 +28,17 @@ def read_parquet(path: Path) -> pd.DataFrame:
         ...     read_parquet(path)["item_id"].tolist()
         ['a', 'b']
     """
+    import pyarrow as pa
+
+    try:
+        return _read(path)
+    except pa.ArrowException as error:
+        if isinstance(error, ValueError | OSError):
+            raise
+        raise ValueError(f"damaged: {error}") from error
+
+
+def _read(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     size = path.stat().st_size
