@@ -90,6 +90,23 @@ def check_sizes(config, sizes: str, layers: str) -> None:
                 raise ValueError(f"{name}={getattr(config, name)!s:.40} must lie between {low} and {high}")
 
 
+def check_complete(loaded: dict) -> None:
+    """
+    Refuses a checkpoint that lacks weights: the library makes them up, and says so in its log only.
+
+    Args:
+        loaded: what `from_pretrained(..., output_loading_info=True)` says.
+
+    Raises:
+        ValueError: how many, and the first.
+    """
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(key[0]) for key in loaded["mismatched_keys"])
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of the weights are not in its files, or of another shape (first: {lacking[0]:.80}); copy or download them again"
+        )
+
+
 def check_weights(
     repo: str | os.PathLike, variant: str | None = None, _adapters: int = 0, **kwargs
 ) -> str | os.PathLike:
@@ -294,6 +311,7 @@ __all__ = [
     "FORMAT_VERSION",
     "CarriesCode",
     "HubModel",
+    "check_complete",
     "check_sizes",
     "check_weights",
     "checked_format",

@@ -21,7 +21,6 @@ from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.cli.steps import (
     PreparedData,
     check_catalogue,
-    check_complete,
     find_origin,
     load_model,
     load_processor,
@@ -211,6 +210,7 @@ def _items_of(value: Any) -> list | None:
 def load_reward(path: str, option: str = "--reward"):
     from transformers import AutoModelForSequenceClassification
 
+    from onerec_hf.modeling.hub_onerec import check_complete
     from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
 
     with naming(option, path):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -160,23 +160,6 @@ def load_processor(option: str, repo: str) -> OneRecProcessor:
     return processor
 
 
-def check_complete(loaded: dict[str, Any]) -> None:
-    """
-    Refuses a checkpoint that lacks weights: the library makes them up, and says so in its log only.
-
-    Args:
-        loaded: what `from_pretrained(..., output_loading_info=True)` says.
-
-    Raises:
-        ValueError: how many, and the first.
-    """
-    lacking = sorted(loaded["missing_keys"]) + sorted(str(key[0]) for key in loaded["mismatched_keys"])
-    if lacking:
-        raise ValueError(
-            f"{len(lacking)} of the weights are not in its files, or of another shape (first: {lacking[0]:.80}); copy or download them again"
-        )
-
-
 def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
     """
     The generator of a folder or Hub repository.
@@ -186,6 +169,7 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
     """
     from transformers import AutoModelForSeq2SeqLM
 
+    from onerec_hf.modeling.hub_onerec import check_complete
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
     with naming(option, repo):

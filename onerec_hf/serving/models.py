@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -11,11 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from onerec_hf.modeling.catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
+from onerec_hf.modeling.untrusted_onerec import read_json_object
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -116,6 +116,7 @@ class ServedModel:
         import torch
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
+        from onerec_hf.modeling.hub_onerec import check_complete
         from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
         from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
@@ -130,11 +131,15 @@ class ServedModel:
         processor = OneRecProcessor.from_pretrained(folder)
         # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
         try:
-            model: Any = OneRecForConditionalGeneration.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32
+            model, loaded = cast(
+                Any,
+                OneRecForConditionalGeneration.from_pretrained(
+                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                ),
             )
         except RuntimeError as error:
             raise ValueError(f"its weights do not fit its config: {str(error)[:300]}") from error
+        check_complete(loaded)
         _own_memory(model, processor)
         if torch.accelerator.is_available():
             model.to(device=torch.accelerator.current_accelerator())
@@ -300,11 +305,7 @@ def _model_type(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its config.json is damaged ({str(error)[:100]}); copy or download it again") from None
-    return config.get("model_type") if isinstance(config, dict) else None
+    return read_json_object(path).get("model_type")
 
 
 def _files(folder: Path) -> list[Path]:

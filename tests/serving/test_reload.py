@@ -125,6 +125,10 @@ def damaged(folder, tmp_path, how):
         name = max(tensors, key=lambda name: tensors[name].numel())
         tensors[name].view(-1)[0] = float("nan")
         save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "a weight is missing":
+        tensors = load_file(weights)
+        del tensors[next(name for name in tensors if name.endswith("q_proj.weight"))]
+        save_file(tensors, weights, metadata={"format": "pt"})
     elif how == "cut short":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "no weights":
@@ -146,6 +150,7 @@ def damaged(folder, tmp_path, how):
     ("how", "fragment"),
     [
         ("not numbers", "values that are not numbers"),
+        ("a weight is missing", "1 of the weights are not in its files"),
         ("cut short", ""),
         ("no weights", "safetensors"),
         ("pickle", "safetensors"),
