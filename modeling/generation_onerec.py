@@ -320,7 +320,9 @@ class OneRecGenerationMixin(GenerationMixin):
         with packed(list(modules)):
             yield
 
-    def _search(self, history, attention_mask, constraint, num_beams, session_length, **sampling) -> Beams:
+    def _search(
+        self, history, attention_mask, constraint, num_beams, session_length, generator=None, **sampling
+    ) -> Beams:
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
@@ -338,17 +340,9 @@ class OneRecGenerationMixin(GenerationMixin):
             )
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
-            generator = sampling.get("generator")  # generate() does not sample here
-            own = generator[some] if isinstance(generator, Sequence) else generator
+            sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
             parts.append(
-                beam_search(
-                    decoder,
-                    self.lm_head,
-                    constraint.of(some),
-                    num_beams,
-                    session_length,
-                    **{**sampling, "generator": own},
-                )
+                beam_search(decoder, self.lm_head, constraint.of(some), num_beams, session_length, **sampling)
             )
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from onerec_hf.cli.launch import num_ranks
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -32,7 +33,7 @@ class ShardingArguments:
         sizes = " ".join(f"--{name} {size}" for name, size in asdict(self).items() if size != 1)
         if not sizes:
             return
-        wanted, ranks = self.fsdp_size * self.dp_replicate_size, int(os.environ.get("WORLD_SIZE", "1"))
+        wanted, ranks = self.fsdp_size * self.dp_replicate_size, num_ranks()
         if wanted != ranks or wanted < 2:
             raise ValueError(
                 f"{sizes}: fsdp_size * dp_replicate_size must be the number of ranks, at least 2, and this runs in {ranks}; start it with "
