@@ -1,10 +1,12 @@
-"""Runs a function on several ranks that gloo joins, for tests: processes forked from a server that has torch imported already."""
+"""Several ranks for tests: a function on processes forked from a server that has torch imported already, or a program under torchrun."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -13,6 +15,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*command: Any, ranks: int = 2, input: str = "", timeout: float = 400) -> subprocess.CompletedProcess:
+    """
+    `torchrun --standalone --nproc_per_node RANKS COMMAND...`, for one rank `python COMMAND...`, in the repository and without accelerators;
+    what it printed is text.
+    """
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *(several if ranks > 1 else ()), *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def on_ranks(size: int, function: Callable, *arguments: Any, timeout: float = 120.0) -> list[Any]:

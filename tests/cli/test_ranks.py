@@ -1,9 +1,6 @@
 """Commands under torchrun: the artefacts and answers of one process, written and printed once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,14 @@ from onerec_hf import ItemCatalogue
 from onerec_hf.cli.align import PAIRS_NAME
 from tests.cli.commands import CODES, TINY, Done, contents, onerec, succeeded
 from tests.cli.test_align import QUICK, reward  # noqa: F401 (a fixture)
+from tests.ranks import torchrun
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 def on_ranks(size: int, *argv, stdin: str = "") -> Done:
     """`torchrun --nproc-per-node SIZE -m onerec_hf.cli.main ARGV...`"""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    done = subprocess.run(
-        [*launch, "-m", "onerec_hf.cli.main", *map(str, argv)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun("-m", "onerec_hf.cli.main", *argv, ranks=size, input=stdin)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

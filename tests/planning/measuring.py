@@ -59,7 +59,9 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, model: torch.nn.Module, copies: torch.dtype | None = None):
-        self.weights = {local(weight).untyped_storage().data_ptr() for weight in model.parameters()}
+        # Storages are known by themselves, and kept: an address that FSDP frees is given to something else.
+        weights = [local(weight).untyped_storage() for weight in model.parameters()]
+        self.weights = {storage._cdata: storage for storage in weights}
         self.dtype, self.shapes = copies, set()
         for weight in model.parameters():
             for shape in (weight.shape, local(weight).shape):
@@ -69,9 +71,9 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
+        if storage._cdata not in self.weights:
             is_copy = tensor.dtype == self.dtype and tuple(tensor.shape) in self.shapes
-            self.seen[storage.data_ptr()] = (storage, is_copy)  # kept, so that its address stays its own
+            self.seen[storage._cdata] = (storage, is_copy)
         return tensor
 
     def _bytes(self, copies: bool) -> int:

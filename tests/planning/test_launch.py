@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import CODES, TINY
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,52 +21,11 @@ SHARDED = ["--fsdp_size", "2", "--ep_size", "2", "--save_only_model", "true"]
 def test_two_processes_train_one_model(recipe, options, tmp_path):
     rows = [f"{user},film{(user + step) % 24},{step}" for user in range(60) for step in range(8)]
     (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    command = ["accelerate", "launch", "--config_file", str(ROOT / "recipes" / "accelerate" / f"{recipe}.yaml")]
-    command += [
-        "--num_machines",
-        "1",
-        "--num_processes",
-        "2",
-        "--module",
-        "onerec_hf.cli.main",
-        "train",
-        "--interactions",
-        "interactions.csv",
-    ]
-    command += [
-        "--codebook_sizes",
-        "8",
-        "8",
-        "8",
-        "--hidden_size",
-        "16",
-        "--intermediate_size",
-        "16",
-        "--moe_intermediate_size",
-        "8",
-    ]
-    command += [
-        "--encoder_layers",
-        "1",
-        "--decoder_layers",
-        "1",
-        "--num_experts",
-        "4",
-        "--max_steps",
-        "3",
-        "--eval_num_beams",
-        "10",
-    ]
+    command = ["launch", "--config_file", ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"]
+    command += ["--num_machines", "1", "--num_processes", "2", "--module", "onerec_hf.cli.main", "train"]
+    command += ["--interactions", "interactions.csv", *CODES, *TINY, "--eval_num_beams", "10", *options]
     done = subprocess.run(
-        [
-            str(Path(sys.executable).parent / command[0]),
-            *command[1:],
-            *options,
-            "--use_cpu",
-            "true",
-            "--output_dir",
-            "out",
-        ],
+        [str(Path(sys.executable).parent / "accelerate"), *map(str, command), "--output_dir", "out"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,

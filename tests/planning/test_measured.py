@@ -1,10 +1,6 @@
 """Computed memory and communication against what training steps hold and send: one process, and two gloo ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,8 @@ from onerec_hf.planning import Batch, Layout
 from onerec_hf.planning.activations import AUTOCAST, BFLOAT16, FLOAT32, activations
 from onerec_hf.planning.parameters import matrix_parameters
 from tests.planning.measuring import LiveBytes, SavedTensors, rows
+from tests.ranks import torchrun
 
-ROOT = Path(__file__).parents[2]
 PRECISIONS = {"float32": FLOAT32, "mixed": AUTOCAST, "bfloat16": BFLOAT16}
 SMALL = {
     "codebook_sizes": [61, 61, 61],
@@ -109,17 +105,8 @@ STRATEGIES = [
 def measured_on_two_ranks(config, folder):
     """Numbers of every strategy: (rank 0's, rank 1's)."""
     OneRecForConditionalGeneration(config).save_pretrained(folder)
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-            *["-m", "tests.planning.measuring", str(folder)],
-            json.dumps([{**strategy, "batch": vars(BATCH)} for strategy in STRATEGIES]),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    strategies = json.dumps([{**strategy, "batch": vars(BATCH)} for strategy in STRATEGIES])
+    done = torchrun("-m", "tests.planning.measuring", folder, strategies)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     return list(zip(*ranks, strict=True))

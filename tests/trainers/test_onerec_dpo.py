@@ -1,10 +1,6 @@
 """Iterative preference alignment: pairs from rewards, a reference that follows, and a model that gets what the reward asks for."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ from onerec_hf import OneRecProcessor
 from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 from onerec_hf.trainers.pair_selection import best_worst, one_against, random_pair, top_k_pairs
 from tests.conftest import make_catalogue, make_model
+from tests.ranks import torchrun
 
 CATALOGUE = make_catalogue(20, (4, 4, 4), seed=1)
 LIKED = {f"m{i}" for i in range(5)}
@@ -361,19 +358,7 @@ def ragged():
 def test_two_ranks_draw_and_train_as_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-            str(script),
-            str(tmp_path),
-        ],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = make_trainer(tmp_path / "alone", dataset=ragged(), **RANK_SETTINGS)
     alone.train()

@@ -2,10 +2,7 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import pandas as pd
@@ -21,6 +18,7 @@ from onerec_hf import OneRecProcessor
 from onerec_hf.data import PackedDataCollator, UserSequences, prefix_examples, window_examples
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments, RouterBalanceCallback
 from tests.conftest import make_catalogue, make_model
+from tests.ranks import torchrun
 
 CATALOGUE = make_catalogue(30, (4, 4, 4))
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=6)
@@ -254,15 +252,7 @@ trainer.accelerator.end_training()
 def test_two_ranks_take_the_step_of_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*launch, str(tmp_path), "2"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun(script, tmp_path, "2")
     assert done.returncode == 0, done.stderr[-3000:]
     alone = make_trainer(tmp_path, PREFIXES, packing=True, per_device_train_batch_size=4)
     alone.train()

@@ -1,33 +1,15 @@
 """One process, DDP, sharded weights (FSDP2) and split experts train the same curve, and save the same model (see curves.py)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
+from tests.ranks import torchrun
 from tests.trainers.curves import LAYOUTS, make_start
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-
-
-def launch(ranks, *command):
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    return subprocess.run(
-        [*start, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +27,7 @@ def trained(start, tmp_path_factory):
     def of(layout):
         if layout not in done:
             out = done[layout] = tmp_path_factory.mktemp(layout)
-            run = launch(LAYOUTS[layout].ranks, "tests.trainers.curves", layout, start, out)
+            run = torchrun("-m", "tests.trainers.curves", layout, start, out, ranks=LAYOUTS[layout].ranks)
             assert run.returncode == 0, run.stderr[-3000:]
         return done[layout]
 
@@ -108,15 +90,7 @@ except ValueError as error:
     print(error)
 """
     )
-    start_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [sys.executable, *start_ranks, str(script), str(tmp_path), "/odd"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    run = torchrun(script, tmp_path, "/odd")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("vocab_size=67 rows, which fsdp_size=2 does not divide") == 2
     assert "resize_token_embeddings(68)" in run.stdout

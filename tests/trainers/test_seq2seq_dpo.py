@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from safetensors.torch import load_file
 
 from onerec_hf.trainers import Seq2SeqDPOTrainer
 from tests.conftest import make_model
+from tests.ranks import torchrun
 from tests.trainers.preference_runs import (
     ALL_LOSSES,
     CATALOGUE,
@@ -292,15 +289,7 @@ RESUMED = {"save_strategy": "steps", "save_steps": 2}
 def test_two_ranks_take_the_steps_of_one(tmp_path, kind, settings):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*launch, str(tmp_path), kind, json.dumps(settings)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun(script, tmp_path, kind, json.dumps(settings))
     assert done.returncode == 0, done.stderr[-3000:]
     alone = make_trainer(tmp_path / "alone", kind, per_device_train_batch_size=4, optim="sgd", **settings)
     alone.train()

@@ -1,10 +1,6 @@
 """OneRecTrainer on a stream of shards: epochs, resuming in the middle of one, ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +9,7 @@ import torch
 from onerec_hf.data import ExampleStream
 from onerec_hf.trainers import OneRecTrainer
 from tests.conftest import make_model
+from tests.ranks import torchrun
 from tests.trainers.test_onerec_trainer import CATALOGUE, PROCESSOR, arguments, examples, losses
 
 
@@ -123,15 +120,7 @@ def test_two_ranks_read_other_shards_and_together_everything(tmp_path):
     files = write_shards(tmp_path / "shards", count=49)
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*launch, str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     shards = [set(pq.read_table(file)["user_id"].to_pylist()) for file in files]
     (first, steps, weights), (second, others, same) = (
