@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+from onerec_hf.modeling.modeling_onerec import OneRecTopKRouter
 from onerec_hf.planning import Batch
 
 
@@ -50,29 +51,39 @@ def nbytes(tensors) -> int:
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
+CHANGING = {"EmbeddingBackward0"}  # one weight goes in, but what comes out are rows of the batch
+
+
+def is_made_of_a_weight_alone(tensor: torch.Tensor) -> bool:
+    """Whether it is a leaf or a leaf's cast, transposition or view: single steps lead back to where a gradient accumulates."""
+    step = tensor.grad_fn
+    if step is None:
+        return tensor.requires_grad
+    while len(step.next_functions) == 1 and step.name() not in CHANGING:
+        step = step.next_functions[0][0]
+    return hasattr(step, "variable")
+
+
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
     Bytes of the storages that autograd saves: `activations`, and `copies` of weights: autocast's, or those that FSDP gathered.
 
     Args:
-        copies: the type of such copies; they are known by their shapes.
+        copies: the type of such copies. They are known by their history: a shape is also that of as many token rows as a weight has.
     """
 
     def __init__(self, model: torch.nn.Module, copies: torch.dtype | None = None):
         # Storages are known by themselves, and kept: an address that FSDP frees is given to something else.
         weights = [local(weight).untyped_storage() for weight in model.parameters()]
         self.weights = {storage._cdata: storage for storage in weights}
-        self.dtype, self.shapes = copies, set()
-        for weight in model.parameters():
-            for shape in (weight.shape, local(weight).shape):
-                self.shapes |= {tuple(shape), (*shape[:-2], *shape[-2:][::-1])}
+        self.dtype = copies
         self.seen = {}
         super().__init__(self.pack, lambda tensor: tensor)
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:
-            is_copy = tensor.dtype == self.dtype and tuple(tensor.shape) in self.shapes
+            is_copy = tensor.dtype == self.dtype and is_made_of_a_weight_alone(tensor)
             self.seen[storage._cdata] = (storage, is_copy)
         return tensor
 
@@ -169,6 +180,16 @@ def measure(model, wrapped, config, batch, dtype="float32", copies=None, padded=
     }
 
 
+def deal_tokens_in_turn(router: OneRecTopKRouter, _, chosen: tuple) -> tuple:
+    """
+    A hook: every expert gets as many tokens, which is what the plan computes. A router with random weights may send nothing to a rank's
+    experts, which then compute on a row of transformers' making.
+    """
+    logits, weights, index = chosen
+    turns = torch.arange(index.numel(), device=index.device) % logits.shape[-1]
+    return logits, weights, turns.view_as(index)
+
+
 def measured(folder: str, strategy: str, dtype: str, batch: dict, shards=1, experts=1, checkpointing=False) -> dict:
     """One strategy on all ranks; the model is the one saved in `folder`."""
     options = {"experts_implementation": "grouped_mm"}  # what a GPU runs
@@ -180,6 +201,9 @@ def measured(folder: str, strategy: str, dtype: str, batch: dict, shards=1, expe
     model = OneRecForConditionalGeneration.from_pretrained(folder, **options)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, OneRecTopKRouter):
+            module.register_forward_hook(deal_tokens_in_turn)
     wrapped = DistributedDataParallel(model) if strategy == "ddp" else model
     autocast = dtype if strategy == "ddp" else "float32"
     copies = torch.bfloat16 if mixed else torch.float32
