@@ -20,33 +20,72 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+# What a row has only where it says so, whatever the recipe has.
+PLAIN: dict[str, Any] = {
+    "session_length": 1,
+    "embedding": "given+behaviour",
+    "item_embeddings": "false",
+    "item_loss_weight": 0,
+    "item_score_weight": 0,
+}
+ALIGNED: dict[str, Any] = {**PLAIN, "embedding": "aligned+behaviour"}
+ITEMS: dict[str, Any] = {**ALIGNED, "item_embeddings": "true"}
+SCORED: dict[str, Any] = {**ITEMS, "item_loss_weight": 1, "item_score_weight": 1, "item_score_weights": [0, 0.5, 1, 2]}
+
 ROWS = {
     "popularity": Row("ranking", "items by training interactions", {"model": "popularity"}),
     "item_knn": Row("ranking", "cosine of item columns, summed over the history", {"model": "item_knn"}),
-    "sasrec_bce": Row("sequence", "SASRec as published: one random negative", {"model": "sasrec", "loss": "bce"}),
-    "sasrec_ce": Row("sequence", "SASRec, softmax over all items", {"model": "sasrec"}),
-    "gru4rec": Row("sequence", "GRU4Rec, softmax over all items", {"model": "gru4rec"}),
-    "hstu": Row("sequence", "HSTU (positions only), softmax over all items", {"model": "hstu"}),
+    "sasrec_bce": Row(
+        "sequence",
+        "SASRec as published: one random negative",
+        {"model": "sasrec", "loss": "bce", "width": 128, "dropout": 0.5, "patience": 40},
+    ),
+    "sasrec_ce": Row(
+        "sequence", "SASRec, softmax over all items", {"model": "sasrec", "width": 256, "dropout": 0.5, "patience": 8}
+    ),
+    "gru4rec": Row(
+        "sequence",
+        "GRU4Rec, softmax over all items",
+        {"model": "gru4rec", "width": 128, "inner": 256, "dropout": 0.5, "patience": 8},
+    ),
+    "hstu": Row(
+        "sequence",
+        "HSTU (positions only), softmax over all items",
+        {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "patience": 8},
+    ),
     # TIGER of the same parts: residual quantisation of item texts by an autoencoder, a digit against collisions, a dense decoder, one item.
     "tiger": Row(
         "onerec",
         "TIGER of our parts: RQ-VAE codes of texts, extra digit, dense, pointwise",
         {
+            **PLAIN,
             "embedding": "given",
             "quantizer": "rq-vae",
             "on_collision": "extra-digit",
             "num_experts": 1,
-            "session_length": 1,
-            "cross_attention_rope": False,
+            "cross_attention_rope": "false",
         },
     ),
-    "onerec_pointwise": Row("onerec", "OneRec, one item a session", {"session_length": 1}),
-    "onerec": Row("onerec", "OneRec, the recipe's sessions"),
-    "onerec_m5": Row("onerec", "OneRec, sessions of five", {"session_length": 5}),
-    "onerec_aligned_ids": Row(
-        "onerec", "OneRec, IDs of aligned embeddings beside behaviour", {"embedding": "aligned+behaviour"}
+    "onerec_pointwise": Row("onerec", "OneRec, one item a session", PLAIN),
+    "onerec": Row("onerec", "OneRec, sessions of three", {**PLAIN, "session_length": 3}),
+    "onerec_m5": Row("onerec", "OneRec, sessions of five", {**PLAIN, "session_length": 5}),
+    "onerec_text_ids": Row("onerec", "OneRec pointwise, IDs of texts alone", {**PLAIN, "embedding": "given"}),
+    "onerec_aligned_ids": Row("onerec", "OneRec pointwise, IDs of aligned embeddings beside behaviour", ALIGNED),
+    "onerec_items": Row("onerec", "+ item vectors beside the codes of a history", ITEMS),
+    "onerec_items_scored": Row("onerec", "+ the item loss, beams rescored by it", SCORED),
+    "onerec_items_prefixes": Row(
+        "onerec",
+        "the same, trained on prefixes with a causal encoder",
+        {
+            **SCORED,
+            "encoder_is_causal": "true",
+            "train_on": "prefixes",
+            "packing": "true",
+            "train_sampling_strategy": "random",
+            "per_device_train_batch_size": 24,
+        },
     ),
-    "onerec_dense": Row("onerec", "OneRec, dense at equal active width", {"num_experts": 1}),
-    "onerec_plain_kmeans": Row("onerec", "OneRec, IDs by plain k-means", {"quantizer": "kmeans"}),
-    "onerec_rq_vae": Row("onerec", "OneRec, IDs by an RQ-VAE", {"quantizer": "rq-vae"}),
+    "onerec_dense": Row("onerec", "OneRec pointwise, dense at equal active width", {**PLAIN, "num_experts": 1}),
+    "onerec_plain_kmeans": Row("onerec", "OneRec pointwise, IDs by plain k-means", {**PLAIN, "quantizer": "kmeans"}),
+    "onerec_rq_vae": Row("onerec", "OneRec pointwise, IDs by an RQ-VAE", {**PLAIN, "quantizer": "rq-vae"}),
 }

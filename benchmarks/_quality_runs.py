@@ -7,7 +7,8 @@ import copy
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -16,25 +17,38 @@ import numpy as np
 from _harness import cpu_seconds, say
 from _quality_rows import Row
 
+Measured = dict[str, float]
+KS = (5, 10)
+METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
+SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
-TENTHS = 10  # how often a generator is judged while it trains; sequence models are after each epoch
+JUDGED = 10  # how often a generator is judged while it trains; sequence models are after each epoch
+EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
 
 
 class Budget:
-    """CPU time of this process, all threads, less what judging took."""
+    """Time for training, less what judging takes: CPU time of all threads, or wall time where a GPU trains."""
 
-    def __init__(self, minutes: float):
-        self._seconds, self._start = 60 * minutes, cpu_seconds()
+    def __init__(self, minutes: float | None):
+        import torch
+
+        self._clock = time.perf_counter if torch.cuda.is_available() else cpu_seconds
+        self._seconds, self._start, self._paused = minutes and 60 * minutes, self._clock(), 0.0
+        self._wall = time.perf_counter()
 
     def spent(self) -> float:
-        """The share that is used up."""
-        return (cpu_seconds() - self._start) / self._seconds
+        """The share that is used up; nothing of an unlimited one."""
+        return (self._clock() - self._start) / self._seconds if self._seconds else 0.0
+
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self._wall - self._paused
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        before = cpu_seconds()
+        before, wall = self._clock(), time.perf_counter()
         yield
-        self._start += cpu_seconds() - before
+        self._start += self._clock() - before
+        self._paused += time.perf_counter() - wall
 
 
 @dataclass
@@ -64,36 +78,56 @@ class Contest:
         from onerec_hf.evaluation import ranking_metrics
 
         relevant = np.array(self.rows(examples, "session"))
-        return ranking_metrics(ranked, relevant, (5, 10), len(self.data.item_ids))
+        return ranking_metrics(ranked, relevant, KS, len(self.data.item_ids))
+
+    def judged(self, rank: Callable[[list[np.ndarray]], np.ndarray], splits: Sequence[str]) -> Measured:
+        """Metrics of what ranks items for histories, as `SPLIT/METRIC`."""
+        found = {}
+        for split in splits:
+            examples = self.examples(split)
+            metrics = self.metrics(rank(self.rows(examples, "history")), examples)
+            found |= {f"{split}/{name}": metrics[name] for name in METRICS}
+        return found
 
 
-def run_row(contest: Contest, row: Row, config: list[str], minutes: float, split: str) -> dict[str, float]:
-    """Metrics of one row for one seed on a split; `chosen` is what the validation users said of the weights that stayed."""
+def run_row(
+    contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep: str | None = None
+) -> Measured:
+    """
+    One row for one seed: the metrics on these splits, as `SPLIT/METRIC`; `chosen`, what the validation users that are asked said of the weights
+    that stayed; `train_seconds`, wall time without judging; and parameters.
+
+    Args:
+        minutes: of [`Budget`] for training; as long as the row's settings say when None.
+        keep: a generator's rankings are kept in files whose names begin so.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     runs = {"ranking": _run_ranking, "sequence": _run_sequence, "onerec": _run_onerec}
-    return runs[row.kind](contest, row, config, minutes, split)
+    return runs[row.kind](contest, row, config, minutes, splits, keep)
 
 
-def _run_ranking(contest: Contest, row: Row, config: list[str], minutes: float, split: str) -> dict[str, float]:
+def _run_ranking(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
     from onerec_hf.evaluation import ItemKNNBaseline, PopularityBaseline
 
-    examples = contest.examples(split)
     baseline = PopularityBaseline() if row.settings["model"] == "popularity" else ItemKNNBaseline()
     baseline.fit(contest.data.train_rows(), len(contest.data.item_ids))
-    ranked = baseline.recommend(contest.rows(examples, "history"), 10, contest.exclude_seen)
-    return contest.metrics(ranked, examples)
+    return contest.judged(lambda histories: baseline.recommend(histories, 10, contest.exclude_seen), splits)
 
 
-def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float, split: str) -> dict[str, float]:
+def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
     import torch
     from _sequence_models import SEQUENCE_MODELS
     from _sequence_training import train_sequence_model
 
-    settings = dict(row.settings)
-    training = {
-        name: settings.pop(name) for name in ("loss", "lr", "batch_size", "share", "patience") if name in settings
-    }
+    settings = {"max_length": parsed(config, {})[0].max_history, **row.settings}  # as much history as the generators read
+    training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
+    training = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **training}
     torch.manual_seed(contest.seed)
     model = SEQUENCE_MODELS[settings.pop("model")](len(contest.data.item_ids), **settings)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     asked = contest.examples("validation", contest.asked)
     histories, budget = contest.rows(asked, "history"), Budget(minutes)
 
@@ -102,42 +136,67 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float,
             return contest.metrics(model.rank(histories, 10, contest.exclude_seen), asked)[CHOSEN_BY]
 
     rows = [sequence for sequence in contest.data.train_rows() if len(sequence) > 1]
-    chosen = train_sequence_model(model, rows, contest.seed, 10_000, judge=judge, spent=budget.spent, **training)
-    examples = contest.examples(split)
-    ranked = model.rank(contest.rows(examples, "history"), 10, contest.exclude_seen)
-    return {**contest.metrics(ranked, examples), "chosen": cast(float, chosen), "budget": budget.spent()}
+    chosen = train_sequence_model(model, rows, contest.seed, judge=judge, spent=budget.spent, **training)
+    seconds = budget.wall_seconds()
+    found = contest.judged(lambda histories: model.rank(histories, 10, contest.exclude_seen), splits)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return {**found, "chosen": cast(float, chosen), "train_seconds": seconds, "parameters": parameters}
 
 
-def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float, split: str) -> dict[str, float]:
+def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
     from transformers import set_seed
 
     from onerec_hf.cli.steps import fit_catalogue, new_model
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
-    data_args, id_args, model_args, run_args, training_args = parsed(config, row.settings)
+    settings = dict(row.settings)
+    weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
+    data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
     data = with_windows(contest.data, data_args, run_args.train_on)
     set_seed(contest.seed)
     id_args.semantic_id_seed = training_args.seed = contest.seed
     fitted = fit_catalogue(data, id_args)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
     model = new_model(model_args, processor, data_args.session_length)
-    say(f"{model.num_parameters():,} parameters, {len(data.split.train):,} examples, {minutes:g} CPU minutes")
+    say(f"{model.num_parameters():,} parameters, {len(data.split.train):,} examples")
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
-        training_args.num_train_epochs, training_args.max_steps = 10_000, -1
-        asked = contest.examples("validation", contest.asked)
+        if minutes:
+            training_args.num_train_epochs, training_args.max_steps = 10_000, -1
+        budget = Budget(minutes)
         trainer = budget_trainer()(
-            model, training_args, train_dataset=data.split.train, processing_class=processor, asked=asked,
-            budget=Budget(minutes),
+            model, training_args, train_dataset=data.split.train, processing_class=processor,
+            asked=contest.examples("validation", contest.asked), budget=budget,
         )  # fmt: skip
         trainer.train()
-        chosen = trainer.restore_best()
-        say(
-            f"{trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs; {CHOSEN_BY} {chosen:.4f} on validation"
-        )
-        found = trainer.evaluate(contest.examples(split), metric_key_prefix="")
-    names = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in (5, 10)]
-    return {**{name: found[f"_{name}"] for name in names}, "illegal_share": found["_illegal_share"], "chosen": chosen}
+        seconds, chosen = budget.wall_seconds(), trainer.restore_best()
+        state = trainer.state
+        say(f"{state.global_step} steps, {state.epoch:.2f} epochs; {CHOSEN_BY} {chosen:.4f} on validation")
+        more = {}
+        if weights:
+            more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
+        found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
+        if keep is not None:
+            for split in splits:
+                save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
+    names = ("illegal_share", *METRICS)
+    metrics = {f"{split}/{name}": values[f"_{name}"] for split, values in found.items() for name in names}
+    return {**metrics, "chosen": chosen, "train_seconds": seconds, "parameters": model.num_parameters(), **more}
+
+
+def save_rankings(path: str, trainer, examples, depth: int = 40) -> None:
+    """Rows of the `depth` items that are ranked best for each user, and their scores, best first."""
+    rows, scores = [], []
+    processor, model = trainer.processing_class, trainer.model
+    trainer.args.train_sampling_strategy = "random"  # users in their order
+    for batch in trainer.get_eval_dataloader(examples.select(range(len(examples)))):  # another data set: another loader
+        found = model.recommend(
+            batch["input_ids"], batch["attention_mask"], session_length=1, num_beams=depth, num_return_sequences=depth,
+            exclude=batch["exclude"], return_dict_in_generate=True,
+        )  # fmt: skip
+        rows.append(processor.item_rows(found.sequences).view(-1, depth).cpu().numpy().astype(np.int32))
+        scores.append(found.sequences_scores.view(-1, depth).float().cpu().numpy().astype(np.float16))
+    np.savez_compressed(path, rows=np.concatenate(rows), scores=np.concatenate(scores))
 
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -176,17 +235,17 @@ def budget_trainer():
 
     class FollowBudget(TrainerCallback):
         def __init__(self, trainer):
-            self.trainer, self.tenth = trainer, 1
+            self.trainer, self.part = trainer, 1
 
         def on_step_end(self, args, state, control, **kwargs):
-            spent = self.trainer.budget.spent()
-            if spent >= self.tenth / TENTHS:
-                self.tenth = int(spent * TENTHS) + 1
+            spent = self.trainer.spent()
+            if spent >= self.part / JUDGED:
+                self.part = int(spent * JUDGED) + 1
                 self.trainer.keep_best()
             control.should_training_stop |= spent >= 1
 
     class BudgetTrainer(OneRecTrainer):
-        """Warm-up by steps, then a cosine down to zero over the budget."""
+        """Warm-up by steps, then a cosine down to zero over the budget or the epochs, whichever ends first."""
 
         model: Any
 
@@ -195,10 +254,17 @@ def budget_trainer():
             super().__init__(*args, **kwargs)
             self.add_callback(FollowBudget(self))
 
+        def spent(self) -> float:
+            return max(self.budget.spent(), self.state.global_step / max(1, self.state.max_steps))
+
+        def ask(self) -> float:
+            return self.evaluate(self.asked, metric_key_prefix="asked")[f"asked_{CHOSEN_BY}"]
+
         def keep_best(self) -> None:
             with self.budget.paused():
-                value = self.evaluate(self.asked, metric_key_prefix="asked")[f"asked_{CHOSEN_BY}"]
+                value = self.ask()
                 self.model.train()
+            say(f"  {self.spent():.0%}: {CHOSEN_BY} {value:.4f}")
             if value > self.best[0]:
                 self.best = value, copy.deepcopy(self.model.state_dict())
 
@@ -206,11 +272,21 @@ def budget_trainer():
             self.model.load_state_dict(self.best[1])
             return self.best[0]
 
+        def best_item_score_weight(self, weights: Sequence[float]) -> tuple[float, float]:
+            """What the asked users say with the best of these values of `config.item_score_weight`, and that value, which stays."""
+            found = []
+            for weight in weights:
+                self.model.config.item_score_weight = weight
+                found.append((self.ask(), weight))
+                say(f"  item_score_weight {weight}: {CHOSEN_BY} {found[-1][0]:.4f}")
+            self.model.config.item_score_weight = max(found)[1]
+            return max(found)
+
         def create_scheduler(self, num_training_steps, optimizer=None):
             warmup = max(1, int(self.args.warmup_steps))
 
             def factor(step: int) -> float:
-                return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.budget.spent())))
+                return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
             return self.lr_scheduler

@@ -54,8 +54,8 @@ class SequenceModel(nn.Module):
             scores = self.scores(self(self.batch(some))[:, -1])
             if exclude_seen:
                 for place, history in enumerate(some):
-                    scores[place, torch.as_tensor(np.asarray(history))] = -torch.inf
-            parts.append(scores.topk(k).indices.numpy())
+                    scores[place, torch.as_tensor(np.asarray(history), device=scores.device)] = -torch.inf
+            parts.append(scores.topk(k).indices.cpu().numpy())
         return np.concatenate(parts)
 
     def batch(self, sequences: Sequence[np.ndarray]) -> torch.Tensor:
@@ -65,7 +65,7 @@ class SequenceModel(nn.Module):
         for place, sequence in enumerate(sequences):
             latest = np.asarray(sequence)[-longest:] + 1
             ids[place, longest - len(latest) :] = latest
-        return torch.from_numpy(ids)
+        return torch.from_numpy(ids).to(self.items.weight.device)
 
 
 class SASRec(SequenceModel):
@@ -85,7 +85,8 @@ class SASRec(SequenceModel):
         t = states.shape[1]
         states = self.dropout(states + self.places.weight[-t:])
         # What is padded may look at itself, so that no row of the attention is empty.
-        seen = torch.ones(t, t, dtype=torch.bool).tril() & (real[:, None, :] | torch.eye(t, dtype=torch.bool))
+        before, itself = torch.ones(t, t, dtype=torch.bool, device=real.device).tril(), torch.eye(t, device=real.device)
+        seen = before & (real[:, None, :] | itself.bool())
         return self.layers(states, mask=~seen.repeat_interleave(self.heads, dim=0))
 
 
@@ -100,7 +101,7 @@ class GRU4Rec(SequenceModel):
     def encode(self, states, real):
         # Rolled so that the padding comes last: a network that has read it would depend on who shares the batch.
         t, lengths = states.shape[1], real.sum(1, keepdim=True)
-        to_left, back = ((torch.arange(t) + shift).remainder(t).unsqueeze(-1) for shift in (-lengths, lengths))
+        to_left, back = ((torch.arange(t, device=real.device) + shift).remainder(t).unsqueeze(-1) for shift in (-lengths, lengths))
         states = self.dropout(states).take_along_dim(to_left, dim=1)
         return self.out(self.gru(states)[0].take_along_dim(back, dim=1))
 
@@ -121,9 +122,10 @@ class HSTULayer(nn.Module):
         users, t, width = states.shape
         gate, value, query, key = F.silu(self.project(self.before(states))).chunk(4, dim=-1)
         value, query, key = (x.view(users, t, self.heads, -1).transpose(1, 2) for x in (value, query, key))
-        distance = (torch.arange(t)[:, None] - torch.arange(t)).clamp(min=0)
-        weights = F.silu(query @ key.mT + self.bias[:, distance]) / self.bias.shape[1]
-        weights = weights.masked_fill(~(torch.ones(t, t, dtype=torch.bool).tril() & real[:, None, None, :]), 0.0)
+        places = torch.arange(t, device=real.device)
+        distance = places[:, None] - places
+        weights = F.silu(query @ key.mT + self.bias[:, distance.clamp(min=0)]) / self.bias.shape[1]
+        weights = weights.masked_fill(~((distance >= 0) & real[:, None, None, :]), 0.0)
         seen = (weights @ value).transpose(1, 2).reshape(users, t, width)
         return states + self.dropout(self.out(self.between(seen) * gate))
 

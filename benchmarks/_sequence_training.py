@@ -29,9 +29,9 @@ def next_item_loss(
     if loss == "ce":
         return F.cross_entropy(model.scores(states), targets - 1)
     items = len(model.items.weight)
-    drawn = torch.randint(1, items, targets.shape)
+    drawn = torch.randint(1, items, targets.shape, device=targets.device)
     while (again := (drawn[:, None] == seen).any(1) | (drawn == targets)).any():
-        drawn[again] = torch.randint(1, items, (int(again.sum()),))
+        drawn[again] = torch.randint(1, items, (int(again.sum()),), device=targets.device)
     right, wrong = ((states * model.items(ids)).sum(-1) for ids in (targets, drawn))
     return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
 
@@ -72,7 +72,7 @@ def train_sequence_model(
         for start in range(0, len(order), batch_size):
             some = [sequences[i] for i in order[start : start + batch_size]]
             inputs, targets = model.batch([s[:-1] for s in some]), model.batch([s[1:] for s in some])
-            real = (targets != 0) & (torch.from_numpy(rng.random(targets.shape)) < share)
+            real = (targets != 0) & torch.from_numpy(rng.random(targets.shape) < share).to(targets.device)
             seen = inputs.repeat_interleave(real.sum(1), dim=0)
             value = next_item_loss(model, model(inputs)[real], targets[real], loss, seen)
             optimizer.zero_grad()

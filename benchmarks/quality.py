@@ -21,38 +21,44 @@ from _quality_rows import ROWS
 from _quality_runs import Contest, parsed, run_row
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+PROTOCOL = ("minutes", "split", "chosen_on", "device", "protocol")
 
 
 def arguments():
     options = parser(__doc__)
     options.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
+    options.add_argument("--recipe", help="sizes of the generators; recipes/DATASET.yaml when not given")
     options.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
     options.add_argument("--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=[*ROWS, "all"])
     options.add_argument(
-        "--cpu_minutes", type=float, default=30, help="training budget: user + system time, all threads"
+        "--minutes", type=float, help="of training, for every row, in place of its epochs: CPU time of all threads, wall time on a GPU"
     )
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument(
-        "--split", default="test", choices=("test", "validation"), help="validation to choose settings"
+        "--split", default="test", choices=("test", "validation"), help="validation to choose settings; test has both"
     )
     options.add_argument("--judged_users", type=int, default=3000, help="validation users that decide when to stop")
     options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
+    options.add_argument("--label", help="another name for the row, for a run with --set")
+    options.add_argument("--keep", help="folder for the rankings of generators")
+    options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
     return options.parse_args()
 
 
 def main() -> None:
     options = arguments()
+    if options.join:
+        join(options.join, options.json)
+        return
     names = list(ROWS) if "all" in options.rows else options.rows
-    minutes, small = options.cpu_minutes, []
-    recipe = RECIPES / f"{options.dataset.replace('-', '_')}.yaml"
+    minutes, small = options.minutes, []
+    recipe = options.recipe or RECIPES / f"{options.dataset.replace('-', '_')}.yaml"
     folder = options.data_dir or f"../shared/data/{options.dataset.replace('-', '_')}"
     if options.quick:
         minutes, small = 0.1, ["--hidden_size", "32", "--decoder_layers", "1", "--kmeans_iterations", "4"]
         options.judged_users = 100
     config = ["--config", str(recipe), "--data_dir", folder, *small]
     from onerec_hf.cli.steps import prepare_data
-    from onerec_hf.evaluation.results import result_row
 
     data_args, *_, training_args = parsed(config, {})
     data = prepare_data(data_args)
@@ -60,31 +66,69 @@ def main() -> None:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **few))
     said = [setting.split("=", 1) for setting in options.set]
+    splits = ["validation"] if options.split == "validation" else ["validation", "test"]
     rows = []
     for name in names:
         row = ROWS[name]
         row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
-        measured = []
+        measured, label, keep = [], options.label or name, options.keep
         for seed in options.seeds:
             contest = Contest(data, training_args.eval_exclude_seen, seed, options.judged_users)
-            measured.append(run_row(contest, row, config, minutes, options.split))
+            measured.append(run_row(contest, row, config, minutes, splits, keep and f"{keep}/{label}-{seed}"))
             say(f"{name}, seed {seed}: {measured[-1]}")
-        for metric in (*METRICS, *(extra for extra in ("chosen", "illegal_share") if extra in measured[0])):
-            values = [run[metric] for run in measured]
-            spread = [min(values), max(values)]
-            rows.append(
-                {
-                    **result_row(
-                        f"{options.dataset}/{name}/{metric}", statistics.mean(values), "share", spread=spread
-                    ),
-                    "deviation": statistics.stdev(values) if len(values) > 1 else None,
-                    "seeds": options.seeds,
-                    "settings": row.settings,
-                }
-            )
-    protocol = {"cpu_minutes": minutes, "split": options.split, "chosen_on": options.judged_users}
-    about = {**protocol, "protocol": data.split.description}
+        for metric in measured[0]:
+            values = dict(zip(options.seeds, (run[metric] for run in measured), strict=True))
+            rows.append(_row(f"{options.dataset}/{label}/{metric}", values, row.settings))
+    about = {"minutes": minutes, "split": options.split, "chosen_on": options.judged_users, "device": device()}
+    about |= {"protocol": data.split.description}
     finish([*_kept(options.json, rows, about), *rows], options.json, **about)
+
+
+def device() -> str:
+    """What trains the models."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+UNITS = {"train_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
+
+
+def _row(name: str, values: dict[int, float], settings: dict) -> dict:
+    """The result row of a metric: mean, smallest and largest value over seeds, deviation, and each seed's."""
+    from onerec_hf.evaluation.results import result_row
+
+    of = list(values.values())
+    unit = UNITS.get(name.rsplit("/", 1)[1], "share")
+    return {
+        **result_row(name, statistics.mean(of), unit, spread=[min(of), max(of)]),
+        "deviation": statistics.stdev(of) if len(of) > 1 else None,
+        "seeds": {str(seed): value for seed, value in values.items()},
+        "settings": settings,
+    }
+
+
+def join(paths: list[str], json_path: str | None) -> None:
+    """
+    Joins the rows of files, seeds of the same row with the same settings into one.
+
+    Raises:
+        ValueError: two files differ in protocol, or have other settings or values for the same row.
+    """
+    files = [json.loads(Path(path).read_text()) for path in paths]
+    joined: dict[str, dict] = {}
+    for path, file in zip(paths, files, strict=True):
+        differing = [name for name in PROTOCOL if file.get(name) != files[0].get(name)]
+        if differing:
+            raise ValueError(f"{path} was measured under another protocol than {paths[0]}: {', '.join(differing)}")
+        for row in file["rows"]:
+            before = joined.setdefault(row["name"], row)
+            if before["settings"] != row["settings"]:
+                raise ValueError(f"{path} has {row['name']} with other settings: {row['settings']}")
+            seeds = {int(seed): value for seed, value in {**before["seeds"], **row["seeds"]}.items()}
+            joined[row["name"]] = _row(row["name"], dict(sorted(seeds.items())), row["settings"])
+    about = {name: files[0][name] for name in PROTOCOL} | {"versions": files[0]["versions"], "machine": files[0]["machine"]}
+    finish(list(joined.values()), json_path, **about)
 
 
 def _value(kind: str, value: str):

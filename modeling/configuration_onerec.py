@@ -1,5 +1,7 @@
 """OneRec configuration: one flat config for the encoder and the sparse-MoE decoder."""
 
+from math import prod
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -45,6 +47,16 @@ class OneRecConfig(PreTrainedConfig):
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.
+        num_item_embeddings (`int`, *optional*):
+            Items of the catalogue, each of which gets a learned vector that the encoder reads beside its codes ([`OneRecItemEmbedding`]);
+            none when not given, as in the paper. Items that join the catalogue later are read by their codes alone.
+        item_embedding_dropout (`float`, defaults to 0):
+            Share of a history's items whose vector is hidden in training.
+        item_loss_weight (`float`, defaults to 0):
+            Weight of a second loss: the history's state names the session's first item among all item vectors, by a softmax over the
+            catalogue. It makes the vectors good early; needs `num_item_embeddings`.
+        item_score_weight (`float`, defaults to 0):
+            What that log-probability of its first item counts beside a session's own in `recommend()`; needs `item_loss_weight`.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
@@ -89,6 +101,10 @@ class OneRecConfig(PreTrainedConfig):
     router_bias_update_rate: float | int = 0.001
     router_aux_loss_coef: float | int = 0.001
     output_router_logits: bool = False
+    num_item_embeddings: int | None = None
+    item_embedding_dropout: float | int = 0.0
+    item_loss_weight: float | int = 0.0
+    item_score_weight: float | int = 0.0
     catalogue_hash: str | None = None
     format_version: int = FORMAT_VERSION
     use_cache: bool = True
@@ -143,6 +159,22 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and num_experts={self.num_experts}"
             )
+        if self.num_item_embeddings is not None:
+            check_sizes(self, sizes="num_item_embeddings", layers="")
+            if prod(self.codebook_sizes) >= 2**63:
+                raise ValueError(
+                    f"num_item_embeddings needs semantic IDs that fit into 63 bits; codebooks of {self.codebook_sizes} do not"
+                )
+        if min(self.item_loss_weight, self.item_score_weight) < 0:
+            raise ValueError(
+                f"item_loss_weight={self.item_loss_weight} and item_score_weight={self.item_score_weight} must not be negative"
+            )
+        if self.item_loss_weight and not self.num_item_embeddings:
+            raise ValueError(f"item_loss_weight={self.item_loss_weight} needs num_item_embeddings, the items of the catalogue")
+        if self.item_score_weight and not self.item_loss_weight:
+            raise ValueError(f"item_score_weight={self.item_score_weight} needs item_loss_weight: nothing learns these scores")
+        if not 0 <= self.item_embedding_dropout < 1:
+            raise ValueError(f"item_embedding_dropout={self.item_embedding_dropout} must lie between 0 and 1")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
 

@@ -21,6 +21,7 @@ from .catalogue_onerec import ItemCatalogue
 from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
 from .experts_onerec import packed
+from .item_embedding_onerec import history_states
 
 _CPU_ROWS_AT_ONCE = 1024
 # What generate() hands to its search and the fast path understands, or may ignore.
@@ -113,6 +114,8 @@ class OneRecGenerationMixin(GenerationMixin):
                 f"this model was trained with the catalogue {own[:12]}..., this is {catalogue.hash[:12]}... "
                 f"({len(catalogue)} items); load the catalogue that was saved with the model, or train for this one"
             )
+        if own is None and self.config.num_item_embeddings:
+            self.get_encoder().item_embedding.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
@@ -294,6 +297,8 @@ class OneRecGenerationMixin(GenerationMixin):
             history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             beams = self._search(history, attention_mask, constraint, num_beams, session_length, **sampling)
+            if self.config.item_score_weight and not do_sample:
+                beams = self._with_item_scores(beams, history, attention_mask)
         sequences, scores = self._sequences(beams, num_return_sequences)
         if not return_dict_in_generate:
             return sequences
@@ -346,14 +351,31 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
+    def _with_item_scores(self, beams: Beams, history, attention_mask) -> Beams:
+        """The beams with `config.item_score_weight` times the log-probability of their first items added, sorted anew."""
+        embedding, trie = self.get_encoder().item_embedding, self.catalogue.trie.to(history.device)
+        tokens = self._code_tokens(trie, beams.leaves[..., 0].clamp(min=0))
+        rows = embedding.rows(tokens)
+        scores = embedding.log_probabilities(history_states(history, attention_mask))
+        # An item that came later has no vector: it counts as the least probable one of those that have.
+        least = scores[:, 1:].amin(-1, keepdim=True)
+        added = torch.where(rows > 0, scores.gather(1, rows), least)
+        scores, order = (beams.scores + self.config.item_score_weight * added).sort(
+            dim=-1, descending=True, stable=True
+        )
+        return Beams(beams.leaves.gather(1, order.unsqueeze(-1).expand_as(beams.leaves)), scores)
+
+    def _code_tokens(self, trie, leaves: torch.Tensor) -> torch.Tensor:
+        """(..., levels) tokens of leaves."""
+        levels = enumerate(self.config.level_offsets)
+        return torch.stack([trie.codes[level][trie.ancestors(level, leaves)] + offset for level, offset in levels], -1)
+
     def _sequences(self, beams: Beams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `count` sessions per user as (users * count, tokens) tokens beginning with BOS, and their scores."""
         trie = self.catalogue.trie.to(beams.leaves.device)
         scores, leaves = _first(beams.scores, count).flatten(), _first(beams.leaves, count, fill=0).flatten(0, 1)
-        tokens = [torch.full_like(leaves, self.config.bos_token_id)]
-        for level, offset in enumerate(self.config.level_offsets):
-            tokens.append(trie.codes[level][trie.ancestors(level, leaves)] + offset)
-        sequences = torch.stack(tokens, dim=-1).flatten(1)
+        opens = torch.full_like(leaves, self.config.bos_token_id).unsqueeze(-1)
+        sequences = torch.cat([opens, self._code_tokens(trie, leaves)], dim=-1).flatten(1)
         sequences[scores == float("-inf"), 1:] = self.config.pad_token_id
         return sequences, scores
 

@@ -36,6 +36,7 @@ from .configuration_onerec import OneRecConfig
 from .experts_onerec import EXPERTS_IMPLEMENTATION
 from .generation_onerec import OneRecGenerationMixin
 from .hub_onerec import HubModel
+from .item_embedding_onerec import OneRecItemEmbedding, history_states
 from .packing_onerec import (
     check_packing,
     positions_behind,
@@ -401,6 +402,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
     def __init__(self, config: OneRecConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.item_embedding = OneRecItemEmbedding(config) if config.num_item_embeddings else None
         self.layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.encoder_layers)])
         self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -424,6 +426,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
         kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+            if self.item_embedding is not None:
+                inputs_embeds = inputs_embeds + self.item_embedding(input_ids)
         if position_ids is None:
             position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
         create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask
@@ -750,6 +754,10 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if self.config.item_loss_weight:
+                states = history_states(out.encoder_last_hidden_state, attention_mask, history_ranges)
+                item_loss = self.model.encoder.item_embedding.loss(states, labels, kwargs.get("num_items_in_batch"))
+                loss = loss + self.config.item_loss_weight * item_loss
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, decoder_attention_mask

@@ -97,6 +97,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             collator = data_collator
         else:
             collator = _padding_collator(train_dataset, args, processing_class, generator.config)
+        self._evaluated = None
         self._router_balance, self._interrupt = RouterBalanceCallback(), InterruptCallback()
         if args.predict_with_generate and compute_metrics is None:
             compute_metrics = self.compute_ranking_metrics
@@ -156,6 +157,10 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and eval_dataset is not self._evaluated and not isinstance(eval_dataset, str):
+            # With persistent workers Trainer would answer with the loader of the data that was evaluated before.
+            vars(self).get("_eval_dataloaders", {}).pop("eval", None)
+            self._evaluated = eval_dataset
         with self._collating_for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 

@@ -148,20 +148,42 @@ class ModelArguments:
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
     encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
+    item_embeddings: bool = field(
+        default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}
+    )
+    item_embedding_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
+    item_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of naming the next item by its vector, beside generating its codes."}
+    )
+    item_score_weight: float = field(
+        default=0.0, metadata={"help": "What that counts in a ranking, beside the probability of the codes."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
-    def config(self, codebook_sizes: Sequence[int], session_length: int) -> OneRecConfig:
+    def config(
+        self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None
+    ) -> OneRecConfig:
         """
         The configuration of a new model.
 
+        Args:
+            num_items: of the catalogue.
+
         Raises:
-            ValueError: sizes that do not fit together.
+            ValueError: sizes that do not fit together, or item embeddings where the catalogue is not known.
         """
         from huggingface_hub.errors import StrictDataclassError
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
-        sizes = {name: value for name, value in asdict(self).items() if name not in ("model", "attn_implementation")}
+        others = ("model", "attn_implementation", "item_embeddings")
+        sizes = {name: value for name, value in asdict(self).items() if name not in others}
+        if self.item_embeddings:
+            if num_items is None:
+                raise ValueError(
+                    "--item_embeddings needs a catalogue to count its items; name a saved model or a config with num_item_embeddings"
+                )
+            sizes["num_item_embeddings"] = num_items
         try:
             return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
         except StrictDataclassError as error:

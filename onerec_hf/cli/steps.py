@@ -436,7 +436,7 @@ def new_model(args: ModelArguments, processor: OneRecProcessor, session_length: 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
     assert processor.catalogue is not None
-    config = args.config(processor.catalogue.codebook_sizes, session_length)
+    config = args.config(processor.catalogue.codebook_sizes, session_length, len(processor.catalogue))
     model = OneRecForConditionalGeneration._from_config(config, attn_implementation=args.attn_implementation)
     model.set_catalogue(processor.catalogue)
     return model

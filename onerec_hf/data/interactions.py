@@ -20,6 +20,7 @@ from onerec_hf.data.tables import (
     load_table,
     names_source,
     require_columns,
+    to_numbers,
 )
 from onerec_hf.modeling.untrusted_onerec import map_npy
 
@@ -134,7 +135,7 @@ def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray
         zone = getattr(series.dtype, "tz", None)
         values = (series if zone is None else series.dt.tz_convert(None)).to_numpy("datetime64[us]").astype(np.int64)
     else:
-        parsed: Any = pd.to_numeric(series, errors="coerce")
+        parsed: Any = to_numbers(series)
         numbers = parsed.to_numpy(dtype=np.float64, na_value=np.nan)
         bad = ~(np.abs(numbers) < 2.0**63)
         exact = not bad.any() and pd.api.types.is_integer_dtype(parsed.dtype)

@@ -20,6 +20,7 @@ from onerec_hf.data.tables import (
     column_of,
     integers_from_text,
     require_columns,
+    to_numbers,
 )
 from onerec_hf.modeling.files_onerec import replacing
 
@@ -209,7 +210,7 @@ def _floats(series: pd.Series) -> pd.Series:
     if pd.api.types.is_numeric_dtype(series.dtype) and not pd.api.types.is_bool_dtype(series.dtype):
         return series
     texts = series.astype(object)
-    parsed: Any = pd.to_numeric(texts, errors="coerce")
+    parsed: Any = to_numbers(texts)
     bad = texts.map(lambda value: isinstance(value, bool)) | parsed.isna()
     bad &= series.notna()
     if bad.any():

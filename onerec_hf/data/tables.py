@@ -150,6 +150,29 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
         raise DataError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {short(error, 500)}") from error
 
 
+def to_numbers(series: pd.Series) -> pd.Series:
+    """
+    `pandas.to_numeric(series, errors="coerce")`, also where a whole number has more digits than a float can hold, over which pandas raises.
+
+    Example:
+        >>> to_numbers(pd.Series(["2", "9" * 400, "x"])).tolist()
+        [2.0, inf, nan]
+    """
+    try:
+        return pd.to_numeric(series, errors="coerce")
+    except OverflowError:
+        return series.map(_as_float).astype(float)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+    except OverflowError:
+        return float("inf")
+
+
 def check_width(columns: int, where: Any) -> None:
     """
     Refuses a table of more columns than one of interactions or items can have.

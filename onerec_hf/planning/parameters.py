@@ -78,9 +78,10 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     router = [(config.num_experts, width)] if experts else _feed_forward(config)
     decoder = [*_attention(config), *_attention(config), *router, norm, norm, norm]
     separate = expert_parallel and bool(experts)
+    items = [(config.num_item_embeddings + 1, width)] if config.num_item_embeddings else []
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
-        Unit("encoder", (vocabulary, norm)),
+        Unit("encoder", (vocabulary, *items, norm)),
         Unit("encoder layer", tuple(encoder), config.encoder_layers),
         Unit("decoder layer", (*decoder, *(() if separate else experts)), config.decoder_layers),
     ]

@@ -275,3 +275,12 @@ def test_a_frozen_router_keeps_its_bias(tmp_path):
     after = base.state_dict()
     assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []
     assert any(bool(value.any()) for name, value in after.items() if "lora_B" in name)
+
+
+def test_persistent_workers_evaluate_what_they_are_given(tmp_path):
+    trainer = make_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    few, many = examples(8, seed=2), examples(24, seed=3)
+    counts = [len(trainer.predict(data).predictions) for data in (few, many)]
+    again = [trainer.evaluate(data)["eval_loss"] for data in (few, many, few)]
+    assert counts == [8, 24]
+    assert again[0] == again[2] != again[1]

@@ -1,0 +1,128 @@
+"""
+A learned vector per item beside its semantic ID (`config.num_item_embeddings`): codes say what an item is like, the vector says which one it is.
+The encoder reads it in histories, and with `config.item_loss_weight` the history's state also learns to name the next item by it.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class OneRecItemEmbedding(nn.Module):
+    """
+    Vectors of items, found by their codes. The codes are kept with the weights, so that a loaded model needs no catalogue to find them; an item
+    that joins the catalogue later has no vector, and is read by its codes alone.
+
+    Args:
+        config: a `OneRecConfig` with `num_item_embeddings`, the items; `item_embedding_dropout` is the share of items whose vector is
+            hidden in training, so that the codes are learned as well.
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> config = OneRecConfig(codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2, num_item_embeddings=2)
+        >>> embedding = OneRecItemEmbedding(config)
+        >>> embedding.set_codes(torch.tensor([[1, 0], [0, 2]]))
+        >>> vectors = embedding(torch.tensor([[3, 5, 8, 3, 4, 11]]))  # SEP a b: of the first item, and of one without a vector
+        >>> vectors.shape, vectors.abs().sum(-1)[0].gt(0).tolist()
+        (torch.Size([1, 6, 8]), [True, False, False, False, False, False])
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes, self.offsets = list(config.codebook_sizes), list(config.level_offsets)
+        self.hidden = config.item_embedding_dropout
+        # Row 0 is of items without a vector.
+        self.vectors = nn.Embedding(config.num_item_embeddings + 1, config.hidden_size, padding_idx=0)
+        self.keys = nn.Buffer(torch.full((config.num_item_embeddings,), prod(self.sizes), dtype=torch.long))
+        self.head = None
+        if config.item_loss_weight > 0:
+            self.head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.dropout = nn.Dropout(config.dropout_rate)
+
+    def set_codes(self, codes: torch.Tensor) -> None:
+        """
+        Says which items the vectors are of.
+
+        Args:
+            codes: (num_item_embeddings, levels) codes, all different.
+
+        Raises:
+            ValueError: another number of items.
+        """
+        if len(codes) != len(self.keys):
+            raise ValueError(
+                f"the model has num_item_embeddings={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
+            )
+        self.keys.copy_(self._keys(codes.to(self.keys.device)).sort().values)
+
+    def _keys(self, codes: torch.Tensor) -> torch.Tensor:
+        """One number per tuple of codes (..., levels)."""
+        key = codes[..., 0]
+        for level, size in enumerate(self.sizes[1:], 1):
+            key = key * size + codes[..., level]
+        return key
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of `vectors` of items written as code tokens (..., levels); 0 for padding and for items without a vector."""
+        codes = tokens - torch.tensor(self.offsets, device=tokens.device)
+        keys = torch.where((codes >= 0).all(-1), self._keys(codes), -1)
+        places = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[places] == keys, places + 1, 0)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(rows, t) tokens `SEP a b c ...` to (rows, t, width): an item's vector at its SEP, zeros elsewhere."""
+        rows = self.rows(input_ids.unflatten(1, (-1, len(self.sizes) + 1))[..., 1:])
+        if self.training and self.hidden > 0:
+            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.hidden)
+        return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
+
+    def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., width) states of histories to (..., items + 1) log-probabilities of the next item, by the rows of `vectors`; -inf for row 0."""
+        scores = self.head(self.dropout(states)) @ self.vectors.weight.T
+        scores = torch.cat([torch.full_like(scores[..., :1], float("-inf")), scores[..., 1:]], dim=-1)
+        return scores.float().log_softmax(-1)
+
+    def loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """
+        Cross-entropy of the sessions' first items over all items, weighed as the code tokens of these items together: a sum over sessions, times
+        the levels, over all code tokens of the batch.
+
+        Args:
+            states: (sessions, width) states of their histories.
+            labels: (sessions, t) code tokens, -100 where nothing is predicted.
+            num_items_in_batch: code tokens of the batch, where it has several parts.
+        """
+        levels = len(self.sizes)
+        rows = self.rows(labels[:, :levels])
+        values = F.nll_loss(self.log_probabilities(states), rows, ignore_index=0, reduction="sum")
+        return values * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def history_states(
+    states: torch.Tensor, attention_mask: torch.Tensor | None, history_ranges: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The encoder's states where histories end.
+
+    Args:
+        states: (rows, t, width).
+        attention_mask: (rows, t); all of a row is its history when None.
+        history_ranges: (rows, P, 2) of packed rows, in place of the mask.
+
+    Returns:
+        (rows, width), or (rows * P, width).
+    """
+    if history_ranges is not None:
+        last = history_ranges[..., 1] - 1
+        return states.gather(1, last.unsqueeze(-1).expand(-1, -1, states.shape[-1])).flatten(0, 1)
+    if attention_mask is None:
+        return states[:, -1]
+    last = (attention_mask.long() * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(-1)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+__all__ = ["OneRecItemEmbedding", "history_states"]
