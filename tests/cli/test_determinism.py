@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,12 @@ def run(hash_seed: int, *argv, threads: int = 1, stdin: str = "") -> str:
     done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_twice(arguments: Callable[[int], list], **settings) -> list[str]:
+    """The outputs of two processes at the same time, of hash seeds 1 and 2: `onerec-hf ARGUMENTS(SEED)...`"""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda seed: run(seed, *arguments(seed), **settings), (1, 2)))
 
 
 def files(folder: Path) -> dict[str, object]:
@@ -66,8 +74,7 @@ def data(work):
 
 @pytest.fixture(scope="module")
 def trained(work, data):
-    for seed in (1, 2):
-        run(seed, "train", *data, *CODES, *TINY, "--output_dir", work / f"shop{seed}")
+    run_twice(lambda seed: ["train", *data, *CODES, *TINY, "--output_dir", work / f"shop{seed}"])
     return work / "shop1", work / "shop2"
 
 
@@ -76,15 +83,15 @@ def judges(work):
     options = ["--impressions", work / "shown.csv", "--objectives", "ltr=like", "--history_end", "500"]
     options += ["--validation_start", "1500", "--test_start", "2200", "--min_items", "1", "--max_items", "4"]
     options += ["--hidden_size", "8", "--intermediate_size", "8", "--num_attention_heads", "2", "--max_steps", "3"]
-    for seed in (1, 2):
-        run(seed, "reward", *options, "--use_cpu", "true", "--output_dir", work / f"judge{seed}")
+    run_twice(lambda seed: ["reward", *options, "--use_cpu", "true", "--output_dir", work / f"judge{seed}"])
     return work / "judge1", work / "judge2"
 
 
 @pytest.mark.slow
 def test_semantic_ids(work, data):
-    for seed in (1, 2):
-        run(seed, "semantic-ids", "fit", *data, *CODES, "--output_dir", work / f"ids{seed}", threads=seed)
+    fit = ["semantic-ids", "fit", *data, *CODES, "--output_dir"]
+    run(1, *fit, work / "ids1", threads=1)
+    run(2, *fit, work / "ids2", threads=2)
     same(work / "ids1", work / "ids2", "catalogue.safetensors", "codebooks.safetensors", "semantic_ids.json")
 
 
@@ -104,22 +111,19 @@ def test_reward(judges):
 def test_align(work, data, trained, judges):
     sizes = ["--max_steps", "2", "--max_examples", "20", "--dpo_ratio", "0.5", "--num_candidates", "4"]
     sizes += ["--use_cpu", "true", "--bf16", "false"]
-    for seed in (1, 2):
-        options = ["--model", trained[0], "--reward", judges[0], *data[:2], *sizes]
-        run(seed, "align", *options, "--output_dir", work / f"aligned{seed}")
+    options = ["--model", trained[0], "--reward", judges[0], *data[:2], *sizes]
+    run_twice(lambda seed: ["align", *options, "--output_dir", work / f"aligned{seed}"])
     same(work / "aligned1", work / "aligned2", "model.safetensors", "pairs/pairs.parquet", "results.json")
 
 
 @pytest.mark.slow
 def test_evaluate_and_recommend(work, data, trained):
     histories = "".join(json.dumps([f"m{i}", f"m{i + 1}"]) + "\n" for i in range(10))
-    answers, rows = [], []
-    for seed in (1, 2):
-        folder = work / f"evaluated{seed}"
-        folder.mkdir()
-        options = ["--model", trained[0], "--top_k", "3", "--session_length", "2"]
-        answers.append(run(seed, "recommend", *options, stdin=histories))
-        run(seed, "evaluate", "--model", trained[0], *data, "--json", folder / "results.json")
-        rows.append(files(folder))
+    options = ["--model", trained[0], "--top_k", "3", "--session_length", "2"]
+    answers = run_twice(lambda _: ["recommend", *options], stdin=histories)
     assert answers[0] == answers[1]
-    assert rows[0] == rows[1]
+    folders = [work / f"evaluated{seed}" for seed in (1, 2)]
+    for folder in folders:
+        folder.mkdir()
+    run_twice(lambda seed: ["evaluate", "--model", trained[0], *data, "--json", folders[seed - 1] / "results.json"])
+    assert files(folders[0]) == files(folders[1])
