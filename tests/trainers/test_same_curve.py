@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
+from tests.conftest import make_catalogue, make_model
 from tests.ranks import torchrun
 from tests.trainers.curves import LAYOUTS, make_start
 
@@ -74,23 +75,27 @@ def test_a_rank_holds_its_share_of_the_weights(trained, layout, experts):
             assert part["experts"] == [experts] * 2
 
 
-def test_a_tied_table_that_does_not_divide_is_refused(start, tmp_path):
+def test_what_shards_would_train_wrong_is_refused(tmp_path):
+    catalogue = make_catalogue(60, (8, 8, 8))
+    make_model(catalogue, vocab_size=67).save_pretrained(tmp_path / "odd")
+    make_model(catalogue, num_item_embeddings=60, item_loss_weight=1.0).save_pretrained(tmp_path / "items")
     script = tmp_path / "odd.py"
     script.write_text(
         """
 import sys
+import onerec_hf
 from transformers import AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
-from tests.trainers.curves import make_catalogue, make_model
 
-make_model(make_catalogue(60, (8, 8, 8)), vocab_size=67).save_pretrained(sys.argv[1] + sys.argv[2])
-try:
-    AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1] + sys.argv[2], distributed_config=DistributedConfig(fsdp_size=2))
-except ValueError as error:
-    print(error)
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForSeq2SeqLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    except ValueError as error:
+        print(error)
 """
     )
-    run = torchrun(script, tmp_path, "/odd")
+    run = torchrun(script, tmp_path / "odd", tmp_path / "items")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("vocab_size=67 rows, which fsdp_size=2 does not divide") == 2
     assert "resize_token_embeddings(68)" in run.stdout
+    assert run.stdout.count("item_loss_weight=1.0 cannot be sharded") == 2
