@@ -91,7 +91,12 @@ class Contest:
 
 
 def run_row(
-    contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep: str | None = None
+    contest: Contest,
+    row: Row,
+    config: list[str],
+    minutes: float | None,
+    splits: Sequence[str],
+    keep: str | None = None,
 ) -> Measured:
     """
     One row for one seed: the metrics on these splits, as `SPLIT/METRIC`; `chosen`, what the validation users that are asked said of the weights
@@ -122,7 +127,10 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     from _sequence_models import SEQUENCE_MODELS
     from _sequence_training import train_sequence_model
 
-    settings = {"max_length": parsed(config, {})[0].max_history, **row.settings}  # as much history as the generators read
+    settings = {
+        "max_length": parsed(config, {})[0].max_history,
+        **row.settings,
+    }  # as much history as the generators read
     training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
     training = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **training}
     torch.manual_seed(contest.seed)
@@ -189,7 +197,9 @@ def save_rankings(path: str, trainer, examples, depth: int = 40) -> None:
     rows, scores = [], []
     processor, model = trainer.processing_class, trainer.model
     trainer.args.train_sampling_strategy = "random"  # users in their order
-    for batch in trainer.get_eval_dataloader(examples.select(range(len(examples)))):  # another data set: another loader
+    for batch in trainer.get_eval_dataloader(
+        examples.select(range(len(examples)))
+    ):  # another data set: another loader
         found = model.recommend(
             batch["input_ids"], batch["attention_mask"], session_length=1, num_beams=depth, num_return_sequences=depth,
             exclude=batch["exclude"], return_dict_in_generate=True,
@@ -197,6 +207,29 @@ def save_rankings(path: str, trainer, examples, depth: int = 40) -> None:
         rows.append(processor.item_rows(found.sequences).view(-1, depth).cpu().numpy().astype(np.int32))
         scores.append(found.sequences_scores.view(-1, depth).float().cpu().numpy().astype(np.float16))
     np.savez_compressed(path, rows=np.concatenate(rows), scores=np.concatenate(scores))
+
+
+def fused(contest: Contest, files: Sequence[str], splits: Sequence[str]) -> Measured:
+    """
+    Metrics of several models' rankings as one: an item's score is the sum of 1 / (60 + rank) over the models that rank it (reciprocal rank
+    fusion, Cormack et al., SIGIR 2009).
+
+    Args:
+        files: what `save_rankings` was given, less `-SPLIT.npz`.
+    """
+    found = {}
+    for split in splits:
+        rankings = [np.load(f"{file}-{split}.npz")["rows"] for file in files]
+        items, users = len(contest.data.item_ids), len(rankings[0])
+        ranked = np.empty((users, max(KS)), dtype=np.int64)
+        for user in range(users):
+            scores = np.zeros(items + 1)  # the last one is of places without an item
+            for rows in rankings:
+                scores[rows[user]] += 1 / (60 + np.arange(1, rows.shape[1] + 1))
+            ranked[user] = np.argsort(-scores[:items], kind="stable")[: max(KS)]
+        metrics = contest.metrics(ranked, contest.examples(split))
+        found |= {f"{split}/{name}": metrics[name] for name in METRICS}
+    return found
 
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:

@@ -85,7 +85,10 @@ class SASRec(SequenceModel):
         t = states.shape[1]
         states = self.dropout(states + self.places.weight[-t:])
         # What is padded may look at itself, so that no row of the attention is empty.
-        before, itself = torch.ones(t, t, dtype=torch.bool, device=real.device).tril(), torch.eye(t, device=real.device)
+        before, itself = (
+            torch.ones(t, t, dtype=torch.bool, device=real.device).tril(),
+            torch.eye(t, device=real.device),
+        )
         seen = before & (real[:, None, :] | itself.bool())
         return self.layers(states, mask=~seen.repeat_interleave(self.heads, dim=0))
 
@@ -101,7 +104,9 @@ class GRU4Rec(SequenceModel):
     def encode(self, states, real):
         # Rolled so that the padding comes last: a network that has read it would depend on who shares the batch.
         t, lengths = states.shape[1], real.sum(1, keepdim=True)
-        to_left, back = ((torch.arange(t, device=real.device) + shift).remainder(t).unsqueeze(-1) for shift in (-lengths, lengths))
+        to_left, back = (
+            (torch.arange(t, device=real.device) + shift).remainder(t).unsqueeze(-1) for shift in (-lengths, lengths)
+        )
         states = self.dropout(states).take_along_dim(to_left, dim=1)
         return self.out(self.gru(states)[0].take_along_dim(back, dim=1))
 

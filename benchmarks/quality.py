@@ -18,10 +18,10 @@ from pathlib import Path
 
 from _harness import finish, parser, say
 from _quality_rows import ROWS
-from _quality_runs import Contest, parsed, run_row
+from _quality_runs import Contest, fused, parsed, run_row
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-PROTOCOL = ("minutes", "split", "chosen_on", "device", "protocol")
+PROTOCOL = ("split", "chosen_on", "protocol")
 
 
 def arguments():
@@ -31,7 +31,9 @@ def arguments():
     options.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
     options.add_argument("--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=[*ROWS, "all"])
     options.add_argument(
-        "--minutes", type=float, help="of training, for every row, in place of its epochs: CPU time of all threads, wall time on a GPU"
+        "--minutes",
+        type=float,
+        help="of training, for every row, in place of its epochs: CPU time of all threads, wall time on a GPU",
     )
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument(
@@ -41,6 +43,12 @@ def arguments():
     options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
     options.add_argument("--label", help="another name for the row, for a run with --set")
     options.add_argument("--keep", help="folder for the rankings of generators")
+    options.add_argument(
+        "--fuse",
+        nargs="+",
+        metavar="FILES",
+        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; --label names the row",
+    )
     options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
     return options.parse_args()
 
@@ -65,8 +73,23 @@ def main() -> None:
     if options.quick:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **few))
-    said = [setting.split("=", 1) for setting in options.set]
     splits = ["validation"] if options.split == "validation" else ["validation", "test"]
+    about = {"split": options.split, "chosen_on": options.judged_users, "protocol": data.split.description}
+    if options.fuse:
+        contest = Contest(data, training_args.eval_exclude_seen, 0, options.judged_users)
+        how = {
+            "settings": {"fused": [Path(files).name for files in options.fuse]},
+            "recipe": None,
+            "minutes": None,
+            "device": device(),
+        }
+        found = fused(contest, options.fuse, splits)
+        rows = [
+            _row(f"{options.dataset}/{options.label}/{metric}", {0: value}, how) for metric, value in found.items()
+        ]
+        finish([*_kept(options.json, rows, about), *rows], options.json, **about)
+        return
+    said = [setting.split("=", 1) for setting in options.set]
     rows = []
     for name in names:
         row = ROWS[name]
@@ -78,24 +101,26 @@ def main() -> None:
             say(f"{name}, seed {seed}: {measured[-1]}")
         for metric in measured[0]:
             values = dict(zip(options.seeds, (run[metric] for run in measured), strict=True))
-            rows.append(_row(f"{options.dataset}/{label}/{metric}", values, row.settings))
-    about = {"minutes": minutes, "split": options.split, "chosen_on": options.judged_users, "device": device()}
-    about |= {"protocol": data.split.description}
+            how = {"settings": row.settings, "recipe": Path(recipe).name, "minutes": minutes, "device": device()}
+            rows.append(_row(f"{options.dataset}/{label}/{metric}", values, how))
     finish([*_kept(options.json, rows, about), *rows], options.json, **about)
 
 
 def device() -> str:
-    """What trains the models."""
+    """What trains the models: the GPU, or the machine."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    from onerec_hf.evaluation.results import machine
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
 
 
+HOW = ("settings", "recipe", "minutes", "device")
 UNITS = {"train_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
 
 
-def _row(name: str, values: dict[int, float], settings: dict) -> dict:
-    """The result row of a metric: mean, smallest and largest value over seeds, deviation, and each seed's."""
+def _row(name: str, values: dict[int, float], how: dict) -> dict:
+    """The result row of a metric: mean, smallest and largest value over seeds, deviation, each seed's, and how they were measured."""
     from onerec_hf.evaluation.results import result_row
 
     of = list(values.values())
@@ -104,7 +129,7 @@ def _row(name: str, values: dict[int, float], settings: dict) -> dict:
         **result_row(name, statistics.mean(of), unit, spread=[min(of), max(of)]),
         "deviation": statistics.stdev(of) if len(of) > 1 else None,
         "seeds": {str(seed): value for seed, value in values.items()},
-        "settings": settings,
+        **{name: how[name] for name in HOW},
     }
 
 
@@ -123,11 +148,15 @@ def join(paths: list[str], json_path: str | None) -> None:
             raise ValueError(f"{path} was measured under another protocol than {paths[0]}: {', '.join(differing)}")
         for row in file["rows"]:
             before = joined.setdefault(row["name"], row)
-            if before["settings"] != row["settings"]:
-                raise ValueError(f"{path} has {row['name']} with other settings: {row['settings']}")
+            differing = [name for name in HOW if before[name] != row[name]]
+            if differing:
+                raise ValueError(f"{path} has {row['name']} measured otherwise: {', '.join(differing)}")
             seeds = {int(seed): value for seed, value in {**before["seeds"], **row["seeds"]}.items()}
-            joined[row["name"]] = _row(row["name"], dict(sorted(seeds.items())), row["settings"])
-    about = {name: files[0][name] for name in PROTOCOL} | {"versions": files[0]["versions"], "machine": files[0]["machine"]}
+            joined[row["name"]] = _row(row["name"], dict(sorted(seeds.items())), row)
+    about = {name: files[0][name] for name in PROTOCOL} | {
+        "versions": files[0]["versions"],
+        "machine": files[0]["machine"],
+    }
     finish(list(joined.values()), json_path, **about)
 
 

@@ -54,7 +54,7 @@ class OneRecConfig(PreTrainedConfig):
             Share of a history's items whose vector is hidden in training.
         item_loss_weight (`float`, defaults to 0):
             Weight of a second loss: the history's state names the session's first item among all item vectors, by a softmax over the
-            catalogue. It makes the vectors good early; needs `num_item_embeddings`.
+            catalogue. Needs `num_item_embeddings`, and cannot be trained in shards.
         item_score_weight (`float`, defaults to 0):
             What that log-probability of its first item counts beside a session's own in `recommend()`; needs `item_loss_weight`.
         catalogue_hash (`str`, *optional*):
@@ -170,9 +170,13 @@ class OneRecConfig(PreTrainedConfig):
                 f"item_loss_weight={self.item_loss_weight} and item_score_weight={self.item_score_weight} must not be negative"
             )
         if self.item_loss_weight and not self.num_item_embeddings:
-            raise ValueError(f"item_loss_weight={self.item_loss_weight} needs num_item_embeddings, the items of the catalogue")
+            raise ValueError(
+                f"item_loss_weight={self.item_loss_weight} needs num_item_embeddings, the items of the catalogue"
+            )
         if self.item_score_weight and not self.item_loss_weight:
-            raise ValueError(f"item_score_weight={self.item_score_weight} needs item_loss_weight: nothing learns these scores")
+            raise ValueError(
+                f"item_score_weight={self.item_score_weight} needs item_loss_weight: nothing learns these scores"
+            )
         if not 0 <= self.item_embedding_dropout < 1:
             raise ValueError(f"item_embedding_dropout={self.item_embedding_dropout} must lie between 0 and 1")
         if self.head_dim % 2:

@@ -69,7 +69,10 @@ def test_errors_say_which_of_two_tables(tmp_path):
         read_items(path)
 
 
-@pytest.mark.parametrize(("name", "header"), [("a.tsv", "user_id\titem_id\ttimestamp"), ("a.inter", "user_id:token\titem_id:token\ttimestamp:float")])
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("a.tsv", "user_id\titem_id\ttimestamp"), ("a.inter", "user_id:token\titem_id:token\ttimestamp:float")],
+)
 def test_a_timestamp_of_more_digits_than_a_float_holds(tmp_path, name, header):
     path = tmp_path / name
     path.write_text(f"{header}\nu1\tm1\t1{'0' * 400}\n")

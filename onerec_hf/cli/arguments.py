@@ -160,9 +160,7 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
-    def config(
-        self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None
-    ) -> OneRecConfig:
+    def config(self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None) -> OneRecConfig:
         """
         The configuration of a new model.
 

@@ -215,7 +215,7 @@ def _floats(series: pd.Series) -> pd.Series:
     bad &= series.notna()
     if bad.any():
         raise _no_numbers(series, bad.to_numpy())
-    return texts.astype(np.float64)  # integers beyond 64 bits
+    return parsed.astype(np.float64)  # integers beyond 64 bits
 
 
 def _float_lists(series: pd.Series) -> pd.Series:
