@@ -1,0 +1,168 @@
+"""Item vectors beside semantic IDs: where they stand, what they learn, what they add to a ranking, and how they are saved."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSeq2SeqLM
+
+from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf.modeling.item_embedding_onerec import history_states
+from onerec_hf.planning.parameters import count_parameters
+from tests.conftest import make_catalogue, make_model
+from tests.modeling.test_packing import PREFIXES, pack, windows_of
+
+CATALOGUE = make_catalogue()
+PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
+HISTORIES, SESSIONS = [["m1", "m2", "m3"], ["m5"]], [["m4", "m6"], ["m7"]]
+
+
+def make(**config):
+    return make_model(CATALOGUE, num_item_embeddings=len(CATALOGUE), **config)
+
+
+def vector(model, item):
+    """The vector of an item by its place among all codes in order."""
+    codes = [tuple(code) for code in CATALOGUE.codes.tolist()]
+    row = sorted(codes).index(codes[CATALOGUE.rows([item])[0]])
+    return model.model.encoder.item_embedding.vectors.weight[row + 1]
+
+
+def test_vectors_stand_at_the_separators():
+    model = make()
+    inputs = PROCESSOR(HISTORIES)
+    added = model.model.encoder.item_embedding(inputs["input_ids"])
+    for row, history in enumerate(HISTORIES):
+        for place in range(3):
+            there = vector(model, history[place]) if place < len(history) else torch.zeros(32)
+            torch.testing.assert_close(added[row, 4 * place], there)
+            assert not added[row, 4 * place + 1 : 4 * place + 4].any()
+    without = make()
+    without.model.encoder.item_embedding.vectors.weight.data.zero_()
+    assert not torch.allclose(
+        model(**PROCESSOR(HISTORIES, SESSIONS)).logits, without(**PROCESSOR(HISTORIES, SESSIONS)).logits
+    )
+
+
+def test_hidden_items_are_hidden_in_training_only():
+    model = make(item_embedding_dropout=0.5)
+    ids = PROCESSOR([[f"m{i}" for i in range(8)]] * 200)["input_ids"]
+    embedding = model.model.encoder.item_embedding
+    assert embedding(ids)[:, ::4].any(-1).all()
+    share = embedding.train()(ids)[:, ::4].any(-1).float().mean()
+    assert 0.45 < share < 0.55
+
+
+@pytest.mark.parametrize("parts", [None, 30])
+def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts):
+    batch = PROCESSOR(HISTORIES, SESSIONS)
+    more = {} if parts is None else {"num_items_in_batch": torch.tensor(parts)}
+    model, plain = make(item_loss_weight=0.7), make(item_loss_weight=0.7)
+    plain.config.item_loss_weight = 0
+    out = model(**batch, **more)
+    embedding = model.model.encoder.item_embedding
+    names = [vector(model, item) for item in CATALOGUE.item_ids]
+    values = []
+    for row, (history, session) in enumerate(zip(HISTORIES, SESSIONS, strict=True)):
+        state = embedding.head(out.encoder_last_hidden_state[row, 4 * len(history) - 1])
+        scores = torch.stack([state @ name for name in names])
+        values.append(F.cross_entropy(scores, torch.tensor(CATALOGUE.rows(session[:1])[0])))
+    tokens = 9 if parts is None else parts  # three items of three codes
+    wanted = 0.7 * 3 * sum(values) / tokens
+    torch.testing.assert_close(out.loss - plain(**batch, **more).loss, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_prefixes_have_the_loss_of_their_windows():
+    model = make(item_loss_weight=1.0, encoder_is_causal=True)
+    together = model(**pack(PREFIXES, True), num_items_in_batch=torch.tensor(1.0)).loss
+    windows = windows_of(PREFIXES)
+    one_by_one = sum(
+        model(**PROCESSOR([w["history"]], [w["session"]]), num_items_in_batch=torch.tensor(1.0)).loss for w in windows
+    )
+    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-4)
+
+
+def test_everything_learns():
+    model = make(item_loss_weight=1.0).train()
+    model(**PROCESSOR(HISTORIES, SESSIONS)).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    gradient = model.model.encoder.item_embedding.vectors.weight.grad
+    assert not gradient[0].any()
+    assert gradient[1:].any(-1).all()  # the softmax is over all items
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_states_where_histories_end(padding):
+    states, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    mask = mask if padding == "right" else mask.flip(1)
+    last = [1, 2] if padding == "right" else [3, 3]
+    assert torch.equal(history_states(states, mask), states[[0, 1], last])
+    assert torch.equal(history_states(states, None), states[:, -1])
+
+
+def test_rescored_beams_are_the_best_sums():
+    model = make(item_loss_weight=1.0)
+    inputs = PROCESSOR(HISTORIES)
+    asked = {"num_beams": 40, "num_return_sequences": 40, "session_length": 1, "return_dict_in_generate": True}
+    plain = model.recommend(**inputs, **asked)
+    model.config.item_score_weight = 0.5
+    scored = model.recommend(**inputs, **asked)
+    embedding = model.model.encoder.item_embedding
+    history = model.model.encoder(**inputs).last_hidden_state
+    items = embedding.log_probabilities(history_states(history, inputs["attention_mask"]))
+    for user in range(2):
+        some = slice(40 * user, 40 * user + 40)
+        rows = embedding.rows(plain.sequences[some, 1:])
+        sums = plain.sequences_scores[some] + 0.5 * items[user, rows]
+        order = sums.argsort(descending=True)
+        torch.testing.assert_close(scored.sequences_scores[some], sums[order])
+        assert torch.equal(scored.sequences[some], plain.sequences[some][order])
+        assert not torch.equal(order, torch.arange(40))
+    torch.testing.assert_close(items[:, 1:].exp().sum(-1), torch.ones(2))
+
+
+def test_a_saved_model_finds_its_vectors(tmp_path):
+    model = make(item_loss_weight=1.0, item_score_weight=1.0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    batch = PROCESSOR(HISTORIES, SESSIONS)
+    assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+    assert torch.equal(loaded.recommend(batch["input_ids"]), model.recommend(batch["input_ids"]))
+
+
+def test_items_that_come_later_are_read_by_their_codes():
+    model = make(item_loss_weight=1.0, item_score_weight=1.0)
+    taken = {tuple(code) for code in CATALOGUE.codes.tolist()}
+    free = next((a, b, c) for a in range(4) for b in range(5) for c in range(6) if (a, b, c) not in taken)
+    grown = CATALOGUE.add(["new"], codes=[list(free)]).retire(["m39"])
+    model.set_catalogue(grown)
+    ids = OneRecProcessor.from_catalogue(grown)([["new", "m1"]])["input_ids"]
+    added = model.model.encoder.item_embedding(ids)[0]
+    assert not added[0].any()
+    torch.testing.assert_close(added[4], vector(model, "m1"))
+    everything = model.recommend(ids, num_beams=40, num_return_sequences=40, session_length=1)
+    assert grown.rows(["new"])[0] in OneRecProcessor.from_catalogue(grown).item_rows(everything)
+
+
+def test_the_plan_counts_them():
+    model = make()
+    assert count_parameters(model.config) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"num_item_embeddings": 0}, "num_item_embeddings=0"),
+        ({"item_loss_weight": 1.0}, "needs num_item_embeddings"),
+        ({"num_item_embeddings": 40, "item_score_weight": 1.0}, "needs item_loss_weight"),
+        ({"num_item_embeddings": 40, "item_embedding_dropout": 1.0}, "item_embedding_dropout"),
+        ({"num_item_embeddings": 40, "codebook_sizes": [2**21] * 3, "vocab_size": 2**23}, "63 bits"),
+    ],
+)
+def test_settings_that_do_not_fit(config, match):
+    with pytest.raises(Exception, match=match):
+        OneRecConfig(**config)
+
+
+def test_another_number_of_items():
+    with pytest.raises(ValueError, match=r"num_item_embeddings=39, the catalogue 40 items"):
+        make_model(CATALOGUE, num_item_embeddings=39)
