@@ -356,10 +356,9 @@ class OneRecGenerationMixin(GenerationMixin):
         embedding, trie = self.get_encoder().item_embedding, self.catalogue.trie.to(history.device)
         tokens = self._code_tokens(trie, beams.leaves[..., 0].clamp(min=0))
         rows = embedding.rows(tokens)
-        scores = embedding.log_probabilities(history_states(history, attention_mask))
+        items = embedding.scores(history_states(history, attention_mask)).float().log_softmax(-1)
         # An item that came later has no vector: it counts as the least probable one of those that have.
-        least = scores[:, 1:].amin(-1, keepdim=True)
-        added = torch.where(rows > 0, scores.gather(1, rows), least)
+        added = torch.where(rows > 0, items.gather(1, (rows - 1).clamp(min=0)), items.amin(-1, keepdim=True))
         scores, order = (beams.scores + self.config.item_score_weight * added).sort(
             dim=-1, descending=True, stable=True
         )

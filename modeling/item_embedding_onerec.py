@@ -80,11 +80,9 @@ class OneRecItemEmbedding(nn.Module):
             rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.hidden)
         return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
 
-    def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., width) states of histories to (..., items + 1) log-probabilities of the next item, by the rows of `vectors`; -inf for row 0."""
-        scores = self.head(self.dropout(states)) @ self.vectors.weight.T
-        scores = torch.cat([torch.full_like(scores[..., :1], float("-inf")), scores[..., 1:]], dim=-1)
-        return scores.float().log_softmax(-1)
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., width) states of histories to (..., items) logits of the next item, by the rows of `vectors` from 1."""
+        return self.head(self.dropout(states)) @ self.vectors.weight[1:].T
 
     def loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
@@ -98,8 +96,9 @@ class OneRecItemEmbedding(nn.Module):
         """
         levels = len(self.sizes)
         rows = self.rows(labels[:, :levels])
-        values = F.nll_loss(self.log_probabilities(states), rows, ignore_index=0, reduction="sum")
-        return values * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        known = rows > 0  # what is left out here, slots without a session, costs no scores
+        value = F.cross_entropy(self.scores(states[known]).float(), rows[known] - 1, reduction="sum")
+        return value * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def history_states(

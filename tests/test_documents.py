@@ -305,7 +305,7 @@ def test_recipes_parse(recipe, tmp_path):
     assert isinstance(options["learning_rate"], float)
     if command == "train":
         data, ids, model, *_ = parsed
-        config = model.config(ids.codebook_sizes, data.session_length)
+        config = model.config(ids.codebook_sizes, data.session_length, num_items=12_101)
         assert config.hidden_size == model.hidden_size
 
 
@@ -350,5 +350,19 @@ def test_the_tables_of_the_scale_page_are_what_the_code_computes():
 def test_these_recipes_are_there():
     assert [recipe.name for recipe in SIZES] == ["0.1b.yaml", "0.3b.yaml", "10b.yaml", "1b.yaml", "3b.yaml"]
     assert [path.stem for path in LAUNCHES] == ["ddp", "deepspeed_zero3", "distributed", "fsdp2"]
-    names = ["amazon_beauty.yaml", "kuairand.yaml", "kuairand_align.yaml", "kuairand_reward.yaml", "movielens.yaml"]
+    beauty = ["amazon_beauty.yaml", "amazon_beauty_gpu.yaml", "amazon_beauty_items.yaml"]
+    names = [*beauty, "kuairand.yaml", "kuairand_align.yaml", "kuairand_reward.yaml", "movielens.yaml"]
     assert [recipe.name for recipe in RECIPES] == names
+
+
+def test_the_quality_table_is_that_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from quality_table import PAGE, RESULTS, replaced, table
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    results, page = json.loads(RESULTS.read_text()), PAGE.read_text(encoding="utf-8")
+    assert replaced(page, table(results)) == page
+    changed = [row for row in results["rows"] if row["name"].endswith("/hstu/test/recall@10")]
+    changed[0]["value"] += 0.1
+    assert replaced(page, table(results)) != page

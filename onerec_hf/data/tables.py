@@ -159,7 +159,8 @@ def to_numbers(series: pd.Series) -> pd.Series:
         [2.0, inf, nan]
     """
     try:
-        return pd.to_numeric(series, errors="coerce")
+        numbers: Any = pd.to_numeric(series, errors="coerce")
+        return numbers
     except OverflowError:
         return series.map(_as_float).astype(float)
 

@@ -1,0 +1,87 @@
+"""
+README's table of the contest, made from benchmarks/results/quality.json (of benchmarks/quality.py), with the numbers of others' papers beside ours.
+
+    python benchmarks/quality_table.py           writes it into README.md
+    python benchmarks/quality_table.py --check   exits with status 1 where README.md has another one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "quality.json", ROOT / "README.md"
+BEGIN, END = "<!-- quality table: benchmarks/quality_table.py -->\n", "<!-- end of the quality table -->\n"
+
+# What stands in a row, and what was published for Beauty with the same split: recall@10, NDCG@10, where.
+ROWS = {
+    "popularity": ("Popularity", ""),
+    "item_knn": ("Item-kNN", ""),
+    "gru4rec": ("GRU4Rec, full cross-entropy", ".0283 / .0137 (TIGER's paper)"),
+    "sasrec_bce": ("SASRec, one random negative", ".0605 / .0318 (TIGER's paper)"),
+    "sasrec_ce": ("SASRec, full cross-entropy", ".0859 / .0503 (a replication)"),
+    "hstu": ("HSTU, full cross-entropy", ".0704 / .0389 (ActionPiece's paper)"),
+    "tiger": ("TIGER of our parts", ".0648 / .0384 (TIGER's paper)"),
+    "onerec_pointwise": ("OneRec, one item a session", ""),
+    "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
+    "onerec_items_prefixes": ("the same on prefixes, causal encoder", ""),
+    "onerec_items_prefixes_cpu": ("the same on 2 CPU cores", ""),
+    "onerec_items_fused": ("four of these, fused by rank", ""),
+}
+
+
+def table(results: dict, dataset: str = "amazon-beauty") -> str:
+    """
+    The Markdown table.
+
+    Args:
+        results: the JSON's content.
+    """
+    rows = {row["name"]: row for row in results["rows"]}
+    lines = ["| Beauty, test | recall@10 | NDCG@10 | seeds | published |", "|---|---|---|---|---|"]
+    for name, (says, published) in ROWS.items():
+        if f"{dataset}/{name}/test/recall@10" not in rows:
+            continue
+        recall, ndcg = (rows[f"{dataset}/{name}/test/{metric}@10"] for metric in ("recall", "ndcg"))
+        lines.append(f"| {says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {published} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(row: dict) -> str:
+    """`.0726 ± .0015`: mean and standard deviation over seeds."""
+    text = f"{row['value']:.4f}".lstrip("0")
+    return text if row["deviation"] is None else f"{text} ± {row['deviation']:.4f}".replace("± 0", "± ")
+
+
+def replaced(page: str, new: str) -> str:
+    """
+    The page with this table in place of its own.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    before, found, rest = page.partition(BEGIN)
+    _, ends, after = rest.partition(END)
+    if not (found and ends):
+        raise ValueError(f"{PAGE} lacks the lines {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN + new + END + after
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="write nothing")
+    check = arguments.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    new = replaced(page, table(json.loads(RESULTS.read_text())))
+    if check and new != page:
+        print(f"{PAGE} has another table than {RESULTS} gives: run benchmarks/quality_table.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
