@@ -28,7 +28,7 @@ quickstart: install
 	$(BIN)/onerec-hf quickstart --output_dir runs/quickstart --overwrite
 
 test: install-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 lint: install-test
 	$(BIN)/ruff check .
