@@ -31,6 +31,14 @@ PLAIN: dict[str, Any] = {
 ALIGNED: dict[str, Any] = {**PLAIN, "embedding": "aligned+behaviour"}
 ITEMS: dict[str, Any] = {**ALIGNED, "item_embeddings": "true"}
 SCORED: dict[str, Any] = {**ITEMS, "item_loss_weight": 1, "item_score_weight": 1, "item_score_weights": [0, 0.5, 1, 2]}
+PREFIXES: dict[str, Any] = {
+    **SCORED,
+    "encoder_is_causal": "true",
+    "train_on": "prefixes",
+    "packing": "true",
+    "train_sampling_strategy": "random",
+    "per_device_train_batch_size": 24,
+}
 
 ROWS = {
     "popularity": Row("ranking", "items by training interactions", {"model": "popularity"}),
@@ -73,17 +81,9 @@ ROWS = {
     "onerec_aligned_ids": Row("onerec", "OneRec pointwise, IDs of aligned embeddings beside behaviour", ALIGNED),
     "onerec_items": Row("onerec", "+ item vectors beside the codes of a history", ITEMS),
     "onerec_items_scored": Row("onerec", "+ the item loss, beams rescored by it", SCORED),
-    "onerec_items_prefixes": Row(
-        "onerec",
-        "the same, trained on prefixes with a causal encoder",
-        {
-            **SCORED,
-            "encoder_is_causal": "true",
-            "train_on": "prefixes",
-            "packing": "true",
-            "train_sampling_strategy": "random",
-            "per_device_train_batch_size": 24,
-        },
+    "onerec_items_prefixes": Row("onerec", "the same, trained on prefixes with a causal encoder", PREFIXES),
+    "onerec_items_pointwise": Row(
+        "onerec", "and the encoder's attention without a softmax", {**PREFIXES, "encoder_attention": "pointwise"}
     ),
     "onerec_dense": Row("onerec", "OneRec pointwise, dense at equal active width", {**PLAIN, "num_experts": 1}),
     "onerec_plain_kmeans": Row("onerec", "OneRec pointwise, IDs by plain k-means", {**PLAIN, "quantizer": "kmeans"}),

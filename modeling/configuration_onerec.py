@@ -44,6 +44,8 @@ class OneRecConfig(PreTrainedConfig):
             The classic load-balancing loss, added when `output_router_logits=True`.
         encoder_is_causal (`bool`, defaults to `False`):
             Causal self-attention in the encoder; the paper's encoder is fully visible.
+        encoder_attention (`str`, defaults to `"softmax"`):
+            Or `"pointwise"`: the encoder's self-attention without a softmax, as in HSTU ([`OneRecPointwiseAttention`]).
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.
@@ -94,6 +96,7 @@ class OneRecConfig(PreTrainedConfig):
     dropout_rate: float | int = 0.1
     attention_dropout: float | int = 0.0
     encoder_is_causal: bool = False
+    encoder_attention: str = "softmax"
     cross_attention_rope: bool = True
     num_experts: int = 24
     num_experts_per_tok: int = 2
@@ -179,6 +182,8 @@ class OneRecConfig(PreTrainedConfig):
             )
         if not 0 <= self.item_embedding_dropout < 1:
             raise ValueError(f"item_embedding_dropout={self.item_embedding_dropout} must lie between 0 and 1")
+        if self.encoder_attention not in ("softmax", "pointwise"):
+            raise ValueError(f"encoder_attention={self.encoder_attention!r:.80}: choose softmax or pointwise")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
 

@@ -43,6 +43,7 @@ from .packing_onerec import (
     same_segment,
     within_ranges,
 )
+from .pointwise_onerec import OneRecPointwiseAttention, visible_tokens
 from .rotary_onerec import OneRecRotaryEmbedding, apply_rotary, history_positions
 from .sharding_onerec import ShardedModel
 
@@ -282,7 +283,10 @@ class OneRecSparseMoeBlock(nn.Module):
 class OneRecEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.self_attn = OneRecSelfAttention(config, layer_idx, is_causal=config.encoder_is_causal)
+        if config.encoder_attention == "pointwise":
+            self.self_attn = OneRecPointwiseAttention(config)
+        else:
+            self.self_attn = OneRecSelfAttention(config, layer_idx, is_causal=config.encoder_is_causal)
         self.mlp = OneRecMLP(config)
         self.input_layernorm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -430,14 +434,17 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 inputs_embeds = inputs_embeds + self.item_embedding(input_ids)
         if position_ids is None:
             position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
-        create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask
-        mask = create_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            and_mask_function=None if segment_ids is None else same_segment(segment_ids),
-        )
+        if self.config.encoder_attention == "pointwise":
+            mask = visible_tokens(inputs_embeds, attention_mask, segment_ids, self.config.encoder_is_causal)
+        else:
+            create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask
+            mask = create_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                and_mask_function=None if segment_ids is None else same_segment(segment_ids),
+            )
         hidden_states, positions = self.dropout(inputs_embeds), self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=positions, **kwargs)

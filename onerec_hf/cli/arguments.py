@@ -147,6 +147,10 @@ class ModelArguments:
     dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
     encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
+    encoder_attention: str = field(
+        default="softmax",
+        metadata={"help": "Or pointwise: the encoder's self-attention without a softmax, as in HSTU."},
+    )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_embeddings: bool = field(
         default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}

@@ -71,6 +71,8 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     Args:
         expert_parallel: whether the experts are groups of their own, not part of their layer's.
     """
+    if config.encoder_attention != "softmax":
+        raise ValueError(f"encoder_attention={config.encoder_attention!r} is not planned for: only softmax is")
     width, norm = config.hidden_size, (config.hidden_size,)
     vocabulary = (config.vocab_size or 0, width)
     encoder = [*_attention(config), *_feed_forward(config), norm, norm]
