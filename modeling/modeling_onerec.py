@@ -281,9 +281,9 @@ class OneRecSparseMoeBlock(nn.Module):
 
 
 class OneRecEncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, layer_idx, pointwise: bool = False):
         super().__init__()
-        if config.encoder_attention == "pointwise":
+        if pointwise:
             self.self_attn = OneRecPointwiseAttention(config)
         else:
             self.self_attn = OneRecSelfAttention(config, layer_idx, is_causal=config.encoder_is_causal)
@@ -407,7 +407,10 @@ class OneRecEncoder(OneRecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.item_embedding = OneRecItemEmbedding(config) if config.num_item_embeddings else None
-        self.layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.encoder_layers)])
+        self.pointwise = config.encoder_attention == "pointwise"
+        self.layers = nn.ModuleList(
+            [OneRecEncoderLayer(config, i, self.pointwise) for i in range(config.encoder_layers)]
+        )
         self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.rotary_emb = OneRecRotaryEmbedding(config)
@@ -434,7 +437,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 inputs_embeds = inputs_embeds + self.item_embedding(input_ids)
         if position_ids is None:
             position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
-        if self.config.encoder_attention == "pointwise":
+        if self.pointwise:
             mask = visible_tokens(inputs_embeds, attention_mask, segment_ids, self.config.encoder_is_causal)
         else:
             create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask

@@ -11,10 +11,14 @@ from torch import nn
 
 from .rotary_onerec import apply_rotary
 
+# What the weights are divided by, HSTU's length of a history. The sums then lie about the root of the norm's epsilon: a history that says little
+# stays small, where a norm of larger sums would blow it up.
+_LENGTH = 10
+
 
 class OneRecPointwiseAttention(nn.Module):
     """
-    `o(norm(silu(q k^T / sqrt(d)) v) * u)` with q, k, v and u the SiLU of linear maps, a norm per head, and rotary positions where HSTU has a bias.
+    `o(norm(silu(q k^T / sqrt(d)) v / 10) * u)` with q, k, v and u the SiLU of linear maps, and rotary positions where HSTU has a bias.
     All weights of a row exist at once, whatever the model's attention implementation is.
 
     Args:
@@ -38,7 +42,7 @@ class OneRecPointwiseAttention(nn.Module):
         self.v_proj = nn.Linear(width, heads // self.groups, bias=False)
         self.u_proj = nn.Linear(width, heads, bias=False)
         self.o_proj = nn.Linear(heads, width, bias=False)
-        self.norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(heads, eps=config.rms_norm_eps)
         self.attention_dropout = nn.Dropout(config.attention_dropout)
 
     def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
@@ -49,8 +53,8 @@ class OneRecPointwiseAttention(nn.Module):
         )
         query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
         key, value = (states.repeat_interleave(self.groups, dim=1) for states in (key, value))
-        weights = F.silu(query @ key.mT * self.head_dim**-0.5).masked_fill(~attention_mask, 0.0)
-        out = self.norm((self.attention_dropout(weights) @ value).transpose(1, 2)).flatten(2)
+        weights = (F.silu(query @ key.mT * self.head_dim**-0.5) / _LENGTH).masked_fill(~attention_mask, 0.0)
+        out = self.norm((self.attention_dropout(weights) @ value).transpose(1, 2).flatten(2))
         return self.o_proj(out * F.silu(self.u_proj(hidden_states))), weights
 
 
