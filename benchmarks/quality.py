@@ -21,7 +21,7 @@ from _quality_rows import ROWS
 from _quality_runs import Contest, fused, parsed, run_row
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-PROTOCOL = ("split", "chosen_on", "protocol")
+PROTOCOL = ("split", "protocol")
 
 
 def arguments():
@@ -74,7 +74,7 @@ def main() -> None:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **few))
     splits = ["validation"] if options.split == "validation" else ["validation", "test"]
-    about = {"split": options.split, "chosen_on": options.judged_users, "protocol": data.split.description}
+    about = {"split": options.split, "protocol": data.split.description}
     if options.fuse:
         contest = Contest(data, training_args.eval_exclude_seen, 0, options.judged_users)
         how = {
@@ -101,7 +101,13 @@ def main() -> None:
             say(f"{name}, seed {seed}: {measured[-1]}")
         for metric in measured[0]:
             values = dict(zip(options.seeds, (run[metric] for run in measured), strict=True))
-            how = {"settings": row.settings, "recipe": Path(recipe).name, "minutes": minutes, "device": device()}
+            how = {
+                "settings": row.settings,
+                "recipe": Path(recipe).name,
+                "minutes": minutes,
+                "chosen_on": options.judged_users,
+                "device": device(),
+            }
             rows.append(_row(f"{options.dataset}/{label}/{metric}", values, how))
     finish([*_kept(options.json, rows, about), *rows], options.json, **about)
 
@@ -115,7 +121,7 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
 
 
-HOW = ("settings", "recipe", "minutes", "device")
+HOW = ("settings", "recipe", "minutes", "chosen_on", "device")
 UNITS = {"train_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
 
 

@@ -28,8 +28,8 @@ ROWS = {
     "onerec_pointwise": ("OneRec, one item a session", ""),
     "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
     "onerec_items_prefixes": ("the same on prefixes, causal encoder", ""),
-    "onerec_items_prefixes_cpu": ("the same on 2 CPU cores", ""),
-    "onerec_items_fused": ("four of these, fused by rank", ""),
+    "onerec_items_fused": ("the four generators of these two rows, fused by rank", ""),
+    "onerec_items_pointwise_cpu": ("on a CPU: pointwise encoder, width 64, 15 minutes", ""),
 }
 
 
