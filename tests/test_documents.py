@@ -358,7 +358,7 @@ def test_these_recipes_are_there():
 def test_the_quality_table_is_that_of_the_results():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from quality_table import PAGE, RESULTS, replaced, table
+        from _quality_table import PAGE, RESULTS, replaced, table
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
     results, page = json.loads(RESULTS.read_text()), PAGE.read_text(encoding="utf-8")

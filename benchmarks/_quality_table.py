@@ -1,8 +1,8 @@
 """
 README's table of the contest, made from benchmarks/results/quality.json (of benchmarks/quality.py), with the numbers of others' papers beside ours.
 
-    python benchmarks/quality_table.py           writes it into README.md
-    python benchmarks/quality_table.py --check   exits with status 1 where README.md has another one
+    python benchmarks/_quality_table.py           writes it into README.md
+    python benchmarks/_quality_table.py --check   exits with status 1 where README.md has another one
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "quality.json", ROOT / "README.md"
-BEGIN, END = "<!-- quality table: benchmarks/quality_table.py -->\n", "<!-- end of the quality table -->\n"
+BEGIN, END = "<!-- quality table: benchmarks/_quality_table.py -->\n", "<!-- end of the quality table -->\n"
 
 # What stands in a row, and what was published for Beauty with the same split: recall@10, NDCG@10, where.
 ROWS = {
@@ -77,7 +77,7 @@ def main() -> int:
     page = PAGE.read_text(encoding="utf-8")
     new = replaced(page, table(json.loads(RESULTS.read_text())))
     if check and new != page:
-        print(f"{PAGE} has another table than {RESULTS} gives: run benchmarks/quality_table.py", file=sys.stderr)
+        print(f"{PAGE} has another table than {RESULTS} gives: run benchmarks/_quality_table.py", file=sys.stderr)
         return 1
     PAGE.write_text(new, encoding="utf-8")
     return 0
