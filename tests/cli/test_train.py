@@ -351,6 +351,15 @@ def test_ctrl_c_before_training_leaves_earlier_results(data, trained, tmp_path, 
     assert contents(folder) == contents(trained.folder)
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_in_the_last_evaluation_loses_nothing(data, trained, tmp_path, monkeypatch):
     folder = tmp_path / "out"
 
