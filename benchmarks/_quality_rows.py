@@ -27,6 +27,10 @@ PLAIN: dict[str, Any] = {
     "item_embeddings": "false",
     "item_loss_weight": 0,
     "item_score_weight": 0,
+    "encoder_is_causal": "false",
+    "encoder_attention": "softmax",
+    "train_on": "windows",
+    "packing": "false",
 }
 ALIGNED: dict[str, Any] = {**PLAIN, "embedding": "aligned+behaviour"}
 ITEMS: dict[str, Any] = {**ALIGNED, "item_embeddings": "true"}

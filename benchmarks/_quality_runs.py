@@ -127,10 +127,8 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     from _sequence_models import SEQUENCE_MODELS
     from _sequence_training import train_sequence_model
 
-    settings = {
-        "max_length": parsed(config, {})[0].max_history,
-        **row.settings,
-    }  # as much history as the generators read
+    read = parsed(config, {})[0].max_history  # as much history as the generators read
+    settings = {"max_length": read, **row.settings}
     training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
     training = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **training}
     torch.manual_seed(contest.seed)

@@ -254,8 +254,8 @@ class OneRecGenerationMixin(GenerationMixin):
             temperature: divides the logits that are sampled from; scores are those of the model itself.
             generator: random numbers for `do_sample`, on the model's device; or a list of generators, one per user, with which a user's
                 sessions do not depend on who else is asked for.
-            return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary); with
-                `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
+            return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary, and
+                what `config.item_score_weight` adds); with `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
                 `sampling_scores` (log-probabilities under the distribution that was sampled from).
 
         Returns:

@@ -12,11 +12,12 @@ class ShardedModel:
                 on, without a message (seen with torch 2.13, also in models of transformers). A loss on item vectors: it reads them outside
                 of the encoder, where shards are not gathered.
         """
-        if mesh_manager is not None and model.config.item_loss_weight:
+        sharded = mesh_manager is not None
+        if sharded and model.config.item_loss_weight:
             raise ValueError(
                 f"a model with item_loss_weight={model.config.item_loss_weight} cannot be sharded: train it in one process or under DDP"
             )
-        if mesh_manager is not None and model.config.tie_word_embeddings:
+        if sharded and model.config.tie_word_embeddings:
             rows, shards = model.config.vocab_size, distributed_config.fsdp_size
             if rows % shards:
                 enough = -(-rows // shards) * shards

@@ -170,8 +170,8 @@ def _as_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return float("nan")
-    except OverflowError:
-        return float("inf")
+    except OverflowError:  # an integer
+        return float("inf") if value > 0 else float("-inf")
 
 
 def check_width(columns: int, where: Any) -> None:

@@ -70,6 +70,9 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
 
     Args:
         expert_parallel: whether the experts are groups of their own, not part of their layer's.
+
+    Raises:
+        ValueError: an encoder without a softmax.
     """
     if config.encoder_attention != "softmax":
         raise ValueError(f"encoder_attention={config.encoder_attention!r} is not planned for: only softmax is")
