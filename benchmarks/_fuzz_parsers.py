@@ -67,15 +67,15 @@ def _read_interactions(path: Path) -> None:
 
 
 def _read_items(path: Path, **arguments: Any) -> None:
-    from onerec_hf.data import load_files
+    """What `load_files` does with the file of items beside one of interactions, without reading that again each time."""
+    from onerec_hf.data.interactions import read_items
+    from onerec_hf.data.sources import with_text
+    from onerec_hf.data.tables import about
 
-    data = load_files(path.parent / "clicks.csv", path, **arguments)
-    assert data.items is not None
-    data.items.frame["text"].map(len)
-
-
-def _prepare_clicks(folder: Path) -> None:
-    (folder / "clicks.csv").write_bytes(_text(_table(), ","))
+    items = read_items(path, **arguments)
+    with about(path):
+        items.select(["m1", "m2", "m3"])
+        with_text(items).frame["text"].map(len)
 
 
 def _read_impressions(path: Path) -> None:
@@ -320,19 +320,24 @@ def _yaml_files() -> list[bytes]:
 
 
 def _read_yaml(path: Path) -> None:
-    parser = _train_parser()
+    parser, defaults = _train_parser()
     parser._from_file = []
+    for action, default in defaults:  # a mapping in a file becomes the default of its option
+        action.default = default
     parser.parse_command(["--config", str(path), "--output_dir", str(path.parent / "out"), "--use_cpu", "true"])
 
 
+@cache
 def _train_parser() -> Any:
+    """The parser of `train`, and the defaults of its options."""
     from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments
     from onerec_hf.cli.parser import CommandParser
     from onerec_hf.cli.train import TrainArguments
     from onerec_hf.trainers import OneRecTrainingArguments
 
     kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
-    return CommandParser(kinds, "onerec-hf train", ["--output_dir"])
+    parser = CommandParser(kinds, "onerec-hf train", ["--output_dir"])
+    return parser, [(action, action.default) for action in parser._actions]
 
 
 def _read_plan_config(path: Path) -> None:
@@ -441,14 +446,13 @@ PARSERS: dict[str, Parser] = {
             lambda: [_atomic(_table(), _KINDS), _atomic(_number_table(), _KINDS)],
             _TAB,
         ),
-        Parser("items-csv", "products.csv", _read_items, lambda: [_text(_products(), ",")], _COMMA, _prepare_clicks),
+        Parser("items-csv", "products.csv", _read_items, lambda: [_text(_products(), ",")], _COMMA),
         Parser(
             "items-jsonl",
             "products.jsonl",
             partial(_read_items, embedding_column="vector"),
             lambda: [_lines({**_products(), "vector": [[1.0, 2.0], [0.5, 1], [0, 0]]})],
             formats.json_lines,
-            _prepare_clicks,
         ),
         Parser(
             "items-parquet",
@@ -456,7 +460,6 @@ PARSERS: dict[str, Parser] = {
             _read_items,
             lambda: [_parquet(_products())],
             formats.parquet_file,
-            _prepare_clicks,
         ),
         Parser(
             "items-item",
@@ -467,7 +470,6 @@ PARSERS: dict[str, Parser] = {
                 _atomic({**_products(), "v": ["1 2", "3 4", ""]}, ["token", "token_seq", "float", "float_seq"]),
             ],
             _TAB,
-            _prepare_clicks,
         ),
         Parser("impressions-csv", "shown.csv", _read_impressions, lambda: [_text(_impressions(), ",")], _COMMA),
         Parser(

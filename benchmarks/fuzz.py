@@ -51,12 +51,16 @@ def row(report: Report) -> dict:
 
 
 def prepare() -> None:
-    """One thread: what forks must not leave threads behind that hold locks."""
+    """One thread: what forks must not leave threads behind that hold locks. And the slow imports, once instead of in each fork."""
+    import datasets  # noqa: F401
+    import pandas  # noqa: F401
     import pyarrow
     import torch
     import transformers
+    import trl.scripts.utils  # noqa: F401
 
     import onerec_hf
+    from onerec_hf.cli import align, plan, steps, train  # noqa: F401
 
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)

@@ -36,8 +36,8 @@ def read_options(file: str) -> dict[str, Any]:
     waiting, count = [options], 0
     while waiting:
         value = waiting.pop()
-        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-        waiting.extend(parts)
+        parts = value.values() if isinstance(value, dict) else value
+        waiting.extend(part for part in parts if isinstance(part, dict | list))
         count += len(parts)
         if count > _MOST_VALUES:  # a few lines of aliases say more values than there is memory for
             raise ValueError(f"--config {file}: it unfolds to more than {_MOST_VALUES:,} values")
