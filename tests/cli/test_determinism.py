@@ -127,3 +127,25 @@ def test_evaluate_and_recommend(work, data, trained):
         folder.mkdir()
     run_twice(lambda seed: ["evaluate", "--model", trained[0], *data, "--json", folders[seed - 1] / "results.json"])
     assert files(folders[0]) == files(folders[1])
+
+
+@pytest.mark.slow
+def test_quickstart(work):
+    header, *rows = interaction_rows()
+    rated = write_csv(work / "rated.csv", [[*header, "rating"], *([*row, 1 + int(row[1][1:]) % 5] for row in rows)])
+    options = ["--interactions", rated, "--max_steps", "2"]
+    run_twice(lambda seed: ["quickstart", *options, "--output_dir", work / f"quick{seed}"])
+    same(work / "quick1", work / "quick2", "model.safetensors", "aligned/model.safetensors", "results.json")
+
+
+@pytest.mark.slow
+def test_prepare(work, data):
+    options = ["--num_shards", "4", "--rows_per_bucket", "60"]
+    run_twice(lambda seed: ["prepare", *data[:2], *options, "--output_dir", work / f"prepared{seed}"])
+    same(work / "prepared1", work / "prepared2", "prepared.json")
+
+
+@pytest.mark.slow
+def test_export(work, trained):
+    run_twice(lambda seed: ["export", "--model", trained[0], "--output_dir", work / f"graphs{seed}"])
+    same(work / "graphs1", work / "graphs2", "encoder.onnx", "decoder.onnx")
