@@ -271,6 +271,23 @@ def _read_model(path: Path) -> None:
     load_model("--model", str(path.parent))
 
 
+def _read_generation_config(path: Path) -> None:
+    """The step of `from_pretrained` that reads this file, into a model that is loaded once: all the others stay as they are."""
+    from onerec_hf.cli.steps import naming
+
+    folder, model = str(path.parent), _model()
+    with naming("--model", folder):
+        # No configuration in its place, from an Auto class, no pipeline; then the download options that from_pretrained has.
+        model.adjust_generation_fn(None, True, False, folder, None, False, None, False, None, "main", "", None)
+
+
+@cache
+def _model():
+    from onerec_hf.cli.steps import load_model
+
+    return load_model("--model", str(_model_folder()))
+
+
 def _read_reward(path: Path) -> None:
     from onerec_hf.cli.align import load_reward
 
@@ -554,7 +571,7 @@ PARSERS: dict[str, Parser] = {
         Parser(
             "generation-config",
             "generation_config.json",
-            _read_model,
+            _read_generation_config,
             partial(_file, _model_folder, "generation_config.json"),
             formats.json_file,
             partial(_copy, _model_folder),

@@ -17,7 +17,6 @@ from _fuzzing import Limits, Parser, damage, fuzz
 TABLES = ("interactions", "items", "impressions", "preferences")  # some ms each
 WHOLE_MODELS = {
     "model-config",
-    "generation-config",
     "weights",
     "reward-model-config",
     "yaml-options",
