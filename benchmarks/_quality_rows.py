@@ -29,6 +29,7 @@ PLAIN: dict[str, Any] = {
     "item_score_weight": 0,
     "encoder_is_causal": "false",
     "encoder_attention": "softmax",
+    "encoder_pools_items": "false",
     "train_on": "windows",
     "packing": "false",
 }
@@ -88,6 +89,11 @@ ROWS = {
     "onerec_items_prefixes": Row("onerec", "the same, trained on prefixes with a causal encoder", PREFIXES),
     "onerec_items_pointwise": Row(
         "onerec", "and the encoder's attention without a softmax", {**PREFIXES, "encoder_attention": "pointwise"}
+    ),
+    "onerec_items_pooled": Row(
+        "onerec",
+        "and one place per item in the encoder",
+        {**PREFIXES, "encoder_attention": "pointwise", "encoder_pools_items": "true"},
     ),
     "onerec_dense": Row("onerec", "OneRec pointwise, dense at equal active width", {**PLAIN, "num_experts": 1}),
     "onerec_plain_kmeans": Row("onerec", "OneRec pointwise, IDs by plain k-means", {**PLAIN, "quantizer": "kmeans"}),

@@ -46,6 +46,9 @@ class OneRecConfig(PreTrainedConfig):
             Causal self-attention in the encoder; the paper's encoder is fully visible.
         encoder_attention (`str`, defaults to `"softmax"`):
             Or `"pointwise"`: the encoder's self-attention without a softmax, as in HSTU ([`OneRecPointwiseAttention`]).
+        encoder_pools_items (`bool`, defaults to `False`):
+            One place per item in the encoder: the embeddings of its tokens are summed before the first layer. Histories are then
+            `tokens_per_item` times shorter for the encoder and for cross-attention; the paper's encoder reads the tokens.
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.
@@ -97,6 +100,7 @@ class OneRecConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     encoder_is_causal: bool = False
     encoder_attention: str = "softmax"
+    encoder_pools_items: bool = False
     cross_attention_rope: bool = True
     num_experts: int = 24
     num_experts_per_tok: int = 2
@@ -196,6 +200,11 @@ class OneRecConfig(PreTrainedConfig):
     def tokens_per_item(self) -> int:
         """Tokens that one item takes in either stack: its separator (SEP or BOS) and one code per level."""
         return len(self.codebook_sizes) + 1
+
+    @property
+    def encoder_stride(self) -> int:
+        """Tokens of a history that share a place in the encoder: all of an item with `encoder_pools_items`, otherwise one."""
+        return self.tokens_per_item if self.encoder_pools_items else 1
 
     @property
     def level_offsets(self) -> list[int]:

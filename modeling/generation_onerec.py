@@ -22,6 +22,7 @@ from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
 from .experts_onerec import packed
 from .item_embedding_onerec import history_states
+from .pooling_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024
 # What generate() hands to its search and the fast path understands, or may ignore.
@@ -200,7 +201,7 @@ class OneRecGenerationMixin(GenerationMixin):
             return None
         beams = self._search(
             model_kwargs["encoder_outputs"].last_hidden_state,
-            model_kwargs.get("attention_mask"),
+            at_places(model_kwargs.get("attention_mask"), self.config.encoder_stride),
             constraint,
             config.num_beams,
             session_length,
@@ -295,6 +296,7 @@ class OneRecGenerationMixin(GenerationMixin):
         )
         with _without_dropout(self):
             history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
+            attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             beams = self._search(history, attention_mask, constraint, num_beams, session_length, **sampling)
             if self.config.item_score_weight and not do_sample:

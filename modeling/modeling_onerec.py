@@ -44,6 +44,7 @@ from .packing_onerec import (
     within_ranges,
 )
 from .pointwise_onerec import OneRecPointwiseAttention, visible_tokens
+from .pooling_onerec import at_places, pooled_embeddings, ranges_of_places
 from .rotary_onerec import OneRecRotaryEmbedding, apply_rotary, history_positions
 from .sharding_onerec import ShardedModel
 
@@ -393,7 +394,10 @@ _ATTENTION_TP = {
 
 
 class OneRecEncoder(OneRecPreTrainedModel):
-    """The history's encoder: fully visible, or causal with `config.encoder_is_causal`."""
+    """
+    The history's encoder: fully visible, or causal with `config.encoder_is_causal`. Its states are one per token, or one per item with
+    `config.encoder_pools_items`; `position_ids` are of these.
+    """
 
     _can_record_outputs = {"hidden_states": OneRecEncoderLayer, "attentions": OneRecSelfAttention}
     _tp_plan = {key: plan for key, plan in _ATTENTION_TP.items() if "cross" not in key} | {
@@ -435,6 +439,10 @@ class OneRecEncoder(OneRecPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_embedding is not None:
                 inputs_embeds = inputs_embeds + self.item_embedding(input_ids)
+        if self.config.encoder_pools_items:
+            stride = self.config.encoder_stride
+            inputs_embeds = pooled_embeddings(inputs_embeds, stride)
+            attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
         if position_ids is None:
             position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
         if self.pointwise:
@@ -631,6 +639,10 @@ class OneRecModel(OneRecPreTrainedModel):
         decoder_position_ids = kwargs.pop("decoder_position_ids", None)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, **kwargs)
+        if self.config.encoder_pools_items:
+            stride = self.config.encoder_stride
+            attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
+            history_ranges = ranges_of_places(history_ranges, stride)
         encoder_hidden_states, cross_attention_mask = encoder_outputs[0], attention_mask
         if encoder_input_ids is not None:  # one encoder pass per user, whichever rows read it
             repeats = decoder_input_ids.shape[0] // encoder_hidden_states.shape[0]
@@ -765,7 +777,12 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if self.config.item_loss_weight:
-                states = history_states(out.encoder_last_hidden_state, attention_mask, history_ranges)
+                stride = self.config.encoder_stride
+                states = history_states(
+                    out.encoder_last_hidden_state,
+                    at_places(attention_mask, stride),
+                    ranges_of_places(history_ranges, stride),
+                )
                 item_loss = self.model.encoder.item_embedding.loss(states, labels, kwargs.get("num_items_in_batch"))
                 loss = loss + self.config.item_loss_weight * item_loss
         if output_router_logits and self.config.num_experts > 1:

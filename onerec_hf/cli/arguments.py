@@ -151,6 +151,9 @@ class ModelArguments:
         default="softmax",
         metadata={"help": "Or pointwise: the encoder's self-attention without a softmax, as in HSTU."},
     )
+    encoder_pools_items: bool = field(
+        default=False, metadata={"help": "One place per item in the encoder: its tokens' embeddings are summed."}
+    )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_embeddings: bool = field(
         default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}

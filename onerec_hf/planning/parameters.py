@@ -72,10 +72,12 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
         expert_parallel: whether the experts are groups of their own, not part of their layer's.
 
     Raises:
-        ValueError: an encoder without a softmax.
+        ValueError: an encoder without a softmax, or one that pools items.
     """
     if config.encoder_attention != "softmax":
         raise ValueError(f"encoder_attention={config.encoder_attention!r} is not planned for: only softmax is")
+    if config.encoder_pools_items:
+        raise ValueError("encoder_pools_items is not planned for: only an encoder that reads tokens is")
     width, norm = config.hidden_size, (config.hidden_size,)
     vocabulary = (config.vocab_size or 0, width)
     encoder = [*_attention(config), *_feed_forward(config), norm, norm]

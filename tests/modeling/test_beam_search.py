@@ -75,6 +75,7 @@ def test_equals_transformers_beam_search(data):
         num_key_value_heads=data.draw(st.sampled_from([2, 4])),
         cross_attention_rope=data.draw(st.booleans()),
         encoder_is_causal=data.draw(st.booleans()),
+        encoder_pools_items=data.draw(st.booleans()),
     )
     processor = OneRecProcessor.from_catalogue(catalogue)
     items = st.sampled_from(catalogue.item_ids)
