@@ -1,10 +1,12 @@
 """One place per item in the encoder: what a place is, masks and packed rows, generation, the item loss, saving."""
 
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf.cli.export import export_onnx
 from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack, windows_of
@@ -98,6 +100,16 @@ def test_it_is_saved(tmp_path):
     inputs = PROCESSOR(HISTORIES)
     assert torch.equal(loaded.recommend(**inputs), model.recommend(**inputs))
     assert not torch.equal(make_model(CATALOGUE).recommend(**inputs), model.recommend(**inputs))
+
+
+@pytest.mark.slow
+def test_it_is_exported(tmp_path):
+    differences = export_onnx(make(), PROCESSOR, tmp_path)  # itself compared with the model, on other sizes
+    assert differences.keys() == {"encoder", "decoder"}
+    batch = PROCESSOR(HISTORIES)
+    inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+    (states,) = onnxruntime.InferenceSession(tmp_path / "encoder.onnx").run(None, inputs)
+    assert states.shape == (2, 3, 32)
 
 
 def test_half_an_item_and_plans_are_refused():

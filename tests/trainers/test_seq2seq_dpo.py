@@ -44,6 +44,19 @@ def test_scores_equal_rows_by_themselves(tmp_path, kind):
     assert chosen.std() > 0.1
 
 
+def test_scores_of_an_encoder_that_pools_items(tmp_path):
+    model = make_model(CATALOGUE, encoder_pools_items=True)
+    trainer = make_trainer(tmp_path, "onerec", model=model)
+    rows = list(pairs_for("onerec"))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    chosen, _ = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    other = make_model(CATALOGUE, encoder_pools_items=True)
+    assert chosen.tolist() == pytest.approx([by_hand(other, "onerec", row, "chosen")[0] for row in rows], abs=1e-5)
+    before = state_of(model)
+    trainer.train()
+    assert all(not torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_sigmoid_and_ipo_equal_hand_values(tmp_path, kind):
     policy, reference = MAKERS[kind](), MAKERS[kind]()
