@@ -10,6 +10,7 @@ import sys
 import zlib
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -61,6 +62,19 @@ def test_lists_among_integers_in_a_column(tmp_path):
     with pytest.raises(ValueError, match=r"clicks\.jsonl: column 'user_id': ids of mixed types"):
         read_interactions(path)
     assert len(read_interactions(lines(path, {**ROW, "seen": 1}, {**ROW, "seen": [2]}))) == 2
+
+
+def test_a_list_among_the_lines(tmp_path):
+    """pandas takes pairs for a row, whose columns may then be named by numbers."""
+    path = lines(tmp_path / "clicks.jsonl", ROW, [[7, [1]]])
+    with pytest.raises(ValueError, match=r"clicks\.jsonl: column 'user_id': 1 of 2 ids are null"):
+        read_interactions(path)
+
+
+def test_a_frame_whose_columns_are_numbers():
+    table = pd.DataFrame({**{name: [value, value] for name, value in ROW.items()}, 7: [[1], [1]]})
+    with pytest.warns(UserWarning, match="dropped 1 of 2 rows"):
+        assert read_interactions(table)[7].tolist() == [[1]]
 
 
 def test_errors_say_which_of_two_tables(tmp_path):

@@ -121,8 +121,10 @@ def _comparable(table: pd.DataFrame) -> pd.DataFrame:
         for column in table.columns
         if table[column].dtype == object and pd.api.types.infer_dtype(table[column], skipna=True).startswith("mixed")
     ]
-    written = {c: table[c].map(lambda v: repr(v.tolist() if isinstance(v, np.ndarray) else v)) for c in unhashable}
-    return table.assign(**written)
+    written = table.copy(deep=False)
+    for column in unhashable:
+        written[column] = table[column].map(lambda v: repr(v.tolist() if isinstance(v, np.ndarray) else v))
+    return written
 
 
 def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
