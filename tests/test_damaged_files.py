@@ -26,6 +26,7 @@ from onerec_hf import (
 )
 from onerec_hf.cli.align import read_preferences
 from onerec_hf.cli.arguments import DataArguments, parse
+from onerec_hf.cli.plan import recipe_options
 from onerec_hf.cli.recommend import known_items, naming_file, read_file
 from onerec_hf.cli.steps import load_model, load_processor
 from onerec_hf.data import read_interactions, read_items
@@ -444,3 +445,12 @@ def test_histories_that_are_none(tmp_path, line):
     with pytest.raises(ValueError, match=r"histories\.jsonl: line 2") as refusal, naming_file(str(path)):
         _ = [known_items(catalogue, number, request["history"], "error", True) for number, request in read_file(path)]
     assert len(str(refusal.value)) < 1_000
+
+
+def test_a_long_option_is_not_repeated_whole(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"? {'x' * 8_000}\n: 1\n")
+    for read in (lambda: recipe_options(str(path)), lambda: parse((DataArguments,), ["--config", str(path)], "train")):
+        with pytest.raises(ValueError, match=r"options\.yaml.*option -{0,2}xxx") as refusal:
+            read()
+        assert len(str(refusal.value)) < 1_000

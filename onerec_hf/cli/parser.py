@@ -96,7 +96,7 @@ class CommandParser(TrlParser):
             if unknown:
                 name = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]
                 close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                self.error(f"{where}unknown option {name}" + (f" (did you mean {close[0]}?)" if close else ""))
+                self.error(f"{where}unknown option {short(name)}" + (f" (did you mean {close[0]}?)" if close else ""))
         return tuple(filled)
 
     def error(self, message: str) -> NoReturn:

@@ -141,13 +141,14 @@ def check_train_options(file: str, names: list[str]) -> None:
     """
     from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments
     from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.modeling.untrusted_onerec import short
     from onerec_hf.trainers import OneRecTrainingArguments
 
     parts: tuple[Any, ...] = (DataArguments, SemanticIDArguments, TrainArguments, OneRecTrainingArguments)
     known = {option.name for part in parts for option in fields(part)}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"--config {file}: neither plan nor train has an option {unknown[0]}")
+        raise ValueError(f"--config {file}: neither plan nor train has an option {short(unknown[0])}")
 
 
 def load_config(source: str) -> OneRecConfig:
