@@ -25,7 +25,7 @@ from onerec_hf import (
     RewardItems,
 )
 from onerec_hf.cli.align import read_preferences
-from onerec_hf.cli.arguments import DataArguments, parse
+from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments, parse
 from onerec_hf.cli.plan import recipe_options
 from onerec_hf.cli.recommend import known_items, naming_file, read_file
 from onerec_hf.cli.steps import load_model, load_processor
@@ -454,3 +454,11 @@ def test_a_long_option_is_not_repeated_whole(tmp_path):
         with pytest.raises(ValueError, match=r"options\.yaml.*option -{0,2}xxx") as refusal:
             read()
         assert len(str(refusal.value)) < 1_000
+
+
+@pytest.mark.parametrize("value", ["[8, -.inf]", "-.inf", "[8, -x]"])
+def test_a_value_of_a_list_that_looks_like_an_option(tmp_path, value):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"codebook_sizes: {value}\n")
+    with pytest.raises(ValueError, match=r"options\.yaml.*--codebook_sizes: .*-(inf|x)"):
+        parse((SemanticIDArguments,), ["--config", str(path)], "train")

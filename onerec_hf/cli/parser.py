@@ -119,7 +119,7 @@ class CommandParser(TrlParser):
     def _arguments(self, option: str, action: Action, value: Any) -> list[str]:
         """A YAML value as the command line would give it."""
         if isinstance(value, list) and action.nargs == "+":
-            return [option, *map(str, value)]
+            return [option, *(self._listed(option, part) for part in value)]
         if isinstance(value, dict | list) and action.type in (int, float, string_to_bool):
             self.error(f"argument {option}: expected one value, not {short(value, 80)}")
         if value is None or isinstance(value, dict | list):  # which no command line can say: as TrlParser takes them
@@ -127,4 +127,11 @@ class CommandParser(TrlParser):
             return []
         if value is False and action.type is not string_to_bool:
             value = "no"  # YAML reads `save_strategy: no` as false
-        return [option, str(value)] if action.nargs == "+" else [f"{option}={value}"]
+        return [option, self._listed(option, value)] if action.nargs == "+" else [f"{option}={value}"]
+
+    def _listed(self, option: str, value: Any) -> str:
+        """One of an option's several values: argparse would take what begins like an option for one."""
+        text = str(value)
+        if text.startswith("-") and not self._negative_number_matcher.match(text):
+            self.error(f"argument {option}: invalid value {short(text)!r}")
+        return text
