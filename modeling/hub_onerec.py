@@ -72,19 +72,20 @@ def reading_config(repo: str | os.PathLike) -> Iterator[None]:
 
 def check_sizes(config, sizes: str, layers: str) -> None:
     """
-    Refuses sizes that no model has: a config.json is a few hundred bytes, and would otherwise ask for any amount of memory.
+    Refuses sizes that no model has: a config.json is a few hundred bytes, and would otherwise ask for any amount of memory
+    and time: a layer's modules take some milliseconds to make, before a weight is found to be missing.
 
     Raises:
-        ValueError: one of `sizes` (names, with blanks between them) is not between 1 and 2^31, or one of `layers` not between 0 and 4,096.
+        ValueError: one of `sizes` (names, with blanks between them) is not between 1 and 2^31, or one of `layers` not between 0 and 512.
 
     Example:
         >>> from types import SimpleNamespace
         >>> check_sizes(SimpleNamespace(hidden_size=64, encoder_layers=10**9), "hidden_size", "encoder_layers")
         Traceback (most recent call last):
         ...
-        ValueError: encoder_layers=1000000000 must lie between 0 and 4096
+        ValueError: encoder_layers=1000000000 must lie between 0 and 512
     """
-    for names, low, high in ((sizes, 1, 2**31), (layers, 0, 4096)):
+    for names, low, high in ((sizes, 1, 2**31), (layers, 0, 512)):
         for name in names.split():
             if not low <= getattr(config, name) <= high:
                 raise ValueError(f"{name}={getattr(config, name)!s:.40} must lie between {low} and {high}")
