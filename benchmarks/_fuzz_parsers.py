@@ -282,7 +282,7 @@ def _read_generation_config(path: Path) -> None:
 
 
 @cache
-def _model():
+def _model() -> Any:
     from onerec_hf.cli.steps import load_model
 
     return load_model("--model", str(_model_folder()))

@@ -33,7 +33,8 @@ def read_options(file: str) -> dict[str, Any]:
         raise ValueError(f"--config {file}: no YAML: {short(error, 500)}") from error
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ValueError(f"--config {file}: expected a YAML mapping of options, e.g. max_steps: 1000")
-    waiting, count = [options], 0
+    waiting: list[Any] = [options]
+    count = 0
     while waiting:
         value = waiting.pop()
         parts = value.values() if isinstance(value, dict) else value
