@@ -8,9 +8,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from onerec_hf.evaluation.results import result_row, write_results
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -19,6 +22,18 @@ def parser(docstring: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--quick", action="store_true", help="smaller sizes, at most 50 seconds, the same rows")
     arguments.add_argument("--json", help="file for the rows")
     return arguments
+
+
+def dataset_options(arguments: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that takes any data set with a recipe."""
+    arguments.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
+    arguments.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
+
+
+def recipe_and_folder(options: argparse.Namespace) -> tuple[Path, str]:
+    """The recipe of [`dataset_options`]'s data set and the folder of its files."""
+    name = options.dataset.replace("-", "_")
+    return RECIPES / f"{name}.yaml", options.data_dir or f"../shared/data/{name}"
 
 
 def say(text: str) -> None:

@@ -16,19 +16,17 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from _harness import finish, parser, say
+from _harness import dataset_options, finish, parser, recipe_and_folder, say
 from _quality_rows import ROWS
 from _quality_runs import Contest, fused, parsed, run_row
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PROTOCOL = ("split", "protocol")
 
 
 def arguments():
     options = parser(__doc__)
-    options.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
+    dataset_options(options)
     options.add_argument("--recipe", help="sizes of the generators; recipes/DATASET.yaml when not given")
-    options.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
     options.add_argument("--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=[*ROWS, "all"])
     options.add_argument(
         "--minutes",
@@ -60,8 +58,8 @@ def main() -> None:
         return
     names = list(ROWS) if "all" in options.rows else options.rows
     minutes, small = options.minutes, []
-    recipe = options.recipe or RECIPES / f"{options.dataset.replace('-', '_')}.yaml"
-    folder = options.data_dir or f"../shared/data/{options.dataset.replace('-', '_')}"
+    recipe, folder = recipe_and_folder(options)
+    recipe = options.recipe or recipe
     if options.quick:
         minutes, small = 0.1, ["--hidden_size", "32", "--decoder_layers", "1", "--kmeans_iterations", "4"]
         options.judged_users = 100

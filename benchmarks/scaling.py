@@ -19,17 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _harness import cpu_seconds, finish, one_thread, parser, say
+from _harness import cpu_seconds, dataset_options, finish, one_thread, parser, recipe_and_folder, say
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KINDS = {"dense": 1, "experts": 8}
 HEAD, LEARNING_RATE, AT_WIDTH = 16, 3e-3, 64
 
 
 def arguments():
     options = parser(__doc__)
-    options.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
-    options.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
+    dataset_options(options)
     options.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128])
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options.add_argument("--steps", type=int, default=1000, help="of 128 examples")
@@ -49,8 +47,8 @@ def main() -> None:
     from onerec_hf.cli.steps import fit_catalogue, prepare_data
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
-    name = options.dataset.replace("-", "_")
-    config = ["--config", str(RECIPES / f"{name}.yaml"), "--data_dir", options.data_dir or f"../shared/data/{name}"]
+    recipe, folder = recipe_and_folder(options)
+    config = ["--config", str(recipe), "--data_dir", folder]
     shared: dict[str, Any] = {"session_length": 1, "max_steps": options.steps, "per_device_train_batch_size": 128}
     if options.quick:
         shared["kmeans_iterations"] = 4

@@ -639,10 +639,9 @@ class OneRecModel(OneRecPreTrainedModel):
         decoder_position_ids = kwargs.pop("decoder_position_ids", None)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, **kwargs)
-        if self.config.encoder_pools_items:
-            stride = self.config.encoder_stride
-            attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
-            history_ranges = ranges_of_places(history_ranges, stride)
+        stride = self.config.encoder_stride
+        attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
+        history_ranges = ranges_of_places(history_ranges, stride)
         encoder_hidden_states, cross_attention_mask = encoder_outputs[0], attention_mask
         if encoder_input_ids is not None:  # one encoder pass per user, whichever rows read it
             repeats = decoder_input_ids.shape[0] // encoder_hidden_states.shape[0]

@@ -116,6 +116,12 @@ def interaction_rows() -> list[list]:
     return [["user_id", "item_id", "timestamp"], *rows]
 
 
+def rated_rows() -> list[list]:
+    """`interaction_rows` with a rating of 1 to 5 that belongs to the item."""
+    header, *rows = interaction_rows()
+    return [[*header, "rating"], *([*row, 1 + int(row[1][1:]) % 5] for row in rows)]
+
+
 def item_rows() -> list[list]:
     """Header and rows: titles that group the items in tens."""
     colours = ("red", "blue", "green", "black")

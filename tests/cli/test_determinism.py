@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import CODES, TINY, interaction_rows, item_rows, write_csv
+from tests.cli.commands import CODES, TINY, interaction_rows, item_rows, rated_rows, write_csv
 
 TIMES = {"seconds"}  # of results.json: what a run took
 # What says when, where and with which command a file was made.
@@ -131,8 +131,7 @@ def test_evaluate_and_recommend(work, data, trained):
 
 @pytest.mark.slow
 def test_quickstart(work):
-    header, *rows = interaction_rows()
-    rated = write_csv(work / "rated.csv", [[*header, "rating"], *([*row, 1 + int(row[1][1:]) % 5] for row in rows)])
+    rated = write_csv(work / "rated.csv", rated_rows())
     options = ["--interactions", rated, "--max_steps", "2"]
     run_twice(lambda seed: ["quickstart", *options, "--output_dir", work / f"quick{seed}"])
     same(work / "quick1", work / "quick2", "model.safetensors", "aligned/model.safetensors", "results.json")

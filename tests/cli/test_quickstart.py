@@ -1,6 +1,5 @@
 """`onerec-hf quickstart`: ratings to a saved, recommending model, with its numbers."""
 
-import csv
 import json
 import signal
 
@@ -10,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf.cli.quickstart import codebook_size
 from onerec_hf.trainers import OneRecTrainer
-from tests.cli.commands import NUM_ITEMS, onerec, succeeded, write_csv
+from tests.cli.commands import NUM_ITEMS, onerec, rated_rows, succeeded, write_csv
 from tests.hub_cards.reading import section
 
 ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "illegal_share", "seconds")
@@ -92,11 +91,8 @@ def test_own_interactions(first):
     assert command.startswith("onerec-hf quickstart --interactions ")
 
 
-def test_ratings_end_in_a_round_of_alignment(data, tmp_path):
-    header, *rows = list(csv.reader(data.interactions.open()))
-    rated = write_csv(
-        tmp_path / "rated.csv", [[*header, "rating"], *([*row, 1 + int(row[1][1:]) % 5] for row in rows)]
-    )
+def test_ratings_end_in_a_round_of_alignment(tmp_path):
+    rated = write_csv(tmp_path / "rated.csv", rated_rows())
     folder = tmp_path / "out"
     done = succeeded(onerec("quickstart", "--interactions", rated, "--max_steps", 2, "--output_dir", folder))
     check(done, folder, "m")
