@@ -30,6 +30,7 @@ PLAIN: dict[str, Any] = {
     "encoder_is_causal": "false",
     "encoder_attention": "softmax",
     "encoder_pools_items": "false",
+    "encoder_scales_embeddings": "false",
     "train_on": "windows",
     "packing": "false",
 }

@@ -89,6 +89,7 @@ def beam_search(
     sample: bool = False,
     temperature: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    guide: Sequence[torch.Tensor] | None = None,
 ) -> Beams:
     """
     The `num_beams` most probable sessions of `session_length` items per user, level by level; or with `sample` as many sessions drawn
@@ -105,6 +106,8 @@ def beam_search(
         decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
         generator: of the Gumbel noise, on the device of the model; or one per user, whose sessions then depend on nobody else's.
+        guide: per level (users, nodes) floats: what is added to the scores of beams whose first item lies below a node, for as long as they
+            have come no further; a whole session has its first item's added. Not for sampling.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config
     device = trie.leaf_to_row.device
@@ -136,8 +139,14 @@ def beam_search(
                 sampled_from = drawn_from.flatten(1).gather(1, place)
                 scores = (scores[..., None] + (logits - normalizer)).flatten(1).gather(1, place)
             else:
-                totals = logits.sub_(normalizer).add_(scores[..., None])
-                scores, place = top_candidates(totals.flatten(1), num_beams)
+                totals = logits.sub_(normalizer).add_(scores[..., None]).flatten(1)
+                if guide is None or item > 0:
+                    scores, place = top_candidates(totals, num_beams)
+                else:
+                    children = (first[..., None] + torch.arange(width, device=device)).flatten(1)
+                    added = guide[level].gather(1, children.clamp_(max=len(trie.codes[level]) - 1))
+                    guided, place = top_candidates(totals + added, num_beams)
+                    scores = guided if level == trie.num_levels - 1 else totals.gather(1, place)
             origin = place // width
             # A dead beam's node need not exist; its score is -inf and stays so.
             nodes = (first.gather(1, origin) + place % width).clamp_(max=len(trie.codes[level]) - 1)

@@ -49,6 +49,9 @@ class OneRecConfig(PreTrainedConfig):
         encoder_pools_items (`bool`, defaults to `False`):
             One place per item in the encoder: the embeddings of its tokens are summed before the first layer. Histories are then
             `tokens_per_item` times shorter for the encoder and for cross-attention; the paper's encoder reads the tokens.
+        encoder_scales_embeddings (`bool`, defaults to `False`):
+            The encoder multiplies what it embeds by `sqrt(hidden_size)`: what a history says directly then outweighs what its layers add
+            for longer, and item scores ([`OneRecItemEmbedding`]) are learned in fewer steps. Not done to `inputs_embeds`.
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.
@@ -61,7 +64,8 @@ class OneRecConfig(PreTrainedConfig):
             Weight of a second loss: the history's state names the session's first item among all item vectors, by a softmax over the
             catalogue. Needs `num_item_embeddings`, and cannot be trained in shards.
         item_score_weight (`float`, defaults to 0):
-            What that log-probability of its first item counts beside a session's own in `recommend()`; needs `item_loss_weight`.
+            What that log-probability of its first item counts beside a session's own in `recommend()`, where it guides the beams from the
+            first code on; needs `item_loss_weight`.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
@@ -101,6 +105,7 @@ class OneRecConfig(PreTrainedConfig):
     encoder_is_causal: bool = False
     encoder_attention: str = "softmax"
     encoder_pools_items: bool = False
+    encoder_scales_embeddings: bool = False
     cross_attention_rope: bool = True
     num_experts: int = 24
     num_experts_per_tok: int = 2

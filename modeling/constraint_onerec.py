@@ -84,6 +84,15 @@ class CatalogueConstraint:
         part.users = len(part.allowed if part.allowed is not None else part.excluded)
         return part
 
+    def legal_leaves(self) -> torch.Tensor | None:
+        """(users, leaves) bool, the items that each user may get; None where the request names no items."""
+        named = self.allowed if self.allowed is not None else self.excluded
+        if named is None:
+            return None
+        # What pads the rows goes into a column of its own.
+        legal = torch.full((len(named), self.trie.num_leaves + 1), self.allowed is None, device=named.device)
+        return legal.scatter_(1, named, self.allowed is not None)[:, :-1]
+
     def legal_children(self, level: int, nodes: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """
         Args:

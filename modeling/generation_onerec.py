@@ -21,6 +21,7 @@ from .catalogue_onerec import ItemCatalogue
 from .constraint_onerec import CatalogueConstraint
 from .decoding_onerec import BeamDecoder
 from .experts_onerec import packed
+from .guide_onerec import node_scores
 from .item_embedding_onerec import history_states
 from .pooling_onerec import at_places
 
@@ -298,9 +299,10 @@ class OneRecGenerationMixin(GenerationMixin):
             history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
-            beams = self._search(history, attention_mask, constraint, num_beams, session_length, **sampling)
-            if self.config.item_score_weight and not do_sample:
-                beams = self._with_item_scores(beams, history, attention_mask)
+            guided = self.config.item_score_weight > 0 and not do_sample
+            beams = self._search(
+                history, attention_mask, constraint, num_beams, session_length, guided=guided, **sampling
+            )
         sequences, scores = self._sequences(beams, num_return_sequences)
         if not return_dict_in_generate:
             return sequences
@@ -328,7 +330,15 @@ class OneRecGenerationMixin(GenerationMixin):
             yield
 
     def _search(
-        self, history, attention_mask, constraint, num_beams, session_length, generator=None, **sampling
+        self,
+        history,
+        attention_mask,
+        constraint,
+        num_beams,
+        session_length,
+        guided=False,
+        generator=None,
+        **sampling,
     ) -> Beams:
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
@@ -337,10 +347,11 @@ class OneRecGenerationMixin(GenerationMixin):
         parts = []
         for start in range(0, users, at_once):
             some = slice(start, start + at_once)
+            mask, legal = None if attention_mask is None else attention_mask[some], constraint.of(some)
             decoder = BeamDecoder(
                 self.get_decoder(),
                 history[some],
-                None if attention_mask is None else attention_mask[some],
+                mask,
                 num_beams,
                 self._session_tokens(session_length),
                 static=compile_config is not None,
@@ -348,23 +359,21 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            parts.append(
-                beam_search(decoder, self.lm_head, constraint.of(some), num_beams, session_length, **sampling)
-            )
+            guide = self._guide(history[some], mask, legal) if guided else None
+            parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
-    def _with_item_scores(self, beams: Beams, history, attention_mask) -> Beams:
-        """The beams with `config.item_score_weight` times the log-probability of their first items added, sorted anew."""
-        embedding, trie = self.get_encoder().item_embedding, self.catalogue.trie.to(history.device)
-        tokens = self._code_tokens(trie, beams.leaves[..., 0].clamp(min=0))
-        rows = embedding.rows(tokens)
+    def _guide(self, history, attention_mask, constraint) -> list[torch.Tensor]:
+        """What the item scores add to the beams at each node (see [`node_scores`])."""
+        embedding, trie = self.get_encoder().item_embedding, constraint.trie
+        rows = embedding.rows(self._code_tokens(trie, torch.arange(trie.num_leaves, device=history.device)))
         items = embedding.scores(history_states(history, attention_mask)).float().log_softmax(-1)
         # An item that came later has no vector: it counts as the least probable one of those that have.
-        added = torch.where(rows > 0, items.gather(1, (rows - 1).clamp(min=0)), items.amin(-1, keepdim=True))
-        scores, order = (beams.scores + self.config.item_score_weight * added).sort(
-            dim=-1, descending=True, stable=True
-        )
-        return Beams(beams.leaves.gather(1, order.unsqueeze(-1).expand_as(beams.leaves)), scores)
+        leaves = torch.where(rows > 0, items[:, (rows - 1).clamp(min=0)], items.amin(-1, keepdim=True))
+        legal = constraint.legal_leaves()
+        if legal is not None:
+            leaves = leaves.masked_fill(~legal, float("-inf"))
+        return node_scores(trie, leaves, self.config.item_score_weight)
 
     def _code_tokens(self, trie, leaves: torch.Tensor) -> torch.Tensor:
         """(..., levels) tokens of leaves."""

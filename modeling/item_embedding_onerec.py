@@ -38,10 +38,6 @@ class OneRecItemEmbedding(nn.Module):
         # Row 0 is of items without a vector.
         self.vectors = nn.Embedding(config.num_item_embeddings + 1, config.hidden_size, padding_idx=0)
         self.keys = nn.Buffer(torch.full((config.num_item_embeddings,), prod(self.sizes), dtype=torch.long))
-        self.head = None
-        if config.item_loss_weight > 0:
-            self.head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            self.dropout = nn.Dropout(config.dropout_rate)
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """
@@ -81,8 +77,11 @@ class OneRecItemEmbedding(nn.Module):
         return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
 
     def scores(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., width) states of histories to (..., items) logits of the next item, by the rows of `vectors` from 1."""
-        return self.head(self.dropout(states)) @ self.vectors.weight[1:].T
+        """
+        (..., width) states of histories to (..., items) logits of the next item, by the rows of `vectors` from 1. Nothing learned stands
+        between: what an untrained encoder hands on, the sum of a history's vectors, already names items that resemble it.
+        """
+        return states @ self.vectors.weight[1:].T
 
     def loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """

@@ -439,6 +439,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_embedding is not None:
                 inputs_embeds = inputs_embeds + self.item_embedding(input_ids)
+            if self.config.encoder_scales_embeddings:
+                inputs_embeds = inputs_embeds * self.config.hidden_size**0.5
         if self.config.encoder_pools_items:
             stride = self.config.encoder_stride
             inputs_embeds = pooled_embeddings(inputs_embeds, stride)

@@ -154,6 +154,9 @@ class ModelArguments:
     encoder_pools_items: bool = field(
         default=False, metadata={"help": "One place per item in the encoder: its tokens' embeddings are summed."}
     )
+    encoder_scales_embeddings: bool = field(
+        default=False, metadata={"help": "The encoder multiplies embeddings by the root of the hidden size."}
+    )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_embeddings: bool = field(
         default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}

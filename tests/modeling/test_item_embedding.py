@@ -63,7 +63,7 @@ def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts):
     names = [vector(model, item) for item in CATALOGUE.item_ids]
     values = []
     for row, (history, session) in enumerate(zip(HISTORIES, SESSIONS, strict=True)):
-        state = embedding.head(out.encoder_last_hidden_state[row, 4 * len(history) - 1])
+        state = out.encoder_last_hidden_state[row, 4 * len(history) - 1]
         scores = torch.stack([state @ name for name in names])
         values.append(F.cross_entropy(scores, torch.tensor(CATALOGUE.rows(session[:1])[0])))
     tokens = 9 if parts is None else parts  # three items of three codes
@@ -99,24 +99,75 @@ def test_states_where_histories_end(padding):
     assert torch.equal(history_states(states, None), states[:, -1])
 
 
-def test_rescored_beams_are_the_best_sums():
-    model = make(item_loss_weight=1.0)
-    inputs = PROCESSOR(HISTORIES)
-    asked = {"num_beams": 40, "num_return_sequences": 40, "session_length": 1, "return_dict_in_generate": True}
-    plain = model.recommend(**inputs, **asked)
-    model.config.item_score_weight = 0.5
-    scored = model.recommend(**inputs, **asked)
-    embedding = model.model.encoder.item_embedding
+def item_scores(model, inputs):
+    """(users, items) log-probabilities of the next item, by the rows of `vectors` from 1."""
     history = model.model.encoder(**inputs).last_hidden_state
-    items = embedding.scores(history_states(history, inputs["attention_mask"])).log_softmax(-1)
+    states = history_states(history, inputs["attention_mask"])
+    return model.model.encoder.item_embedding.scores(states).log_softmax(-1)
+
+
+@pytest.mark.parametrize("session_length", [1, 2])
+def test_guided_beams_are_the_best_sums(session_length):
+    model = make(item_loss_weight=1.0)
+    inputs, many = PROCESSOR(HISTORIES), 40 if session_length == 1 else 40 * 39
+    asked = {"num_beams": many, "num_return_sequences": many, "return_dict_in_generate": True}
+    plain = model.recommend(**inputs, **asked, session_length=session_length)
+    model.config.item_score_weight = 0.5
+    guided = model.recommend(**inputs, **asked, session_length=session_length)
+    items = item_scores(model, inputs)
     for user in range(2):
-        some = slice(40 * user, 40 * user + 40)
-        rows = embedding.rows(plain.sequences[some, 1:])
+        some = slice(many * user, many * user + many)
+        rows = model.model.encoder.item_embedding.rows(plain.sequences[some, 1:4])
         sums = plain.sequences_scores[some] + 0.5 * items[user, rows - 1]
         order = sums.argsort(descending=True)
-        torch.testing.assert_close(scored.sequences_scores[some], sums[order])
-        assert torch.equal(scored.sequences[some], plain.sequences[some][order])
-        assert not torch.equal(order, torch.arange(40))
+        torch.testing.assert_close(guided.sequences_scores[some], sums[order])
+        assert set(map(tuple, guided.sequences[some].tolist())) == set(map(tuple, plain.sequences[some].tolist()))
+        assert not torch.equal(order, torch.arange(many))
+
+
+def test_a_few_beams_follow_the_item_scores_to_items_that_the_codes_alone_would_not_reach():
+    model = make(item_loss_weight=1.0)
+    inputs = PROCESSOR(HISTORIES)
+    best = item_scores(model, inputs).argmax(-1)
+    found = {}
+    for weight in (0.0, 1000.0):
+        model.config.item_score_weight = weight
+        sequences = model.recommend(**inputs, num_beams=1, session_length=1)
+        found[weight] = model.model.encoder.item_embedding.rows(sequences[:, 1:]) - 1
+    assert torch.equal(found[1000.0], best)
+    assert not torch.equal(found[0.0], best)
+
+
+def test_what_a_user_must_not_get_guides_no_beam():
+    """All items but one under a first code are excluded: the one that is left has only its own score to lead there."""
+    model = make(item_loss_weight=1.0, item_score_weight=1000.0)
+    inputs, first = PROCESSOR(HISTORIES), torch.tensor(CATALOGUE.codes[:, 0])
+    items = item_scores(model, inputs)
+    for user in range(2):
+        names = model.model.encoder.item_embedding.rows(torch.tensor(CATALOGUE.codes) + torch.tensor([4, 8, 13])) - 1
+        scores = items[user, names]
+        code = first[scores.argmax()]
+        below = (first == code).nonzero()[:, 0]
+        worst = below[scores[below].argmin()]
+        exclude = torch.stack([row for row in below if row != worst])[None].expand(2, -1)
+        others = (first != code).nonzero()[:, 0]
+        assert scores[others].max() > scores[worst]
+        sequences = model.recommend(**inputs, exclude=exclude, num_beams=1, session_length=1)
+        row = int(PROCESSOR.item_rows(sequences)[user])
+        mass = {int(c): scores[(first == c)].logsumexp(0) for c in first.unique() if c != code}
+        likeliest = max({**mass, int(code): scores[worst]}.items(), key=lambda each: each[1])[0]
+        assert int(first[row]) == likeliest
+
+
+def test_the_encoder_scales_what_it_embeds():
+    model, plain = make(encoder_scales_embeddings=True), make()
+    plain.load_state_dict(model.state_dict())
+    batch = PROCESSOR(HISTORIES)
+    embeds = plain.model.encoder.embed_tokens(batch["input_ids"]) + plain.model.encoder.item_embedding(
+        batch["input_ids"]
+    )
+    wanted = plain.model.encoder(inputs_embeds=embeds * 32**0.5, attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(model.model.encoder(**batch).last_hidden_state, wanted.last_hidden_state)
 
 
 def test_a_saved_model_finds_its_vectors(tmp_path):
