@@ -50,8 +50,8 @@ class OneRecConfig(PreTrainedConfig):
             One place per item in the encoder: the embeddings of its tokens are summed before the first layer. Histories are then
             `tokens_per_item` times shorter for the encoder and for cross-attention; the paper's encoder reads the tokens.
         encoder_scales_embeddings (`bool`, defaults to `False`):
-            The encoder multiplies what it embeds by `sqrt(hidden_size)`, and item scores ([`OneRecItemEmbedding`]) are those of the
-            multiplied vectors: these are learned in fewer steps. Not done to `inputs_embeds`.
+            The encoder multiplies what it embeds by `sqrt(hidden_size)`: what a history says directly then outweighs what its layers add
+            for longer, and item scores ([`OneRecItemEmbedding`]) are learned in fewer steps. Not done to `inputs_embeds`.
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.

@@ -35,8 +35,6 @@ class OneRecItemEmbedding(nn.Module):
         super().__init__()
         self.sizes, self.offsets = list(config.codebook_sizes), list(config.level_offsets)
         self.hidden = config.item_embedding_dropout
-        # The vectors that score are as long as those that the encoder reads. Kept shorter, they learn in larger steps than other weights.
-        self.scale = config.hidden_size**0.5 if config.encoder_scales_embeddings else 1.0
         # Row 0 is of items without a vector.
         self.vectors = nn.Embedding(config.num_item_embeddings + 1, config.hidden_size, padding_idx=0)
         self.keys = nn.Buffer(torch.full((config.num_item_embeddings,), prod(self.sizes), dtype=torch.long))
@@ -83,7 +81,7 @@ class OneRecItemEmbedding(nn.Module):
         (..., width) states of histories to (..., items) logits of the next item, by the rows of `vectors` from 1. Nothing learned stands
         between: what an untrained encoder hands on, the sum of a history's vectors, already names items that resemble it.
         """
-        return states @ self.vectors.weight[1:].T * self.scale
+        return states @ self.vectors.weight[1:].T
 
     def loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """
