@@ -86,7 +86,7 @@ ROWS = {
     "onerec_text_ids": Row("onerec", "OneRec pointwise, IDs of texts alone", {**PLAIN, "embedding": "given"}),
     "onerec_aligned_ids": Row("onerec", "OneRec pointwise, IDs of aligned embeddings beside behaviour", ALIGNED),
     "onerec_items": Row("onerec", "+ item vectors beside the codes of a history", ITEMS),
-    "onerec_items_scored": Row("onerec", "+ the item loss, beams rescored by it", SCORED),
+    "onerec_items_scored": Row("onerec", "+ the item loss, beams guided by it", SCORED),
     "onerec_items_prefixes": Row("onerec", "the same, trained on prefixes with a causal encoder", PREFIXES),
     "onerec_items_pointwise": Row(
         "onerec", "and the encoder's attention without a softmax", {**PREFIXES, "encoder_attention": "pointwise"}
@@ -95,6 +95,18 @@ ROWS = {
         "onerec",
         "and one place per item in the encoder",
         {**PREFIXES, "encoder_attention": "pointwise", "encoder_pools_items": "true"},
+    ),
+    "onerec_items_scaled": Row(
+        "onerec",
+        "and its embeddings scaled",
+        {
+            **PREFIXES,
+            "encoder_attention": "pointwise",
+            "encoder_pools_items": "true",
+            "encoder_scales_embeddings": "true",
+            "item_score_weight": 4,
+            "item_score_weights": [0, 1, 2, 4, 8, 16],
+        },
     ),
     "onerec_dense": Row("onerec", "OneRec pointwise, dense at equal active width", {**PLAIN, "num_experts": 1}),
     "onerec_plain_kmeans": Row("onerec", "OneRec pointwise, IDs by plain k-means", {**PLAIN, "quantizer": "kmeans"}),

@@ -104,7 +104,7 @@ def run_row(
 
     Args:
         minutes: of [`Budget`] for training; as long as the row's settings say when None.
-        keep: a generator's rankings are kept in files whose names begin so.
+        keep: a generator is kept in this folder, its rankings in files whose names begin so.
     """
     import torch
 
@@ -183,6 +183,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
         found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
         if keep is not None:
+            trainer.save_model(keep)
             for split in splits:
                 save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
     names = ("illegal_share", *METRICS)

@@ -40,7 +40,7 @@ def arguments():
     options.add_argument("--judged_users", type=int, default=3000, help="validation users that decide when to stop")
     options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
     options.add_argument("--label", help="another name for the row, for a run with --set")
-    options.add_argument("--keep", help="folder for the rankings of generators")
+    options.add_argument("--keep", help="folder for generators and their rankings")
     options.add_argument(
         "--fuse",
         nargs="+",
