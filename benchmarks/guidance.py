@@ -1,0 +1,139 @@
+"""
+What item scores are worth in beam search: beams that they guide from the first code on (`config.item_score_weight` of `recommend()`), beside beams
+that the decoder finds alone and that are rescored by them afterwards, as many and ten times as many. The same weights of one generator.
+
+    python benchmarks/guidance.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --model FOLDER --json benchmarks/results/guidance.json
+
+FOLDER is what `quality.py --keep` wrote. Rows `DATASET/WAY-BEAMS-WEIGHT/METRIC`: NDCG@10 and recall@10 of validation users, `score`, the mean of the ten
+best sums of both log-probabilities, and `cpu_seconds`, the ways taken in turns batch by batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from _harness import dataset_options, finish, one_thread, parser, recipe_and_folder, say
+
+BATCH = 250
+
+
+def arguments():
+    options = parser(__doc__)
+    dataset_options(options)
+    options.add_argument("--model", help="a generator with item scores; with --quick an untrained one")
+    options.add_argument("--weights", type=float, nargs="+", default=[1.0, 4.0, 16.0])
+    options.add_argument("--beams", type=int, default=30)
+    options.add_argument("--users", type=int, default=3000)
+    return options.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    one_thread()
+    from _quality_runs import Contest, parsed
+
+    from onerec_hf.cli.steps import prepare_data
+    from onerec_hf.evaluation import ranking_metrics
+
+    recipe, folder = recipe_and_folder(options)
+    data_args, *_, training_args = parsed(["--config", str(recipe), "--data_dir", folder], {})
+    data = prepare_data(data_args)
+    if options.quick:
+        options.users, options.beams = 20, 5
+        data = replace(data, split=replace(data.split, validation=data.split.validation.select(range(20))))
+    model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
+    contest = Contest(data, training_args.eval_exclude_seen, 0, options.users)
+    asked = contest.examples("validation", contest.asked).with_format(None)[:]
+    relevant = processor.catalogue.rows([session[0] for session in asked["session"]])[:, None]
+    beams, rows = options.beams, []
+    for weight in options.weights:
+        ways = {"guided": beams, "rescored": beams, "rescored-many": 10 * beams}
+        ranked: dict[str, list] = {way: [] for way in ways}
+        scores, seconds = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+        for start in range(0, len(relevant), BATCH):
+            histories = asked["history"][start : start + BATCH]
+            for way, count in ways.items():
+                before = time.process_time()
+                found, sums = recommended(model, processor, histories, weight, count, way == "guided")
+                seconds[way] += time.process_time() - before
+                ranked[way].append(found)
+                scores[way] += float(sums.sum())
+        for way, count in ways.items():
+            metrics = ranking_metrics(np.concatenate(ranked[way]), relevant, (10,), len(processor.catalogue))
+            name = f"{options.dataset}/{way.removesuffix('-many')}-{count}-{weight:g}"
+            rows += _rows(name, metrics, scores[way] / len(relevant), seconds[way])
+            say(f"{name}: {metrics['ndcg@10']:.4f}")
+    finish(rows, options.json, users=len(relevant), protocol=data.split.description)
+
+
+def recommended(model, processor, histories, weight: float, beams: int, guided: bool):
+    """(users, 10) rows of the best items and (users,) means of their sums."""
+    import torch
+
+    from onerec_hf.modeling.item_embedding_onerec import history_states
+    from onerec_hf.modeling.pooling_onerec import at_places
+
+    inputs = processor(histories)
+    model.config.item_score_weight = weight if guided else 0.0
+    found = model.recommend(
+        **inputs, session_length=1, num_beams=beams, num_return_sequences=beams, exclude=histories,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    sequences, sums = found.sequences.view(len(histories), beams, -1), found.sequences_scores.view(-1, beams)
+    if not guided:
+        encoder = model.get_encoder()
+        with torch.no_grad():
+            states = encoder(**inputs).last_hidden_state
+            states = history_states(states, at_places(inputs["attention_mask"], model.config.encoder_stride))
+            items = encoder.item_embedding.scores(states).log_softmax(-1)
+        names = encoder.item_embedding.rows(sequences[..., 1:]) - 1
+        sums, order = (sums + weight * items.gather(1, names)).sort(dim=1, descending=True)
+        sequences = sequences.gather(1, order[..., None].expand_as(sequences))
+    best = min(10, beams)
+    rows = processor.item_rows(sequences[:, :best].flatten(0, 1)).view(-1, best).numpy()
+    return np.pad(rows, ((0, 0), (0, 10 - best)), constant_values=-1), sums[:, :best].mean(1)
+
+
+def loaded(folder: str | None):
+    """The generator of a folder and its processor."""
+    from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
+
+    if folder is None:
+        raise SystemExit("name a generator: --model FOLDER, from quality.py --keep")
+    return OneRecForConditionalGeneration.from_pretrained(folder).eval(), OneRecProcessor.from_pretrained(folder)
+
+
+def untrained(data, data_args) -> tuple[Any, Any]:
+    """A generator of random codes and weights."""
+    from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+
+    ids = list(data.item_ids)
+    codes = np.stack(np.unravel_index(np.random.default_rng(0).permutation(64**3)[: len(ids)], (64, 64, 64)), axis=1)
+    processor = OneRecProcessor.from_catalogue(
+        ItemCatalogue(ids, codes, codebook_sizes=[64] * 3), max_history=data_args.max_history
+    )
+    config = OneRecConfig(
+        codebook_sizes=[64] * 3, hidden_size=16, num_attention_heads=1, encoder_layers=1, decoder_layers=1, num_experts=1,
+        num_item_embeddings=len(ids), item_loss_weight=1.0,
+    )  # fmt: skip
+    model = OneRecForConditionalGeneration(config).eval()
+    model.set_catalogue(processor.catalogue)
+    return model, processor
+
+
+def _rows(name: str, metrics: dict[str, float], score: float, seconds: float) -> list[dict[str, Any]]:
+    from onerec_hf.evaluation.results import result_row
+
+    values = {"ndcg@10": metrics["ndcg@10"], "recall@10": metrics["recall@10"]}
+    return [
+        *(result_row(f"{name}/{metric}", value, "share") for metric, value in values.items()),
+        result_row(f"{name}/score", score, "nats"),
+        result_row(f"{name}/cpu_seconds", seconds, "s"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
