@@ -340,6 +340,7 @@ class OneRecGenerationMixin(GenerationMixin):
         generator=None,
         **sampling,
     ) -> Beams:
+        vectors = self._vectors_of_leaves(constraint.trie) if guided else None
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
@@ -359,21 +360,25 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            guide = self._guide(history[some], mask, legal) if guided else None
+            guide = None if vectors is None else self._guide(history[some], mask, legal, vectors)
             parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
-    def _guide(self, history, attention_mask, constraint) -> list[torch.Tensor]:
+    def _vectors_of_leaves(self, trie) -> torch.Tensor:
+        """(leaves,) rows of the item vectors, 0 where an item has none."""
+        leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_row.device)
+        return self.get_encoder().item_embedding.rows(self._code_tokens(trie, leaves))
+
+    def _guide(self, history, attention_mask, constraint, vectors) -> list[torch.Tensor]:
         """What the item scores add to the beams at each node (see [`node_scores`])."""
-        embedding, trie = self.get_encoder().item_embedding, constraint.trie
-        rows = embedding.rows(self._code_tokens(trie, torch.arange(trie.num_leaves, device=history.device)))
+        embedding = self.get_encoder().item_embedding
         items = embedding.scores(history_states(history, attention_mask)).float().log_softmax(-1)
         # An item that came later has no vector: it counts as the least probable one of those that have.
-        leaves = torch.where(rows > 0, items[:, (rows - 1).clamp(min=0)], items.amin(-1, keepdim=True))
+        leaves = torch.where(vectors > 0, items[:, (vectors - 1).clamp(min=0)], items.amin(-1, keepdim=True))
         legal = constraint.legal_leaves()
         if legal is not None:
             leaves = leaves.masked_fill(~legal, float("-inf"))
-        return node_scores(trie, leaves, self.config.item_score_weight)
+        return node_scores(constraint.trie, leaves, self.config.item_score_weight)
 
     def _code_tokens(self, trie, leaves: torch.Tensor) -> torch.Tensor:
         """(..., levels) tokens of leaves."""

@@ -16,7 +16,8 @@ def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) 
     codes add one after the other is `weight` times the item's own.
 
     Args:
-        leaf_scores: (users, leaves) log-probabilities of items, -inf of those that a user must not get.
+        leaf_scores: (users, leaves) float32 log-probabilities of items, -inf of those that a user must not get.
+        weight: positive.
 
     Example:
         >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])

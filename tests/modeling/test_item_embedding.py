@@ -59,7 +59,6 @@ def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts):
     model, plain = make(item_loss_weight=0.7), make(item_loss_weight=0.7)
     plain.config.item_loss_weight = 0
     out = model(**batch, **more)
-    embedding = model.model.encoder.item_embedding
     names = [vector(model, item) for item in CATALOGUE.item_ids]
     values = []
     for row, (history, session) in enumerate(zip(HISTORIES, SESSIONS, strict=True)):
