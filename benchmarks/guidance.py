@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from _harness import dataset_options, finish, one_thread, parser, recipe_and_folder, say
@@ -45,9 +45,9 @@ def main() -> None:
         options.users, options.beams = 20, 5
         data = replace(data, split=replace(data.split, validation=data.split.validation.select(range(20))))
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
-    contest = Contest(data, training_args.eval_exclude_seen, 0, options.users)
+    catalogue, contest = processor.catalogue, Contest(data, training_args.eval_exclude_seen, 0, options.users)
     asked = contest.examples("validation", contest.asked).with_format(None)[:]
-    relevant = processor.catalogue.rows([session[0] for session in asked["session"]])[:, None]
+    relevant = catalogue.rows([session[0] for session in asked["session"]])[:, None]
     beams, rows = options.beams, []
     for weight in options.weights:
         ways = {"guided": beams, "rescored": beams, "rescored-many": 10 * beams}
@@ -62,7 +62,7 @@ def main() -> None:
                 ranked[way].append(found)
                 scores[way] += float(sums.sum())
         for way, count in ways.items():
-            metrics = ranking_metrics(np.concatenate(ranked[way]), relevant, (10,), len(processor.catalogue))
+            metrics = ranking_metrics(np.concatenate(ranked[way]), relevant, (10,), len(catalogue))
             name = f"{options.dataset}/{way.removesuffix('-many')}-{count}-{weight:g}"
             rows += _rows(name, metrics, scores[way] / len(relevant), seconds[way])
             say(f"{name}: {metrics['ndcg@10']:.4f}")
@@ -97,13 +97,14 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
     return np.pad(rows, ((0, 0), (0, 10 - best)), constant_values=-1), sums[:, :best].mean(1)
 
 
-def loaded(folder: str | None):
+def loaded(folder: str | None) -> tuple[Any, Any]:
     """The generator of a folder and its processor."""
     from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
 
     if folder is None:
         raise SystemExit("name a generator: --model FOLDER, from quality.py --keep")
-    return OneRecForConditionalGeneration.from_pretrained(folder).eval(), OneRecProcessor.from_pretrained(folder)
+    model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
+    return model.eval(), OneRecProcessor.from_pretrained(folder)
 
 
 def untrained(data, data_args) -> tuple[Any, Any]:
@@ -112,16 +113,14 @@ def untrained(data, data_args) -> tuple[Any, Any]:
 
     ids = list(data.item_ids)
     codes = np.stack(np.unravel_index(np.random.default_rng(0).permutation(64**3)[: len(ids)], (64, 64, 64)), axis=1)
-    processor = OneRecProcessor.from_catalogue(
-        ItemCatalogue(ids, codes, codebook_sizes=[64] * 3), max_history=data_args.max_history
-    )
+    catalogue = ItemCatalogue(ids, codes, codebook_sizes=[64] * 3)
     config = OneRecConfig(
         codebook_sizes=[64] * 3, hidden_size=16, num_attention_heads=1, encoder_layers=1, decoder_layers=1, num_experts=1,
         num_item_embeddings=len(ids), item_loss_weight=1.0,
     )  # fmt: skip
     model = OneRecForConditionalGeneration(config).eval()
-    model.set_catalogue(processor.catalogue)
-    return model, processor
+    model.set_catalogue(catalogue)
+    return model, OneRecProcessor.from_catalogue(catalogue, max_history=data_args.max_history)
 
 
 def _rows(name: str, metrics: dict[str, float], score: float, seconds: float) -> list[dict[str, Any]]:
