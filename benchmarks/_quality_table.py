@@ -29,8 +29,8 @@ ROWS = {
     "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
     "onerec_items_prefixes": ("the same on prefixes, causal encoder", ""),
     "onerec_items_fused": ("the four generators of these two rows, fused by rank", ""),
-    "onerec_items_pointwise_cpu": ("on a CPU: pointwise encoder, width 64, 15 minutes", ""),
-    "onerec_items_pooled_cpu": ("on a CPU, the same with one place per item in the encoder", ""),
+    "onerec_items_scaled_cpu": ("**on a CPU in 15 minutes**: one place per item, scaled, beams guided", ""),
+    "onerec_items_scaled_cpu_fused": ("its three seeds, fused by rank", ""),
 }
 
 
