@@ -79,6 +79,7 @@ def main() -> None:
             "settings": {"fused": [Path(files).name for files in options.fuse]},
             "recipe": None,
             "minutes": None,
+            "chosen_on": None,
             "device": device(),
         }
         found = fused(contest, options.fuse, splits)

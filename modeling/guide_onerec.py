@@ -22,8 +22,8 @@ def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) 
     Example:
         >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])
         >>> levels = node_scores(trie, torch.tensor([[0.5, 0.3, 0.2]]).log(), weight=1.0)
-        >>> [level.exp().round(decimals=3).tolist() for level in levels]
-        [[[0.8, 0.2]], [[0.5, 0.3, 0.2]]]
+        >>> [level.exp() for level in levels]
+        [tensor([[0.8000, 0.2000]]), tensor([[0.5000, 0.3000, 0.2000]])]
     """
     largest = leaf_scores.amax(1, keepdim=True)
     shares, leaves = (leaf_scores - largest).exp(), torch.arange(trie.num_leaves, device=leaf_scores.device)
