@@ -45,6 +45,8 @@ PREFIXES: dict[str, Any] = {
     "train_sampling_strategy": "random",
     "per_device_train_batch_size": 24,
 }
+POINTWISE: dict[str, Any] = {**PREFIXES, "encoder_attention": "pointwise"}
+POOLED: dict[str, Any] = {**POINTWISE, "encoder_pools_items": "true"}
 
 ROWS = {
     "popularity": Row("ranking", "items by training interactions", {"model": "popularity"}),
@@ -88,21 +90,13 @@ ROWS = {
     "onerec_items": Row("onerec", "+ item vectors beside the codes of a history", ITEMS),
     "onerec_items_scored": Row("onerec", "+ the item loss, beams guided by it", SCORED),
     "onerec_items_prefixes": Row("onerec", "the same, trained on prefixes with a causal encoder", PREFIXES),
-    "onerec_items_pointwise": Row(
-        "onerec", "and the encoder's attention without a softmax", {**PREFIXES, "encoder_attention": "pointwise"}
-    ),
-    "onerec_items_pooled": Row(
-        "onerec",
-        "and one place per item in the encoder",
-        {**PREFIXES, "encoder_attention": "pointwise", "encoder_pools_items": "true"},
-    ),
+    "onerec_items_pointwise": Row("onerec", "and the encoder's attention without a softmax", POINTWISE),
+    "onerec_items_pooled": Row("onerec", "and one place per item in the encoder", POOLED),
     "onerec_items_scaled": Row(
         "onerec",
         "and its embeddings scaled",
         {
-            **PREFIXES,
-            "encoder_attention": "pointwise",
-            "encoder_pools_items": "true",
+            **POOLED,
             "encoder_scales_embeddings": "true",
             "item_score_weight": 4,
             "item_score_weights": [0, 1, 2, 4, 8, 16],

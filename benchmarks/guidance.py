@@ -11,7 +11,6 @@ best sums of both log-probabilities, and `cpu_seconds`, the ways taken in turns 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -43,27 +42,25 @@ def main() -> None:
     data = prepare_data(data_args)
     if options.quick:
         options.users, options.beams = 20, 5
-        data = replace(data, split=replace(data.split, validation=data.split.validation.select(range(20))))
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
     catalogue, contest = processor.catalogue, Contest(data, training_args.eval_exclude_seen, 0, options.users)
     asked = contest.examples("validation", contest.asked).with_format(None)[:]
     relevant = catalogue.rows([session[0] for session in asked["session"]])[:, None]
-    beams, rows = options.beams, []
+    ways, rows = [("guided", options.beams), ("rescored", options.beams), ("rescored", 10 * options.beams)], []
     for weight in options.weights:
-        ways = {"guided": beams, "rescored": beams, "rescored-many": 10 * beams}
-        ranked: dict[str, list] = {way: [] for way in ways}
+        ranked: dict[tuple[str, int], list] = {way: [] for way in ways}
         scores, seconds = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         for start in range(0, len(relevant), BATCH):
             histories = asked["history"][start : start + BATCH]
-            for way, count in ways.items():
+            for way in ways:
                 before = time.process_time()
-                found, sums = recommended(model, processor, histories, weight, count, way == "guided")
+                found, sums = recommended(model, processor, histories, weight, way[1], way[0] == "guided")
                 seconds[way] += time.process_time() - before
                 ranked[way].append(found)
                 scores[way] += float(sums.sum())
-        for way, count in ways.items():
+        for way in ways:
             metrics = ranking_metrics(np.concatenate(ranked[way]), relevant, (10,), len(catalogue))
-            name = f"{options.dataset}/{way.removesuffix('-many')}-{count}-{weight:g}"
+            name = f"{options.dataset}/{way[0]}-{way[1]}-{weight:g}"
             rows += _rows(name, metrics, scores[way] / len(relevant), seconds[way])
             say(f"{name}: {metrics['ndcg@10']:.4f}")
     finish(rows, options.json, users=len(relevant), protocol=data.split.description)
