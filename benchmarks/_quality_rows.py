@@ -47,6 +47,20 @@ PREFIXES: dict[str, Any] = {
 }
 POINTWISE: dict[str, Any] = {**PREFIXES, "encoder_attention": "pointwise"}
 POOLED: dict[str, Any] = {**POINTWISE, "encoder_pools_items": "true"}
+# The generator by itself, small.
+CODES: dict[str, Any] = {
+    **POOLED,
+    "item_embeddings": "false",
+    "item_loss_weight": 0,
+    "item_score_weight": 0,
+    "item_score_weights": (),
+    "encoder_scales_embeddings": "true",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "dropout_rate": 0.2,
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 8,
+}
 
 ROWS = {
     "popularity": Row("ranking", "items by training interactions", {"model": "popularity"}),
@@ -102,7 +116,19 @@ ROWS = {
             "item_score_weights": [0, 1, 2, 4, 8, 16],
         },
     ),
-    "onerec_dense": Row("onerec", "OneRec pointwise, dense at equal active width", {**PLAIN, "num_experts": 1}),
-    "onerec_plain_kmeans": Row("onerec", "OneRec pointwise, IDs by plain k-means", {**PLAIN, "quantizer": "kmeans"}),
-    "onerec_rq_vae": Row("onerec", "OneRec pointwise, IDs by an RQ-VAE", {**PLAIN, "quantizer": "rq-vae"}),
+    # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
+    "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
+    "codes_kmeans": Row("onerec", "IDs by plain residual k-means", {**CODES, "quantizer": "kmeans"}),
+    "codes_rq_vae": Row("onerec", "IDs by an RQ-VAE", {**CODES, "quantizer": "rq-vae"}),
+    "codes_text": Row("onerec", "IDs of texts", {**CODES, "embedding": "given"}),
+    "codes_behaviour": Row("onerec", "IDs of texts beside behaviour", {**CODES, "embedding": "given+behaviour"}),
+    "codes_digit": Row("onerec", "collisions kept apart by an extra digit", {**CODES, "on_collision": "extra-digit"}),
+    "codes_64": Row("onerec", "codebooks of 3 x 64", {**CODES, "codebook_sizes": [64, 64, 64]}),
+    "codes_1024": Row("onerec", "codebooks of 3 x 1024", {**CODES, "codebook_sizes": [1024, 1024, 1024]}),
+    "codes_experts": Row(
+        "onerec",
+        "8 experts, 2 used, of the same active width",
+        {**CODES, "num_experts": 8, "moe_intermediate_size": 64},
+    ),
+    "codes_m5": Row("onerec", "sessions of five", {**CODES, "session_length": 5}),
 }

@@ -61,8 +61,10 @@ class Contest:
     judged_users: int
 
     @cached_property
-    def asked(self) -> np.ndarray:
-        """Places of the validation users that decide when a training stops: the same for all rows of a seed."""
+    def asked(self) -> np.ndarray | None:
+        """Places of the validation users that decide when a training stops: the same for all rows of a seed. None where nobody is asked."""
+        if not self.judged_users:
+            return None
         users = len(self.data.split.validation)
         return np.sort(np.random.default_rng(self.seed).permutation(users)[: self.judged_users])
 
@@ -100,7 +102,7 @@ def run_row(
 ) -> Measured:
     """
     One row for one seed: the metrics on these splits, as `SPLIT/METRIC`; `chosen`, what the validation users that are asked said of the weights
-    that stayed; `train_seconds`, wall time without judging; and parameters.
+    that stayed (nobody is asked, the last weights stay, and there is no such number with `judged_users` 0); `train_seconds`, wall time without judging; and parameters.
 
     Args:
         minutes: of [`Budget`] for training; as long as the row's settings say when None.
@@ -134,19 +136,27 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     torch.manual_seed(contest.seed)
     model = SEQUENCE_MODELS[settings.pop("model")](len(contest.data.item_ids), **settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    budget = Budget(minutes)
+    judge = _judge(contest, budget) if contest.judged_users else None
+    rows = [sequence for sequence in contest.data.train_rows() if len(sequence) > 1]
+    chosen = train_sequence_model(model, rows, contest.seed, judge=judge, spent=budget.spent, **training)
+    more = {} if chosen is None else {"chosen": chosen}
+    seconds = budget.wall_seconds()
+    found = contest.judged(lambda histories: model.rank(histories, 10, contest.exclude_seen), splits)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return {**found, **more, "train_seconds": seconds, "parameters": parameters}
+
+
+def _judge(contest: Contest, budget: Budget) -> Callable[[Any], float]:
+    """What the asked users say of a sequence model, at no cost to the budget."""
     asked = contest.examples("validation", contest.asked)
-    histories, budget = contest.rows(asked, "history"), Budget(minutes)
+    histories = contest.rows(asked, "history")
 
     def judge(model) -> float:
         with budget.paused():
             return contest.metrics(model.rank(histories, 10, contest.exclude_seen), asked)[CHOSEN_BY]
 
-    rows = [sequence for sequence in contest.data.train_rows() if len(sequence) > 1]
-    chosen = train_sequence_model(model, rows, contest.seed, judge=judge, spent=budget.spent, **training)
-    seconds = budget.wall_seconds()
-    found = contest.judged(lambda histories: model.rank(histories, 10, contest.exclude_seen), splits)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    return {**found, "chosen": cast(float, chosen), "train_seconds": seconds, "parameters": parameters}
+    return judge
 
 
 def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
@@ -169,18 +179,23 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
         training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
         if minutes:
             training_args.num_train_epochs, training_args.max_steps = 10_000, -1
+        asked = contest.examples("validation", contest.asked) if contest.judged_users else None
         budget = Budget(minutes)
         trainer = budget_trainer()(
-            model, training_args, train_dataset=data.split.train, processing_class=processor,
-            asked=contest.examples("validation", contest.asked), budget=budget,
-        )  # fmt: skip
+            model,
+            training_args,
+            train_dataset=data.split.train,
+            processing_class=processor,
+            asked=asked,
+            budget=budget,
+        )
         trainer.train()
-        seconds, chosen = budget.wall_seconds(), trainer.restore_best()
-        state = trainer.state
-        say(f"{state.global_step} steps, {state.epoch:.2f} epochs; {CHOSEN_BY} {chosen:.4f} on validation")
-        more = {}
-        if weights:
-            more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
+        seconds, state, more = budget.wall_seconds(), trainer.state, {}
+        say(f"{state.global_step} steps, {state.epoch:.2f} epochs")
+        if asked is not None:
+            more["chosen"] = trainer.restore_best()
+            if weights:
+                more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
         found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
         if keep is not None:
             trainer.save_model(keep)
@@ -188,7 +203,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
                 save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
     names = ("illegal_share", *METRICS)
     metrics = {f"{split}/{name}": values[f"_{name}"] for split, values in found.items() for name in names}
-    return {**metrics, "chosen": chosen, "train_seconds": seconds, "parameters": model.num_parameters(), **more}
+    return {**metrics, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
 
 
 def save_rankings(path: str, trainer, examples, depth: int = 40) -> None:
@@ -271,7 +286,7 @@ def budget_trainer():
 
         def on_step_end(self, args, state, control, **kwargs):
             spent = self.trainer.spent()
-            if spent >= self.part / JUDGED:
+            if self.trainer.asked is not None and spent >= self.part / JUDGED:
                 self.part = int(spent * JUDGED) + 1
                 self.trainer.keep_best()
             control.should_training_stop |= spent >= 1

@@ -1,8 +1,9 @@
 """
-README's table of the contest, made from benchmarks/results/quality.json (of benchmarks/quality.py), with the numbers of others' papers beside ours.
+The tables of the contest, made from the results of benchmarks/quality.py: README's, with the numbers of others' papers beside ours, and the
+ablations of docs/contest.md.
 
-    python benchmarks/_quality_table.py           writes it into README.md
-    python benchmarks/_quality_table.py --check   exits with status 1 where README.md has another one
+    python benchmarks/_quality_table.py           writes them into their pages
+    python benchmarks/_quality_table.py --check   exits with status 1 where a page has another one
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import json
 import sys
 from pathlib import Path
 
+from _quality_rows import ROWS
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "quality.json", ROOT / "README.md"
+PAGES = {"contest": ROOT / "README.md", "ablations": ROOT / "docs" / "contest.md"}
+RESULTS = {
+    "contest": ROOT / "benchmarks" / "results" / "quality.json",
+    "ablations": ROOT / "benchmarks" / "results" / "quality_ablations.json",
+}
 BEGIN, END = "<!-- quality table: benchmarks/_quality_table.py -->\n", "<!-- end of the quality table -->\n"
 
 # What stands in a row, and what was published for Beauty with the same split: recall@10, NDCG@10, where.
-ROWS = {
+CONTEST = {
     "popularity": ("Popularity", ""),
     "item_knn": ("Item-kNN", ""),
     "gru4rec": ("GRU4Rec, full cross-entropy", ".0283 / .0137 (TIGER's paper)"),
@@ -34,20 +41,36 @@ ROWS = {
 }
 
 
-def table(results: dict, dataset: str = "amazon-beauty") -> str:
+def table(which: str, results: dict, dataset: str = "amazon-beauty") -> str:
     """
     The Markdown table.
 
     Args:
+        which: `contest` or `ablations`.
         results: the JSON's content.
     """
     rows = {row["name"]: row for row in results["rows"]}
+    return (_contest if which == "contest" else _ablations)(rows, dataset)
+
+
+def _contest(rows: dict, dataset: str) -> str:
     lines = ["| Beauty, test | recall@10 | NDCG@10 | seeds | published |", "|---|---|---|---|---|"]
-    for name, (says, published) in ROWS.items():
+    for name, (says, published) in CONTEST.items():
         if f"{dataset}/{name}/test/recall@10" not in rows:
             continue
         recall, ndcg = (rows[f"{dataset}/{name}/test/{metric}@10"] for metric in ("recall", "ndcg"))
         lines.append(f"| {says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {published} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ablations(rows: dict, dataset: str) -> str:
+    lines = ["| Beauty, validation | recall@10 | NDCG@10 | seeds | weights |", "|---|---|---|---|---|"]
+    for name, row in ROWS.items():
+        if f"{dataset}/{name}/validation/recall@10" not in rows:
+            continue
+        recall, ndcg = (rows[f"{dataset}/{name}/validation/{metric}@10"] for metric in ("recall", "ndcg"))
+        weights = rows[f"{dataset}/{name}/parameters"]["value"]
+        lines.append(f"| {row.says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {weights:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -67,21 +90,23 @@ def replaced(page: str, new: str) -> str:
     before, found, rest = page.partition(BEGIN)
     _, ends, after = rest.partition(END)
     if not (found and ends):
-        raise ValueError(f"{PAGE} lacks the lines {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"a page lacks the lines {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN + new + END + after
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="write nothing")
-    check = arguments.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    new = replaced(page, table(json.loads(RESULTS.read_text())))
-    if check and new != page:
-        print(f"{PAGE} has another table than {RESULTS} gives: run benchmarks/_quality_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    check, differ = arguments.parse_args().check, 0
+    for which, path in PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        new = replaced(page, table(which, json.loads(RESULTS[which].read_text())))
+        if not check:
+            path.write_text(new, encoding="utf-8")
+        elif new != page:
+            print(f"{path} has another table than {RESULTS[which]} gives: run {Path(__file__).name}", file=sys.stderr)
+            differ = 1
+    return differ
 
 
 if __name__ == "__main__":

@@ -37,7 +37,12 @@ def arguments():
     options.add_argument(
         "--split", default="test", choices=("test", "validation"), help="validation to choose settings; test has both"
     )
-    options.add_argument("--judged_users", type=int, default=3000, help="validation users that decide when to stop")
+    options.add_argument(
+        "--judged_users",
+        type=int,
+        default=3000,
+        help="validation users that decide when to stop; 0: the last weights stay",
+    )
     options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
     options.add_argument("--label", help="another name for the row, for a run with --set")
     options.add_argument("--keep", help="folder for generators and their rankings")
@@ -62,7 +67,7 @@ def main() -> None:
     recipe = options.recipe or recipe
     if options.quick:
         minutes, small = 0.1, ["--hidden_size", "32", "--decoder_layers", "1", "--kmeans_iterations", "4"]
-        options.judged_users = 100
+        options.judged_users = min(options.judged_users, 100)
     config = ["--config", str(recipe), "--data_dir", folder, *small]
     from onerec_hf.cli.steps import prepare_data
 
