@@ -85,7 +85,7 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
         with torch.no_grad():
             states = encoder(**inputs).last_hidden_state
             states = history_states(states, at_places(inputs["attention_mask"], model.config.encoder_stride))
-            items = encoder.item_embedding.scores(states).log_softmax(-1)
+            items = (states @ encoder.item_output_vectors().T).log_softmax(-1)
         names = encoder.item_embedding.rows(sequences[..., 1:]) - 1
         sums, order = (sums + weight * items.gather(1, names)).sort(dim=1, descending=True)
         sequences = sequences.gather(1, order[..., None].expand_as(sequences))

@@ -63,6 +63,9 @@ class OneRecConfig(PreTrainedConfig):
         item_loss_weight (`float`, defaults to 0):
             Weight of a second loss: the history's state names the session's first item among all item vectors, by a softmax over the
             catalogue. Needs `num_item_embeddings`, and cannot be trained in shards.
+        item_scores_with_codes (`bool`, defaults to `False`):
+            Items are named by the embeddings of their codes too, added to their vectors, as the encoder reads them: items that share codes
+            learn from each other, and one that joins the catalogue later has a score.
         item_score_weight (`float`, defaults to 0):
             What that log-probability of its first item counts beside a session's own in `recommend()`, where it guides the beams from the
             first code on; needs `item_loss_weight`.
@@ -116,6 +119,7 @@ class OneRecConfig(PreTrainedConfig):
     num_item_embeddings: int | None = None
     item_embedding_dropout: float | int = 0.0
     item_loss_weight: float | int = 0.0
+    item_scores_with_codes: bool = False
     item_score_weight: float | int = 0.0
     catalogue_hash: str | None = None
     format_version: int = FORMAT_VERSION

@@ -360,21 +360,26 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            guide = None if vectors is None else self._guide(history[some], mask, legal, vectors)
+            guide = None if vectors is None else self._guide(history[some], mask, legal, *vectors)
             parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
-    def _vectors_of_leaves(self, trie) -> torch.Tensor:
-        """(leaves,) rows of the item vectors, 0 where an item has none."""
-        leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_row.device)
-        return self.get_encoder().item_embedding.rows(self._code_tokens(trie, leaves))
+    def _vectors_of_leaves(self, trie) -> tuple[torch.Tensor, torch.Tensor]:
+        """(leaves, width) what the items' scores are inner products with, and (leaves,) which items have a score."""
+        encoder = self.get_encoder()
+        tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
+        scored = torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        if not self.config.item_scores_with_codes:
+            scored = encoder.item_embedding.rows(tokens) > 0
+        return encoder.item_output_vectors(tokens), scored
 
-    def _guide(self, history, attention_mask, constraint, vectors) -> list[torch.Tensor]:
+    def _guide(self, history, attention_mask, constraint, vectors, scored) -> list[torch.Tensor]:
         """What the item scores add to the beams at each node (see [`node_scores`])."""
-        embedding = self.get_encoder().item_embedding
-        items = embedding.scores(history_states(history, attention_mask)).float().log_softmax(-1)
+        scores = (history_states(history, attention_mask) @ vectors.T).float()
+        leaves = scores.masked_fill(~scored, float("-inf")).log_softmax(-1)
         # An item that came later has no vector: it counts as the least probable one of those that have.
-        leaves = torch.where(vectors > 0, items[:, (vectors - 1).clamp(min=0)], items.amin(-1, keepdim=True))
+        least = leaves.masked_fill(~scored, 0.0).amin(-1, keepdim=True)
+        leaves = torch.where(scored, leaves, least)
         legal = constraint.legal_leaves()
         if legal is not None:
             leaves = leaves.masked_fill(~legal, float("-inf"))

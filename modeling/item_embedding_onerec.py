@@ -76,14 +76,37 @@ class OneRecItemEmbedding(nn.Module):
             rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.hidden)
         return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
 
-    def scores(self, states: torch.Tensor) -> torch.Tensor:
-        """
-        (..., width) states of histories to (..., items) logits of the next item, by the rows of `vectors` from 1. Nothing learned stands
-        between: what an untrained encoder hands on, the sum of a history's vectors, already names items that resemble it.
-        """
-        return states @ self.vectors.weight[1:].T
+    def tokens(self) -> torch.Tensor:
+        """(num_item_embeddings, levels) code tokens of the items, in the order of their vectors."""
+        keys, tokens = self.keys, []
+        for size, offset in zip(reversed(self.sizes), reversed(self.offsets), strict=True):
+            tokens.append(keys % size + offset)
+            keys = keys // size
+        return torch.stack(tokens[::-1], dim=-1)
 
-    def loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    def output_vectors(
+        self, code_table: torch.Tensor | None = None, code_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        (items, width) what items are named by: a history's state times one of these is the logit that this item is next. Nothing learned stands
+        between: what an untrained encoder hands on, the sum of a history's vectors, already names items that resemble it.
+
+        Args:
+            code_table: (vocabulary, width) embeddings of tokens; those of an item's codes are added to its vector when given.
+            code_tokens: (items, levels) the items by their codes; those of `vectors` from row 1, in order, when None.
+        """
+        vectors = self.vectors.weight[1:] if code_tokens is None else self.vectors(self.rows(code_tokens))
+        if code_table is None:
+            return vectors
+        return vectors + F.embedding_bag(self.tokens() if code_tokens is None else code_tokens, code_table, mode="sum")
+
+    def loss(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch=None,
+        code_table: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Cross-entropy of the sessions' first items over all items, weighed as the code tokens of these items together: a sum over sessions, times
         the levels, over all code tokens of the batch.
@@ -92,11 +115,13 @@ class OneRecItemEmbedding(nn.Module):
             states: (sessions, width) states of their histories.
             labels: (sessions, t) code tokens, -100 where nothing is predicted.
             num_items_in_batch: code tokens of the batch, where it has several parts.
+            code_table: as in `output_vectors`.
         """
         levels = len(self.sizes)
         rows = self.rows(labels[:, :levels])
         known = rows > 0  # what is left out here, slots without a session, costs no scores
-        value = F.cross_entropy(self.scores(states[known]).float(), rows[known] - 1, reduction="sum")
+        scores = states[known] @ self.output_vectors(code_table).T
+        value = F.cross_entropy(scores.float(), rows[known] - 1, reduction="sum")
         return value * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

@@ -27,6 +27,15 @@ def vector(model, item):
     return model.model.encoder.item_embedding.vectors.weight[row + 1]
 
 
+def named_by(model, item):
+    """What an item's score is the inner product with: its vector, and the embeddings of its codes where they count."""
+    name = vector(model, item)
+    if model.config.item_scores_with_codes:
+        tokens = torch.tensor(CATALOGUE.codes[CATALOGUE.rows([item])[0]]) + torch.tensor(model.config.level_offsets)
+        name = name + model.get_input_embeddings().weight[tokens].sum(0)
+    return name
+
+
 def test_vectors_stand_at_the_separators():
     model = make()
     inputs = PROCESSOR(HISTORIES)
@@ -52,14 +61,15 @@ def test_hidden_items_are_hidden_in_training_only():
     assert 0.45 < share < 0.55
 
 
-@pytest.mark.parametrize("parts", [None, 30])
-def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts):
+@pytest.mark.parametrize(("parts", "with_codes"), [(None, False), (30, False), (30, True)])
+def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts, with_codes):
     batch = PROCESSOR(HISTORIES, SESSIONS)
     more = {} if parts is None else {"num_items_in_batch": torch.tensor(parts)}
-    model, plain = make(item_loss_weight=0.7), make(item_loss_weight=0.7)
+    config = {"item_loss_weight": 0.7, "item_scores_with_codes": with_codes}
+    model, plain = make(**config), make(**config)
     plain.config.item_loss_weight = 0
     out = model(**batch, **more)
-    names = [vector(model, item) for item in CATALOGUE.item_ids]
+    names = [named_by(model, item) for item in CATALOGUE.item_ids]
     values = []
     for row, (history, session) in enumerate(zip(HISTORIES, SESSIONS, strict=True)):
         state = out.encoder_last_hidden_state[row, 4 * len(history) - 1]
@@ -102,12 +112,12 @@ def item_scores(model, inputs):
     """(users, items) log-probabilities of the next item, by the rows of `vectors` from 1."""
     history = model.model.encoder(**inputs).last_hidden_state
     states = history_states(history, inputs["attention_mask"])
-    return model.model.encoder.item_embedding.scores(states).log_softmax(-1)
+    return (states @ model.model.encoder.item_output_vectors().T).log_softmax(-1)
 
 
-@pytest.mark.parametrize("session_length", [1, 2])
-def test_guided_beams_are_the_best_sums(session_length):
-    model = make(item_loss_weight=1.0)
+@pytest.mark.parametrize(("session_length", "with_codes"), [(1, False), (2, False), (2, True)])
+def test_guided_beams_are_the_best_sums(session_length, with_codes):
+    model = make(item_loss_weight=1.0, item_scores_with_codes=with_codes)
     inputs, many = PROCESSOR(HISTORIES), 40 if session_length == 1 else 40 * 39
     asked = {"num_beams": many, "num_return_sequences": many, "return_dict_in_generate": True}
     plain = model.recommend(**inputs, **asked, session_length=session_length)
@@ -178,8 +188,9 @@ def test_a_saved_model_finds_its_vectors(tmp_path):
     assert torch.equal(loaded.recommend(batch["input_ids"]), model.recommend(batch["input_ids"]))
 
 
-def test_items_that_come_later_are_read_by_their_codes():
-    model = make(item_loss_weight=1.0, item_score_weight=1.0)
+@pytest.mark.parametrize("with_codes", [False, True])
+def test_items_that_come_later_are_read_by_their_codes(with_codes):
+    model = make(item_loss_weight=1.0, item_score_weight=1.0, item_scores_with_codes=with_codes)
     taken = {tuple(code) for code in CATALOGUE.codes.tolist()}
     free = next((a, b, c) for a in range(4) for b in range(5) for c in range(6) if (a, b, c) not in taken)
     grown = CATALOGUE.add(["new"], codes=[list(free)]).retire(["m39"])
@@ -188,8 +199,22 @@ def test_items_that_come_later_are_read_by_their_codes():
     added = model.model.encoder.item_embedding(ids)[0]
     assert not added[0].any()
     torch.testing.assert_close(added[4], vector(model, "m1"))
+    model.config.item_score_weight = 1000.0  # the items' scores alone decide
     everything = model.recommend(ids, num_beams=40, num_return_sequences=40, session_length=1)
-    assert grown.rows(["new"])[0] in OneRecProcessor.from_catalogue(grown).item_rows(everything)
+    rows = OneRecProcessor.from_catalogue(grown).item_rows(everything)
+    tokens = torch.tensor(grown.codes) + torch.tensor(model.config.level_offsets)
+    scores = (
+        model.get_encoder()(ids).last_hidden_state[0, -1] @ model.get_encoder().item_output_vectors(tokens).T
+    ).tolist()
+    new = int(grown.rows(["new"])[0])
+    others = sorted(
+        (row for row in range(len(grown)) if row not in (new, grown.rows(["m39"])[0])), key=lambda row: -scores[row]
+    )
+    if with_codes:
+        wanted = sorted([*others, new], key=lambda row: -scores[row])
+        assert rows.flatten().tolist() == wanted
+    else:
+        assert sorted(rows.flatten().tolist()[-2:]) == sorted([others[-1], new])
 
 
 def test_the_plan_counts_them():
