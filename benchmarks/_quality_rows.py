@@ -31,6 +31,7 @@ PLAIN: dict[str, Any] = {
     "encoder_attention": "softmax",
     "encoder_pools_items": "false",
     "encoder_scales_embeddings": "false",
+    "item_scores_with_codes": "false",
     "train_on": "windows",
     "packing": "false",
 }
@@ -47,14 +48,19 @@ PREFIXES: dict[str, Any] = {
 }
 POINTWISE: dict[str, Any] = {**PREFIXES, "encoder_attention": "pointwise"}
 POOLED: dict[str, Any] = {**POINTWISE, "encoder_pools_items": "true"}
+SCALED: dict[str, Any] = {
+    **POOLED,
+    "encoder_scales_embeddings": "true",
+    "item_score_weight": 4,
+    "item_score_weights": [0, 1, 2, 4, 8, 16],
+}
 # The generator by itself, small.
 CODES: dict[str, Any] = {
-    **POOLED,
+    **SCALED,
     "item_embeddings": "false",
     "item_loss_weight": 0,
     "item_score_weight": 0,
     "item_score_weights": (),
-    "encoder_scales_embeddings": "true",
     "hidden_size": 64,
     "intermediate_size": 128,
     "dropout_rate": 0.2,
@@ -106,15 +112,9 @@ ROWS = {
     "onerec_items_prefixes": Row("onerec", "the same, trained on prefixes with a causal encoder", PREFIXES),
     "onerec_items_pointwise": Row("onerec", "and the encoder's attention without a softmax", POINTWISE),
     "onerec_items_pooled": Row("onerec", "and one place per item in the encoder", POOLED),
-    "onerec_items_scaled": Row(
-        "onerec",
-        "and its embeddings scaled",
-        {
-            **POOLED,
-            "encoder_scales_embeddings": "true",
-            "item_score_weight": 4,
-            "item_score_weights": [0, 1, 2, 4, 8, 16],
-        },
+    "onerec_items_scaled": Row("onerec", "and its embeddings scaled", SCALED),
+    "onerec_items_coded": Row(
+        "onerec", "and items named by their codes too", {**SCALED, "item_scores_with_codes": "true"}
     ),
     # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
     "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
