@@ -274,7 +274,7 @@ def with_windows(data, args, train_on: str):
 
 
 def budget_trainer():
-    """The trainer whose learning rate and end follow the CPU time that was spent, and which keeps its best weights."""
+    """The trainer whose learning rate and end follow the CPU time that was spent, and which keeps its best weights where it asks users."""
     import torch
     from transformers import TrainerCallback
 

@@ -90,7 +90,7 @@ def replaced(page: str, new: str) -> str:
     before, found, rest = page.partition(BEGIN)
     _, ends, after = rest.partition(END)
     if not (found and ends):
-        raise ValueError(f"a page lacks the lines {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"a page of the quality tables lacks the lines {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN + new + END + after
 
 

@@ -1,12 +1,12 @@
 """
 The contest: models of the field and OneRec under one protocol. Leave-one-out, the whole catalogue ranked for every test user, the same items left
-out (those of the history), the same stopping by NDCG@10 on validation users; each seed fits semantic IDs, initialises and shuffles anew. A row
+out (those of the history), the same stopping by NDCG@10 on validation users (or none, `--judged_users 0`); each seed fits semantic IDs, initialises and shuffles anew. A row
 trains for the epochs of its settings, or all rows for the same `--minutes`. The rows are those of _quality_rows.py.
 
     python benchmarks/quality.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --rows sasrec_ce onerec --seeds 0 1 2 \\
         --json benchmarks/results/quality.json
 
-A file that `--json` names and that has rows of the same protocol keeps them: rows can be measured one by one.
+A file that `--json` names keeps its other rows, which must be of the same protocol: rows can be measured one by one.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main() -> None:
         data = replace(data, split=replace(data.split, **few))
     splits = ["validation"] if options.split == "validation" else ["validation", "test"]
     about = {"split": options.split, "protocol": data.split.description}
+    _kept(options.json, [], about)  # refused before anything is trained
     if options.fuse:
         contest = Contest(data, training_args.eval_exclude_seen, 0, options.judged_users)
         how = {
@@ -181,12 +182,17 @@ def _value(kind: str, value: str):
 
 
 def _kept(path: str | None, rows: list[dict], about: dict) -> list[dict]:
-    """Rows of an earlier run of the same protocol that this one has not measured anew."""
+    """
+    Rows of an earlier run that this one has not measured anew.
+
+    Raises:
+        ValueError: they are of another protocol.
+    """
     if path is None or not Path(path).is_file():
         return []
     earlier = json.loads(Path(path).read_text())
     if any(earlier.get(name) != value for name, value in about.items()):
-        return []
+        raise ValueError(f"{path} holds rows of another protocol (split, sessions, history): name another file")
     new = {row["name"] for row in rows}
     return [row for row in earlier["rows"] if row["name"] not in new]
 

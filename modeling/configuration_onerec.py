@@ -63,12 +63,12 @@ class OneRecConfig(PreTrainedConfig):
         item_loss_weight (`float`, defaults to 0):
             Weight of a second loss: the history's state names the session's first item among all item vectors, by a softmax over the
             catalogue. Needs `num_item_embeddings`, and cannot be trained in shards.
-        item_scores_with_codes (`bool`, defaults to `False`):
-            Items are named by the embeddings of their codes too, added to their vectors, as the encoder reads them: items that share codes
-            learn from each other, and one that joins the catalogue later has a score.
         item_score_weight (`float`, defaults to 0):
             What that log-probability of its first item counts beside a session's own in `recommend()`, where it guides the beams from the
             first code on; needs `item_loss_weight`.
+        item_scores_with_codes (`bool`, defaults to `False`):
+            Items are named by the embeddings of their codes too, added to their vectors, as the encoder reads them: items that share codes
+            learn from each other, and one that joins the catalogue later has a score. Needs `item_loss_weight`.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
@@ -119,8 +119,8 @@ class OneRecConfig(PreTrainedConfig):
     num_item_embeddings: int | None = None
     item_embedding_dropout: float | int = 0.0
     item_loss_weight: float | int = 0.0
-    item_scores_with_codes: bool = False
     item_score_weight: float | int = 0.0
+    item_scores_with_codes: bool = False
     catalogue_hash: str | None = None
     format_version: int = FORMAT_VERSION
     use_cache: bool = True
@@ -189,10 +189,9 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} needs num_item_embeddings, the items of the catalogue"
             )
-        if self.item_score_weight and not self.item_loss_weight:
-            raise ValueError(
-                f"item_score_weight={self.item_score_weight} needs item_loss_weight: nothing learns these scores"
-            )
+        for name in ("item_score_weight", "item_scores_with_codes"):
+            if getattr(self, name) and not self.item_loss_weight:
+                raise ValueError(f"{name}={getattr(self, name)} needs item_loss_weight: nothing learns these scores")
         if not 0 <= self.item_embedding_dropout < 1:
             raise ValueError(f"item_embedding_dropout={self.item_embedding_dropout} must lie between 0 and 1")
         if self.encoder_attention not in ("softmax", "pointwise"):

@@ -340,7 +340,7 @@ class OneRecGenerationMixin(GenerationMixin):
         generator=None,
         **sampling,
     ) -> Beams:
-        vectors = self._vectors_of_leaves(constraint.trie) if guided else None
+        vectors, scored = self._vectors_of_leaves(constraint.trie) if guided else (None, None)
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
@@ -360,26 +360,27 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            guide = None if vectors is None else self._guide(history[some], mask, legal, *vectors)
+            guide = None if vectors is None else self._guide(history[some], mask, legal, vectors, scored)
             parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
-    def _vectors_of_leaves(self, trie) -> tuple[torch.Tensor, torch.Tensor]:
-        """(leaves, width) what the items' scores are inner products with, and (leaves,) which items have a score."""
+    def _vectors_of_leaves(self, trie) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(leaves, width) what the items' scores are inner products with, and (leaves,) which items have a score; None where all have one."""
         encoder = self.get_encoder()
         tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
-        scored = torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        vectors, scored = encoder.item_output_vectors(tokens), None
         if not self.config.item_scores_with_codes:
             scored = encoder.item_embedding.rows(tokens) > 0
-        return encoder.item_output_vectors(tokens), scored
+        return vectors, None if scored is None or scored.all() else scored
 
     def _guide(self, history, attention_mask, constraint, vectors, scored) -> list[torch.Tensor]:
-        """What the item scores add to the beams at each node (see [`node_scores`])."""
-        scores = (history_states(history, attention_mask) @ vectors.T).float()
-        leaves = scores.masked_fill(~scored, float("-inf")).log_softmax(-1)
-        # An item that came later has no vector: it counts as the least probable one of those that have.
-        least = leaves.masked_fill(~scored, 0.0).amin(-1, keepdim=True)
-        leaves = torch.where(scored, leaves, least)
+        """What the item scores add to the beams at each node (see [`node_scores`]); `vectors` and `scored` are of the leaves."""
+        leaves = (history_states(history, attention_mask) @ vectors.T).float()
+        if scored is None:
+            leaves = leaves.log_softmax(-1)
+        else:  # an item that came later and has no vector counts as the least probable one of those that have
+            leaves = leaves.masked_fill(~scored, float("-inf")).log_softmax(-1)
+            leaves = torch.where(scored, leaves, leaves.masked_fill(~scored, 0.0).amin(-1, keepdim=True))
         legal = constraint.legal_leaves()
         if legal is not None:
             leaves = leaves.masked_fill(~legal, float("-inf"))

@@ -1,6 +1,7 @@
 """
 A learned vector per item beside its semantic ID (`config.num_item_embeddings`): codes say what an item is like, the vector says which one it is.
-The encoder reads it in histories, and with `config.item_loss_weight` the history's state also learns to name the next item by it.
+The encoder reads it in histories, and with `config.item_loss_weight` the history's state also learns to name the next item by it (with
+`config.item_scores_with_codes` by the embeddings of its codes too).
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class OneRecItemEmbedding(nn.Module):
             code_table: (vocabulary, width) embeddings of tokens; those of an item's codes are added to its vector when given.
             code_tokens: (items, levels) the items by their codes; those of `vectors` from row 1, in order, when None.
         """
-        vectors = self.vectors.weight[1:] if code_tokens is None else self.vectors(self.rows(code_tokens))
+        vectors = self.vectors.weight
+        vectors = vectors[1:] if code_tokens is None else F.embedding(self.rows(code_tokens), vectors)
         if code_table is None:
             return vectors
         return vectors + F.embedding_bag(self.tokens() if code_tokens is None else code_tokens, code_table, mode="sum")

@@ -165,11 +165,11 @@ class ModelArguments:
     item_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of naming the next item by its vector, beside generating its codes."}
     )
-    item_scores_with_codes: bool = field(
-        default=False, metadata={"help": "Items are named by their codes' embeddings too, added to their vectors."}
-    )
     item_score_weight: float = field(
         default=0.0, metadata={"help": "What that counts in a ranking, beside the probability of the codes."}
+    )
+    item_scores_with_codes: bool = field(
+        default=False, metadata={"help": "Items are named by their codes' embeddings too, added to their vectors."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 

@@ -1,4 +1,4 @@
-"""The contest's script (benchmarks/quality.py), where no training is needed: rankings that were kept are fused."""
+"""The contest's script (benchmarks/quality.py): rankings that were kept are fused, nobody need be asked, rows of another protocol are not lost."""
 
 import json
 import subprocess
@@ -23,3 +23,27 @@ def test_kept_rankings_are_fused(tmp_path, data_folder):
     rows = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
     assert rows["amazon-beauty/both/test/recall@10"]["settings"] == {"fused": ["a", "b"]}
     assert "amazon-beauty/both/validation/ndcg@10" in rows
+
+
+@pytest.mark.slow
+def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
+    command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
+    rows = ["--recipe", ROOT / "recipes" / "amazon_beauty_items.yaml", "--rows", "codes", "gru4rec"]
+    nobody = ["--split", "validation", "--judged_users", "0", "--json", tmp_path / "found.json"]
+    subprocess.run([sys.executable, *command, *rows, *nobody], check=True, capture_output=True)
+    names = {row["name"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    assert {"amazon-beauty/codes/validation/ndcg@10", "amazon-beauty/gru4rec/validation/ndcg@10"} <= names
+    assert not any(name.endswith("/chosen") for name in names)
+
+
+@pytest.mark.slow
+def test_rows_of_another_protocol_are_not_lost(tmp_path, data_folder):
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({"split": "test", "protocol": "another", "rows": [{"name": "a"}]}))
+    command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
+    run = subprocess.run(
+        [sys.executable, *command, "--rows", "popularity", "--json", found], capture_output=True, text=True
+    )
+    assert run.returncode
+    assert f"{found} holds rows of another protocol" in run.stderr
+    assert json.loads(found.read_text())["rows"] == [{"name": "a"}]

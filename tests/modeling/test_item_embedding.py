@@ -199,7 +199,7 @@ def test_items_that_come_later_are_read_by_their_codes(with_codes):
     added = model.model.encoder.item_embedding(ids)[0]
     assert not added[0].any()
     torch.testing.assert_close(added[4], vector(model, "m1"))
-    model.config.item_score_weight = 1000.0  # the items' scores alone decide
+    model.config.item_score_weight = 1e6  # the items' scores alone decide
     everything = model.recommend(ids, num_beams=40, num_return_sequences=40, session_length=1)
     rows = OneRecProcessor.from_catalogue(grown).item_rows(everything)
     tokens = torch.tensor(grown.codes) + torch.tensor(model.config.level_offsets)
@@ -227,7 +227,11 @@ def test_the_plan_counts_them():
     [
         ({"num_item_embeddings": 0}, "num_item_embeddings=0"),
         ({"item_loss_weight": 1.0}, "needs num_item_embeddings"),
-        ({"num_item_embeddings": 40, "item_score_weight": 1.0}, "needs item_loss_weight"),
+        ({"num_item_embeddings": 40, "item_score_weight": 1.0}, "item_score_weight=1.0 needs item_loss_weight"),
+        (
+            {"num_item_embeddings": 40, "item_scores_with_codes": True},
+            "item_scores_with_codes=True needs item_loss_weight",
+        ),
         ({"num_item_embeddings": 40, "item_embedding_dropout": 1.0}, "item_embedding_dropout"),
         ({"num_item_embeddings": 40, "codebook_sizes": [2**21] * 3, "vocab_size": 2**23}, "63 bits"),
     ],

@@ -71,8 +71,9 @@ def test_generate_and_recommend_agree():
     assert torch.equal(ours.sequences, fast.sequences)
 
 
-def test_the_best_beam_is_as_likely_as_the_forward_says():
-    model = make(**ITEMS, item_score_weight=0.5)
+@pytest.mark.parametrize("more", [{}, {"item_scores_with_codes": True, "encoder_scales_embeddings": True}], ids=str)
+def test_the_best_beam_is_as_likely_as_the_forward_says(more):
+    model = make(**ITEMS, item_score_weight=0.5, **more)
     for history in HISTORIES:
         inputs = PROCESSOR([history])
         out = model.recommend(**inputs, num_beams=40, session_length=1, return_dict_in_generate=True)
@@ -80,8 +81,9 @@ def test_the_best_beam_is_as_likely_as_the_forward_says():
         with torch.no_grad():
             said = model(**PROCESSOR([history], [item]))
             state = said.encoder_last_hidden_state[0, -1]
-            embedding = model.model.encoder.item_embedding
-            named = embedding.scores(state).log_softmax(-1)[embedding.rows(out.sequences[0, 1:]) - 1]
+            encoder = model.model.encoder
+            names = (encoder.item_output_vectors() @ state).log_softmax(-1)
+            named = names[encoder.item_embedding.rows(out.sequences[0, 1:]) - 1]
         labels = out.sequences[0, 1:]
         codes = said.logits[0].log_softmax(-1).gather(1, labels[:, None]).sum()
         torch.testing.assert_close(out.sequences_scores[0], codes + 0.5 * named, atol=1e-4, rtol=0)
