@@ -368,10 +368,12 @@ class OneRecGenerationMixin(GenerationMixin):
         """(leaves, width) what the items' scores are inner products with, and (leaves,) which items have a score; None where all have one."""
         encoder = self.get_encoder()
         tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
-        vectors, scored = encoder.item_output_vectors(tokens), None
-        if not self.config.item_scores_with_codes:
-            scored = encoder.item_embedding.rows(tokens) > 0
-        return vectors, None if scored is None or scored.all() else scored
+        rows = encoder.item_embedding.rows(tokens)
+        # Leaves and vectors both stand in the order of codes: of the catalogue that the model was made for nothing need be gathered.
+        if torch.equal(rows, torch.arange(1, len(encoder.item_embedding.keys) + 1, device=rows.device)):
+            return encoder.item_output_vectors(), None
+        vectors = encoder.item_output_vectors(tokens)
+        return vectors, None if self.config.item_scores_with_codes or rows.all() else rows > 0
 
     def _guide(self, history, attention_mask, constraint, vectors, scored) -> list[torch.Tensor]:
         """What the item scores add to the beams at each node (see [`node_scores`]); `vectors` and `scored` are of the leaves."""
