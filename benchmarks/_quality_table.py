@@ -38,6 +38,8 @@ CONTEST = {
     "onerec_items_fused": ("the four generators of these two rows, fused by rank", ""),
     "onerec_items_scaled_cpu": ("**on a CPU in 15 minutes**: one place per item, scaled, beams guided", ""),
     "onerec_items_scaled_cpu_fused": ("its three seeds, fused by rank", ""),
+    "onerec_items_coded_cpu": ("and items named by their codes too, 15 minutes", ""),
+    "onerec_items_coded_cpu_fused": ("its three seeds, fused by rank", ""),
 }
 
 
