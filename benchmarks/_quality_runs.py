@@ -61,10 +61,8 @@ class Contest:
     judged_users: int
 
     @cached_property
-    def asked(self) -> np.ndarray | None:
-        """Places of the validation users that decide when a training stops: the same for all rows of a seed. None where nobody is asked."""
-        if not self.judged_users:
-            return None
+    def asked(self) -> np.ndarray:
+        """Places of the validation users that decide when a training stops: the same for all rows of a seed."""
         users = len(self.data.split.validation)
         return np.sort(np.random.default_rng(self.seed).permutation(users)[: self.judged_users])
 
@@ -102,7 +100,8 @@ def run_row(
 ) -> Measured:
     """
     One row for one seed: the metrics on these splits, as `SPLIT/METRIC`; `chosen`, what the validation users that are asked said of the weights
-    that stayed (nobody is asked, the last weights stay, and there is no such number with `judged_users` 0); `train_seconds`, wall time without judging; and parameters.
+    that stayed (with `judged_users` 0 nobody is asked, the last weights stay, and there is no such number); `train_seconds`, wall time without
+    judging; and parameters.
 
     Args:
         minutes: of [`Budget`] for training; as long as the row's settings say when None.

@@ -52,27 +52,16 @@ def table(which: str, results: dict, dataset: str = "amazon-beauty") -> str:
         results: the JSON's content.
     """
     rows = {row["name"]: row for row in results["rows"]}
-    return (_contest if which == "contest" else _ablations)(rows, dataset)
-
-
-def _contest(rows: dict, dataset: str) -> str:
-    lines = ["| Beauty, test | recall@10 | NDCG@10 | seeds | published |", "|---|---|---|---|---|"]
-    for name, (says, published) in CONTEST.items():
-        if f"{dataset}/{name}/test/recall@10" not in rows:
+    split, last = ("test", "published") if which == "contest" else ("validation", "weights")
+    named = CONTEST if which == "contest" else {name: (row.says, "") for name, row in ROWS.items()}
+    lines = [f"| Beauty, {split} | recall@10 | NDCG@10 | seeds | {last} |", "|---|---|---|---|---|"]
+    for name, (says, published) in named.items():
+        row = f"{dataset}/{name}"
+        if f"{row}/{split}/recall@10" not in rows:
             continue
-        recall, ndcg = (rows[f"{dataset}/{name}/test/{metric}@10"] for metric in ("recall", "ndcg"))
-        lines.append(f"| {says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {published} |")
-    return "\n".join(lines) + "\n"
-
-
-def _ablations(rows: dict, dataset: str) -> str:
-    lines = ["| Beauty, validation | recall@10 | NDCG@10 | seeds | weights |", "|---|---|---|---|---|"]
-    for name, row in ROWS.items():
-        if f"{dataset}/{name}/validation/recall@10" not in rows:
-            continue
-        recall, ndcg = (rows[f"{dataset}/{name}/validation/{metric}@10"] for metric in ("recall", "ndcg"))
-        weights = rows[f"{dataset}/{name}/parameters"]["value"]
-        lines.append(f"| {row.says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {weights:,.0f} |")
+        recall, ndcg = (rows[f"{row}/{split}/{metric}@10"] for metric in ("recall", "ndcg"))
+        end = published if which == "contest" else f"{rows[f'{row}/parameters']['value']:,.0f}"
+        lines.append(f"| {says} | {_number(recall)} | {_number(ndcg)} | {len(recall['seeds'])} | {end} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """
 The contest: models of the field and OneRec under one protocol. Leave-one-out, the whole catalogue ranked for every test user, the same items left
-out (those of the history), the same stopping by NDCG@10 on validation users (or none, `--judged_users 0`); each seed fits semantic IDs, initialises and shuffles anew. A row
-trains for the epochs of its settings, or all rows for the same `--minutes`. The rows are those of _quality_rows.py.
+out (those of the history), the same stopping by NDCG@10 on validation users (or none, `--judged_users 0`); each seed fits semantic IDs,
+initialises and shuffles anew. A row trains for the epochs of its settings, or all rows for the same `--minutes`. The rows are those of
+_quality_rows.py.
 
     python benchmarks/quality.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --rows sasrec_ce onerec --seeds 0 1 2 \\
         --json benchmarks/results/quality.json

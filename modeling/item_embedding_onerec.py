@@ -103,11 +103,7 @@ class OneRecItemEmbedding(nn.Module):
         return vectors + F.embedding_bag(self.tokens() if code_tokens is None else code_tokens, code_table, mode="sum")
 
     def loss(
-        self,
-        states: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch=None,
-        code_table: torch.Tensor | None = None,
+        self, states: torch.Tensor, labels: torch.Tensor, output_vectors: torch.Tensor, num_items_in_batch=None
     ) -> torch.Tensor:
         """
         Cross-entropy of the sessions' first items over all items, weighed as the code tokens of these items together: a sum over sessions, times
@@ -116,14 +112,13 @@ class OneRecItemEmbedding(nn.Module):
         Args:
             states: (sessions, width) states of their histories.
             labels: (sessions, t) code tokens, -100 where nothing is predicted.
+            output_vectors: (num_item_embeddings, width) of all items, in the order of their vectors.
             num_items_in_batch: code tokens of the batch, where it has several parts.
-            code_table: as in `output_vectors`.
         """
         levels = len(self.sizes)
         rows = self.rows(labels[:, :levels])
         known = rows > 0  # what is left out here, slots without a session, costs no scores
-        scores = states[known] @ self.output_vectors(code_table).T
-        value = F.cross_entropy(scores.float(), rows[known] - 1, reduction="sum")
+        value = F.cross_entropy((states[known] @ output_vectors.T).float(), rows[known] - 1, reduction="sum")
         return value * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

@@ -463,17 +463,10 @@ class OneRecEncoder(OneRecPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=positions, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
-    @property
-    def _code_table(self):
-        return self.embed_tokens.weight if self.config.item_scores_with_codes else None
-
     def item_output_vectors(self, code_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """(items, width) what item scores are inner products with ([`OneRecItemEmbedding.output_vectors`])."""
-        return self.item_embedding.output_vectors(self._code_table, code_tokens)
-
-    def item_loss(self, states: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Cross-entropy of the sessions' first items over all items ([`OneRecItemEmbedding.loss`])."""
-        return self.item_embedding.loss(states, labels, num_items_in_batch, self._code_table)
+        code_table = self.embed_tokens.weight if self.config.item_scores_with_codes else None
+        return self.item_embedding.output_vectors(code_table, code_tokens)
 
 
 class OneRecDecoder(OneRecPreTrainedModel):
@@ -796,7 +789,10 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
                     at_places(attention_mask, stride),
                     ranges_of_places(history_ranges, stride),
                 )
-                item_loss = self.model.encoder.item_loss(states, labels, kwargs.get("num_items_in_batch"))
+                encoder = self.model.encoder
+                item_loss = encoder.item_embedding.loss(
+                    states, labels, encoder.item_output_vectors(), kwargs.get("num_items_in_batch")
+                )
                 loss = loss + self.config.item_loss_weight * item_loss
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(
