@@ -74,10 +74,12 @@ ROWS = {
     "sasrec_bce": Row(
         "sequence",
         "SASRec as published: one random negative",
-        {"model": "sasrec", "loss": "bce", "width": 128, "dropout": 0.5, "patience": 40},
+        {"model": "sasrec", "loss": "bce", "scaled": True, "width": 64, "dropout": 0.5, "patience": 40},
     ),
     "sasrec_ce": Row(
-        "sequence", "SASRec, softmax over all items", {"model": "sasrec", "width": 256, "dropout": 0.5, "patience": 8}
+        "sequence",
+        "SASRec, softmax over all items",
+        {"model": "sasrec", "scaled": True, "width": 256, "layers": 1, "dropout": 0.5, "patience": 8},
     ),
     "gru4rec": Row(
         "sequence",
@@ -87,7 +89,7 @@ ROWS = {
     "hstu": Row(
         "sequence",
         "HSTU (positions only), softmax over all items",
-        {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "patience": 8},
+        {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "lr": 0.0005, "patience": 8},
     ),
     # TIGER of the same parts: residual quantisation of item texts by an autoencoder, a digit against collisions, a dense decoder, one item.
     "tiger": Row(
@@ -100,6 +102,8 @@ ROWS = {
             "on_collision": "extra-digit",
             "num_experts": 1,
             "cross_attention_rope": "false",
+            "dropout_rate": 0.1,
+            "num_train_epochs": 70,
         },
     ),
     "onerec_pointwise": Row("onerec", "OneRec, one item a session", PLAIN),
@@ -131,4 +135,9 @@ ROWS = {
         {**CODES, "num_experts": 8, "moe_intermediate_size": 64},
     ),
     "codes_m5": Row("onerec", "sessions of five", {**CODES, "session_length": 5}),
+    # Both go on from `codes` for the same steps (_quality_alignment.py).
+    "codes_ntp": Row("onerec", "three epochs of 20,000 windows more", {**CODES, "alignment": {"dpo_weight": 0.0}}),
+    "codes_ipa": Row(
+        "onerec", "the same with preference alignment, a SASRec's scores the reward", {**CODES, "alignment": {}}
+    ),
 }

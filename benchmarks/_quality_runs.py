@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 from _harness import cpu_seconds, say
+from _quality_alignment import align
 from _quality_rows import Row
 
 Measured = dict[str, float]
@@ -22,6 +23,7 @@ KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
 SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
+DEPTH = 40  # items of a ranking that is kept
 JUDGED = 10  # how often a generator is judged while it trains; sequence models are after each epoch
 EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
 
@@ -105,7 +107,7 @@ def run_row(
 
     Args:
         minutes: of [`Budget`] for training; as long as the row's settings say when None.
-        keep: a generator is kept in this folder, its rankings in files whose names begin so.
+        keep: a generator is kept in this folder, the rankings of any trained model in files whose names begin so.
     """
     import torch
 
@@ -142,6 +144,10 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     more = {} if chosen is None else {"chosen": chosen}
     seconds = budget.wall_seconds()
     found = contest.judged(lambda histories: model.rank(histories, 10, contest.exclude_seen), splits)
+    if keep is not None:
+        for split in splits:
+            histories = contest.rows(contest.examples(split), "history")
+            np.savez_compressed(f"{keep}-{split}.npz", rows=model.rank(histories, DEPTH, contest.exclude_seen))
     parameters = sum(weight.numel() for weight in model.parameters())
     return {**found, **more, "train_seconds": seconds, "parameters": parameters}
 
@@ -166,6 +172,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
 
     settings = dict(row.settings)
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
+    alignment = settings.pop("alignment", None)
     data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
     data = with_windows(contest.data, data_args, run_args.train_on)
     set_seed(contest.seed)
@@ -195,6 +202,9 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             more["chosen"] = trainer.restore_best()
             if weights:
                 more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
+        if alignment is not None:
+            windows = with_windows(contest.data, data_args, "windows").split.train
+            align(model, processor, contest, windows, alignment)
         found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
         if keep is not None:
             trainer.save_model(keep)
@@ -205,7 +215,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     return {**metrics, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
 
 
-def save_rankings(path: str, trainer, examples, depth: int = 40) -> None:
+def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
     """Rows of the `depth` items that are ranked best for each user, and their scores, best first."""
     rows, scores = [], []
     processor, model = trainer.processing_class, trainer.model
@@ -228,7 +238,7 @@ def fused(contest: Contest, files: Sequence[str], splits: Sequence[str]) -> Meas
     fusion, Cormack et al., SIGIR 2009).
 
     Args:
-        files: what `save_rankings` was given, less `-SPLIT.npz`.
+        files: what `run_row` was given as `keep`.
     """
     found = {}
     for split in splits:

@@ -69,11 +69,18 @@ class SequenceModel(nn.Module):
 
 
 class SASRec(SequenceModel):
-    """Causal self-attention (Kang and McAuley, arXiv 1808.09781), in its pre-norm form; places count from the end of the history."""
+    """
+    Causal self-attention (Kang and McAuley, arXiv 1808.09781), in its pre-norm form; places count from the end of the history.
 
-    def __init__(self, num_items: int, width: int = 64, layers: int = 2, heads: int = 2, **settings):
+    Args:
+        scaled: embeddings times sqrt(width), as the paper's code has them.
+    """
+
+    def __init__(
+        self, num_items: int, width: int = 64, layers: int = 2, heads: int = 2, scaled: bool = False, **settings
+    ):
         super().__init__(num_items, width, **settings)
-        self.heads = heads
+        self.heads, self.scale = heads, width**0.5 if scaled else 1.0
         self.places = nn.Embedding(self.max_length, width)
         nn.init.normal_(self.places.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(
@@ -83,7 +90,7 @@ class SASRec(SequenceModel):
 
     def encode(self, states, real):
         t = states.shape[1]
-        states = self.dropout(states + self.places.weight[-t:])
+        states = self.dropout(self.scale * states + self.places.weight[-t:])
         # What is padded may look at itself, so that no row of the attention is empty.
         before, itself = (
             torch.ones(t, t, dtype=torch.bool, device=real.device).tril(),

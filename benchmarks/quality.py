@@ -46,7 +46,7 @@ def arguments():
     )
     options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
     options.add_argument("--label", help="another name for the row, for a run with --set")
-    options.add_argument("--keep", help="folder for generators and their rankings")
+    options.add_argument("--keep", help="folder for generators, and for the rankings of trained models")
     options.add_argument(
         "--fuse",
         nargs="+",
@@ -100,6 +100,8 @@ def main() -> None:
     for name in names:
         row = ROWS[name]
         row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
+        if options.quick and "alignment" in row.settings:
+            row.settings["alignment"] |= {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
         measured, label, keep = [], options.label or name, options.keep
         for seed in options.seeds:
             contest = Contest(data, training_args.eval_exclude_seen, seed, options.judged_users)
