@@ -147,7 +147,9 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     if keep is not None:
         for split in splits:
             histories = contest.rows(contest.examples(split), "history")
-            np.savez_compressed(f"{keep}-{split}.npz", rows=model.rank(histories, DEPTH, contest.exclude_seen))
+            np.savez_compressed(
+                f"{keep}-{split}.npz", rows=model.rank(histories, DEPTH, contest.exclude_seen).astype(np.int32)
+            )
     parameters = sum(weight.numel() for weight in model.parameters())
     return {**found, **more, "train_seconds": seconds, "parameters": parameters}
 
