@@ -207,14 +207,51 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
         if alignment is not None:
             windows = with_windows(contest.data, data_args, "windows").split.train
             align(model, processor, contest, windows, alignment)
-        found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
+        found = _judged_generator(trainer, contest, splits, keep)
         if keep is not None:
             trainer.save_model(keep)
-            for split in splits:
-                save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
+    return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
+
+
+def judge_kept(
+    contest: Contest,
+    folder: str,
+    settings: dict[str, Any],
+    config: list[str],
+    splits: Sequence[str],
+    keep: str | None = None,
+) -> Measured:
+    """
+    The metrics of a generator that a run kept, with other settings of how it is asked: `eval_num_beams`, `max_history`, `item_score_weight`.
+
+    Args:
+        folder: what `run_row` was given as `keep`.
+        keep: its rankings are kept in files whose names begin so.
+    """
+    from onerec_hf import OneRecForConditionalGeneration
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.trainers import OneRecTrainer
+
+    data_args, _, model_args, _, training_args = parsed(config, settings)
+    processor = OneRecProcessor.from_pretrained(folder, max_history=data_args.max_history)
+    model = OneRecForConditionalGeneration.from_pretrained(folder)
+    if "item_score_weight" in settings:
+        model.config.item_score_weight = model_args.item_score_weight
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
+        trainer = OneRecTrainer(
+            model, training_args, train_dataset=contest.data.split.train, processing_class=processor
+        )
+        return _judged_generator(trainer, contest, splits, keep)
+
+
+def _judged_generator(trainer, contest: Contest, splits: Sequence[str], keep: str | None) -> Measured:
+    found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
+    if keep is not None:
+        for split in splits:
+            save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
     names = ("illegal_share", *METRICS)
-    metrics = {f"{split}/{name}": values[f"_{name}"] for split, values in found.items() for name in names}
-    return {**metrics, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
+    return {f"{split}/{name}": values[f"_{name}"] for split, values in found.items() for name in names}
 
 
 def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from _harness import dataset_options, finish, parser, recipe_and_folder, say
 from _quality_rows import ROWS
-from _quality_runs import Contest, fused, parsed, run_row
+from _quality_runs import Contest, fused, judge_kept, parsed, run_row
 
 PROTOCOL = ("split", "protocol")
 
@@ -48,6 +49,12 @@ def arguments():
     options.add_argument("--label", help="another name for the row, for a run with --set")
     options.add_argument("--keep", help="folder for generators, and for the rankings of trained models")
     options.add_argument(
+        "--judge",
+        nargs="+",
+        metavar="FOLDERS",
+        help="no training: judge the generators that --keep wrote, a folder for each of --seeds, asked as --set says; --label names the row",
+    )
+    options.add_argument(
         "--fuse",
         nargs="+",
         metavar="FILES",
@@ -62,7 +69,6 @@ def main() -> None:
     if options.join:
         join(options.join, options.json)
         return
-    names = list(ROWS) if "all" in options.rows else options.rows
     minutes, small = options.minutes, []
     recipe, folder = recipe_and_folder(options)
     recipe = options.recipe or recipe
@@ -80,44 +86,53 @@ def main() -> None:
     splits = ["validation"] if options.split == "validation" else ["validation", "test"]
     about = {"split": options.split, "protocol": data.split.description}
     _kept(options.json, [], about)  # refused before anything is trained
-    if options.fuse:
-        contest = Contest(data, training_args.eval_exclude_seen, 0, options.judged_users)
-        how = {
-            "settings": {"fused": [Path(files).name for files in options.fuse]},
-            "recipe": None,
-            "minutes": None,
-            "chosen_on": None,
-            "device": device(),
-        }
-        found = fused(contest, options.fuse, splits)
-        rows = [
-            _row(f"{options.dataset}/{options.label}/{metric}", {0: value}, how) for metric, value in found.items()
-        ]
-        finish([*_kept(options.json, rows, about), *rows], options.json, **about)
-        return
+
+    def contest(seed: int) -> Contest:
+        return Contest(data, training_args.eval_exclude_seen, seed, options.judged_users)
+
     said = [setting.split("=", 1) for setting in options.set]
-    rows = []
-    for name in names:
-        row = ROWS[name]
-        row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
-        if options.quick and "alignment" in row.settings:
-            row.settings["alignment"] |= {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
-        measured, label, keep = [], options.label or name, options.keep
-        for seed in options.seeds:
-            contest = Contest(data, training_args.eval_exclude_seen, seed, options.judged_users)
-            measured.append(run_row(contest, row, config, minutes, splits, keep and f"{keep}/{label}-{seed}"))
-            say(f"{name}, seed {seed}: {measured[-1]}")
-        for metric in measured[0]:
-            values = dict(zip(options.seeds, (run[metric] for run in measured), strict=True))
-            how = {
-                "settings": row.settings,
-                "recipe": Path(recipe).name,
-                "minutes": minutes,
-                "chosen_on": options.judged_users,
-                "device": device(),
-            }
-            rows.append(_row(f"{options.dataset}/{label}/{metric}", values, how))
+    if options.fuse:
+        how = _how({"fused": [Path(files).name for files in options.fuse]})
+        rows = _rows_of(f"{options.dataset}/{options.label}", [0], [fused(contest(0), options.fuse, splits)], how)
+    elif options.judge:
+        settings = {key: _value("onerec", value) for key, value in said}
+        how = _how({"judged": [Path(kept).name for kept in options.judge], **settings}, Path(recipe).name)
+        measured = [
+            judge_kept(contest(seed), kept, settings, config, splits, _kept_as(options, options.label, seed))
+            for seed, kept in zip(options.seeds, options.judge, strict=True)
+        ]
+        rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
+    else:
+        rows = []
+        for name in list(ROWS) if "all" in options.rows else options.rows:
+            row, label, measured = ROWS[name], options.label or name, []
+            row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
+            if options.quick and "alignment" in row.settings:
+                row.settings["alignment"] |= {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
+            for seed in options.seeds:
+                keep = _kept_as(options, label, seed)
+                measured.append(run_row(contest(seed), row, config, minutes, splits, keep))
+                say(f"{name}, seed {seed}: {measured[-1]}")
+            how = _how(row.settings, Path(recipe).name, minutes, options.judged_users)
+            rows += _rows_of(f"{options.dataset}/{label}", options.seeds, measured, how)
     finish([*_kept(options.json, rows, about), *rows], options.json, **about)
+
+
+def _kept_as(options, label: str, seed: int) -> str | None:
+    return options.keep and f"{options.keep}/{label}-{seed}"
+
+
+def _how(
+    settings: dict, recipe: str | None = None, minutes: float | None = None, chosen_on: int | None = None
+) -> dict:
+    """How a row was measured."""
+    return {
+        "settings": settings,
+        "recipe": recipe,
+        "minutes": minutes,
+        "chosen_on": chosen_on,
+        "device": device(),
+    }
 
 
 def device() -> str:
@@ -131,6 +146,14 @@ def device() -> str:
 
 HOW = ("settings", "recipe", "minutes", "chosen_on", "device")
 UNITS = {"train_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
+
+
+def _rows_of(name: str, seeds: Sequence[int], measured: Sequence[dict[str, float]], how: dict) -> list[dict]:
+    """A result row per metric, of each seed's metrics."""
+    return [
+        _row(f"{name}/{metric}", dict(zip(seeds, (run[metric] for run in measured), strict=True)), how)
+        for metric in measured[0]
+    ]
 
 
 def _row(name: str, values: dict[int, float], how: dict) -> dict:
