@@ -120,6 +120,21 @@ ROWS = {
     "onerec_items_coded": Row(
         "onerec", "and items named by their codes too", {**SCALED, "item_scores_with_codes": "true"}
     ),
+    "onerec_items_dropout": Row(
+        "onerec",
+        "and item vectors left out at random, more dropout, IDs of texts beside behaviour",
+        {
+            **SCALED,
+            "item_scores_with_codes": "true",
+            "embedding": "given+behaviour",
+            "dropout_rate": 0.45,
+            "item_embedding_dropout": 0.3,
+            "item_score_weight": 8,
+            "item_score_weights": (),
+            "per_device_train_batch_size": 8,
+            "num_train_epochs": 10,
+        },
+    ),
     # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
     "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
     "codes_kmeans": Row("onerec", "IDs by plain residual k-means", {**CODES, "quantizer": "kmeans"}),
@@ -135,6 +150,11 @@ ROWS = {
         {**CODES, "num_experts": 8, "moe_intermediate_size": 64},
     ),
     "codes_m5": Row("onerec", "sessions of five", {**CODES, "session_length": 5}),
+    "codes_averaged": Row(
+        "onerec",
+        "weights averaged over some 200 steps, a third of the learning rate left at the end",
+        {**CODES, "averaged": 0.995, "least_learning_rate": 0.3},
+    ),
     # Both go on from `codes` for the same steps (_quality_alignment.py).
     "codes_ntp": Row("onerec", "three epochs of 20,000 windows more", {**CODES, "alignment": {"dpo_weight": 0.0}}),
     "codes_ipa": Row(

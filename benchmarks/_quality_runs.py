@@ -175,6 +175,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     settings = dict(row.settings)
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
     alignment = settings.pop("alignment", None)
+    averaged, least = settings.pop("averaged", None), float(settings.pop("least_learning_rate", 0))
     data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
     data = with_windows(contest.data, data_args, run_args.train_on)
     set_seed(contest.seed)
@@ -196,6 +197,8 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             processing_class=processor,
             asked=asked,
             budget=budget,
+            least_learning_rate=least,
+            averaged=averaged and float(averaged),
         )
         trainer.train()
         seconds, state, more = budget.wall_seconds(), trainer.state, {}
@@ -339,15 +342,41 @@ def budget_trainer():
                 self.trainer.keep_best()
             control.should_training_stop |= spent >= 1
 
+    class AverageWeights(TrainerCallback):
+        """At the end the weights are a moving average over steps of their own."""
+
+        def __init__(self, model, decay: float):
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.model = model
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.average.update_parameters(self.model)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                for weight, average in zip(self.model.parameters(), self.average.module.parameters(), strict=True):
+                    weight.copy_(average)
+
     class BudgetTrainer(OneRecTrainer):
-        """Warm-up by steps, then a cosine down to zero over the budget or the epochs, whichever ends first."""
+        """
+        Warm-up by steps, then a cosine over the budget or the epochs, whichever ends first.
+
+        Args:
+            least_learning_rate: share of the learning rate that is left at the end.
+            averaged: decay of the moving average that the weights become.
+        """
 
         model: Any
 
-        def __init__(self, *args, budget: Budget, asked, **kwargs):
+        def __init__(self, *args, budget: Budget, asked, least_learning_rate: float, averaged: float | None, **kwargs):
             self.budget, self.asked, self.best = budget, asked, (-1.0, {})
+            self.least = least_learning_rate
             super().__init__(*args, **kwargs)
             self.add_callback(FollowBudget(self))
+            if averaged is not None:
+                self.add_callback(AverageWeights(self.model, averaged))
 
         def spent(self) -> float:
             return max(self.budget.spent(), self.state.global_step / max(1, self.state.max_steps))
@@ -381,7 +410,8 @@ def budget_trainer():
             warmup = max(1, int(self.args.warmup_steps))
 
             def factor(step: int) -> float:
-                return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
+                cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
+                return min(1.0, (step + 1) / warmup) * (self.least + (1 - self.least) * cosine)
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
             return self.lr_scheduler
