@@ -51,6 +51,8 @@ POOLED: dict[str, Any] = {**POINTWISE, "encoder_pools_items": "true"}
 SCALED: dict[str, Any] = {
     **POOLED,
     "encoder_scales_embeddings": "true",
+    "dropout_rate": 0.35,
+    "item_embedding_dropout": 0,
     "item_score_weight": 4,
     "item_score_weights": [0, 1, 2, 4, 8, 16],
 }

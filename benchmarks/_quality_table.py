@@ -30,7 +30,9 @@ CONTEST = {
     "gru4rec": ("GRU4Rec, full cross-entropy", ".0283 / .0137 (TIGER's paper)"),
     "sasrec_bce": ("SASRec, one random negative", ".0605 / .0318 (TIGER's paper)"),
     "sasrec_ce": ("SASRec, full cross-entropy", ".0859 / .0503 (a replication)"),
+    "sasrec_ce_fused": ("its three seeds, fused by rank", ""),
     "hstu": ("HSTU, full cross-entropy", ".0704 / .0389 (ActionPiece's paper)"),
+    "hstu_fused": ("its three seeds, fused by rank", ""),
     "tiger": ("TIGER of our parts", ".0648 / .0384 (TIGER's paper)"),
     "onerec_pointwise": ("OneRec, one item a session", ""),
     "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
@@ -40,6 +42,8 @@ CONTEST = {
     "onerec_items_scaled_cpu_fused": ("its three seeds, fused by rank", ""),
     "onerec_items_coded_cpu": ("and items named by their codes too, 15 minutes", ""),
     "onerec_items_coded_cpu_fused": ("its three seeds, fused by rank", ""),
+    "onerec_items_dropout": ("and item vectors left out at random, more dropout, 3 minutes of a GPU", ""),
+    "onerec_items_dropout_fused": ("its three seeds, fused by rank", ""),
 }
 
 
