@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from _harness import cpu_seconds, say
@@ -24,7 +22,6 @@ METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
 SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
 DEPTH = 40  # items of a ranking that is kept
-JUDGED = 10  # how often a generator is judged while it trains; sequence models are after each epoch
 EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
 
 
@@ -167,6 +164,7 @@ def _judge(contest: Contest, budget: Budget) -> Callable[[Any], float]:
 
 
 def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
+    from _quality_training import BudgetTrainer
     from transformers import set_seed
 
     from onerec_hf.cli.steps import fit_catalogue, new_model
@@ -176,6 +174,8 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
     alignment = settings.pop("alignment", None)
     averaged, least = settings.pop("averaged", None), float(settings.pop("least_learning_rate", 0))
+    if averaged is not None and contest.judged_users:
+        raise ValueError("averaged weights are those of the end, and nobody is asked about them: --judged_users 0")
     data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
     data = with_windows(contest.data, data_args, run_args.train_on)
     set_seed(contest.seed)
@@ -190,7 +190,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             training_args.num_train_epochs, training_args.max_steps = 10_000, -1
         asked = contest.examples("validation", contest.asked) if contest.judged_users else None
         budget = Budget(minutes)
-        trainer = budget_trainer()(
+        trainer = BudgetTrainer(
             model,
             training_args,
             train_dataset=data.split.train,
@@ -209,7 +209,9 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
                 more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
         if alignment is not None:
             windows = with_windows(contest.data, data_args, "windows").split.train
+            began = time.perf_counter()
             align(model, processor, contest, windows, alignment)
+            seconds += time.perf_counter() - began
         found = _judged_generator(trainer, contest, splits, keep)
         if keep is not None:
             trainer.save_model(keep)
@@ -322,98 +324,3 @@ def with_windows(data, args, train_on: str):
     )
     data = replace(data, split=replace(data.split, train=split.train))
     return on_prefixes(data, args) if train_on == "prefixes" else data
-
-
-def budget_trainer():
-    """The trainer whose learning rate and end follow the CPU time that was spent, and which keeps its best weights where it asks users."""
-    import torch
-    from transformers import TrainerCallback
-
-    from onerec_hf.trainers import OneRecTrainer
-
-    class FollowBudget(TrainerCallback):
-        def __init__(self, trainer):
-            self.trainer, self.part = trainer, 1
-
-        def on_step_end(self, args, state, control, **kwargs):
-            spent = self.trainer.spent()
-            if self.trainer.asked is not None and spent >= self.part / JUDGED:
-                self.part = int(spent * JUDGED) + 1
-                self.trainer.keep_best()
-            control.should_training_stop |= spent >= 1
-
-    class AverageWeights(TrainerCallback):
-        """At the end the weights are a moving average over steps of their own."""
-
-        def __init__(self, model, decay: float):
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-            self.model = model
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.average.update_parameters(self.model)
-
-        def on_train_end(self, args, state, control, **kwargs):
-            with torch.no_grad():
-                for weight, average in zip(self.model.parameters(), self.average.module.parameters(), strict=True):
-                    weight.copy_(average)
-
-    class BudgetTrainer(OneRecTrainer):
-        """
-        Warm-up by steps, then a cosine over the budget or the epochs, whichever ends first.
-
-        Args:
-            least_learning_rate: share of the learning rate that is left at the end.
-            averaged: decay of the moving average that the weights become.
-        """
-
-        model: Any
-
-        def __init__(self, *args, budget: Budget, asked, least_learning_rate: float, averaged: float | None, **kwargs):
-            self.budget, self.asked, self.best = budget, asked, (-1.0, {})
-            self.least = least_learning_rate
-            super().__init__(*args, **kwargs)
-            self.add_callback(FollowBudget(self))
-            if averaged is not None:
-                self.add_callback(AverageWeights(self.model, averaged))
-
-        def spent(self) -> float:
-            return max(self.budget.spent(), self.state.global_step / max(1, self.state.max_steps))
-
-        def ask(self) -> float:
-            return self.evaluate(self.asked, metric_key_prefix="asked")[f"asked_{CHOSEN_BY}"]
-
-        def keep_best(self) -> None:
-            with self.budget.paused():
-                value = self.ask()
-                self.model.train()
-            say(f"  {self.spent():.0%}: {CHOSEN_BY} {value:.4f}")
-            if value > self.best[0]:
-                self.best = value, copy.deepcopy(self.model.state_dict())
-
-        def restore_best(self) -> float:
-            self.model.load_state_dict(self.best[1])
-            return self.best[0]
-
-        def best_item_score_weight(self, weights: Sequence[float]) -> tuple[float, float]:
-            """What the asked users say with the best of these values of `config.item_score_weight`, and that value, which stays."""
-            found = []
-            for weight in weights:
-                self.model.config.item_score_weight = weight
-                found.append((self.ask(), weight))
-                say(f"  item_score_weight {weight}: {CHOSEN_BY} {found[-1][0]:.4f}")
-            self.model.config.item_score_weight = max(found)[1]
-            return max(found)
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            warmup = max(1, int(self.args.warmup_steps))
-
-            def factor(step: int) -> float:
-                cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
-                return min(1.0, (step + 1) / warmup) * (self.least + (1 - self.least) * cosine)
-
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
-            return self.lr_scheduler
-
-    return BudgetTrainer

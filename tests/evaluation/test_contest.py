@@ -37,6 +37,47 @@ def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
 
 
 @pytest.mark.slow
+def test_kept_generators_are_judged_again(tmp_path, data_folder):
+    command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
+    common = [
+        "--recipe",
+        ROOT / "recipes" / "amazon_beauty_items.yaml",
+        "--split",
+        "validation",
+        "--judged_users",
+        "0",
+    ]
+    found, kept = tmp_path / "found.json", tmp_path / "kept"
+    kept.mkdir()
+    rows = ["--rows", "codes_ipa", "codes_averaged", "sasrec_ce", "--keep", kept, "--json", found]
+    subprocess.run([sys.executable, *command, *common, *rows], check=True, capture_output=True)
+    assert np.load(kept / "sasrec_ce-0-validation.npz")["rows"].shape == (300, 40)
+    again = ["--judge", kept / "codes_ipa-0", "--label", "again", "--json", found]
+    subprocess.run([sys.executable, *command, *common, *again], check=True, capture_output=True)
+    values = {row["name"].split("/", 1)[1]: row["value"] for row in json.loads(found.read_text())["rows"]}
+    assert {"codes_averaged/validation/ndcg@10", "sasrec_ce/validation/ndcg@10"} <= set(values)
+    for metric in ("recall@10", "ndcg@10"):
+        assert values[f"again/validation/{metric}"] == pytest.approx(
+            values[f"codes_ipa/validation/{metric}"], abs=1e-9
+        )
+
+
+def test_weights_are_averaged_over_steps(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import torch
+    from _quality_training import AverageWeights
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    callback, expected = AverageWeights(model, 0.5), None
+    for value in (1.0, 2.0, 4.0):
+        torch.nn.init.constant_(model.weight, value)
+        callback.on_step_end(None, None, None)
+        expected = value if expected is None else 0.5 * expected + 0.5 * value
+    callback.on_train_end(None, None, None)
+    assert model.weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_rows_of_another_protocol_are_not_lost(tmp_path, data_folder):
     found = tmp_path / "found.json"
     found.write_text(json.dumps({"split": "test", "protocol": "another", "rows": [{"name": "a"}]}))
