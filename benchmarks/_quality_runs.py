@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from _harness import cpu_seconds, say
@@ -239,7 +239,7 @@ def judge_kept(
 
     data_args, _, model_args, _, training_args = parsed(config, settings)
     processor = OneRecProcessor.from_pretrained(folder, max_history=data_args.max_history)
-    model = OneRecForConditionalGeneration.from_pretrained(folder)
+    model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     if "item_score_weight" in settings:
         model.config.item_score_weight = model_args.item_score_weight
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
