@@ -25,6 +25,7 @@ PLAIN: dict[str, Any] = {
     "session_length": 1,
     "embedding": "given+behaviour",
     "item_embeddings": "false",
+    "item_embedding_dropout": 0,
     "item_loss_weight": 0,
     "item_score_weight": 0,
     "encoder_is_causal": "false",
@@ -52,7 +53,6 @@ SCALED: dict[str, Any] = {
     **POOLED,
     "encoder_scales_embeddings": "true",
     "dropout_rate": 0.35,
-    "item_embedding_dropout": 0,
     "item_score_weight": 4,
     "item_score_weights": [0, 1, 2, 4, 8, 16],
 }

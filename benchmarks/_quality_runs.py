@@ -21,6 +21,12 @@ KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
 SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
+ASKED = (
+    "eval_num_beams",
+    "max_history",
+    "item_score_weight",
+    "per_device_eval_batch_size",
+)  # what no weights depend on
 DEPTH = 40  # items of a ranking that is kept
 EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
 
@@ -174,8 +180,6 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
     alignment = settings.pop("alignment", None)
     averaged, least = settings.pop("averaged", None), float(settings.pop("least_learning_rate", 0))
-    if averaged is not None and contest.judged_users:
-        raise ValueError("averaged weights are those of the end, and nobody is asked about them: --judged_users 0")
     data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
     data = with_windows(contest.data, data_args, run_args.train_on)
     set_seed(contest.seed)
@@ -212,9 +216,9 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             began = time.perf_counter()
             align(model, processor, contest, windows, alignment)
             seconds += time.perf_counter() - began
-        found = _judged_generator(trainer, contest, splits, keep)
         if keep is not None:
             trainer.save_model(keep)
+        found = _judged_generator(trainer, contest, splits, keep)
     return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
 
 
@@ -227,10 +231,11 @@ def judge_kept(
     keep: str | None = None,
 ) -> Measured:
     """
-    The metrics of a generator that a run kept, with other settings of how it is asked: `eval_num_beams`, `max_history`, `item_score_weight`.
+    The metrics of a generator that a run kept, asked otherwise.
 
     Args:
         folder: what `run_row` was given as `keep`.
+        settings: some of ASKED.
         keep: its rankings are kept in files whose names begin so.
     """
     from onerec_hf import OneRecForConditionalGeneration

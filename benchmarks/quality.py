@@ -20,7 +20,7 @@ from pathlib import Path
 
 from _harness import dataset_options, finish, parser, recipe_and_folder, say
 from _quality_rows import ROWS
-from _quality_runs import Contest, fused, judge_kept, parsed, run_row
+from _quality_runs import ASKED, Contest, fused, judge_kept, parsed, run_row
 
 PROTOCOL = ("split", "protocol")
 
@@ -52,13 +52,13 @@ def arguments():
         "--judge",
         nargs="+",
         metavar="FOLDERS",
-        help="no training: judge the generators that --keep wrote, a folder for each of --seeds, asked as --set says; --label names the row",
+        help="no training: judge the generators that --keep wrote, a folder for each of --seeds, asked as --set says; needs --label",
     )
     options.add_argument(
         "--fuse",
         nargs="+",
         metavar="FILES",
-        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; --label names the row",
+        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; needs --label",
     )
     options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
     return options.parse_args()
@@ -66,10 +66,13 @@ def arguments():
 
 def main() -> None:
     options = arguments()
+    if "all" in options.rows:
+        options.rows = [name for name in ROWS if not options.judged_users or "averaged" not in ROWS[name].settings]
     if options.join:
         join(options.join, options.json)
         return
     minutes, small = options.minutes, []
+    _check(options)
     recipe, folder = recipe_and_folder(options)
     recipe = options.recipe or recipe
     if options.quick:
@@ -104,11 +107,12 @@ def main() -> None:
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
     else:
         rows = []
-        for name in list(ROWS) if "all" in options.rows else options.rows:
+        for name in options.rows:
             row, label, measured = ROWS[name], options.label or name, []
             row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
             if options.quick and "alignment" in row.settings:
-                row.settings["alignment"] |= {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
+                few = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
+                row.settings["alignment"] = {**row.settings["alignment"], **few}
             for seed in options.seeds:
                 keep = _kept_as(options, label, seed)
                 measured.append(run_row(contest(seed), row, config, minutes, splits, keep))
@@ -116,6 +120,31 @@ def main() -> None:
             how = _how(row.settings, Path(recipe).name, minutes, options.judged_users)
             rows += _rows_of(f"{options.dataset}/{label}", options.seeds, measured, how)
     finish([*_kept(options.json, rows, about), *rows], options.json, **about)
+
+
+def _check(options) -> None:
+    """
+    What would otherwise end a run after its first training.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    if (options.fuse or options.judge) and not options.label:
+        raise ValueError("--fuse and --judge need --label: the name of the row")
+    if options.judge:
+        if len(options.judge) != len(options.seeds):
+            raise ValueError(
+                f"--judge has {len(options.judge)} folders and --seeds {len(options.seeds)}: give one each"
+            )
+        others = [setting for setting in options.set if setting.split("=")[0] not in ASKED]
+        if others:
+            raise ValueError(f"--set {' '.join(others)}: of a kept generator {', '.join(ASKED)} can be set")
+    elif not options.fuse and options.judged_users:
+        averaged = [name for name in options.rows if "averaged" in ROWS[name].settings]
+        if averaged:
+            raise ValueError(f"{averaged[0]} keeps the average of its last weights, nobody is asked: --judged_users 0")
+    if options.keep:
+        Path(options.keep).mkdir(parents=True, exist_ok=True)
 
 
 def _kept_as(options, label: str, seed: int) -> str | None:

@@ -62,6 +62,25 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
         )
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--judge", "a"], "need --label"),
+        (["--fuse", "a"], "need --label"),
+        (["--judge", "a", "b", "--label", "x"], "2 folders and --seeds 1"),
+        (["--judge", "a", "--label", "x", "--set", "hidden_size=8"], "hidden_size=8"),
+        (["--rows", "popularity", "codes_averaged"], "--judged_users 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_at_once(monkeypatch, wrong, said):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["quality.py", *wrong])
+    import quality
+
+    with pytest.raises(ValueError, match=said):
+        quality._check(quality.arguments())
+
+
 def test_weights_are_averaged_over_steps(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import torch
