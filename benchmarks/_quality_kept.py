@@ -37,9 +37,14 @@ def strata(data, split: str) -> dict[str, np.ndarray]:
 
 def found(files: list[str], target: np.ndarray) -> dict[str, np.ndarray]:
     """(users,) recall@10 and NDCG@10, means over files."""
-    right = np.stack([np.load(file)["rows"][:, :10] == target[:, None] for file in files])
-    gain = (right / np.log2(np.arange(2, 12))).sum(-1)
-    return {"recall@10": right.any(-1).mean(0), "ndcg@10": gain.mean(0)}
+    from onerec_hf.evaluation.metrics import ndcg_at_k, recall_at_k
+
+    ranked, relevant = [np.load(file)["rows"] for file in files], target[:, None]
+    metrics = {"recall@10": recall_at_k, "ndcg@10": ndcg_at_k}
+    return {
+        name: np.mean([np.asarray(metric(rows, relevant, 10, per_row=True)) for rows in ranked], axis=0)
+        for name, metric in metrics.items()
+    }
 
 
 def main() -> None:

@@ -21,12 +21,8 @@ KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
 SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
-ASKED = (
-    "eval_num_beams",
-    "max_history",
-    "item_score_weight",
-    "per_device_eval_batch_size",
-)  # what no weights depend on
+# How a generator is asked: no weights depend on it.
+ASKED = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
 DEPTH = 40  # items of a ranking that is kept
 EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
 
@@ -85,12 +81,17 @@ class Contest:
         relevant = np.array(self.rows(examples, "session"))
         return ranking_metrics(ranked, relevant, KS, len(self.data.item_ids))
 
-    def judged(self, rank: Callable[[list[np.ndarray]], np.ndarray], splits: Sequence[str]) -> Measured:
-        """Metrics of what ranks items for histories, as `SPLIT/METRIC`."""
+    def judged(
+        self, rank: Callable[[list[np.ndarray]], np.ndarray], splits: Sequence[str], keep: str | None = None
+    ) -> Measured:
+        """Metrics of what ranks items for histories, as `SPLIT/METRIC`; the rankings are kept in files whose names begin with `keep`."""
         found = {}
         for split in splits:
             examples = self.examples(split)
-            metrics = self.metrics(rank(self.rows(examples, "history")), examples)
+            ranked = rank(self.rows(examples, "history"))
+            if keep is not None:
+                np.savez_compressed(f"{keep}-{split}.npz", rows=ranked.astype(np.int32))
+            metrics = self.metrics(ranked, examples)
             found |= {f"{split}/{name}": metrics[name] for name in METRICS}
         return found
 
@@ -146,13 +147,7 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     chosen = train_sequence_model(model, rows, contest.seed, judge=judge, spent=budget.spent, **training)
     more = {} if chosen is None else {"chosen": chosen}
     seconds = budget.wall_seconds()
-    found = contest.judged(lambda histories: model.rank(histories, 10, contest.exclude_seen), splits)
-    if keep is not None:
-        for split in splits:
-            histories = contest.rows(contest.examples(split), "history")
-            np.savez_compressed(
-                f"{keep}-{split}.npz", rows=model.rank(histories, DEPTH, contest.exclude_seen).astype(np.int32)
-            )
+    found = contest.judged(lambda histories: model.rank(histories, DEPTH, contest.exclude_seen), splits, keep)
     parameters = sum(weight.numel() for weight in model.parameters())
     return {**found, **more, "train_seconds": seconds, "parameters": parameters}
 
@@ -188,8 +183,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
     model = new_model(model_args, processor, data_args.session_length)
     say(f"{model.num_parameters():,} parameters, {len(data.split.train):,} examples")
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
+    with _unsaved(training_args):
         if minutes:
             training_args.num_train_epochs, training_args.max_steps = 10_000, -1
         asked = contest.examples("validation", contest.asked) if contest.judged_users else None
@@ -222,6 +216,14 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
     return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
 
 
+@contextlib.contextmanager
+def _unsaved(training_args) -> Iterator[None]:
+    """A trainer of these arguments leaves no files behind, and what it prints stays out of the table."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
+        yield
+
+
 def judge_kept(
     contest: Contest,
     folder: str,
@@ -247,8 +249,7 @@ def judge_kept(
     model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     if "item_score_weight" in settings:
         model.config.item_score_weight = model_args.item_score_weight
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
+    with _unsaved(training_args):
         trainer = OneRecTrainer(
             model, training_args, train_dataset=contest.data.split.train, processing_class=processor
         )

@@ -48,7 +48,6 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
         "0",
     ]
     found, kept = tmp_path / "found.json", tmp_path / "kept"
-    kept.mkdir()
     rows = ["--rows", "codes_ipa", "codes_averaged", "sasrec_ce", "--keep", kept, "--json", found]
     subprocess.run([sys.executable, *command, *common, *rows], check=True, capture_output=True)
     assert np.load(kept / "sasrec_ce-0-validation.npz")["rows"].shape == (300, 40)
