@@ -29,13 +29,14 @@ def align(model, processor, contest, windows, settings: dict[str, Any]) -> None:
 
     Args:
         windows: examples with a session of one item.
-        settings: over SHARED, and of [`OneRecDPOConfig`]; `dpo_weight` 0 is the same training without preferences.
+        settings: over SHARED, and of [`OneRecDPOConfig`]; `dpo_ratio` 0 is the same training without preferences.
     """
     from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 
     merged = {**SHARED, **settings}
     drawn = np.random.default_rng(contest.seed).permutation(len(windows))[: merged.pop("examples")]
-    reward = ranking_reward(contest, processor, merged.pop("reward_epochs"))
+    epochs = merged.pop("reward_epochs")
+    reward = ranking_reward(contest, processor, epochs) if merged["dpo_ratio"] else None
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecDPOConfig(
             scratch,

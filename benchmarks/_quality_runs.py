@@ -206,10 +206,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
             if weights:
                 more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
         if alignment is not None:
-            windows = with_windows(contest.data, data_args, "windows").split.train
-            began = time.perf_counter()
-            align(model, processor, contest, windows, alignment)
-            seconds += time.perf_counter() - began
+            seconds += _aligned(model, processor, contest, data_args, alignment)
         if keep is not None:
             trainer.save_model(keep)
         found = _judged_generator(trainer, contest, splits, keep)
@@ -224,6 +221,13 @@ def _unsaved(training_args) -> Iterator[None]:
         yield
 
 
+def _aligned(model, processor, contest: Contest, data_args, settings: dict[str, Any]) -> float:
+    """Goes on training `model` ([`align`]); the seconds it took."""
+    windows, began = with_windows(contest.data, data_args, "windows").split.train, time.perf_counter()
+    align(model, processor, contest, windows, settings)
+    return time.perf_counter() - began
+
+
 def judge_kept(
     contest: Contest,
     folder: str,
@@ -231,14 +235,16 @@ def judge_kept(
     config: list[str],
     splits: Sequence[str],
     keep: str | None = None,
+    alignment: dict[str, Any] | None = None,
 ) -> Measured:
     """
-    The metrics of a generator that a run kept, asked otherwise.
+    The metrics of a generator that a run kept, asked otherwise or aligned first.
 
     Args:
         folder: what `run_row` was given as `keep`.
         settings: some of ASKED.
         keep: its rankings are kept in files whose names begin so.
+        alignment: settings of [`align`].
     """
     from onerec_hf import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -250,10 +256,13 @@ def judge_kept(
     if "item_score_weight" in settings:
         model.config.item_score_weight = model_args.item_score_weight
     with _unsaved(training_args):
+        more = {}
+        if alignment is not None:
+            more["train_seconds"] = _aligned(model, processor, contest, data_args, alignment)
         trainer = OneRecTrainer(
             model, training_args, train_dataset=contest.data.split.train, processing_class=processor
         )
-        return _judged_generator(trainer, contest, splits, keep)
+        return {**_judged_generator(trainer, contest, splits, keep), **more}
 
 
 def _judged_generator(trainer, contest: Contest, splits: Sequence[str], keep: str | None) -> Measured:

@@ -19,10 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from _harness import dataset_options, finish, parser, recipe_and_folder, say
+from _quality_alignment import SHARED as ALIGNMENT_SETTINGS
 from _quality_rows import ROWS
 from _quality_runs import ASKED, Contest, fused, judge_kept, parsed, run_row
 
 PROTOCOL = ("split", "protocol")
+QUICK_ALIGNMENT = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
 
 
 def arguments():
@@ -53,6 +55,11 @@ def arguments():
         nargs="+",
         metavar="FOLDERS",
         help="no training: judge the generators that --keep wrote, a folder for each of --seeds, asked as --set says; needs --label",
+    )
+    options.add_argument(
+        "--align",
+        action="store_true",
+        help="with --judge: go on training them by preference alignment first, as the row codes_ipa does; --set also says how",
     )
     options.add_argument(
         "--fuse",
@@ -98,10 +105,22 @@ def main() -> None:
         how = _how({"fused": [Path(files).name for files in options.fuse]})
         rows = _rows_of(f"{options.dataset}/{options.label}", [0], [fused(contest(0), options.fuse, splits)], how)
     elif options.judge:
-        settings = {key: _value("onerec", value) for key, value in said}
-        how = _how({"judged": [Path(kept).name for kept in options.judge], **settings}, Path(recipe).name)
+        asked = {key: _value("onerec", value) for key, value in said if key in ASKED}
+        alignment = {key: _value("alignment", value) for key, value in said if key not in ASKED}
+        if options.quick:
+            alignment = {**QUICK_ALIGNMENT, **alignment}
+        about_them = {**asked, **({"alignment": alignment} if options.align else {})}
+        how = _how({"judged": [Path(kept).name for kept in options.judge], **about_them}, Path(recipe).name)
         measured = [
-            judge_kept(contest(seed), kept, settings, config, splits, _kept_as(options, options.label, seed))
+            judge_kept(
+                contest(seed),
+                kept,
+                asked,
+                config,
+                splits,
+                _kept_as(options, options.label, seed),
+                alignment if options.align else None,
+            )
             for seed, kept in zip(options.seeds, options.judge, strict=True)
         ]
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
@@ -111,8 +130,7 @@ def main() -> None:
             row, label, measured = ROWS[name], options.label or name, []
             row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
             if options.quick and "alignment" in row.settings:
-                few = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
-                row.settings["alignment"] = {**row.settings["alignment"], **few}
+                row.settings["alignment"] = {**row.settings["alignment"], **QUICK_ALIGNMENT}
             for seed in options.seeds:
                 keep = _kept_as(options, label, seed)
                 measured.append(run_row(contest(seed), row, config, minutes, splits, keep))
@@ -131,14 +149,17 @@ def _check(options) -> None:
     """
     if (options.fuse or options.judge) and not options.label:
         raise ValueError("--fuse and --judge need --label: the name of the row")
+    if options.align and not options.judge:
+        raise ValueError("--align needs --judge: the generators that are aligned")
     if options.judge:
         if len(options.judge) != len(options.seeds):
             raise ValueError(
                 f"--judge has {len(options.judge)} folders and --seeds {len(options.seeds)}: give one each"
             )
-        others = [setting for setting in options.set if setting.split("=")[0] not in ASKED]
+        settings = (*ASKED, *(ALIGNMENT_SETTINGS if options.align else ()))
+        others = [setting for setting in options.set if setting.split("=")[0] not in settings]
         if others:
-            raise ValueError(f"--set {' '.join(others)}: of a kept generator {', '.join(ASKED)} can be set")
+            raise ValueError(f"--set {' '.join(others)}: of a kept generator {', '.join(settings)} can be set")
     elif not options.fuse and options.judged_users:
         averaged = [name for name in options.rows if "averaged" in ROWS[name].settings]
         if averaged:

@@ -53,7 +53,21 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
     assert np.load(kept / "sasrec_ce-0-validation.npz")["rows"].shape == (300, 40)
     again = ["--judge", kept / "codes_ipa-0", "--label", "again", "--json", found]
     subprocess.run([sys.executable, *command, *common, *again], check=True, capture_output=True)
-    values = {row["name"].split("/", 1)[1]: row["value"] for row in json.loads(found.read_text())["rows"]}
+    aligned = [
+        "--judge",
+        kept / "codes_ipa-0",
+        "--align",
+        "--set",
+        "dpo_ratio=0.5",
+        "--label",
+        "aligned",
+        "--json",
+        found,
+    ]
+    subprocess.run([sys.executable, *command, *common, *aligned], check=True, capture_output=True)
+    rows = json.loads(found.read_text())["rows"]
+    assert next(row for row in rows if "aligned/" in row["name"])["settings"]["alignment"]["dpo_ratio"] == 0.5
+    values = {row["name"].split("/", 1)[1]: row["value"] for row in rows}
     assert {"codes_averaged/validation/ndcg@10", "sasrec_ce/validation/ndcg@10"} <= set(values)
     for metric in ("recall@10", "ndcg@10"):
         assert values[f"again/validation/{metric}"] == pytest.approx(
@@ -66,6 +80,7 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
     [
         (["--judge", "a"], "need --label"),
         (["--fuse", "a"], "need --label"),
+        (["--align"], "--align needs --judge"),
         (["--judge", "a", "b", "--label", "x"], "2 folders and --seeds 1"),
         (["--judge", "a", "--label", "x", "--set", "hidden_size=8"], "hidden_size=8"),
         (["--rows", "popularity", "codes_averaged"], "--judged_users 0"),
