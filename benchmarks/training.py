@@ -228,7 +228,7 @@ def moe_against_dense(repetitions: int):
     """CPU times of the sparse block and of a dense layer with the same active size on 4096 tokens."""
     import torch
 
-    from onerec_hf.modeling.modeling_onerec import OneRecMLP
+    from onerec_hf.modeling.layers_onerec import OneRecMLP
 
     model = make_model("windows", 256, 1)
     layers = {"moe": model.model.decoder.layers[0].mlp, "dense": OneRecMLP(model.config)}

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 
 from .hub_onerec import HubModel
-from .modeling_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
+from .layers_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
 from .reward_configuration_onerec import OneRecRewardConfig
 from .reward_items_onerec import REWARD_ITEMS_NAME, RewardItems
 from .rotary_onerec import OneRecRotaryEmbedding

@@ -5,7 +5,7 @@ import torch
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
 from onerec_hf.modeling import experts_onerec
-from onerec_hf.modeling.modeling_onerec import OneRecSparseMoeBlock
+from onerec_hf.modeling.moe_onerec import OneRecSparseMoeBlock
 from tests.conftest import make_catalogue, make_model
 
 
