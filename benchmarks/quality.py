@@ -65,7 +65,7 @@ def arguments():
         "--fuse",
         nargs="+",
         metavar="FILES",
-        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; needs --label",
+        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; needs --label. With {seed} in the names: for each of --seeds",
     )
     options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
     return options.parse_args()
@@ -103,7 +103,11 @@ def main() -> None:
     said = [setting.split("=", 1) for setting in options.set]
     if options.fuse:
         how = _how({"fused": [Path(files).name for files in options.fuse]})
-        rows = _rows_of(f"{options.dataset}/{options.label}", [0], [fused(contest(0), options.fuse, splits)], how)
+        measured = [
+            fused(contest(seed), [files.replace("{seed}", str(seed)) for files in options.fuse], splits)
+            for seed in options.seeds
+        ]
+        rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
     elif options.judge:
         asked = {key: _value("onerec", value) for key, value in said if key in ASKED}
         alignment = {key: _value("alignment", value) for key, value in said if key not in ASKED}
@@ -149,6 +153,8 @@ def _check(options) -> None:
     """
     if (options.fuse or options.judge) and not options.label:
         raise ValueError("--fuse and --judge need --label: the name of the row")
+    if options.fuse and len(options.seeds) > 1 and not any("{seed}" in files for files in options.fuse):
+        raise ValueError("--fuse the same files for each of --seeds: give one seed, or {seed} in their names")
     if options.align and not options.judge:
         raise ValueError("--align needs --judge: the generators that are aligned")
     if options.judge:

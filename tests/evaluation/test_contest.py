@@ -16,13 +16,30 @@ def test_kept_rankings_are_fused(tmp_path, data_folder):
     rng = np.random.default_rng(0)
     for name in "ab":
         for split in ("validation", "test"):
-            np.savez(tmp_path / f"{name}-{split}.npz", rows=rng.integers(0, 12101, (300, 20)))
+            for seed in (0, 1):
+                np.savez(tmp_path / f"{name}-{seed}-{split}.npz", rows=rng.integers(0, 12101, (300, 20)))
     command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
-    fuse = ["--fuse", tmp_path / "a", tmp_path / "b", "--label", "both", "--json", tmp_path / "found.json"]
-    subprocess.run([sys.executable, *command, *fuse], check=True, capture_output=True)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
-    assert rows["amazon-beauty/both/test/recall@10"]["settings"] == {"fused": ["a", "b"]}
-    assert "amazon-beauty/both/validation/ndcg@10" in rows
+    found = tmp_path / "found.json"
+    one = ["--fuse", tmp_path / "a-1", tmp_path / "b-1", "--label", "both", "--json", found]
+    of_each_seed = [
+        "--fuse",
+        tmp_path / "a-{seed}",
+        tmp_path / "b-{seed}",
+        "--seeds",
+        "0",
+        "1",
+        "--label",
+        "each",
+        "--json",
+        found,
+    ]
+    for fuse in (one, of_each_seed):
+        subprocess.run([sys.executable, *command, *fuse], check=True, capture_output=True)
+    rows = {row["name"]: row for row in json.loads(found.read_text())["rows"]}
+    assert rows["amazon-beauty/both/test/recall@10"]["settings"] == {"fused": ["a-1", "b-1"]}
+    both, each = (rows[f"amazon-beauty/{label}/validation/ndcg@10"] for label in ("both", "each"))
+    assert list(each["seeds"]) == ["0", "1"]
+    assert each["seeds"]["1"] == both["value"]
 
 
 @pytest.mark.slow
@@ -81,6 +98,7 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
         (["--judge", "a"], "need --label"),
         (["--fuse", "a"], "need --label"),
         (["--align"], "--align needs --judge"),
+        (["--fuse", "a", "b", "--label", "x", "--seeds", "0", "1"], "give one seed"),
         (["--judge", "a", "b", "--label", "x"], "2 folders and --seeds 1"),
         (["--judge", "a", "--label", "x", "--set", "hidden_size=8"], "hidden_size=8"),
         (["--rows", "popularity", "codes_averaged"], "--judged_users 0"),
