@@ -36,6 +36,26 @@ def next_item_loss(
     return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
 
 
+def pieces(sequence: np.ndarray, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    Inputs and targets (item rows, -1 where nothing is learnt) of at most `longest` items, in which every item but the first is a target once.
+    Beyond `longest` a target has at least half as many items before it: what prefix_examples gives to a generator.
+
+    Example:
+        >>> [(inputs.tolist(), targets.tolist()) for inputs, targets in pieces(np.arange(6), 4)]
+        [([0, 1, 2, 3], [1, 2, 3, 4]), ([2, 3, 4], [-1, -1, 5])]
+    """
+    found, learnt = [], 0
+    for start in range(0, len(sequence), max(1, longest // 2)):
+        inputs, targets = sequence[start : start + longest], sequence[start + 1 : start + 1 + longest].copy()
+        targets[: learnt - start] = -1
+        found.append((inputs[: len(targets)], targets))
+        learnt = start + len(targets)
+        if learnt == len(sequence) - 1:
+            return found
+    return found
+
+
 def train_sequence_model(
     model: SequenceModel,
     sequences: Sequence[np.ndarray],
@@ -51,7 +71,7 @@ def train_sequence_model(
     spent: Callable[[], float] | None = None,
 ) -> float | None:
     """
-    Trains on the next items of every sequence.
+    Trains on all next items of every sequence ([`pieces`]).
 
     Args:
         sequences: per user the item rows in time order, two at least.
@@ -66,12 +86,13 @@ def train_sequence_model(
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     best, best_state, since = None, None, 0
+    parts = [piece for sequence in sequences for piece in pieces(np.asarray(sequence), model.max_length)]
     for _ in range(epochs):
         model.train()
-        order = rng.permutation(len(sequences))
+        order = rng.permutation(len(parts))
         for start in range(0, len(order), batch_size):
-            some = [sequences[i] for i in order[start : start + batch_size]]
-            inputs, targets = model.batch([s[:-1] for s in some]), model.batch([s[1:] for s in some])
+            some = [parts[i] for i in order[start : start + batch_size]]
+            inputs, targets = (model.batch(rows) for rows in zip(*some, strict=True))
             real = (targets != 0) & torch.from_numpy(rng.random(targets.shape) < share).to(targets.device)
             seen = inputs.repeat_interleave(real.sum(1), dim=0)
             value = next_item_loss(model, model(inputs)[real], targets[real], loss, seen)
