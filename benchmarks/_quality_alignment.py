@@ -5,10 +5,10 @@ liked, so the reward is a ranking model's: SASRec's score of the item after the 
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import numpy as np
+from _preferences import align_on
 
 SHARED: dict[str, Any] = {
     "examples": 20_000,  # windows that the training goes on with
@@ -29,36 +29,13 @@ def align(model, processor, contest, windows, settings: dict[str, Any]) -> None:
 
     Args:
         windows: examples with a session of one item.
-        settings: over SHARED, and of [`OneRecDPOConfig`]; `dpo_ratio` 0 is the same training without preferences.
+        settings: over SHARED, and of [`align_on`]; `dpo_ratio` 0 is the same training without preferences.
     """
-    from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
-
     merged = {**SHARED, **settings}
     drawn = np.random.default_rng(contest.seed).permutation(len(windows))[: merged.pop("examples")]
     epochs = merged.pop("reward_epochs")
     reward = ranking_reward(contest, processor, epochs) if merged["dpo_ratio"] else None
-    with tempfile.TemporaryDirectory() as scratch:
-        args = OneRecDPOConfig(
-            scratch,
-            per_device_train_batch_size=64,
-            lr_scheduler_type="constant",
-            draw_batch_size=64,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=contest.seed,
-            **merged,
-        )
-        trainer = OneRecDPOTrainer(
-            model,
-            reward,
-            args=args,
-            train_dataset=windows.select(np.sort(drawn)),
-            processing_class=processor,
-        )
-        trainer.train()
+    align_on(model, reward, windows.select(np.sort(drawn)), processor, contest.seed, merged)
 
 
 def ranking_reward(contest, processor, epochs: int):

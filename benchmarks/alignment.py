@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from _harness import cpu_seconds, finish, one_thread, parser, say
 from _kuairand import SESSION_LENGTH, World, load_world
+from _preferences import align_on
 
 SESSIONS, BEAMS = 8, 16  # per user, of SESSION_LENGTH items
 OBJECTIVES = ("swt", "vtr", "wtr", "ltr")
@@ -139,10 +140,9 @@ def _one_target(row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]
 
 
 def align(world: World, base, settings: dict[str, Any], epochs: int, quick: bool, on_epoch=None):
-    """A copy of `base` after alignment, and the trainer."""
+    """A copy of `base` after alignment."""
     import copy
 
-    from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
     from onerec_hf.trainers.pair_selection import one_against
 
     merged = {**SHARED, **settings}
@@ -152,31 +152,23 @@ def align(world: World, base, settings: dict[str, Any], epochs: int, quick: bool
     if quick:
         merged["num_candidates"] = 8
     prompts = world.prompts.select(range(min(64 if quick else PROMPTS, len(world.prompts))))
-    with tempfile.TemporaryDirectory() as scratch:
-        args = OneRecDPOConfig(
-            scratch,
-            num_train_epochs=epochs,
-            epochs_per_iteration=-(-epochs // iterations),
-            per_device_train_batch_size=64,
-            lr_scheduler_type="constant",
-            candidate_length=SESSION_LENGTH,
-            draw_batch_size=64,
-            bf16=False,
-            gradient_checkpointing=False,
-            **merged,
-            **training_settings(world.seed),
-        )
-        trainer = OneRecDPOTrainer(
-            copy.deepcopy(base),
-            world.picker.reward,
-            args=args,
-            train_dataset=prompts,
-            processing_class=world.processor,
-            selection=one_against(3) if several else None,
-            callbacks=None if on_epoch is None else [on_epoch],
-        )
-        trainer.train()
-    return trainer.model.eval()
+    merged |= {
+        "num_train_epochs": epochs,
+        "epochs_per_iteration": -(-epochs // iterations),
+        "candidate_length": SESSION_LENGTH,
+    }
+    model = copy.deepcopy(base)
+    align_on(
+        model,
+        world.picker.reward,
+        prompts,
+        world.processor,
+        world.seed,
+        {**merged, "use_cpu": True, "logging_strategy": "no"},
+        selection=one_against(3) if several else None,
+        callbacks=None if on_epoch is None else [on_epoch],
+    )
+    return model.eval()
 
 
 def generated(world: World, model, histories: list[list], tiger: bool) -> list[list[list]]:

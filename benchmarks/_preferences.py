@@ -1,0 +1,33 @@
+"""Preference alignment as the benchmarks run it: what their trainers share."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+
+def align_on(model, reward, examples, processor, seed: int, settings: dict[str, Any], **more) -> None:
+    """
+    Goes on training `model`, in place, on examples ([`OneRecDPOTrainer`], OneRec paper, section 3.3).
+
+    Args:
+        settings: of [`OneRecDPOConfig`].
+        more: other arguments of the trainer.
+    """
+    from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        args = OneRecDPOConfig(
+            scratch,
+            per_device_train_batch_size=64,
+            lr_scheduler_type="constant",
+            draw_batch_size=64,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+            **settings,
+        )
+        OneRecDPOTrainer(model, reward, args=args, train_dataset=examples, processing_class=processor, **more).train()
