@@ -11,6 +11,7 @@ def align_on(model, reward, examples, processor, seed: int, settings: dict[str, 
     Goes on training `model`, in place, on examples ([`OneRecDPOTrainer`], OneRec paper, section 3.3).
 
     Args:
+        reward: as `reward_funcs` of the trainer.
         settings: of [`OneRecDPOConfig`].
         more: other arguments of the trainer.
     """

@@ -29,12 +29,11 @@ def align(model, processor, contest, windows, settings: dict[str, Any]) -> None:
 
     Args:
         windows: examples with a session of one item.
-        settings: over SHARED, and of [`align_on`]; `dpo_ratio` 0 is the same training without preferences.
+        settings: over SHARED, and of [`OneRecDPOConfig`]; `dpo_weight` 0 is the same training without preferences.
     """
     merged = {**SHARED, **settings}
     drawn = np.random.default_rng(contest.seed).permutation(len(windows))[: merged.pop("examples")]
-    epochs = merged.pop("reward_epochs")
-    reward = ranking_reward(contest, processor, epochs) if merged["dpo_ratio"] else None
+    reward = ranking_reward(contest, processor, merged.pop("reward_epochs"))
     align_on(model, reward, windows.select(np.sort(drawn)), processor, contest.seed, merged)
 
 

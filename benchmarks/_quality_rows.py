@@ -158,7 +158,7 @@ ROWS = {
         {**CODES, "averaged": 0.995, "least_learning_rate": 0.3},
     ),
     # Both go on from `codes` for the same steps (_quality_alignment.py).
-    "codes_ntp": Row("onerec", "three epochs of 20,000 windows more", {**CODES, "alignment": {"dpo_ratio": 0.0}}),
+    "codes_ntp": Row("onerec", "three epochs of 20,000 windows more", {**CODES, "alignment": {"dpo_weight": 0.0}}),
     "codes_ipa": Row(
         "onerec", "the same with preference alignment, a SASRec's scores the reward", {**CODES, "alignment": {}}
     ),

@@ -113,10 +113,6 @@ def run_row(
         minutes: of [`Budget`] for training; as long as the row's settings say when None.
         keep: a generator is kept in this folder, the rankings of any trained model in files whose names begin so.
     """
-    import torch
-
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
     runs = {"ranking": _run_ranking, "sequence": _run_sequence, "onerec": _run_onerec}
     return runs[row.kind](contest, row, config, minutes, splits, keep)
 
@@ -238,12 +234,12 @@ def judge_kept(
     alignment: dict[str, Any] | None = None,
 ) -> Measured:
     """
-    The metrics of a generator that a run kept, asked otherwise or aligned first.
+    The metrics of a generator that a run kept, asked otherwise or aligned first (which takes `align_seconds`).
 
     Args:
         folder: what `run_row` was given as `keep`.
         settings: some of ASKED.
-        keep: its rankings are kept in files whose names begin so.
+        keep: its rankings are kept in files whose names begin so, and in a folder of that name what alignment made of it.
         alignment: settings of [`align`].
     """
     from onerec_hf import OneRecForConditionalGeneration
@@ -258,10 +254,13 @@ def judge_kept(
     with _unsaved(training_args):
         more = {}
         if alignment is not None:
-            more["train_seconds"] = _aligned(model, processor, contest, data_args, alignment)
+            data_args.session_length = model.config.session_length
+            more["align_seconds"] = _aligned(model, processor, contest, data_args, alignment)
         trainer = OneRecTrainer(
             model, training_args, train_dataset=contest.data.split.train, processing_class=processor
         )
+        if keep is not None and alignment is not None:
+            trainer.save_model(keep)
         return {**_judged_generator(trainer, contest, splits, keep), **more}
 
 

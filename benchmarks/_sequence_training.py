@@ -15,7 +15,7 @@ from _sequence_models import SequenceModel
 
 
 def next_item_loss(
-    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, seen: torch.Tensor
+    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, bought: torch.Tensor
 ) -> torch.Tensor:
     """
     Mean loss over places.
@@ -24,13 +24,13 @@ def next_item_loss(
         states: (places, width).
         targets: (places,) ids of the items that follow, from 1.
         loss: `ce`, the softmax over all items; `bce`, one random item beside each target (SASRec's equation 6).
-        seen: (places, t) ids of each place's user, from which `bce` draws no negative.
+        bought: (places, t) all ids of each place's user, from which `bce` draws no negative.
     """
     if loss == "ce":
         return F.cross_entropy(model.scores(states), targets - 1)
     items = len(model.items.weight)
     drawn = torch.randint(1, items, targets.shape, device=targets.device)
-    while (again := (drawn[:, None] == seen).any(1) | (drawn == targets)).any():
+    while (again := (drawn[:, None] == bought).any(1)).any():
         drawn[again] = torch.randint(1, items, (int(again.sum()),), device=targets.device)
     right, wrong = ((states * model.items(ids)).sum(-1) for ids in (targets, drawn))
     return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
@@ -39,21 +39,31 @@ def next_item_loss(
 def pieces(sequence: np.ndarray, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     Inputs and targets (item rows, -1 where nothing is learnt) of at most `longest` items, in which every item but the first is a target once.
-    Beyond `longest` a target has at least half as many items before it: what prefix_examples gives to a generator.
+    Beyond `longest` a target has at least `longest / 2` items before it: what prefix_examples gives to a generator.
+
+    Args:
+        sequence: two items at least.
+        longest: 2 at least.
 
     Example:
         >>> [(inputs.tolist(), targets.tolist()) for inputs, targets in pieces(np.arange(6), 4)]
         [([0, 1, 2, 3], [1, 2, 3, 4]), ([2, 3, 4], [-1, -1, 5])]
     """
-    found, learnt = [], 0
-    for start in range(0, len(sequence), max(1, longest // 2)):
-        inputs, targets = sequence[start : start + longest], sequence[start + 1 : start + 1 + longest].copy()
-        targets[: learnt - start] = -1
-        found.append((inputs[: len(targets)], targets))
-        learnt = start + len(targets)
-        if learnt == len(sequence) - 1:
-            return found
+    step, found = longest // 2, []
+    for start in range(0, max(len(sequence) - 1 - longest, 0) + step, step):
+        inputs, targets = sequence[:-1][start : start + longest], sequence[1:][start : start + longest].copy()
+        if start:  # the piece before has learnt these
+            targets[: longest - step] = -1
+        found.append((inputs, targets))
     return found
+
+
+def _padded(sequences: Sequence[np.ndarray], device) -> torch.Tensor:
+    """(sequences, longest) ids, 0 behind the end."""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    for place, sequence in enumerate(sequences):
+        ids[place, : len(sequence)] = sequence + 1
+    return torch.from_numpy(ids).to(device)
 
 
 def train_sequence_model(
@@ -86,16 +96,16 @@ def train_sequence_model(
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     best, best_state, since = None, None, 0
-    parts = [piece for sequence in sequences for piece in pieces(np.asarray(sequence), model.max_length)]
+    parts = [(*piece, sequence) for sequence in sequences for piece in pieces(sequence, model.max_length)]
     for _ in range(epochs):
         model.train()
         order = rng.permutation(len(parts))
         for start in range(0, len(order), batch_size):
-            some = [parts[i] for i in order[start : start + batch_size]]
-            inputs, targets = (model.batch(rows) for rows in zip(*some, strict=True))
+            read, follow, whole = zip(*(parts[i] for i in order[start : start + batch_size]), strict=True)
+            inputs, targets = model.batch(read), model.batch(follow)
             real = (targets != 0) & torch.from_numpy(rng.random(targets.shape) < share).to(targets.device)
-            seen = inputs.repeat_interleave(real.sum(1), dim=0)
-            value = next_item_loss(model, model(inputs)[real], targets[real], loss, seen)
+            bought = _padded(whole, targets.device).repeat_interleave(real.sum(1), dim=0)
+            value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

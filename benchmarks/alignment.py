@@ -41,7 +41,7 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "s_dpo": {"selection": "several", "loss_type": "s_dpo"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "onerec_ntp": {"dpo_ratio": 0.0},
+    "onerec_ntp": {"dpo_weight": 0.0},
     # With IPA's iterations: new pairs and a new reference in each epoch.
     **_LOSSES,
     # As preference optimisation is usually done: pairs drawn once, one reference (not run unless asked for).

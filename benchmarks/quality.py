@@ -78,6 +78,10 @@ def main() -> None:
     if options.join:
         join(options.join, options.json)
         return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     minutes, small = options.minutes, []
     _check(options)
     recipe, folder = recipe_and_folder(options)
@@ -113,7 +117,7 @@ def main() -> None:
         alignment = {key: _value("alignment", value) for key, value in said if key not in ASKED}
         if options.quick:
             alignment = {**QUICK_ALIGNMENT, **alignment}
-        about_them = {**asked, **({"alignment": alignment} if options.align else {})}
+        about_them = {**asked, **({"alignment": {**ALIGNMENT_SETTINGS, **alignment}} if options.align else {})}
         how = _how({"judged": [Path(kept).name for kept in options.judge], **about_them}, Path(recipe).name)
         measured = [
             judge_kept(
@@ -201,7 +205,7 @@ def device() -> str:
 
 
 HOW = ("settings", "recipe", "minutes", "chosen_on", "device")
-UNITS = {"train_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
+UNITS = {"train_seconds": "s", "align_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
 
 
 def _rows_of(name: str, seeds: Sequence[int], measured: Sequence[dict[str, float]], how: dict) -> list[dict]:

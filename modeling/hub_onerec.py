@@ -183,7 +183,7 @@ class CarriesCode:
 
         Args:
             repo_id: "name" or "owner/name"; made where there is none.
-            include_code: upload the code as well (230 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
+            include_code: upload the code as well (290 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
                 is not installed. `False` is for those who rely on the package. [`include_code`] when not given: `True`.
             kwargs: as for `transformers.PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `max_shard_size`, `tags`.

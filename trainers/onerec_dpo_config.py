@@ -16,8 +16,7 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
     Args:
         epochs_per_iteration: epochs after which the policy becomes the next reference and new pairs are drawn; `num_train_epochs` over it
             is the number of iterations.
-        dpo_ratio: share of the training examples that get a pair in an iteration (the paper's r_DPO; it finds 1 % enough); at least
-            one of them, but with 0 nothing is drawn and the training is on L_NTP alone, to compare with.
+        dpo_ratio: share of the training examples that get a pair in an iteration (the paper's r_DPO; it finds 1 % enough).
         dpo_weight: lambda in L = L_NTP + lambda * L_DPO.
         ntp_weight: weight of L_NTP; 0 leaves plain DPO.
         num_candidates: sessions generated per user (the paper's N).
@@ -64,9 +63,9 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
             raise ValueError(
                 f"selection must be one of {sorted(SELECTIONS)}, or give the trainer a function; got {self.selection!r}"
             )
-        if not 0 <= self.dpo_ratio <= 1:
+        if not 0 < self.dpo_ratio <= 1:
             raise ValueError(
-                f"dpo_ratio={self.dpo_ratio} must lie in [0, 1]: the share of the examples that get a pair"
+                f"dpo_ratio={self.dpo_ratio} must lie in (0, 1]: the share of the examples that get a pair"
             )
         if min(self.epochs_per_iteration, self.draw_batch_size) < 1 or self.num_candidates < 2:
             raise ValueError(

@@ -109,9 +109,9 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             raise ValueError("OneRecDPOTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
         columns = ("history", "session", *(("chosen", "rejected") if self._offline else ()))
         check_item_rows(train_dataset, processing_class, columns, "training")
-        if not self._offline and not self.reward_funcs and args.dpo_ratio:
+        if not self._offline and not self.reward_funcs:
             raise ValueError(
-                "give reward_funcs, or rows with chosen and rejected: without either there is nothing to prefer (dpo_ratio=0 trains on L_NTP alone)"
+                "give reward_funcs, or rows with chosen and rejected: without either there is nothing to prefer"
             )
         has_adapter = kwargs.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         if has_adapter and not self._offline and args.num_train_epochs > args.epochs_per_iteration:
@@ -149,7 +149,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
 
     def begin_iteration(self, iteration: int) -> None:
         """Makes the policy the reference and draws the iteration's pairs; once per iteration, also after a resume."""
-        if iteration == self.iteration or self._offline or not self.args.dpo_ratio:
+        if iteration == self.iteration or self._offline:
             return
         self.iteration, self._last_batch = iteration, {}  # memory that does not suffice from here on is no batch's
         policy = self.accelerator.unwrap_model(self.model)

@@ -94,7 +94,7 @@ def aligned_and_control(seed: int, folder) -> tuple[float, float]:
     OneRecTrainer(base, args, train_dataset=train, processing_class=processor).train()
     rows, found = train.select(range(200)).select_columns(["history", "session"]), []
     # The control takes the same steps, on next tokens alone.
-    for settings in ({"dpo_ratio": 0.5}, {"dpo_ratio": 0}):
+    for settings in ({"dpo_ratio": 0.5}, {"dpo_weight": 0.0, "dpo_ratio": 0.01}):
         args = OneRecDPOConfig(
             str(folder),
             num_train_epochs=5,
