@@ -44,6 +44,8 @@ CONTEST = {
     "onerec_items_coded_cpu_fused": ("its three seeds, fused by rank", ""),
     "onerec_items_dropout": ("and item vectors left out at random, more dropout, 3 minutes of a GPU", ""),
     "onerec_items_dropout_fused": ("its three seeds, fused by rank", ""),
+    "sasrec_hstu_fused": ("a SASRec and an HSTU, fused by rank", ""),
+    "onerec_sasrec_fused": ("that OneRec and a SASRec, fused by rank", ""),
 }
 
 
