@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _sequence_models import SequenceModel
+from torch.nn.utils.rnn import pad_sequence
 
 
 def next_item_loss(
-    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, bought: torch.Tensor
+    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, bought: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Mean loss over places.
@@ -24,7 +25,7 @@ def next_item_loss(
         states: (places, width).
         targets: (places,) ids of the items that follow, from 1.
         loss: `ce`, the softmax over all items; `bce`, one random item beside each target (SASRec's equation 6).
-        bought: (places, t) all ids of each place's user, from which `bce` draws no negative.
+        bought: (places, t) all ids of each place's user, from which `bce` draws no negative; `ce` needs none.
     """
     if loss == "ce":
         return F.cross_entropy(model.scores(states), targets - 1)
@@ -56,14 +57,6 @@ def pieces(sequence: np.ndarray, longest: int) -> list[tuple[np.ndarray, np.ndar
             targets[: longest - step] = -1
         found.append((inputs, targets))
     return found
-
-
-def _padded(sequences: Sequence[np.ndarray], device) -> torch.Tensor:
-    """(sequences, longest) ids, 0 behind the end."""
-    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
-    for place, sequence in enumerate(sequences):
-        ids[place, : len(sequence)] = sequence + 1
-    return torch.from_numpy(ids).to(device)
 
 
 def train_sequence_model(
@@ -104,7 +97,10 @@ def train_sequence_model(
             read, follow, whole = zip(*(parts[i] for i in order[start : start + batch_size]), strict=True)
             inputs, targets = model.batch(read), model.batch(follow)
             real = (targets != 0) & torch.from_numpy(rng.random(targets.shape) < share).to(targets.device)
-            bought = _padded(whole, targets.device).repeat_interleave(real.sum(1), dim=0)
+            bought = None
+            if loss == "bce":
+                ids = pad_sequence([torch.from_numpy(sequence + 1) for sequence in whole], batch_first=True)
+                bought = ids.to(targets.device).repeat_interleave(real.sum(1), dim=0)
             value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought)
             optimizer.zero_grad()
             value.backward()

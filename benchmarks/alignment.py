@@ -85,11 +85,6 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def training_settings(seed: int) -> dict[str, Any]:
-    settings = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    return {**settings, "use_cpu": True, "seed": seed}
-
-
 def train_generator(world: World, session_length: int, quick: bool):
     """A generator of `session_length` items by the next-token loss: 5 is OneRec, 1 is TIGER's pointwise objective on a dense decoder."""
     import torch
@@ -128,7 +123,12 @@ def train_generator(world: World, session_length: int, quick: bool):
             warmup_steps=50,
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
-            **training_settings(world.seed),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=world.seed,
         )
         OneRecTrainer(model, args, train_dataset=windows, processing_class=world.processor).train()
     return model.eval()

@@ -114,21 +114,14 @@ def main() -> None:
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
     elif options.judge:
         asked = {key: _value("onerec", value) for key, value in said if key in ASKED}
-        alignment = {key: _value("alignment", value) for key, value in said if key not in ASKED}
-        if options.quick:
-            alignment = {**QUICK_ALIGNMENT, **alignment}
-        about_them = {**asked, **({"alignment": {**ALIGNMENT_SETTINGS, **alignment}} if options.align else {})}
-        how = _how({"judged": [Path(kept).name for kept in options.judge], **about_them}, Path(recipe).name)
+        settings, alignment = {"judged": [Path(kept).name for kept in options.judge], **asked}, None
+        if options.align:
+            over = {key: _value("alignment", value) for key, value in said if key not in ASKED}
+            alignment = {**ALIGNMENT_SETTINGS, **(QUICK_ALIGNMENT if options.quick else {}), **over}
+            settings["alignment"] = alignment
+        how = _how(settings, Path(recipe).name)
         measured = [
-            judge_kept(
-                contest(seed),
-                kept,
-                asked,
-                config,
-                splits,
-                _kept_as(options, options.label, seed),
-                alignment if options.align else None,
-            )
+            judge_kept(contest(seed), kept, asked, config, splits, _kept_as(options, options.label, seed), alignment)
             for seed, kept in zip(options.seeds, options.judge, strict=True)
         ]
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
