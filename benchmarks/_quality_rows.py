@@ -151,7 +151,30 @@ ROWS = {
         "8 experts, 2 used, of the same active width",
         {**CODES, "num_experts": 8, "moe_intermediate_size": 64},
     ),
+    "codes_4_experts": Row(
+        "onerec", "4 experts, 2 used, likewise", {**CODES, "num_experts": 4, "moe_intermediate_size": 64}
+    ),
+    "codes_24_experts": Row(
+        "onerec", "24 experts, 2 used, likewise", {**CODES, "num_experts": 24, "moe_intermediate_size": 64}
+    ),
+    "codes_vectors": Row("onerec", "item vectors beside the codes of a history", {**CODES, "item_embeddings": "true"}),
+    "codes_smoothed": Row("onerec", "label smoothing of .1", {**CODES, "label_smoothing_factor": 0.1}),
+    "codes_dropout": Row("onerec", "dropout of .1", {**CODES, "dropout_rate": 0.1}),
+    "codes_wide": Row("onerec", "twice the width", {**CODES, "hidden_size": 128, "intermediate_size": 256}),
+    "codes_deep": Row(
+        "onerec", "four encoder layers, two decoder layers", {**CODES, "encoder_layers": 4, "decoder_layers": 2}
+    ),
+    "codes_windows": Row(
+        "onerec",
+        "a window per target in place of prefixes, as many targets a step",
+        {**CODES, "train_on": "windows", "per_device_train_batch_size": 46},
+    ),
     "codes_m5": Row("onerec", "sessions of five", {**CODES, "session_length": 5}),
+    "codes_m5_first": Row(
+        "onerec",
+        "sessions of five, the first item counting four times the others",
+        {**CODES, "session_length": 5, "session_loss_weights": [4, 1, 1, 1, 1]},
+    ),
     "codes_averaged": Row(
         "onerec",
         "weights averaged over some 200 steps, a third of the learning rate left at the end",

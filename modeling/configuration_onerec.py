@@ -1,6 +1,6 @@
 """OneRec configuration: one flat config for the encoder and the sparse-MoE decoder."""
 
-from math import prod
+from math import inf, prod
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -27,6 +27,9 @@ class OneRecConfig(PreTrainedConfig):
             Codes per level of a semantic ID; its length is the number of levels.
         session_length (`int`, defaults to 5):
             Items of a session (the paper's m): the default length of `generate()` and `recommend()`.
+        session_loss_weights (`list[float]`, *optional*):
+            What the loss of a session's items counts, first to last, relative to their mean; all the same when not given, as in the
+            paper's equation 4. A ranking asks for first items alone: `[3, 1, 1, 1, 1]` learns them more.
         hidden_size, encoder_layers, decoder_layers, num_attention_heads, num_key_value_heads, head_dim:
             Width and depth of both stacks. `num_hidden_layers` reads as `decoder_layers`.
         intermediate_size (`int`, defaults to 1024):
@@ -89,6 +92,7 @@ class OneRecConfig(PreTrainedConfig):
 
     codebook_sizes: list[int] | None = None
     session_length: int = 5
+    session_loss_weights: list[float | int] | None = None
     vocab_size: int | None = None
     hidden_size: int = 256
     intermediate_size: int = 1024
@@ -181,6 +185,14 @@ class OneRecConfig(PreTrainedConfig):
                 raise ValueError(
                     f"num_item_embeddings needs semantic IDs that fit into 63 bits; codebooks of {self.codebook_sizes} do not"
                 )
+        weights = self.session_loss_weights
+        if weights is not None and not (
+            len(weights) == self.session_length and min(weights) >= 0 and 0 < sum(weights) < inf
+        ):
+            raise ValueError(
+                f"session_loss_weights={weights!s:.200} must be {self.session_length} numbers, one per item of a session of "
+                f"session_length={self.session_length}: none negative, not all of them 0"
+            )
         if min(self.item_loss_weight, self.item_score_weight) < 0:
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} and item_score_weight={self.item_score_weight} must not be negative"

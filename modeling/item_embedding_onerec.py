@@ -103,7 +103,12 @@ class OneRecItemEmbedding(nn.Module):
         return vectors + F.embedding_bag(self.tokens() if code_tokens is None else code_tokens, code_table, mode="sum")
 
     def loss(
-        self, states: torch.Tensor, labels: torch.Tensor, output_vectors: torch.Tensor, num_items_in_batch=None
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        output_vectors: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """
         Cross-entropy of the sessions' first items over all items, weighed as the code tokens of these items together: a sum over sessions, times
@@ -114,11 +119,13 @@ class OneRecItemEmbedding(nn.Module):
             labels: (sessions, t) code tokens, -100 where nothing is predicted.
             output_vectors: (num_item_embeddings, width) of all items, in the order of their vectors.
             num_items_in_batch: code tokens of the batch, where it has several parts.
+            label_smoothing: share of the named item's probability that goes to all items alike.
         """
         levels = len(self.sizes)
         rows = self.rows(labels[:, :levels])
         known = rows > 0  # what is left out here, slots without a session, costs no scores
-        value = F.cross_entropy((states[known] @ output_vectors.T).float(), rows[known] - 1, reduction="sum")
+        scores = (states[known] @ output_vectors.T).float()
+        value = F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
         return value * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 

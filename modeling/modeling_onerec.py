@@ -21,6 +21,7 @@ from .decoder_onerec import OneRecDecoder
 from .encoder_onerec import OneRecEncoder
 from .generation_onerec import OneRecGenerationMixin
 from .item_embedding_onerec import history_states
+from .loss_onerec import session_loss
 from .packing_onerec import check_packing
 from .pooling_onerec import at_places, ranges_of_places
 from .pretrained_onerec import OneRecPreTrainedModel
@@ -154,7 +155,7 @@ class OneRecModel(OneRecPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     The OneRec generator: reads a history, writes a session of semantic IDs. Its loss is the session-wise next-token loss (paper,
-    equation 4) as a mean over code tokens.
+    equation 4) as a mean over code tokens ([`~modeling.loss_onerec.session_loss`]).
     """
 )
 class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedModel):
@@ -172,7 +173,6 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_type = "ForMaskedLM"  # the loss named for this class shifts the labels; ours stand in place already
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -202,6 +202,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         logits_to_keep: int | torch.Tensor = 0,
         segment_ids: torch.LongTensor | None = None,
         history_ranges: torch.LongTensor | None = None,
+        smoothing: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecOutput:
         r"""
@@ -212,6 +213,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             Which of several histories packed into a row of `input_ids` a token belongs to (see [`OneRecModel`]).
         history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
             Which tokens of an encoder row each of its P decoder rows reads (see [`OneRecModel`]).
+        smoothing (`float`, defaults to 0):
+            Share of a label's probability that the loss gives to all tokens alike, and that the item loss gives to all items alike.
 
         Example:
 
@@ -250,7 +253,15 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = aux_loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            num_items_in_batch = kwargs.get("num_items_in_batch")
+            loss = session_loss(
+                logits,
+                labels,
+                self.config.tokens_per_item,
+                self.config.session_loss_weights,
+                smoothing,
+                num_items_in_batch,
+            )
             if self.config.item_loss_weight:
                 stride = self.config.encoder_stride
                 states = history_states(
@@ -260,7 +271,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
                 )
                 encoder = self.model.encoder
                 item_loss = encoder.item_embedding.loss(
-                    states, labels, encoder.item_output_vectors(), kwargs.get("num_items_in_batch")
+                    states, labels, encoder.item_output_vectors(), num_items_in_batch, smoothing
                 )
                 loss = loss + self.config.item_loss_weight * item_loss
         if output_router_logits and self.config.num_experts > 1:

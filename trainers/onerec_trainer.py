@@ -112,6 +112,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             callbacks=[self._router_balance, self._interrupt, StreamPositionCallback(), *(callbacks or [])],
             **kwargs,
         )
+        self.label_smoother = None  # it would take the place of the model's loss, item loss and balancing loss with it
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -167,6 +168,11 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
     def get_test_dataloader(self, test_dataset):
         with self._collating_for_evaluation():
             return super().get_test_dataloader(test_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.label_smoothing_factor:
+            inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         try:

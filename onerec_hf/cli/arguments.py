@@ -144,6 +144,10 @@ class ModelArguments:
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that a token uses."})
     norm_topk_prob: bool = field(default=False, metadata={"help": "Rescale the chosen experts' gates to sum to one."})
     router_bias_update_rate: float = field(default=0.001, metadata={"help": "Step of the loss-free balancing bias."})
+    session_loss_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "What the loss of each of a session's items counts; all the same when not given."},
+    )
     dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
     encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})

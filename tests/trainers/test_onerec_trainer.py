@@ -106,6 +106,21 @@ def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, checkpoint
         torch.testing.assert_close(first, second, atol=2e-3, rtol=1e-2)
 
 
+def test_label_smoothing_is_of_the_whole_loss(tmp_path):
+    """Trainer's own smoother would see the code tokens alone: item vectors would learn from what the encoder reads only."""
+    model = make_model(CATALOGUE, num_item_embeddings=30, item_loss_weight=1.0)
+    trainer = make_trainer(tmp_path, model, label_smoothing_factor=0.1, max_steps=1, per_device_train_batch_size=64)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        wanted, plain = (float(model(**batch, smoothing=value).loss) for value in (0.1, 0.0))
+    before = model.model.encoder.item_embedding.vectors.weight.detach().clone()
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(wanted, rel=1e-4)
+    assert wanted != pytest.approx(plain, rel=1e-3)
+    after = model.model.encoder.item_embedding.vectors.weight
+    assert (after != before)[1:].any(-1).all()  # the item loss names each of them
+
+
 def test_resume_equals_no_interruption(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     dropout = {"initializer_range": 0.05, "dropout_rate": 0.1}

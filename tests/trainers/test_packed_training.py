@@ -95,8 +95,6 @@ def assert_same_weights(first, second, **tolerance):
     ],
 )
 def test_a_step_equals_the_windows_step(tmp_path, dataset, settings, smoothing):
-    if smoothing and "gradient_accumulation_steps" in settings:
-        pytest.skip("Trainer's label smoother averages per micro-batch, packed or not")
     windows = make_trainer(tmp_path, WINDOWS, label_smoothing_factor=smoothing)
     other = make_trainer(tmp_path, dataset, label_smoothing_factor=smoothing, **settings)
     before = copy.deepcopy(windows.model)
