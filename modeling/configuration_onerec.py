@@ -28,8 +28,9 @@ class OneRecConfig(PreTrainedConfig):
         session_length (`int`, defaults to 5):
             Items of a session (the paper's m): the default length of `generate()` and `recommend()`.
         session_loss_weights (`list[float]`, *optional*):
-            What the loss of a session's items counts, first to last, relative to their mean; all the same when not given, as in the
-            paper's equation 4. A ranking asks for first items alone: `[3, 1, 1, 1, 1]` learns them more.
+            What a session's items count in the training loss, first to last, relative to their mean; items beyond these count as the
+            last. All the same when not given, as in the paper's equation 4. `[4, 1, 1, 1, 1]` learns first items more, which are
+            what a ranking asks for. The item loss (`item_loss_weight`) is not weighed.
         hidden_size, encoder_layers, decoder_layers, num_attention_heads, num_key_value_heads, head_dim:
             Width and depth of both stacks. `num_hidden_layers` reads as `decoder_layers`.
         intermediate_size (`int`, defaults to 1024):
@@ -140,6 +141,8 @@ class OneRecConfig(PreTrainedConfig):
         if self.codebook_sizes is None:
             self.codebook_sizes = [256, 256, 256]
         self.codebook_sizes = [int(size) for size in self.codebook_sizes]
+        if self.session_loss_weights is not None:
+            self.session_loss_weights = [float(weight) for weight in self.session_loss_weights]
         if self.vocab_size is None:
             self.vocab_size = -(-(NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)) // 64) * 64
         if self.num_key_value_heads is None:
@@ -186,12 +189,9 @@ class OneRecConfig(PreTrainedConfig):
                     f"num_item_embeddings needs semantic IDs that fit into 63 bits; codebooks of {self.codebook_sizes} do not"
                 )
         weights = self.session_loss_weights
-        if weights is not None and not (
-            len(weights) == self.session_length and min(weights) >= 0 and 0 < sum(weights) < inf
-        ):
+        if weights is not None and not (weights and min(weights) >= 0 and 0 < sum(weights) < inf):
             raise ValueError(
-                f"session_loss_weights={weights!s:.200} must be {self.session_length} numbers, one per item of a session of "
-                f"session_length={self.session_length}: none negative, not all of them 0"
+                f"session_loss_weights={weights!s:.200} must be a number for each item of a session: none negative, not all of them 0"
             )
         if min(self.item_loss_weight, self.item_score_weight) < 0:
             raise ValueError(

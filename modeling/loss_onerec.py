@@ -23,21 +23,16 @@ def session_loss(
         logits: (rows, t, vocabulary).
         labels: (rows, t) code tokens in place, not shifted; -100 where nothing is predicted.
         tokens_per_item: an item's separator and codes; item i of a session stands at `i * tokens_per_item`.
-        weights: of a session's items, first to last, relative to their mean; all alike when None, as in the paper.
+        weights: of a session's items, first to last, relative to their mean; items beyond them weigh as the last. All alike when
+            None, as in the paper.
         label_smoothing: share of a label's probability that goes to all tokens of the vocabulary alike.
         num_items_in_batch: code tokens of the batch, where it has several parts; those of `labels` when None.
 
-    Raises:
-        ValueError: sessions of more items than there are weights.
-
     Example:
-        >>> logits, labels = torch.zeros(1, 5, 8), torch.tensor([[4, 5, -100, 6, 7]])  # a b BOS a b: uniform guesses among 8
-        >>> [round(session_loss(logits, labels, 3, weights).item(), 3) for weights in (None, (3.0, 1.0))]
-        [2.079, 2.079]
-        >>> session_loss(logits, labels[:, :2].repeat(1, 3)[:, :5], 3, (1.0,))
-        Traceback (most recent call last):
-        ...
-        ValueError: sessions of 2 items, but session_loss_weights has 1: one weight for each item of the longest session
+        >>> logits, labels = torch.zeros(1, 5, 8), torch.tensor([[4, 5, -100, 6, 7]])  # a b BOS a b: uniform guesses among 8 ...
+        >>> logits[0, 3:, 6] = 2.0  # ... but for the second item
+        >>> [round(session_loss(logits, labels, 3, weights).item(), 2) for weights in (None, (3, 1), (0, 1))]
+        [1.87, 1.98, 1.67]
     """
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     reduction = "sum" if weights is None else "none"
@@ -45,12 +40,7 @@ def session_loss(
         logits.float().flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing, reduction=reduction
     )
     if weights is not None:
-        items = -(-labels.shape[1] // tokens_per_item)
-        if items > len(weights):
-            raise ValueError(
-                f"sessions of {items} items, but session_loss_weights has {len(weights)}: one weight for each item of the longest session"
-            )
-        relative = torch.tensor(weights, device=labels.device) * (len(weights) / sum(weights))
         places = torch.arange(labels.shape[1], device=labels.device) // tokens_per_item
-        losses = (losses.view_as(labels) * relative[places]).sum()
+        relative = torch.tensor([weight * len(weights) / sum(weights) for weight in weights], device=labels.device)
+        losses = (losses.view_as(labels) * relative[places.clamp(max=len(weights) - 1)]).sum()
     return losses / count

@@ -155,7 +155,7 @@ class OneRecModel(OneRecPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     The OneRec generator: reads a history, writes a session of semantic IDs. Its loss is the session-wise next-token loss (paper,
-    equation 4) as a mean over code tokens ([`~modeling.loss_onerec.session_loss`]).
+    equation 4) as a mean over code tokens ([`~onerec_hf.modeling.loss_onerec.session_loss`]).
     """
 )
 class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedModel):
@@ -173,6 +173,9 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = (
+            "ForMaskedLM"  # `loss_function` of this class's name shifts labels, and ours stand in place already
+        )
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -214,7 +217,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
             Which tokens of an encoder row each of its P decoder rows reads (see [`OneRecModel`]).
         smoothing (`float`, defaults to 0):
-            Share of a label's probability that the loss gives to all tokens alike, and that the item loss gives to all items alike.
+            Label smoothing: the share of a label's probability that the loss gives to all tokens alike, and that the item loss gives to
+            all items alike. (Trainer would take an argument that has "label" in its name for a column of labels.)
 
         Example:
 
@@ -258,7 +262,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
                 logits,
                 labels,
                 self.config.tokens_per_item,
-                self.config.session_loss_weights,
+                self.config.session_loss_weights if self.training else None,
                 smoothing,
                 num_items_in_batch,
             )

@@ -87,7 +87,7 @@ class StepFaults(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self._stops_at_nonfinite and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = dict(inputs)  # Trainer takes the labels out for label smoothing
+        batch = dict(inputs)  # Trainer takes the labels out for a compute_loss_func
         computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = computed[0] if isinstance(computed, tuple) else computed
         plain = loss.detach()

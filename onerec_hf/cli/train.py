@@ -205,6 +205,8 @@ def train(
         model = new_model(model_args, processor, data_args.session_length)
     else:
         model = load_model(option, origin, model_args.attn_implementation)
+        if model_args.session_loss_weights is not None:
+            model.config.session_loss_weights = model_args.session_loss_weights
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
     if sharding is not None:
         model = sharding.shard(model)

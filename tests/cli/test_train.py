@@ -127,6 +127,14 @@ def test_own_names_of_columns(trained, data, tmp_path):
     assert values(folder) == values(trained.folder)
 
 
+@pytest.mark.parametrize("model", ["new", "saved"])
+def test_session_weights_reach_the_model(trained, data, tmp_path, model):
+    options = CODES if model == "new" else ["--model", trained.folder]
+    weights = ["--session_loss_weights", "4", "1", "1.5"]
+    succeeded(onerec("train", *data.options, *options, *TINY, *weights, "--output_dir", tmp_path / "out"))
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.session_loss_weights == [4.0, 1.0, 1.5]
+
+
 def test_positive_feedback_is_what_the_rule_says(data, tmp_path):
     """A rule over a rating column keeps exactly the rows that the synthetic table has."""
     header, *rows = interaction_rows()

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
 from onerec_hf.modeling.loss_onerec import session_loss
 from tests.conftest import make_catalogue, make_model
 
@@ -19,7 +19,7 @@ BATCH = PROCESSOR([["m1", "m2", "m3"], ["m5"]], [["m4", "m6"], ["m7"]])
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.0, 0.1, 0.9]))
 def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, smoothing):
-    weights = data.draw(st.none() | st.lists(st.floats(0.1, 5), min_size=items, max_size=items))
+    weights = data.draw(st.none() | st.lists(st.floats(0.1, 5), min_size=1, max_size=items))
     lengths = data.draw(st.lists(st.integers(1, items), min_size=rows, max_size=rows))
     torch.manual_seed(0)
     stride = levels + 1
@@ -31,7 +31,9 @@ def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, s
                 labels[row, place] = (row + place) % 11
                 log_probs = logits[row, place].log_softmax(-1)
                 cost = -(1 - smoothing) * log_probs[labels[row, place]] - smoothing * log_probs.mean()
-                wanted += cost * (1 if weights is None else weights[item] * items / sum(weights))
+                wanted += cost * (
+                    1 if weights is None else (weights + items * weights[-1:])[item] * len(weights) / sum(weights)
+                )
                 tokens += 1
     value = session_loss(logits, labels, stride, weights, smoothing)
     torch.testing.assert_close(value, torch.as_tensor(wanted / tokens), atol=1e-5, rtol=1e-4)
@@ -39,35 +41,31 @@ def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, s
     torch.testing.assert_close(half, value / 2)
 
 
-def test_a_model_weighs_its_sessions_by_its_config():
-    model, first = make_model(CATALOGUE, session_length=2), make_model(CATALOGUE, session_length=2)
-    first.config.session_loss_weights = [1, 0]
+def test_a_model_weighs_its_sessions_in_training(tmp_path):
+    make_model(CATALOGUE, session_loss_weights=[3, 1]).save_pretrained(tmp_path)
+    model = OneRecForConditionalGeneration.from_pretrained(tmp_path)
     log_probs = model(**BATCH).logits.log_softmax(-1)
     costs = F.nll_loss(log_probs.flatten(0, 1), BATCH["labels"].flatten(), reduction="none").view(2, -1)
-    torch.testing.assert_close(model(**BATCH).loss, costs.sum() / 9)
-    torch.testing.assert_close(
-        first(**BATCH).loss, 2 * costs[:, :3].sum() / 9
-    )  # two items: the first counts twice its mean
-    first.config.session_loss_weights = [1]
-    with pytest.raises(ValueError, match="sessions of 2 items, but session_loss_weights has 1"):
-        first(**BATCH)
+    torch.testing.assert_close(model(**BATCH).loss, costs.sum() / 9)  # loss of evaluations compares across weights
+    trained = model.train()(**BATCH).loss
+    torch.testing.assert_close(trained, (1.5 * costs[:, :3].sum() + 0.5 * costs[:, 3:].sum()) / 9)
 
 
 def test_smoothing_reaches_the_loss_of_items():
     model = make_model(CATALOGUE, num_item_embeddings=len(CATALOGUE), item_loss_weight=1.0)
-    plain = make_model(CATALOGUE, num_item_embeddings=len(CATALOGUE), item_loss_weight=1.0)
-    plain.config.item_loss_weight = 0
     out = model(**BATCH, smoothing=0.2)
+    model.config.item_loss_weight = 0
+    plain = model(**BATCH, smoothing=0.2)
     embedding = model.model.encoder.item_embedding
     states = torch.stack([out.encoder_last_hidden_state[0, 11], out.encoder_last_hidden_state[1, 3]])
     scores = states @ embedding.vectors.weight[1:].T
     named = embedding.rows(BATCH["labels"][:, :3]) - 1
     wanted = 3 / 9 * F.cross_entropy(scores, named, label_smoothing=0.2, reduction="sum")
-    torch.testing.assert_close(out.loss - plain(**BATCH, smoothing=0.2).loss, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.loss - plain.loss, wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1, 2, 3], [1, -1], [0, 0], [float("nan"), 1]])
+@pytest.mark.parametrize("weights", [[], [2, -1], [0, 0], [float("nan"), 1], [float("inf"), 1]], ids=str)
 def test_weights_that_say_nothing_are_refused(weights):
     with pytest.raises(StrictDataclassError) as refused:
         OneRecConfig(session_length=2, session_loss_weights=weights)
-    assert "must be 2 numbers, one per item of a session" in str(refused.value.__cause__ or refused.value)
+    assert "must be a number for each item of a session" in str(refused.value.__cause__ or refused.value)
