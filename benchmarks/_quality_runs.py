@@ -155,7 +155,9 @@ def _judge(contest: Contest, budget: Budget) -> Callable[[Any], float]:
 
     def judge(model) -> float:
         with budget.paused():
-            return contest.metrics(model.rank(histories, 10, contest.exclude_seen), asked)[CHOSEN_BY]
+            value = contest.metrics(model.rank(histories, 10, contest.exclude_seen), asked)[CHOSEN_BY]
+        say(f"  after {budget.wall_seconds():.0f} s: {CHOSEN_BY} {value:.4f}")
+        return value
 
     return judge
 
