@@ -139,6 +139,23 @@ ROWS = {
     ),
     # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
     "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
+    # TIGER at this size, and with twice the epochs: in five it has not learnt its codes.
+    "codes_tiger": Row(
+        "onerec",
+        "TIGER: RQ-VAE codes of texts, an extra digit, an encoder of tokens with a softmax, ten epochs",
+        {
+            **CODES,
+            "embedding": "given",
+            "quantizer": "rq-vae",
+            "on_collision": "extra-digit",
+            "encoder_attention": "softmax",
+            "encoder_pools_items": "false",
+            "encoder_scales_embeddings": "false",
+            "cross_attention_rope": "false",
+            "dropout_rate": 0.1,
+            "num_train_epochs": 10,
+        },
+    ),
     "codes_kmeans": Row("onerec", "IDs by plain residual k-means", {**CODES, "quantizer": "kmeans"}),
     "codes_rq_vae": Row("onerec", "IDs by an RQ-VAE", {**CODES, "quantizer": "rq-vae"}),
     "codes_text": Row("onerec", "IDs of texts", {**CODES, "embedding": "given"}),
