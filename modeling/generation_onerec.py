@@ -94,7 +94,8 @@ class OneRecGenerationMixin(GenerationMixin):
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """
         Gives the model its catalogue, and writes its hash into the config: the first one, and later any that grew from it
-        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, new items' as all others'.
+        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, new items' as all others'. Items
+        whose codes were freed lose their vectors, if the model has any.
 
         Raises:
             ValueError: codebooks of other sizes, or a catalogue that did not grow from the model's own.
@@ -116,8 +117,14 @@ class OneRecGenerationMixin(GenerationMixin):
                 f"this model was trained with the catalogue {own[:12]}..., this is {catalogue.hash[:12]}... "
                 f"({len(catalogue)} items); load the catalogue that was saved with the model, or train for this one"
             )
-        if own is None and self.config.num_item_embeddings:
-            self.get_encoder().item_embedding.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
+        if self.config.num_item_embeddings:
+            item_embedding = self.get_encoder().item_embedding
+            if own is None:
+                item_embedding.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
+            elif self.catalogue is not None and own != catalogue.hash:
+                changes = self.catalogue.diff(catalogue)
+                freed = self.catalogue.codes[self.catalogue.rows([*changes.removed, *changes.recoded])]
+                item_embedding.forget(torch.tensor(freed, dtype=torch.long))
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 

@@ -56,6 +56,17 @@ class OneRecItemEmbedding(nn.Module):
             )
         self.keys.copy_(self._keys(codes.to(self.keys.device)).sort().values)
 
+    def forget(self, codes: torch.Tensor) -> None:
+        """
+        Takes the vectors of these items away: what is given their codes next is another item.
+
+        Args:
+            codes: (n, levels).
+        """
+        gone = torch.isin(self.keys, self._keys(codes.to(self.keys.device)))
+        # Each repeats the key before it, which is found first; vectors stay where they are. -1 is what `rows` asks for padding.
+        self.keys.copy_(torch.where(gone, -2, self.keys).cummax(0).values)
+
     def _keys(self, codes: torch.Tensor) -> torch.Tensor:
         """One number per tuple of codes (..., levels)."""
         key = codes[..., 0]

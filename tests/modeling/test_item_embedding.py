@@ -217,6 +217,27 @@ def test_items_that_come_later_are_read_by_their_codes(with_codes):
         assert sorted(rows.flatten().tolist()[-2:]) == sorted([others[-1], new])
 
 
+def test_whoever_gets_freed_codes_does_not_get_the_vector(tmp_path):
+    embedding = lambda model: model.model.encoder.item_embedding  # noqa: E731
+    before = CATALOGUE.codes[CATALOGUE.rows(["m4", "m5", "m6"])].tolist()
+    freed = CATALOGUE.retire(["m4", "m5"], free_codes=True)
+    grown = freed.add(["new", "m5"], codes=before[:2])  # the codes of two that went, one of which came back
+    again = grown.retire(["m6"], free_codes=True).add(["newer"], codes=before[2:])
+    for steps in ([freed, grown, again], [grown, again], [again]):
+        model = make(item_loss_weight=1.0, item_score_weight=1.0)
+        known = {item: vector(model, item).clone() for item in CATALOGUE.item_ids}
+        for catalogue in steps:
+            model.set_catalogue(catalogue)
+        model.save_pretrained(tmp_path)
+        for one in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path)):
+            for item in again.item_ids:
+                added = embedding(one)(OneRecProcessor.from_catalogue(again)([[item]])["input_ids"])[0, 0]
+                if item in ("new", "newer") or (item == "m5" and freed in steps):
+                    assert not added.any(), item
+                else:
+                    torch.testing.assert_close(added, known[item])
+
+
 def test_the_plan_counts_them():
     model = make()
     assert count_parameters(model.config) == model.num_parameters()
