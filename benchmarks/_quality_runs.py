@@ -19,7 +19,7 @@ from _quality_rows import Row
 Measured = dict[str, float]
 KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
-SEQUENCE_TRAINING = ("loss", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
+SEQUENCE_TRAINING = ("loss", "label_smoothing", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
 CHOSEN_BY = "ndcg@10"  # on validation users
 # How a generator is asked: no weights depend on it.
 ASKED = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")

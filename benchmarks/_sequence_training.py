@@ -16,7 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def next_item_loss(
-    model: SequenceModel, states: torch.Tensor, targets: torch.Tensor, loss: str, bought: torch.Tensor | None
+    model: SequenceModel,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    loss: str,
+    bought: torch.Tensor | None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """
     Mean loss over places.
@@ -26,9 +31,10 @@ def next_item_loss(
         targets: (places,) ids of the items that follow, from 1.
         loss: `ce`, the softmax over all items; `bce`, one random item beside each target (SASRec's equation 6).
         bought: (places, t) all ids of each place's user, from which `bce` draws no negative; `ce` needs none.
+        label_smoothing: share of a target's probability that `ce` gives to all items alike.
     """
     if loss == "ce":
-        return F.cross_entropy(model.scores(states), targets - 1)
+        return F.cross_entropy(model.scores(states), targets - 1, label_smoothing=label_smoothing)
     items = len(model.items.weight)
     drawn = torch.randint(1, items, targets.shape, device=targets.device)
     while (again := (drawn[:, None] == bought).any(1)).any():
@@ -68,6 +74,7 @@ def train_sequence_model(
     lr: float = 1e-3,
     weight_decay: float = 0.01,
     loss: str = "ce",
+    label_smoothing: float = 0.0,
     share: float = 1.0,
     judge: Callable[[SequenceModel], float] | None = None,
     patience: int = 5,
@@ -101,7 +108,7 @@ def train_sequence_model(
             if loss == "bce":
                 ids = pad_sequence([torch.from_numpy(sequence + 1) for sequence in whole], batch_first=True)
                 bought = ids.to(targets.device).repeat_interleave(real.sum(1), dim=0)
-            value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought)
+            value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought, label_smoothing)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
