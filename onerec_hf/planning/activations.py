@@ -184,7 +184,8 @@ def activations(
     if config.cross_attention_rope:
         tables += [encoder_tokens, decoder_tokens]
     shared = (encoder_tokens + decoder_tokens) * (8 + count.dropout(residual) + count.norm()) + angles * sum(tables)
-    shared += decoder_tokens * (count.inputs(width) + 8) + 4  # the head's input, the targets, their number
+    # The head's input, the targets, their number (which the cross-entropy keeps, and the division by it).
+    shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:
         shared += encoder_tokens * matrix * width
     # The logits in their own type, their float32 copy (the log-softmax, and its gradient) and, from bfloat16, one copy more.
