@@ -35,6 +35,7 @@ PLAIN: dict[str, Any] = {
     "item_scores_with_codes": "false",
     "train_on": "windows",
     "packing": "false",
+    "label_smoothing_factor": 0,
 }
 ALIGNED: dict[str, Any] = {**PLAIN, "embedding": "aligned+behaviour"}
 ITEMS: dict[str, Any] = {**ALIGNED, "item_embeddings": "true"}
@@ -55,6 +56,17 @@ SCALED: dict[str, Any] = {
     "dropout_rate": 0.35,
     "item_score_weight": 4,
     "item_score_weights": [0, 1, 2, 4, 8, 16],
+}
+DROPOUT: dict[str, Any] = {
+    **SCALED,
+    "item_scores_with_codes": "true",
+    "embedding": "given+behaviour",
+    "dropout_rate": 0.45,
+    "item_embedding_dropout": 0.3,
+    "item_score_weight": 8,
+    "item_score_weights": (),
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 10,
 }
 # The generator by itself, small.
 CODES: dict[str, Any] = {
@@ -123,20 +135,9 @@ ROWS = {
         "onerec", "and items named by their codes too", {**SCALED, "item_scores_with_codes": "true"}
     ),
     "onerec_items_dropout": Row(
-        "onerec",
-        "and item vectors left out at random, more dropout, IDs of texts beside behaviour",
-        {
-            **SCALED,
-            "item_scores_with_codes": "true",
-            "embedding": "given+behaviour",
-            "dropout_rate": 0.45,
-            "item_embedding_dropout": 0.3,
-            "item_score_weight": 8,
-            "item_score_weights": (),
-            "per_device_train_batch_size": 8,
-            "num_train_epochs": 10,
-        },
+        "onerec", "and item vectors left out at random, more dropout, IDs of texts beside behaviour", DROPOUT
     ),
+    "onerec_items_smoothed": Row("onerec", "and labels smoothed", {**DROPOUT, "label_smoothing_factor": 0.1}),
     # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
     "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
     # TIGER at this size, and with twice the epochs: in five it has not learnt its codes.
