@@ -34,11 +34,9 @@ CONTEST = {
     "hstu": ("HSTU, full cross-entropy", ".0704 / .0389 (ActionPiece's paper)"),
     "hstu_fused": ("its three seeds, fused by rank", ""),
     "tiger": ("TIGER of our parts, on a GPU", ".0648 / .0384 (TIGER's paper)"),
-    "codes_tiger": ("*of 0.2 million weights, on a CPU:* TIGER of our parts", ""),
-    "codes_text": ("OneRec, one item a session, IDs of texts", ""),
+    "codes_text": ("*of 0.2 million weights, 2 minutes of a CPU:* OneRec, one item a session, IDs of texts", ""),
     "codes": ("+ aligned IDs", ""),
-    "codes_m5": ("+ sessions of five", ""),
-    "codes_ipa": ("aligned IDs, one item + preference alignment", ""),
+    "codes_m5": ("+ sessions of five, 6 to 8 minutes", ""),
     "onerec_pointwise": ("*larger:* OneRec, one item a session, on a GPU", ""),
     "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
     "onerec_items_scaled_cpu": ("**on a CPU in 15 minutes**: one place per item, scaled, beams guided", ""),
@@ -47,8 +45,10 @@ CONTEST = {
     "onerec_items_coded_cpu_fused": ("its three seeds, fused by rank", ""),
     "onerec_items_dropout": ("and item vectors left out at random, more dropout, 3 minutes of a GPU", ""),
     "onerec_items_dropout_fused": ("its three seeds, fused by rank", ""),
+    "onerec_items_smoothed": ("and labels smoothed, 10 to 18 minutes of a CPU", ""),
+    "onerec_items_smoothed_fused": ("its three seeds, fused by rank", ""),
     "sasrec_hstu_fused": ("a SASRec and an HSTU, fused by rank", ""),
-    "onerec_sasrec_fused": ("that OneRec and a SASRec, fused by rank", ""),
+    "onerec_sasrec_fused": ("the OneRec without smoothing and a SASRec, fused by rank", ""),
 }
 
 
