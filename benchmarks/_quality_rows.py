@@ -68,6 +68,14 @@ DROPOUT: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 10,
 }
+# Residual quantisation of item texts by an autoencoder, a digit against collisions, T5's cross-attention.
+TIGER: dict[str, Any] = {
+    "embedding": "given",
+    "quantizer": "rq-vae",
+    "on_collision": "extra-digit",
+    "cross_attention_rope": "false",
+    "dropout_rate": 0.1,
+}
 # The generator by itself, small.
 CODES: dict[str, Any] = {
     **SCALED,
@@ -105,18 +113,14 @@ ROWS = {
         "HSTU (positions only), softmax over all items",
         {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "lr": 0.0005, "patience": 8},
     ),
-    # TIGER of the same parts: residual quantisation of item texts by an autoencoder, a digit against collisions, a dense decoder, one item.
+    # TIGER of the same parts, with a dense decoder, one item.
     "tiger": Row(
         "onerec",
         "TIGER of our parts: RQ-VAE codes of texts, extra digit, dense, pointwise",
         {
             **PLAIN,
-            "embedding": "given",
-            "quantizer": "rq-vae",
-            "on_collision": "extra-digit",
+            **TIGER,
             "num_experts": 1,
-            "cross_attention_rope": "false",
-            "dropout_rate": 0.1,
             "num_train_epochs": 70,
         },
     ),
@@ -146,14 +150,10 @@ ROWS = {
         "TIGER: RQ-VAE codes of texts, an extra digit, an encoder of tokens with a softmax, ten epochs",
         {
             **CODES,
-            "embedding": "given",
-            "quantizer": "rq-vae",
-            "on_collision": "extra-digit",
+            **TIGER,
             "encoder_attention": "softmax",
             "encoder_pools_items": "false",
             "encoder_scales_embeddings": "false",
-            "cross_attention_rope": "false",
-            "dropout_rate": 0.1,
             "num_train_epochs": 10,
         },
     ),

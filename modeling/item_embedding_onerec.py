@@ -118,7 +118,7 @@ class OneRecItemEmbedding(nn.Module):
         states: torch.Tensor,
         labels: torch.Tensor,
         output_vectors: torch.Tensor,
-        num_items_in_batch: torch.Tensor | float | None = None,
+        code_tokens: torch.Tensor | float,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """
@@ -129,7 +129,7 @@ class OneRecItemEmbedding(nn.Module):
             states: (sessions, width) states of their histories.
             labels: (sessions, t) code tokens, -100 where nothing is predicted.
             output_vectors: (num_item_embeddings, width) of all items, in the order of their vectors.
-            num_items_in_batch: code tokens of the batch, where it has several parts.
+            code_tokens: how many the batch has, in all of its parts.
             label_smoothing: share of the named item's probability that goes to all items alike.
         """
         levels = len(self.sizes)
@@ -137,7 +137,7 @@ class OneRecItemEmbedding(nn.Module):
         known = rows > 0  # what is left out here, slots without a session, costs no scores
         scores = (states[known] @ output_vectors.T).float()
         value = F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
-        return value * levels / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return value * levels / code_tokens
 
 
 def history_states(

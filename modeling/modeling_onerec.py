@@ -173,9 +173,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_type = (
-            "ForMaskedLM"  # `loss_function` of this class's name shifts labels, and ours stand in place already
-        )
+        self.loss_type = "ForMaskedLM"  # `loss_function` by this class's name would shift labels; ours stand in place
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -257,15 +255,11 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = aux_loss = None
         if labels is not None:
-            num_items_in_batch = kwargs.get("num_items_in_batch")
-            loss = session_loss(
-                logits,
-                labels,
-                self.config.tokens_per_item,
-                self.config.session_loss_weights if self.training else None,
-                smoothing,
-                num_items_in_batch,
-            )
+            code_tokens = kwargs.get("num_items_in_batch")
+            if code_tokens is None:
+                code_tokens = (labels != -100).sum()
+            weights = self.config.session_loss_weights if self.training else None
+            loss = session_loss(logits, labels, self.config.tokens_per_item, code_tokens, weights, smoothing)
             if self.config.item_loss_weight:
                 stride = self.config.encoder_stride
                 states = history_states(
@@ -275,7 +269,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
                 )
                 encoder = self.model.encoder
                 item_loss = encoder.item_embedding.loss(
-                    states, labels, encoder.item_output_vectors(), num_items_in_batch, smoothing
+                    states, labels, encoder.item_output_vectors(), code_tokens, smoothing
                 )
                 loss = loss + self.config.item_loss_weight * item_loss
         if output_router_logits and self.config.num_experts > 1:

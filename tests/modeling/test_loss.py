@@ -35,9 +35,9 @@ def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, s
                     1 if weights is None else (weights + items * weights[-1:])[item] * len(weights) / sum(weights)
                 )
                 tokens += 1
-    value = session_loss(logits, labels, stride, weights, smoothing)
+    value = session_loss(logits, labels, stride, tokens, weights, smoothing)
     torch.testing.assert_close(value, torch.as_tensor(wanted / tokens), atol=1e-5, rtol=1e-4)
-    half = session_loss(logits, labels, stride, weights, smoothing, num_items_in_batch=torch.tensor(2 * tokens))
+    half = session_loss(logits, labels, stride, torch.tensor(2 * tokens), weights, smoothing)
     torch.testing.assert_close(half, value / 2)
 
 
