@@ -90,6 +90,17 @@ CODES: dict[str, Any] = {
     "per_device_train_batch_size": 8,
 }
 
+SASREC: dict[str, Any] = {
+    "model": "sasrec",
+    "scaled": True,
+    "width": 256,
+    "layers": 1,
+    "dropout": 0.5,
+    "patience": 8,
+}
+GRU4REC: dict[str, Any] = {"model": "gru4rec", "width": 128, "inner": 256, "dropout": 0.5, "patience": 8}
+HSTU: dict[str, Any] = {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "lr": 0.0005, "patience": 8}
+
 ROWS = {
     "popularity": Row("ranking", "items by training interactions", {"model": "popularity"}),
     "item_knn": Row("ranking", "cosine of item columns, summed over the history", {"model": "item_knn"}),
@@ -101,17 +112,36 @@ ROWS = {
     "sasrec_ce": Row(
         "sequence",
         "SASRec, softmax over all items",
-        {"model": "sasrec", "scaled": True, "width": 256, "layers": 1, "dropout": 0.5, "patience": 8},
+        SASREC,
     ),
     "gru4rec": Row(
         "sequence",
         "GRU4Rec, softmax over all items",
-        {"model": "gru4rec", "width": 128, "inner": 256, "dropout": 0.5, "patience": 8},
+        GRU4REC,
     ),
     "hstu": Row(
         "sequence",
         "HSTU (positions only), softmax over all items",
-        {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "lr": 0.0005, "patience": 8},
+        HSTU,
+    ),
+    # Tuned further, as OneRec was.
+    "sasrec_ce_smoothed": Row(
+        "sequence",
+        "SASRec, labels smoothed, larger batches and steps",
+        {**SASREC, "label_smoothing": 0.2, "batch_size": 256, "lr": 0.002},
+    ),
+    "sasrec_ce_text": Row(
+        "sequence",
+        "SASRec that reads items' texts too, labels smoothed",
+        {**SASREC, "label_smoothing": 0.1, "features": "given"},
+    ),
+    "gru4rec_smoothed": Row(
+        "sequence",
+        "GRU4Rec, labels smoothed, wider, larger batches and steps",
+        {**GRU4REC, "width": 256, "inner": 512, "label_smoothing": 0.2, "batch_size": 256, "lr": 0.002},
+    ),
+    "hstu_smoothed": Row(
+        "sequence", "HSTU, labels smoothed, larger batches", {**HSTU, "label_smoothing": 0.1, "batch_size": 256}
     ),
     # TIGER of the same parts, with a dense decoder, one item.
     "tiger": Row(
@@ -121,7 +151,7 @@ ROWS = {
             **PLAIN,
             **TIGER,
             "num_experts": 1,
-            "num_train_epochs": 70,
+            "num_train_epochs": 50,
         },
     ),
     "onerec_pointwise": Row("onerec", "OneRec, one item a session", PLAIN),
@@ -141,7 +171,9 @@ ROWS = {
     "onerec_items_dropout": Row(
         "onerec", "and item vectors left out at random, more dropout, IDs of texts beside behaviour", DROPOUT
     ),
-    "onerec_items_smoothed": Row("onerec", "and labels smoothed", {**DROPOUT, "label_smoothing_factor": 0.1}),
+    "onerec_items_smoothed": Row(
+        "onerec", "and labels smoothed", {**DROPOUT, "label_smoothing_factor": 0.1, "item_score_weight": 32}
+    ),
     # One thing altered at a time, of a small generator by itself: codes alone, no item vectors, no guide.
     "codes": Row("onerec", "codes alone: aligned IDs, balanced k-means of 3 x 256, dense, one item", CODES),
     # TIGER at this size, and with twice the epochs: in five it has not learnt its codes.

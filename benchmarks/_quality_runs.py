@@ -130,8 +130,13 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
     from _sequence_models import SEQUENCE_MODELS
     from _sequence_training import train_sequence_model
 
-    read = parsed(config, {})[0].max_history  # as much history as the generators read
-    settings = {"max_length": read, **row.settings}
+    from onerec_hf.cli.steps import embed_items
+
+    data_args, id_args, *_ = parsed(config, {})
+    settings = {"max_length": data_args.max_history, **row.settings}  # as much history as the generators read
+    if "features" in settings:
+        id_args.embedding, id_args.semantic_id_seed = settings["features"], contest.seed
+        settings["features"] = embed_items(contest.data, id_args)[0]
     training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
     training = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **training}
     torch.manual_seed(contest.seed)

@@ -21,26 +21,46 @@ class SequenceModel(nn.Module):
         num_items: size of the catalogue.
         width: of embeddings and states.
         max_length: latest items of a history that are read.
+        features: (items, d) what is known of the items, their texts' embeddings say; a linear map of it is added to an item's embedding.
     """
 
-    def __init__(self, num_items: int, width: int = 64, max_length: int = 50, dropout: float = 0.2):
+    def __init__(
+        self,
+        num_items: int,
+        width: int = 64,
+        max_length: int = 50,
+        dropout: float = 0.2,
+        features: np.ndarray | None = None,
+    ):
         super().__init__()
         self.max_length, self.width = max_length, width
         self.items = nn.Embedding(num_items + 1, width, padding_idx=0)
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.items.weight, std=0.02)
+        self.project = None
+        if features is not None:
+            # So small that a step of Adam moves an item by its features about as far as by its embedding.
+            centred = torch.from_numpy(features - features.mean(0)).float()
+            small = 0.064 * centred / centred.square().sum(1).mean().sqrt()
+            self.features = nn.Buffer(F.pad(small, (0, 0, 1, 0)), persistent=False)
+            self.project = nn.Linear(features.shape[1], width, bias=False)
+            nn.init.normal_(self.project.weight, std=0.02 / 0.064)
 
     def encode(self, states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """(users, t, width) states after places have seen what lies before them; `real` (users, t) is False on padding."""
         raise NotImplementedError
 
+    def table(self) -> torch.Tensor:
+        """(items + 1, width) what items are read and named by."""
+        return self.items.weight if self.project is None else self.items.weight + self.project(self.features)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(users, t) ids to (users, t, width) states."""
-        return self.encode(self.items(ids), ids != 0)
+        return self.encode(F.embedding(ids, self.table(), padding_idx=0), ids != 0)
 
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """(..., width) states to (..., items) scores."""
-        return states @ self.items.weight[1:].T
+        return states @ self.table()[1:].T
 
     @torch.no_grad()
     def rank(

@@ -207,6 +207,7 @@ def train(
         model = load_model(option, origin, model_args.attn_implementation)
         if model_args.session_loss_weights is not None:
             model.config.session_loss_weights = model_args.session_loss_weights
+            model.config.validate_architecture()
     say(f"model: {model.num_parameters():,} parameters, {len(data.split.train):,} training examples")
     if sharding is not None:
         model = sharding.shard(model)

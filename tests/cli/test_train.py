@@ -135,6 +135,15 @@ def test_session_weights_reach_the_model(trained, data, tmp_path, model):
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.session_loss_weights == [4.0, 1.0, 1.5]
 
 
+@pytest.mark.parametrize("model", ["new", "saved"])
+def test_session_weights_that_weigh_nothing_are_refused(trained, data, tmp_path, model):
+    options = CODES if model == "new" else ["--model", trained.folder]
+    weights = ["--session_loss_weights", "0", "0"]
+    done = onerec("train", *data.options, *options, *TINY, *weights, "--output_dir", tmp_path / "out")
+    refused(done, "session_loss_weights=[0.0, 0.0] must be a number for each item of a session")
+    assert not (tmp_path / "out").exists()
+
+
 def test_positive_feedback_is_what_the_rule_says(data, tmp_path):
     """A rule over a rating column keeps exactly the rows that the synthetic table has."""
     header, *rows = interaction_rows()

@@ -55,3 +55,27 @@ def test_training_reaches_the_oldest_items_of_long_sequences(monkeypatch):
     train_sequence_model(model, [np.arange(30)] * 8, seed=0, epochs=150, lr=1e-2)
     histories = [np.arange(stop - 4, stop) for stop in (4, 5, 12, 29)]
     assert model.rank(histories, 1)[:, 0].tolist() == [4, 5, 12, 29]
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "hstu"])
+def test_items_of_the_same_features_are_read_and_named_alike(monkeypatch, name):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+    from _sequence_models import SEQUENCE_MODELS
+    from _sequence_training import train_sequence_model
+
+    torch.manual_seed(0)
+    described = np.random.default_rng(0).normal(size=(5, 3)).repeat(2, axis=0)  # items 0 and 1 alike, 2 and 3, ...
+    model = SEQUENCE_MODELS[name](10, width=16, dropout=0.0, max_length=4, features=described)
+    before = model.project.weight.detach().clone()
+    train_sequence_model(model, [np.array([0, 2, 4, 6])] * 4, seed=0, epochs=2)
+    assert not torch.equal(before, model.project.weight)
+    torch.nn.init.zeros_(model.items.weight)  # nothing but features tells items apart
+    scores = model.scores(model(model.batch([np.array([0, 2, 4]), np.array([1, 3, 5])]))[:, -1])
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[:, 0::2], scores[:, 1::2])
+    assert scores[0].std() > 0
+    found = model.table()[1:]
+    expected = torch.from_numpy(described - described.mean(0)).float()
+    expected = 0.064 * expected / expected.square().sum(1).mean().sqrt() @ model.project.weight.T
+    torch.testing.assert_close(found, expected)
