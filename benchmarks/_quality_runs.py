@@ -96,6 +96,16 @@ class Contest:
         return found
 
 
+def for_items(row: Row, items) -> Row:
+    """The row, its semantic IDs and features made of the items' texts where their embeddings are not given, its IDs of behaviour alone where nothing is."""
+    made_of = {name: row.settings[name] for name in ("embedding", "features") if name in row.settings}
+    if items is None:
+        made_of = {name: "behaviour" for name in made_of if name == "embedding"}
+    elif items.embeddings is None:
+        made_of = {name: kinds.replace("given", "text") for name, kinds in made_of.items()}
+    return replace(row, settings={**row.settings, **made_of})
+
+
 def run_row(
     contest: Contest,
     row: Row,

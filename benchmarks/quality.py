@@ -21,7 +21,7 @@ from pathlib import Path
 from _harness import dataset_options, finish, parser, recipe_and_folder, say
 from _quality_alignment import SHARED as ALIGNMENT_SETTINGS
 from _quality_rows import ROWS
-from _quality_runs import ASKED, Contest, fused, judge_kept, parsed, run_row
+from _quality_runs import ASKED, Contest, for_items, fused, judge_kept, parsed, run_row
 
 PROTOCOL = ("split", "protocol")
 QUICK_ALIGNMENT = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
@@ -128,7 +128,7 @@ def main() -> None:
     else:
         rows = []
         for name in options.rows:
-            row, label, measured = ROWS[name], options.label or name, []
+            row, label, measured = for_items(ROWS[name], data.source.items), options.label or name, []
             row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
             if options.quick and "alignment" in row.settings:
                 row.settings["alignment"] = {**row.settings["alignment"], **QUICK_ALIGNMENT}

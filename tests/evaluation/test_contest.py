@@ -54,6 +54,35 @@ def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
 
 
 @pytest.mark.slow
+def test_rows_take_texts_where_a_data_set_has_no_embeddings(tmp_path):
+    command = [
+        ROOT / "benchmarks" / "quality.py",
+        "--quick",
+        "--dataset",
+        "movielens",
+        "--json",
+        tmp_path / "found.json",
+    ]
+    rows = [
+        "--rows",
+        "sasrec_ce_text",
+        "onerec_items_smoothed",
+        "codes",
+        "--split",
+        "validation",
+        "--judged_users",
+        "0",
+    ]
+    subprocess.run([sys.executable, *command, *rows], check=True, capture_output=True)
+    settings = {
+        row["name"].split("/")[1]: row["settings"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]
+    }
+    assert settings["sasrec_ce_text"]["features"] == "text"
+    assert settings["onerec_items_smoothed"]["embedding"] == "text+behaviour"
+    assert settings["codes"]["embedding"] == "aligned+behaviour"
+
+
+@pytest.mark.slow
 def test_kept_generators_are_judged_again(tmp_path, data_folder):
     command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
     common = [
