@@ -96,13 +96,20 @@ class Contest:
         return found
 
 
-def for_items(row: Row, items) -> Row:
-    """The row, its semantic IDs and features made of the items' texts where their embeddings are not given, its IDs of behaviour alone where nothing is."""
-    made_of = {name: row.settings[name] for name in ("embedding", "features") if name in row.settings}
-    if items is None:
-        made_of = {name: "behaviour" for name in made_of if name == "embedding"}
-    elif items.embeddings is None:
-        made_of = {name: kinds.replace("given", "text") for name, kinds in made_of.items()}
+def for_items(name: str, row: Row, items) -> Row:
+    """
+    The row, its semantic IDs and features made of the items' texts where their embeddings are not given.
+
+    Raises:
+        ValueError: there are no texts either.
+    """
+    made_of = {key: row.settings[key] for key in ("embedding", "features") if key in row.settings}
+    if items is None and any(kinds != "behaviour" for kinds in made_of.values()):
+        raise ValueError(
+            f"the row {name} takes items' texts, and the data set has none: IDs can do with --set embedding=behaviour"
+        )
+    if items is not None and items.embeddings is None:
+        made_of = {key: kinds.replace("given", "text") for key, kinds in made_of.items()}
     return replace(row, settings={**row.settings, **made_of})
 
 

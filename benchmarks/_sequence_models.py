@@ -21,7 +21,8 @@ class SequenceModel(nn.Module):
         num_items: size of the catalogue.
         width: of embeddings and states.
         max_length: latest items of a history that are read.
-        features: (items, d) what is known of the items, their texts' embeddings say; a linear map of it is added to an item's embedding.
+        features: (items, d) what is known of the items, their texts' embeddings say. Centred and scaled, and through a linear map, it is added to
+            the items' embeddings.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class SequenceModel(nn.Module):
         nn.init.normal_(self.items.weight, std=0.02)
         self.project = None
         if features is not None:
-            # So small that a step of Adam moves an item by its features about as far as by its embedding.
+            # A step of Adam moves each weight of the map as far as each of an embedding: with absolute values that sum to 1 both move an item alike.
             centred = torch.from_numpy(features - features.mean(0)).float()
-            small = 0.064 * centred / centred.square().sum(1).mean().sqrt()
+            small = centred / centred.abs().sum(1).mean()
             self.features = nn.Buffer(F.pad(small, (0, 0, 1, 0)), persistent=False)
             self.project = nn.Linear(features.shape[1], width, bias=False)
-            nn.init.normal_(self.project.weight, std=0.02 / 0.064)
+            nn.init.normal_(self.project.weight, std=float(0.02 / small.square().sum(1).mean().sqrt()))
 
     def encode(self, states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """(users, t, width) states after places have seen what lies before them; `real` (users, t) is False on padding."""

@@ -93,6 +93,10 @@ def main() -> None:
     from onerec_hf.cli.steps import prepare_data
 
     data_args, *_, training_args = parsed(config, {})
+    if options.recipe and data_args.dataset != options.dataset:
+        raise ValueError(
+            f"{recipe} is of {data_args.dataset}: give --dataset {data_args.dataset}, not {options.dataset}"
+        )
     data = prepare_data(data_args)
     if options.quick:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
@@ -126,10 +130,13 @@ def main() -> None:
         ]
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
     else:
-        rows = []
+        chosen, rows = [], []
         for name in options.rows:
-            row, label, measured = for_items(ROWS[name], data.source.items), options.label or name, []
-            row = replace(row, settings={**row.settings, **{key: _value(row.kind, value) for key, value in said}})
+            over = {key: _value(ROWS[name].kind, value) for key, value in said}
+            row = replace(ROWS[name], settings={**ROWS[name].settings, **over})
+            chosen.append(for_items(name, row, data.source.items))
+        for name, row in zip(options.rows, chosen, strict=True):
+            label, measured = options.label or name, []
             if options.quick and "alignment" in row.settings:
                 row.settings["alignment"] = {**row.settings["alignment"], **QUICK_ALIGNMENT}
             for seed in options.seeds:

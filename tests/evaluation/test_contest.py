@@ -53,6 +53,20 @@ def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
     assert not any(name.endswith("/chosen") for name in names)
 
 
+def test_rows_of_texts_are_refused_where_items_have_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _quality_rows import ROWS, Row
+    from _quality_runs import for_items
+
+    for name in ("sasrec_ce_text", "codes_text", "tiger"):
+        with pytest.raises(ValueError, match=f"the row {name} takes items' texts"):
+            for_items(name, ROWS[name], None)
+    for name in ("popularity", "sasrec_ce"):
+        assert for_items(name, ROWS[name], None) == ROWS[name]
+    behaviour = Row(ROWS["codes"].kind, "", {**ROWS["codes"].settings, "embedding": "behaviour"})
+    assert for_items("codes", behaviour, None) == behaviour
+
+
 @pytest.mark.slow
 def test_rows_take_texts_where_a_data_set_has_no_embeddings(tmp_path):
     command = [
@@ -140,6 +154,15 @@ def test_options_that_do_not_go_together_are_refused_at_once(monkeypatch, wrong,
 
     with pytest.raises(ValueError, match=said):
         quality._check(quality.arguments())
+
+
+def test_a_recipe_of_another_data_set_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--recipe", str(ROOT / "recipes" / "kuairand_items.yaml")])
+    import quality
+
+    with pytest.raises(ValueError, match="give --dataset kuairand-pure, not amazon-beauty"):
+        quality.main()
 
 
 def test_weights_are_averaged_over_steps(monkeypatch):
