@@ -45,7 +45,6 @@ CONTEST = {
     "codes_ntp": ("aligned IDs, one item, as many steps more as alignment takes, without preferences", ""),
     "codes_ipa": ("the same steps with preference alignment", ""),
     "onerec_pointwise": ("*larger:* OneRec, one item a session", ""),
-    "onerec_items_scored": ("+ aligned IDs, item vectors, rescoring", ""),
     "onerec_items_scaled_cpu": ("**on a CPU in 15 minutes**: one place per item, scaled, beams guided", ""),
     "onerec_items_coded_cpu": ("and items named by their codes too, 15 minutes", ""),
     "onerec_items_dropout": ("and item vectors left out at random, more dropout, 3 minutes of a GPU", ""),
@@ -55,6 +54,7 @@ CONTEST = {
     "onerec_sasrec_fused": ("the last OneRec and the SASRec tuned further, fused by rank", ""),
     "onerec_sasrec_text_fused": ("the last OneRec and the SASRec that reads texts, fused by rank", ""),
     "onerec_sasrec_text_six_fused": ("three seeds of each, fused by rank", ""),
+    "sasrec_six_fused": ("six SASRecs, three of each of the last two kinds, fused by rank", ""),
 }
 
 
