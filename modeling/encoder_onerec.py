@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .item_embedding_onerec import OneRecItemEmbedding
+from .item_embedding_onerec import OneRecItemEmbedding, table
 from .layers_onerec import OneRecEncoderLayer, OneRecRMSNorm, OneRecSelfAttention
 from .packing_onerec import same_segment
 from .pointwise_onerec import visible_tokens
@@ -91,5 +91,5 @@ class OneRecEncoder(OneRecPreTrainedModel):
 
     def item_output_vectors(self, code_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """(items, width) what item scores are inner products with ([`OneRecItemEmbedding.output_vectors`])."""
-        code_table = self.embed_tokens.weight if self.config.item_scores_with_codes else None
+        code_table = table(self.embed_tokens) if self.config.item_scores_with_codes else None
         return self.item_embedding.output_vectors(code_table, code_tokens)

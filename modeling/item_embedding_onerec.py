@@ -107,7 +107,7 @@ class OneRecItemEmbedding(nn.Module):
             code_table: (vocabulary, width) embeddings of tokens; those of an item's codes are added to its vector when given.
             code_tokens: (items, levels) the items by their codes; those of `vectors` from row 1, in order, when None.
         """
-        vectors = self.vectors.weight
+        vectors = table(self.vectors)
         vectors = vectors[1:] if code_tokens is None else F.embedding(self.rows(code_tokens), vectors)
         if code_table is None:
             return vectors
@@ -140,6 +140,14 @@ class OneRecItemEmbedding(nn.Module):
         return value * levels / code_tokens
 
 
+def table(embedding: nn.Module) -> torch.Tensor:
+    """(rows, width) all that an embedding gives: its weight, or what an adapter in its place (LoRA) makes of it, which `weight` leaves out."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.weight
+    weight: torch.Tensor = embedding.weight  # pyright: ignore[reportAssignmentType]
+    return embedding(torch.arange(len(weight), device=weight.device))
+
+
 def history_states(
     states: torch.Tensor, attention_mask: torch.Tensor | None, history_ranges: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -163,4 +171,4 @@ def history_states(
     return states[torch.arange(len(states), device=states.device), last]
 
 
-__all__ = ["OneRecItemEmbedding", "history_states"]
+__all__ = ["OneRecItemEmbedding", "history_states", "table"]

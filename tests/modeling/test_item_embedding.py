@@ -188,6 +188,29 @@ def test_a_saved_model_finds_its_vectors(tmp_path):
     assert torch.equal(loaded.recommend(batch["input_ids"]), model.recommend(batch["input_ids"]))
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [{"target_modules": r".*\.encoder\.(item_embedding\.vectors|embed_tokens)"}, {"modules_to_save": ["vectors"]}],
+)
+def test_items_are_named_by_what_adapters_make_of_their_vectors(adapter):
+    from peft import LoraConfig, get_peft_model
+
+    model = make(item_loss_weight=1.0, item_scores_with_codes=True)
+    untouched = model.model.encoder.item_output_vectors().detach().clone()
+    adapted = get_peft_model(model, LoraConfig(r=2, **({"target_modules": ["q_proj"]} | adapter)))
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad and ("lora_embedding" in name or "modules_to_save" in name):
+            torch.nn.init.normal_(weight)
+    tokens = model.model.encoder.item_embedding.tokens()
+    found, some = model.model.encoder.item_output_vectors(), model.model.encoder.item_output_vectors(tokens[2:5])
+    assert found.requires_grad
+    assert not torch.allclose(found, untouched)
+    merged = adapted.merge_and_unload().model.encoder
+    torch.testing.assert_close(found, merged.item_output_vectors())
+    torch.testing.assert_close(some, merged.item_output_vectors()[2:5])
+
+
 @pytest.mark.parametrize("with_codes", [False, True])
 def test_items_that_come_later_are_read_by_their_codes(with_codes):
     model = make(item_loss_weight=1.0, item_score_weight=1.0, item_scores_with_codes=with_codes)
