@@ -32,7 +32,12 @@ def next_item_loss(
         loss: `ce`, the softmax over all items; `bce`, one random item beside each target (SASRec's equation 6).
         bought: (places, t) all ids of each place's user, from which `bce` draws no negative; `ce` needs none.
         label_smoothing: share of a target's probability that `ce` gives to all items alike.
+
+    Raises:
+        ValueError: labels to smooth with `bce`.
     """
+    if loss == "bce" and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} needs loss=ce: bce has no labels to smooth")
     if loss == "ce":
         return F.cross_entropy(model.scores(states), targets - 1, label_smoothing=label_smoothing)
     items = len(model.items.weight)
