@@ -90,14 +90,7 @@ CODES: dict[str, Any] = {
     "per_device_train_batch_size": 8,
 }
 
-SASREC: dict[str, Any] = {
-    "model": "sasrec",
-    "scaled": True,
-    "width": 256,
-    "layers": 1,
-    "dropout": 0.5,
-    "patience": 8,
-}
+SASREC: dict[str, Any] = {"model": "sasrec", "scaled": True, "width": 256, "layers": 1, "dropout": 0.5, "patience": 8}
 GRU4REC: dict[str, Any] = {"model": "gru4rec", "width": 128, "inner": 256, "dropout": 0.5, "patience": 8}
 HSTU: dict[str, Any] = {"model": "hstu", "width": 128, "layers": 3, "dropout": 0.5, "lr": 0.0005, "patience": 8}
 
@@ -109,21 +102,9 @@ ROWS = {
         "SASRec as published: one random negative",
         {"model": "sasrec", "loss": "bce", "scaled": True, "width": 64, "dropout": 0.5, "patience": 40},
     ),
-    "sasrec_ce": Row(
-        "sequence",
-        "SASRec, softmax over all items",
-        SASREC,
-    ),
-    "gru4rec": Row(
-        "sequence",
-        "GRU4Rec, softmax over all items",
-        GRU4REC,
-    ),
-    "hstu": Row(
-        "sequence",
-        "HSTU (positions only), softmax over all items",
-        HSTU,
-    ),
+    "sasrec_ce": Row("sequence", "SASRec, softmax over all items", SASREC),
+    "gru4rec": Row("sequence", "GRU4Rec, softmax over all items", GRU4REC),
+    "hstu": Row("sequence", "HSTU (positions only), softmax over all items", HSTU),
     # Tuned further, as OneRec was.
     "sasrec_ce_smoothed": Row(
         "sequence",

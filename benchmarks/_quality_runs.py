@@ -104,11 +104,12 @@ def for_items(name: str, row: Row, items) -> Row:
         ValueError: there are no texts either.
     """
     made_of = {key: row.settings[key] for key in ("embedding", "features") if key in row.settings}
-    if items is None and any(kinds != "behaviour" for kinds in made_of.values()):
-        raise ValueError(
-            f"the row {name} takes items' texts, and the data set has none: IDs can do with --set embedding=behaviour"
-        )
-    if items is not None and items.embeddings is None:
+    if items is None:
+        if any(kinds != "behaviour" for kinds in made_of.values()):
+            raise ValueError(
+                f"the row {name} takes items' texts, and the data set has none: IDs can do with --set embedding=behaviour"
+            )
+    elif items.embeddings is None:
         made_of = {key: kinds.replace("given", "text") for key, kinds in made_of.items()}
     return replace(row, settings={**row.settings, **made_of})
 

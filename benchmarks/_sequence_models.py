@@ -51,13 +51,18 @@ class SequenceModel(nn.Module):
         """(users, t, width) states after places have seen what lies before them; `real` (users, t) is False on padding."""
         raise NotImplementedError
 
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) ids to (..., width): these rows of [`table`], without making the others."""
+        read = self.items(ids)
+        return read if self.project is None else read + self.project(self.features[ids])
+
     def table(self) -> torch.Tensor:
         """(items + 1, width) what items are read and named by."""
         return self.items.weight if self.project is None else self.items.weight + self.project(self.features)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(users, t) ids to (users, t, width) states."""
-        return self.encode(F.embedding(ids, self.table(), padding_idx=0), ids != 0)
+        return self.encode(self.embed(ids), ids != 0)
 
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """(..., width) states to (..., items) scores."""

@@ -44,7 +44,7 @@ def next_item_loss(
     drawn = torch.randint(1, items, targets.shape, device=targets.device)
     while (again := (drawn[:, None] == bought).any(1)).any():
         drawn[again] = torch.randint(1, items, (int(again.sum()),), device=targets.device)
-    right, wrong = ((states * F.embedding(ids, model.table())).sum(-1) for ids in (targets, drawn))
+    right, wrong = ((states * model.embed(ids)).sum(-1) for ids in (targets, drawn))
     return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
 
 
