@@ -19,7 +19,10 @@ from _quality_rows import Row
 Measured = dict[str, float]
 KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
-SEQUENCE_TRAINING = ("loss", "label_smoothing", "lr", "weight_decay", "batch_size", "share", "epochs", "patience")
+SEQUENCE_TRAINING = (
+    *("loss", "label_smoothing", "lr", "weight_decay", "batch_size", "share", "schedule", "precision", "epochs"),
+    "patience",
+)
 CHOSEN_BY = "ndcg@10"  # on validation users
 # How a generator is asked: no weights depend on it.
 ASKED = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
@@ -315,13 +318,14 @@ def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
     np.savez_compressed(path, rows=np.concatenate(rows), scores=np.concatenate(scores))
 
 
-def fused(contest: Contest, files: Sequence[str], splits: Sequence[str]) -> Measured:
+def fused(contest: Contest, files: Sequence[str], splits: Sequence[str], rescored: bool = False) -> Measured:
     """
     Metrics of several models' rankings as one: an item's score is the sum of 1 / (60 + rank) over the models that rank it (reciprocal rank
     fusion, Cormack et al., SIGIR 2009).
 
     Args:
         files: what `run_row` was given as `keep`.
+        rescored: no items but those that the first of them ranks: its beams, put in another order by the others.
     """
     found = {}
     for split in splits:
@@ -332,6 +336,8 @@ def fused(contest: Contest, files: Sequence[str], splits: Sequence[str]) -> Meas
             scores = np.zeros(items + 1)  # the last one is of places without an item
             for rows in rankings:
                 scores[rows[user]] += 1 / (60 + np.arange(1, rows.shape[1] + 1))
+            if rescored:
+                scores[np.setdiff1d(np.arange(items), rankings[0][user])] = 0
             ranked[user] = np.argsort(-scores[:items], kind="stable")[: max(KS)]
         metrics = contest.metrics(ranked, contest.examples(split))
         found |= {f"{split}/{name}": metrics[name] for name in METRICS}

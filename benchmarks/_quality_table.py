@@ -86,33 +86,40 @@ def _number(row: dict) -> str:
     return text if row["deviation"] is None else f"{text} ± {row['deviation']:.4f}".replace("± 0", "± ")
 
 
-def replaced(page: str, new: str) -> str:
+def replaced(page: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """
     The page with this table in place of its own.
 
     Raises:
         ValueError: the page has no place for it.
     """
-    before, found, rest = page.partition(BEGIN)
-    _, ends, after = rest.partition(END)
+    before, found, rest = page.partition(begin)
+    _, ends, after = rest.partition(end)
     if not (found and ends):
-        raise ValueError(f"a page of the quality tables lacks the lines {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + new + END + after
+        raise ValueError(f"a page of the quality tables lacks the lines {begin.strip()} and {end.strip()}")
+    return before + begin + new + end + after
+
+
+def write_or_check(pages: dict[Path, str], description: str | None) -> int:
+    """Writes pages as they should be, or with `--check` says which are not; the exit status."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="write nothing")
+    check, differ = arguments.parse_args().check, 0
+    for path, new in pages.items():
+        if not check:
+            path.write_text(new, encoding="utf-8")
+        elif new != path.read_text(encoding="utf-8"):
+            print(f"{path} has another table than the results give: run {Path(sys.argv[0]).name}", file=sys.stderr)
+            differ = 1
+    return differ
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="write nothing")
-    check, differ = arguments.parse_args().check, 0
+    pages = {}
     for which, path in PAGES.items():
-        page = path.read_text(encoding="utf-8")
-        new = replaced(page, table(which, json.loads(RESULTS[which].read_text())))
-        if not check:
-            path.write_text(new, encoding="utf-8")
-        elif new != page:
-            print(f"{path} has another table than {RESULTS[which]} gives: run {Path(__file__).name}", file=sys.stderr)
-            differ = 1
-    return differ
+        results = json.loads(RESULTS[which].read_text())
+        pages[path] = replaced(path.read_text(encoding="utf-8"), table(which, results))
+    return write_or_check(pages, __doc__)
 
 
 if __name__ == "__main__":

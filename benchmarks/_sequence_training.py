@@ -6,6 +6,7 @@ binary loss of SASRec's paper by far (arXiv 2309.07602), or by that one, for the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,6 +71,21 @@ def pieces(sequence: np.ndarray, longest: int) -> list[tuple[np.ndarray, np.ndar
     return found
 
 
+def learning_rate_factor(share: float, warmup: float = 0.02) -> float:
+    """
+    Warm-up and then a cosine to nothing, as the generators have it.
+
+    Args:
+        share: of all steps that are done, 0 to 1.
+        warmup: share of them in which the learning rate rises.
+
+    Example:
+        >>> [round(learning_rate_factor(share), 2) for share in (0.01, 0.02, 0.5, 1)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    return min(1.0, share / warmup) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def train_sequence_model(
     model: SequenceModel,
     sequences: Sequence[np.ndarray],
@@ -81,6 +97,8 @@ def train_sequence_model(
     loss: str = "ce",
     label_smoothing: float = 0.0,
     share: float = 1.0,
+    schedule: str = "constant",
+    precision: str = "float32",
     judge: Callable[[SequenceModel], float] | None = None,
     patience: int = 5,
     spent: Callable[[], float] | None = None,
@@ -91,17 +109,25 @@ def train_sequence_model(
     Args:
         sequences: per user the item rows in time order, two at least.
         share: of the places of a batch, drawn anew each time: the scores of all items at all places are most of the work.
+        schedule: `constant`, or `cosine` of the learning rate over the epochs ([`learning_rate_factor`]).
+        precision: of the products while training (autocast); `bfloat16` takes half the time on a CPU that has it.
         judge: after each epoch, how good the model is; training ends when that has not risen for `patience` epochs, and the best weights stay.
         spent: share of a budget that is spent; training ends where it reaches 1.
 
     Returns:
         What `judge` said of the weights that stayed.
+
+    Raises:
+        ValueError: another schedule or precision.
     """
+    if schedule not in ("constant", "cosine") or precision not in ("float32", "bfloat16"):
+        raise ValueError(f"schedule={schedule}, precision={precision}: constant or cosine, float32 or bfloat16")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     best, best_state, since = None, None, 0
     parts = [(*piece, sequence) for sequence in sequences for piece in pieces(sequence, model.max_length)]
+    device, steps, done = model.items.weight.device, epochs * math.ceil(len(parts) / batch_size), 0
     for _ in range(epochs):
         model.train()
         order = rng.permutation(len(parts))
@@ -113,7 +139,11 @@ def train_sequence_model(
             if loss == "bce":
                 ids = pad_sequence([torch.from_numpy(sequence + 1) for sequence in whole], batch_first=True)
                 bought = ids.to(targets.device).repeat_interleave(real.sum(1), dim=0)
-            value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought, label_smoothing)
+            done += 1
+            if schedule == "cosine":
+                optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(done / steps)
+            with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+                value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought, label_smoothing)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

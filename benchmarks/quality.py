@@ -67,6 +67,11 @@ def arguments():
         metavar="FILES",
         help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; needs --label. With {seed} in the names: for each of --seeds",
     )
+    options.add_argument(
+        "--rescore",
+        action="store_true",
+        help="with --fuse: the items of the first of FILES alone, in the order of all",
+    )
     options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
     return options.parse_args()
 
@@ -110,9 +115,12 @@ def main() -> None:
 
     said = [setting.split("=", 1) for setting in options.set]
     if options.fuse:
-        how = _how({"fused": [Path(files).name for files in options.fuse]})
+        rescored = {"rescored": True} if options.rescore else {}
+        how = _how({"fused": [Path(files).name for files in options.fuse], **rescored})
         measured = [
-            fused(contest(seed), [files.replace("{seed}", str(seed)) for files in options.fuse], splits)
+            fused(
+                contest(seed), [files.replace("{seed}", str(seed)) for files in options.fuse], splits, options.rescore
+            )
             for seed in options.seeds
         ]
         rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
@@ -159,6 +167,8 @@ def _check(options) -> None:
         raise ValueError("--fuse and --judge need --label: the name of the row")
     if options.fuse and len(options.seeds) > 1 and not any("{seed}" in files for files in options.fuse):
         raise ValueError("--fuse the same files for each of --seeds: give one seed, or {seed} in their names")
+    if options.rescore and len(options.fuse or ()) < 2:
+        raise ValueError("--rescore needs --fuse and two of its files: whose items, and who orders them")
     if options.align and not options.judge:
         raise ValueError("--align needs --judge: the generators that are aligned")
     if options.judge:

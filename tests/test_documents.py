@@ -355,6 +355,19 @@ def test_these_recipes_are_there():
     assert [recipe.name for recipe in RECIPES] == [*beauty, *kuairand, "movielens.yaml"]
 
 
+def test_the_table_of_tuning_budgets_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _quality_budget import BEGIN, END, FAMILIES, PAGE, table, tried
+    from _quality_table import replaced
+
+    settings, page = list(tried()), PAGE.read_text(encoding="utf-8")
+    assert replaced(page, table(settings), BEGIN, END) == page, "python benchmarks/_quality_budget.py"
+    more = [({"model": "sasrec"}, 1.0), *settings]
+    assert replaced(page, table(more), BEGIN, END) != page
+    counted = [sum(belongs(some) for some, _ in settings) for belongs in FAMILIES.values()]
+    assert min(counted) > 4
+
+
 @pytest.mark.parametrize("which", ["contest", "ablations"])
 def test_the_quality_table_is_that_of_the_results(which):
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -42,6 +42,31 @@ def test_kept_rankings_are_fused(tmp_path, data_folder):
     assert each["seeds"]["1"] == both["value"]
 
 
+def test_rescoring_orders_the_items_of_the_first_ranking_alone(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _quality_runs import METRICS, fused
+
+    class Contest:
+        class data:
+            item_ids = np.arange(30)
+
+        def examples(self, split):
+            return split
+
+        def metrics(self, ranked, examples):
+            self.ranked = ranked
+            return dict.fromkeys(METRICS, 0.0)
+
+    first, second = np.arange(12)[None], np.array([[20, 3, 21, *range(22, 30), 12]])
+    for name, rows in (("a", first), ("b", second)):
+        np.savez(tmp_path / f"{name}-test.npz", rows=rows)
+    files, contest = [str(tmp_path / name) for name in "ab"], Contest()
+    fused(contest, files, ["test"])
+    assert contest.ranked[0, :4].tolist() == [3, 0, 20, 1]
+    fused(contest, files, ["test"], rescored=True)
+    assert contest.ranked[0].tolist() == [3, 0, 1, 2, *range(4, 10)]
+
+
 @pytest.mark.slow
 def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
     command = [ROOT / "benchmarks" / "quality.py", "--quick", "--data_dir", data_folder / "amazon_beauty"]
@@ -141,6 +166,8 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
         (["--judge", "a"], "need --label"),
         (["--fuse", "a"], "need --label"),
         (["--align"], "--align needs --judge"),
+        (["--rescore"], "--rescore needs --fuse"),
+        (["--fuse", "a", "--rescore", "--label", "x"], "two of its files"),
         (["--fuse", "a", "b", "--label", "x", "--seeds", "0", "1"], "give one seed"),
         (["--judge", "a", "b", "--label", "x"], "2 folders and --seeds 1"),
         (["--judge", "a", "--label", "x", "--set", "hidden_size=8"], "hidden_size=8"),

@@ -79,3 +79,51 @@ def test_items_of_the_same_features_are_read_and_named_alike(monkeypatch, name):
     expected = torch.from_numpy(described - described.mean(0)).float()
     expected = expected / expected.abs().sum(1).mean() @ model.project.weight.T
     torch.testing.assert_close(found, expected)
+
+
+def test_a_cosine_ends_with_no_learning_rate(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+    from _sequence_models import SASRec
+    from _sequence_training import learning_rate_factor, train_sequence_model
+
+    rates, step = [], torch.optim.AdamW.step
+
+    def seen(optimizer, *arguments, **more):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    model = SASRec(10, width=16, layers=1, max_length=4)
+    sequences = [np.array([0, 2, 4, 6])] * 5
+    train_sequence_model(model, sequences, seed=0, epochs=10, batch_size=2, lr=0.5, schedule="cosine")
+    assert rates == [0.5 * learning_rate_factor(done / 30) for done in range(1, 31)]
+    assert rates[0] == max(rates)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_sequence_models_learn_in_bfloat16_too(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+    from _sequence_models import SASRec
+    from _sequence_training import train_sequence_model
+
+    histories, found = [np.arange(stop - 4, stop) for stop in (5, 12, 29)], {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = SASRec(30, width=16, layers=1, dropout=0.0, max_length=4)
+        train_sequence_model(model, [np.arange(30)] * 8, seed=0, epochs=150, lr=1e-2, precision=precision)
+        assert model.rank(histories, 1)[:, 0].tolist() == [5, 12, 29]
+        found[precision] = model.items.weight
+        assert model.items.weight.dtype == torch.float32
+    assert not torch.equal(found["float32"], found["bfloat16"])
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "cosin"}, {"precision": "float16"}])
+def test_other_schedules_and_precisions_are_refused(monkeypatch, wrong):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from _sequence_models import SASRec
+    from _sequence_training import train_sequence_model
+
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        train_sequence_model(SASRec(10, width=16), [np.arange(4)], seed=0, epochs=1, **wrong)

@@ -1,0 +1,108 @@
+"""
+What the contest's models would have reached had each been tuned as little as the others: of the settings that were tried on validation, the best of
+n that are drawn at random, on average over all draws (expected validation performance, Dodge et al., arXiv 1909.03004, here without replacement).
+A table of docs/contest.md, made from the committed results.
+
+    python benchmarks/_quality_budget.py           writes it into its page
+    python benchmarks/_quality_budget.py --check   exits with status 1 where the page has another one
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from _quality_table import ROOT, replaced, write_or_check
+
+PAGE = ROOT / "docs" / "contest.md"
+BEGIN, END = "<!-- budget table: benchmarks/_quality_budget.py -->\n", "<!-- end of the budget table -->\n"
+# Where settings that were tried on validation stand; quality.json has those of its rows that stand nowhere else.
+TRIED = ("quality_validation.json", "quality_validation_cpu.json", "quality_validation_tuned.json", "quality.json")
+METRIC = "validation/ndcg@10"
+DRAWN = (1, 2, 4, 8, 16, 20)
+
+Settings = dict[str, object]
+
+
+def _generator(settings: Settings) -> bool:
+    """A OneRec, by codes alone or with item vectors, not TIGER's quantiser."""
+    return "session_length" in settings and settings.get("quantizer") != "rq-vae"
+
+
+def _sequence(model: str, texts: bool) -> Callable[[Settings], bool]:
+    return lambda settings: (
+        settings.get("model") == model and settings.get("loss", "ce") == "ce" and (texts or "features" not in settings)
+    )
+
+
+FAMILIES: dict[str, Callable[[Settings], bool]] = {
+    "OneRec": _generator,
+    "of them with item vectors": lambda settings: _generator(settings) and settings.get("item_embeddings") == "true",
+    "SASRec": _sequence("sasrec", texts=False),
+    "and those that read texts": _sequence("sasrec", texts=True),
+    "HSTU": _sequence("hstu", texts=False),
+    "and those that read texts ": _sequence("hstu", texts=True),
+    "GRU4Rec": _sequence("gru4rec", texts=False),
+}
+
+
+def expected_best(values: Sequence[float], drawn: int) -> float:
+    """
+    The mean, over all draws of `drawn` of these values without replacement, of the best one.
+
+    Example:
+        >>> expected_best([0.1, 0.2, 0.4], 2)  # of .1 .2, .1 .4, .2 .4
+        0.3333333333333333
+    """
+    ordered = sorted(values)
+    ways = (math.comb(rank, drawn - 1) for rank in range(len(ordered)))  # draws of which this one is the best
+    return sum(value * way for value, way in zip(ordered, ways, strict=True)) / math.comb(len(ordered), drawn)
+
+
+def tried(results: Path = ROOT / "benchmarks" / "results") -> Iterator[tuple[Settings, float]]:
+    """Each of the settings once, however many names, devices and seeds it was run under, and the mean of what validation said of it."""
+    found: dict[str, tuple[Settings, list[float]]] = {}
+    for name in TRIED:
+        for row in json.loads((results / name).read_text())["rows"]:
+            settings = row["settings"]
+            trained = "judged" not in settings and "fused" not in settings
+            if trained and row["name"].endswith(METRIC):
+                key = json.dumps([_apart(settings), row["recipe"], row["minutes"]], sort_keys=True)
+                found.setdefault(key, (settings, []))[1].extend(row["seeds"].values())
+    for settings, values in found.values():
+        yield settings, statistics.mean(values)
+
+
+def _apart(settings: Settings) -> Settings:
+    """What tells settings apart: a number is the same however it is written."""
+    return {name: str(value) for name, value in settings.items()}
+
+
+def table(settings: Sequence[tuple[Settings, float]]) -> str:
+    """The Markdown table of these settings and what they reached."""
+    lines = [
+        f"| best of so many, on average | {' | '.join(map(str, DRAWN))} | all | tried |",
+        "|---" * (len(DRAWN) + 3) + "|",
+    ]
+    for family, belongs in FAMILIES.items():
+        values = [value for some, value in settings if belongs(some)]
+        best = [_number(expected_best(values, n)) if n <= len(values) else "" for n in DRAWN]
+        lines.append(f"| {family.strip()} | {' | '.join(best)} | {_number(max(values))} | {len(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}".lstrip("0")
+
+
+def main() -> int:
+    new = replaced(PAGE.read_text(encoding="utf-8"), table(list(tried())), BEGIN, END)
+    return write_or_check({PAGE: new}, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
