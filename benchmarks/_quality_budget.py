@@ -28,11 +28,6 @@ DRAWN = (1, 2, 4, 8, 16, 20)
 Settings = dict[str, object]
 
 
-def _generator(settings: Settings) -> bool:
-    """A OneRec, by codes alone or with item vectors, not TIGER's quantiser."""
-    return "session_length" in settings and settings.get("quantizer") != "rq-vae"
-
-
 def _sequence(model: str, texts: bool) -> Callable[[Settings], bool]:
     return lambda settings: (
         settings.get("model") == model and settings.get("loss", "ce") == "ce" and (texts or "features" not in settings)
@@ -40,8 +35,7 @@ def _sequence(model: str, texts: bool) -> Callable[[Settings], bool]:
 
 
 FAMILIES: dict[str, Callable[[Settings], bool]] = {
-    "OneRec": _generator,
-    "of them with item vectors": lambda settings: _generator(settings) and settings.get("item_embeddings") == "true",
+    "OneRec with item vectors": lambda settings: settings.get("item_embeddings") == "true",
     "SASRec": _sequence("sasrec", texts=False),
     "and those that read texts": _sequence("sasrec", texts=True),
     "HSTU": _sequence("hstu", texts=False),
