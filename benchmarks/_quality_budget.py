@@ -23,6 +23,7 @@ BEGIN, END = "<!-- budget table: benchmarks/_quality_budget.py -->\n", "<!-- end
 # Where settings that were tried on validation stand; quality.json has those of its rows that stand nowhere else.
 TRIED = ("quality_validation.json", "quality_validation_cpu.json", "quality_validation_tuned.json", "quality.json")
 METRIC = "validation/ndcg@10"
+ASKED = ("item_score_weight", "item_score_weights", "per_device_eval_batch_size")
 DRAWN = (1, 2, 4, 8, 16, 20)
 
 Settings = dict[str, object]
@@ -35,12 +36,17 @@ def _sequence(model: str, texts: bool) -> Callable[[Settings], bool]:
 
 
 FAMILIES: dict[str, Callable[[Settings], bool]] = {
-    "OneRec with item vectors": lambda settings: settings.get("item_embeddings") == "true",
+    # Features of a generator were an experiment that is not in the library.
+    "OneRec with item vectors": lambda settings: (
+        settings.get("item_embeddings") == "true" and "features" not in settings
+    ),
     "SASRec": _sequence("sasrec", texts=False),
     "and those that read texts": _sequence("sasrec", texts=True),
     "HSTU": _sequence("hstu", texts=False),
     "and those that read texts ": _sequence("hstu", texts=True),
     "GRU4Rec": _sequence("gru4rec", texts=False),
+    "and those that read texts  ": _sequence("gru4rec", texts=True),
+    "TIGER of our parts": lambda settings: settings.get("quantizer") == "rq-vae",
 }
 
 
@@ -58,22 +64,25 @@ def expected_best(values: Sequence[float], drawn: int) -> float:
 
 
 def tried(results: Path = ROOT / "benchmarks" / "results") -> Iterator[tuple[Settings, float]]:
-    """Each of the settings once, however many names, devices and seeds it was run under, and the mean of what validation said of it."""
-    found: dict[str, tuple[Settings, list[float]]] = {}
+    """Each of the settings once, under whatever names and on whatever devices it ran, and the mean over seeds of what validation said of its latest run."""
+    found: dict[str, tuple[Settings, float]] = {}
     for name in TRIED:
         for row in json.loads((results / name).read_text())["rows"]:
             settings = row["settings"]
             trained = "judged" not in settings and "fused" not in settings
             if trained and row["name"].endswith(METRIC):
-                key = json.dumps([_apart(settings), row["recipe"], row["minutes"]], sort_keys=True)
-                found.setdefault(key, (settings, []))[1].extend(row["seeds"].values())
-    for settings, values in found.values():
-        yield settings, statistics.mean(values)
+                found[_key(row)] = settings, statistics.mean(row["seeds"].values())
+    yield from found.values()
 
 
-def _apart(settings: Settings) -> Settings:
-    """What tells settings apart: a number is the same however it is written."""
-    return {name: str(value) for name, value in settings.items()}
+def _key(row: dict) -> str:
+    """
+    What tells settings apart: not how a number is written, what is off, how a trained generator is asked, nor the recipe of a sequence model, which
+    takes nothing from it but the length of histories.
+    """
+    settings = {name: str(value) for name, value in row["settings"].items() if name not in ASKED}
+    trained = {name: value for name, value in settings.items() if value not in ("0", "False", "false", "[]")}
+    return json.dumps([trained, row["minutes"], "model" in settings or row["recipe"]], sort_keys=True)
 
 
 def table(settings: Sequence[tuple[Settings, float]]) -> str:
