@@ -35,19 +35,21 @@ def _sequence(model: str, texts: bool) -> Callable[[Settings], bool]:
     )
 
 
-FAMILIES: dict[str, Callable[[Settings], bool]] = {
+TEXTS = "and those that read texts"
+FAMILIES: list[tuple[str, Callable[[Settings], bool]]] = [
     # Features of a generator were an experiment that is not in the library.
-    "OneRec with item vectors": lambda settings: (
-        settings.get("item_embeddings") == "true" and "features" not in settings
+    (
+        "OneRec with item vectors",
+        lambda settings: settings.get("item_embeddings") == "true" and "features" not in settings,
     ),
-    "SASRec": _sequence("sasrec", texts=False),
-    "and those that read texts": _sequence("sasrec", texts=True),
-    "HSTU": _sequence("hstu", texts=False),
-    "and those that read texts ": _sequence("hstu", texts=True),
-    "GRU4Rec": _sequence("gru4rec", texts=False),
-    "and those that read texts  ": _sequence("gru4rec", texts=True),
-    "TIGER of our parts": lambda settings: settings.get("quantizer") == "rq-vae",
-}
+    ("SASRec", _sequence("sasrec", texts=False)),
+    (TEXTS, _sequence("sasrec", texts=True)),
+    ("HSTU", _sequence("hstu", texts=False)),
+    (TEXTS, _sequence("hstu", texts=True)),
+    ("GRU4Rec", _sequence("gru4rec", texts=False)),
+    (TEXTS, _sequence("gru4rec", texts=True)),
+    ("TIGER of our parts", lambda settings: settings.get("quantizer") == "rq-vae"),
+]
 
 
 def expected_best(values: Sequence[float], drawn: int) -> float:
@@ -91,10 +93,10 @@ def table(settings: Sequence[tuple[Settings, float]]) -> str:
         f"| best of so many, on average | {' | '.join(map(str, DRAWN))} | all | tried |",
         "|---" * (len(DRAWN) + 3) + "|",
     ]
-    for family, belongs in FAMILIES.items():
+    for family, belongs in FAMILIES:
         values = [value for some, value in settings if belongs(some)]
         best = [_number(expected_best(values, n)) if n <= len(values) else "" for n in DRAWN]
-        lines.append(f"| {family.strip()} | {' | '.join(best)} | {_number(max(values))} | {len(values)} |")
+        lines.append(f"| {family} | {' | '.join(best)} | {_number(max(values))} | {len(values)} |")
     return "\n".join(lines) + "\n"
 
 
