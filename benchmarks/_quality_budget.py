@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from _quality_table import ROOT, replaced, write_or_check
+from _quality_table import ROOT, number, replaced, write_or_check
 
 PAGE = ROOT / "docs" / "contest.md"
 BEGIN, END = "<!-- budget table: benchmarks/_quality_budget.py -->\n", "<!-- end of the budget table -->\n"
@@ -95,13 +95,9 @@ def table(settings: Sequence[tuple[Settings, float]]) -> str:
     ]
     for family, belongs in FAMILIES:
         values = [value for some, value in settings if belongs(some)]
-        best = [_number(expected_best(values, n)) if n <= len(values) else "" for n in DRAWN]
-        lines.append(f"| {family} | {' | '.join(best)} | {_number(max(values))} | {len(values)} |")
+        best = [number(expected_best(values, n)) if n <= len(values) else "" for n in DRAWN]
+        lines.append(f"| {family} | {' | '.join(best)} | {number(max(values))} | {len(values)} |")
     return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}".lstrip("0")
 
 
 def main() -> int:

@@ -20,7 +20,15 @@ Measured = dict[str, float]
 KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
 SEQUENCE_TRAINING = (
-    *("loss", "label_smoothing", "lr", "weight_decay", "batch_size", "share", "schedule", "precision", "epochs"),
+    "loss",
+    "label_smoothing",
+    "lr",
+    "weight_decay",
+    "batch_size",
+    "share",
+    "schedule",
+    "precision",
+    "epochs",
     "patience",
 )
 CHOSEN_BY = "ndcg@10"  # on validation users

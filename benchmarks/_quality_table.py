@@ -80,9 +80,14 @@ def table(which: str, results: dict, dataset: str = "amazon-beauty") -> str:
     return "\n".join(lines) + "\n"
 
 
+def number(value: float) -> str:
+    """`.0726`"""
+    return f"{value:.4f}".lstrip("0")
+
+
 def _number(row: dict) -> str:
     """`.0726 ± .0015`: mean and standard deviation over seeds."""
-    text = f"{row['value']:.4f}".lstrip("0")
+    text = number(row["value"])
     return text if row["deviation"] is None else f"{text} ± {row['deviation']:.4f}".replace("± 0", "± ")
 
 

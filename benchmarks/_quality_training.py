@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from _harness import say
 from _quality_runs import CHOSEN_BY, Budget
+from _sequence_training import cosine
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
@@ -97,8 +97,7 @@ class BudgetTrainer(OneRecTrainer):
         warmup = max(1, int(self.args.warmup_steps))
 
         def factor(step: int) -> float:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
-            return min(1.0, (step + 1) / warmup) * (self.least + (1 - self.least) * cosine)
+            return min(1.0, (step + 1) / warmup) * cosine(min(1.0, self.spent()), self.least)
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
         return self.lr_scheduler

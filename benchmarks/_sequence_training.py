@@ -71,9 +71,14 @@ def pieces(sequence: np.ndarray, longest: int) -> list[tuple[np.ndarray, np.ndar
     return found
 
 
+def cosine(share: float, least: float = 0.0) -> float:
+    """What is left of a learning rate when this share of a training is done: all of it at 0, `least` at 1, a cosine between them."""
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def learning_rate_factor(share: float, warmup: float = 0.02) -> float:
     """
-    Warm-up and then a cosine to nothing, as the generators have it.
+    Warm-up, and [`cosine`] to nothing, which the generators have too.
 
     Args:
         share: of all steps that are done, 0 to 1.
@@ -83,7 +88,7 @@ def learning_rate_factor(share: float, warmup: float = 0.02) -> float:
         >>> [round(learning_rate_factor(share), 2) for share in (0.01, 0.02, 0.5, 1)]
         [0.5, 1.0, 0.5, 0.0]
     """
-    return min(1.0, share / warmup) * 0.5 * (1 + math.cos(math.pi * share))
+    return min(1.0, share / warmup) * cosine(share)
 
 
 def train_sequence_model(

@@ -355,8 +355,7 @@ def test_these_recipes_are_there():
     assert [recipe.name for recipe in RECIPES] == [*beauty, *kuairand, "movielens.yaml"]
 
 
-def test_the_table_of_tuning_budgets_is_that_of_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_table_of_tuning_budgets_is_that_of_the_results(benchmarks):
     from _quality_budget import BEGIN, END, FAMILIES, PAGE, table, tried
     from _quality_table import replaced
 
@@ -369,12 +368,9 @@ def test_the_table_of_tuning_budgets_is_that_of_the_results(monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["contest", "ablations"])
-def test_the_quality_table_is_that_of_the_results(which):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from _quality_table import PAGES, RESULTS, replaced, table
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def test_the_quality_table_is_that_of_the_results(benchmarks, which):
+    from _quality_table import PAGES, RESULTS, replaced, table
+
     results, page = json.loads(RESULTS[which].read_text()), PAGES[which].read_text(encoding="utf-8")
     assert replaced(page, table(which, results)) == page
     shown = "/hstu/test/recall@10" if which == "contest" else "/codes/validation/recall@10"

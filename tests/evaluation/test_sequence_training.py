@@ -1,7 +1,5 @@
 """What the contest's sequence models learn from (benchmarks/_sequence_training.py): every next item once, as the generators do."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,16 +9,12 @@ from hypothesis import strategies as st
 from onerec_hf.data import prefix_examples
 from onerec_hf.data.sequences import UserSequences
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def pieces():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        from _sequence_training import pieces
+def pieces(benchmarks):
+    from _sequence_training import pieces
 
-        yield pieces
+    return pieces
 
 
 @settings(deadline=None)  # the first example imports what reads it
@@ -44,8 +38,7 @@ def test_sequence_models_read_what_generators_read(pieces, length, longest):
     assert found == expected
 
 
-def test_training_reaches_the_oldest_items_of_long_sequences(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
     import torch
     from _sequence_models import SASRec
     from _sequence_training import train_sequence_model
@@ -58,8 +51,7 @@ def test_training_reaches_the_oldest_items_of_long_sequences(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec", "hstu"])
-def test_items_of_the_same_features_are_read_and_named_alike(monkeypatch, name):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_items_of_the_same_features_are_read_and_named_alike(benchmarks, name):
     import torch
     from _sequence_models import SEQUENCE_MODELS
     from _sequence_training import train_sequence_model
@@ -81,8 +73,7 @@ def test_items_of_the_same_features_are_read_and_named_alike(monkeypatch, name):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_cosine_ends_with_no_learning_rate(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_a_cosine_ends_with_no_learning_rate(benchmarks, monkeypatch):
     import torch
     from _sequence_models import SASRec
     from _sequence_training import learning_rate_factor, train_sequence_model
@@ -102,8 +93,7 @@ def test_a_cosine_ends_with_no_learning_rate(monkeypatch):
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
-def test_sequence_models_learn_in_bfloat16_too(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_sequence_models_learn_in_bfloat16_too(benchmarks):
     import torch
     from _sequence_models import SASRec
     from _sequence_training import train_sequence_model
@@ -120,8 +110,7 @@ def test_sequence_models_learn_in_bfloat16_too(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"schedule": "cosin"}, {"precision": "float16"}])
-def test_other_schedules_and_precisions_are_refused(monkeypatch, wrong):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_other_schedules_and_precisions_are_refused(benchmarks, wrong):
     from _sequence_models import SASRec
     from _sequence_training import train_sequence_model
 

@@ -3,22 +3,17 @@
 import itertools
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def budget():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import _quality_budget
+def budget(benchmarks):
+    import _quality_budget
 
-        yield _quality_budget
+    return _quality_budget
 
 
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=7), data=st.data())
