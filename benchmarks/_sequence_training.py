@@ -114,7 +114,7 @@ def train_sequence_model(
     Args:
         sequences: per user the item rows in time order, two at least.
         share: of the places of a batch, drawn anew each time: the scores of all items at all places are most of the work.
-        schedule: `constant`, or `cosine` of the learning rate over the epochs ([`learning_rate_factor`]).
+        schedule: `constant`, or `cosine` of the learning rate over the epochs or the budget, whichever ends first ([`learning_rate_factor`]).
         precision: of the products while training (autocast); `bfloat16` takes half the time on a CPU that has it.
         judge: after each epoch, how good the model is; training ends when that has not risen for `patience` epochs, and the best weights stay.
         spent: share of a budget that is spent; training ends where it reaches 1.
@@ -146,7 +146,8 @@ def train_sequence_model(
                 bought = ids.to(targets.device).repeat_interleave(real.sum(1), dim=0)
             done += 1
             if schedule == "cosine":
-                optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(done / steps)
+                part = done / steps if spent is None else min(1.0, max(done / steps, spent()))
+                optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(part)
             with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 value = next_item_loss(model, model(inputs)[real], targets[real], loss, bought, label_smoothing)
             optimizer.zero_grad()

@@ -73,24 +73,43 @@ def test_items_of_the_same_features_are_read_and_named_alike(benchmarks, name):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_cosine_ends_with_no_learning_rate(benchmarks, monkeypatch):
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rates of all steps of AdamW, in a list that grows."""
     import torch
-    from _sequence_models import SASRec
-    from _sequence_training import learning_rate_factor, train_sequence_model
 
-    rates, step = [], torch.optim.AdamW.step
+    found, step = [], torch.optim.AdamW.step
 
     def seen(optimizer, *arguments, **more):
-        rates.append(optimizer.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *arguments, **more)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    return found
+
+
+def test_a_cosine_ends_with_no_learning_rate(benchmarks, rates):
+    from _sequence_models import SASRec
+    from _sequence_training import learning_rate_factor, train_sequence_model
+
     model = SASRec(10, width=16, layers=1, max_length=4)
     sequences = [np.array([0, 2, 4, 6])] * 5
     train_sequence_model(model, sequences, seed=0, epochs=10, batch_size=2, lr=0.5, schedule="cosine")
     assert rates == [0.5 * learning_rate_factor(done / 30) for done in range(1, 31)]
     assert rates[0] == max(rates)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
+    from _sequence_models import SASRec
+    from _sequence_training import learning_rate_factor, train_sequence_model
+
+    model, sequences = SASRec(10, width=16, layers=1, max_length=4), [np.arange(4)] * 2
+    a_step = 1 / 4
+    train_sequence_model(
+        model, sequences, seed=0, epochs=100, lr=0.5, schedule="cosine", spent=lambda: a_step * len(rates)
+    )
+    assert rates == [0.5 * learning_rate_factor(share) for share in (1 / 100, 1 / 4, 2 / 4, 3 / 4)]
 
 
 def test_sequence_models_learn_in_bfloat16_too(benchmarks):
