@@ -1,6 +1,7 @@
 """
 What benchmarks/search.py draws from: the same kinds of settings for each family (learning rate, batch, size, dropout, smoothed labels, weight decay,
-length), around what the field uses for it, wide enough to hold the rows of the contest that were tuned by hand.
+length), around what the field uses for it, wide enough to hold the rows of the contest that were tuned by hand (TIGER's but for its 6,400
+steps: 16 such runs at once do not end in the ten minutes that a command had).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 class Family:
     """
     Args:
+        says: its name in the table.
         row: of _quality_rows.py, whose settings stand where the space says nothing.
         recipe: sizes of a generator, and for all how long a history is.
         space: values per setting; a value that is a dict sets what its keys name.
     """
 
+    says: str
     row: str
     recipe: str
     space: dict[str, list[Any]]
@@ -44,6 +47,7 @@ SASREC: dict[str, list[Any]] = {**SEQUENCE, "width": [128, 256, 384], "layers": 
 
 FAMILIES = {
     "tiger": Family(
+        "TIGER of our parts",
         "tiger",
         "amazon_beauty_gpu.yaml",
         {
@@ -66,6 +70,7 @@ FAMILIES = {
         },
     ),
     "gru4rec": Family(
+        "GRU4Rec",
         "gru4rec",
         "amazon_beauty_gpu.yaml",
         {
@@ -76,10 +81,13 @@ FAMILIES = {
             "layers": [1, 2],
         },
     ),
-    "hstu": Family("hstu", "amazon_beauty_gpu.yaml", {**SEQUENCE, "width": [64, 128, 256], "layers": [2, 3, 4]}),
-    "sasrec": Family("sasrec_ce", "amazon_beauty_gpu.yaml", SASREC),
-    "sasrec_text": Family("sasrec_ce_text", "amazon_beauty_gpu.yaml", SASREC),
+    "hstu": Family(
+        "HSTU", "hstu", "amazon_beauty_gpu.yaml", {**SEQUENCE, "width": [64, 128, 256], "layers": [2, 3, 4]}
+    ),
+    "sasrec": Family("SASRec", "sasrec_ce", "amazon_beauty_gpu.yaml", SASREC),
+    "sasrec_text": Family("SASRec that reads items' texts too", "sasrec_ce_text", "amazon_beauty_gpu.yaml", SASREC),
     "onerec": Family(
+        "OneRec",
         "onerec_items_smoothed",
         "amazon_beauty_items.yaml",
         {
@@ -113,3 +121,13 @@ def drawn(family: str, trial: int) -> dict[str, Any]:
         value = values[rng.integers(len(values))]
         settings |= value if isinstance(value, dict) else {name: value}
     return settings
+
+
+def name_of(family: str, trial: int) -> str:
+    """The row of a draw."""
+    return f"search_{family}_{trial:02d}"
+
+
+def winner(family: str) -> str:
+    """The row of a family's best draw, trained anew and judged on test."""
+    return f"searched_{family}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import RECIPES, parser, say
-from _search_spaces import FAMILIES, drawn
+from _search_spaces import FAMILIES, drawn, name_of, winner
 
 METRIC = "validation/ndcg@10"
 QUALITY = Path(__file__).with_name("quality.py")
@@ -49,14 +49,14 @@ def main() -> None:
     runs.mkdir(parents=True, exist_ok=True)
     if options.winners:
         wanted = [
-            (family, f"searched_{family}", seed, settings_of(best(runs, family, options.trials)))
+            (family, winner(family), seed, settings_of(best(runs, family, options.trials)))
             for family in options.families
             for seed in options.seeds
         ]
-        files = [runs / f"{label}-{seed}.json" for _, label, seed, _ in wanted]
+        files = [runs / f"{name}-{seed}.json" for _, name, seed, _ in wanted]
     else:
         wanted = [
-            (family, label(family, trial), 0, drawn(family, trial))
+            (family, name_of(family, trial), 0, drawn(family, trial))
             for family in options.families
             for trial in range(options.trials)
         ]
@@ -73,11 +73,6 @@ def main() -> None:
         *(["--json", options.json] if options.json else []),
     ]
     raise SystemExit(subprocess.run(join).returncode)
-
-
-def label(family: str, trial: int) -> str:
-    """The name of a draw's row."""
-    return f"search_{family}_{trial:02d}"
 
 
 def one(options, family: str, name: str, seed: int, settings: dict[str, Any], path: Path) -> Path | None:
@@ -117,7 +112,7 @@ def best(runs: Path, family: str, trials: int) -> Path:
     Raises:
         FileNotFoundError: a draw has not run.
     """
-    return max((runs / f"{label(family, trial)}.json" for trial in range(trials)), key=measured)
+    return max((runs / f"{name_of(family, trial)}.json" for trial in range(trials)), key=measured)
 
 
 def settings_of(path: Path) -> dict[str, Any]:
