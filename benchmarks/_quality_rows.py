@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from _search_spaces import FAMILIES, WINNERS, drawn, winner
+
 
 @dataclass(frozen=True)
 class Row:
@@ -216,4 +218,12 @@ ROWS = {
     "codes_ipa": Row(
         "onerec", "the same with preference alignment, a SASRec's scores the reward", {**CODES, "alignment": {}}
     ),
+}
+ROWS |= {
+    winner(family): Row(
+        ROWS[about.row].kind,
+        f"{about.says}, the best of 16 settings drawn at random (benchmarks/search.py)",
+        {**ROWS[about.row].settings, **drawn(family, WINNERS[family])},
+    )
+    for family, about in FAMILIES.items()
 }

@@ -1,7 +1,7 @@
 """
 What benchmarks/search.py draws from: the same kinds of settings for each family (learning rate, batch, size, dropout, smoothed labels, weight decay,
-length), around what the field uses for it, wide enough to hold the rows of the contest that were tuned by hand (TIGER's but for its 6,400
-steps: 16 such runs at once do not end in the ten minutes that a command had).
+length), around what the field uses for it, wide enough to hold the rows of the contest that were tuned by hand but for
+TIGER's 6,400 steps: 16 such runs at once do not end in the ten minutes that a command had.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ FAMILIES = {
     ),
 }
 
+# Which of 16 draws validation liked best, on an H200 (benchmarks/results/quality_search.json).
+WINNERS = {"tiger": 8, "gru4rec": 1, "hstu": 14, "sasrec": 4, "sasrec_text": 11, "onerec": 8}
+
 
 def drawn(family: str, trial: int) -> dict[str, Any]:
     """
@@ -129,5 +132,5 @@ def name_of(family: str, trial: int) -> str:
 
 
 def winner(family: str) -> str:
-    """The row of a family's best draw, trained anew and judged on test."""
+    """The row of a family's best draw, trained anew and judged on test; those of WINNERS are rows of _quality_rows.py."""
     return f"searched_{family}"

@@ -1,5 +1,6 @@
 """The equal search (benchmarks/search.py): what it draws, that it goes on where it was cut off, whom it judges, and its table."""
 
+import inspect
 import itertools
 import json
 import statistics
@@ -7,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# In place of benchmarks/quality.py: writes what it was asked to, with a value that grows with the draw, fails at the draw that FAILS names, joins likewise.
+ROOT = Path(__file__).resolve().parents[2]
+
+# In place of benchmarks/quality.py: writes what it was asked to, fails at the draw that FAILS names, joins likewise. Draw 1 is the best of 0, 1 and 2, draw 3 better.
 QUALITY = """
 import json, os, sys
 options = sys.argv[1:]
@@ -19,19 +23,29 @@ if "--join" not in options:
     label = at("--label")
     if label == os.environ.get("FAILS"):
         raise SystemExit("out of memory")
-    rows = [{"name": f"amazon-beauty/{label}/validation/ndcg@10", "value": int(label[-2:]) if label[-1].isdigit() else 0, "options": options}]
-    json.dump({"rows": rows}, open(at("--json"), "w"))
+    row = {
+        "name": f"amazon-beauty/{label}/validation/ndcg@10",
+        "value": {"0": 1, "1": 3, "2": 2, "3": 4}.get(label[-1], 0),
+        "settings": dict(setting.split("=") for setting in options[options.index("--set") + 1 :]),
+        "chosen_on": int(at("--judged_users")),
+        "options": options,
+    }
+    json.dump({"rows": [row]}, open(at("--json"), "w"))
+    if "--keep" in options:
+        open(f"{at('--keep')}/{label}-{at('--seeds')}-test.npz", "w").close()
 else:
     files = options[options.index("--join") + 1 : options.index("--json")]
     json.dump([json.load(open(file))["rows"][0] for file in files], open(at("--json"), "w"))
 """
 TUNED_BY_HAND = {
+    "tiger": "tiger",
     "gru4rec": "gru4rec_smoothed",
     "hstu": "hstu_smoothed",
     "sasrec": "sasrec_ce_smoothed",
     "sasrec_text": "sasrec_ce_text",
     "onerec": "onerec_items_smoothed",
 }
+NOT_HELD = {("tiger", "max_steps")}  # 6,400 by hand
 
 
 @pytest.fixture
@@ -55,8 +69,8 @@ def search(benchmarks, monkeypatch, tmp_path):
     return run
 
 
-def set_by(row: dict) -> dict[str, str]:
-    return dict(setting.split("=") for setting in row["options"][row["options"].index("--set") + 1 :])
+def as_text(settings: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in settings.items()}
 
 
 def test_a_search_that_was_cut_off_goes_on(search, monkeypatch, tmp_path):
@@ -76,53 +90,82 @@ def test_a_search_that_was_cut_off_goes_on(search, monkeypatch, tmp_path):
     assert (tmp_path / "runs" / "search_sasrec_02.json").stat().st_mtime_ns == before
     for row in rows:
         family, trial = row["name"].split("/")[1][len("search_") :].split("_")
-        assert set_by(row) == {name: str(value) for name, value in drawn(family, int(trial)).items()}
+        assert row["settings"] == as_text(drawn(family, int(trial)))
         assert row["options"][row["options"].index("--split") + 1] == "validation"
 
 
 def test_each_familys_best_is_judged_on_test(search, tmp_path):
     from _search_spaces import drawn
 
-    few = ["--families", "gru4rec", "onerec", "--trials", "3"]
-    search(*few)
-    rows = search(*few, "--winners", "--seeds", "4", "5", "--keep", str(tmp_path / "kept"))
+    few, kept = ["--families", "gru4rec", "onerec"], tmp_path / "kept"
+    kept.mkdir()
+    search(*few, "--trials", "3")
+    rows = search(*few, "--trials", "3", "--winners", "4", "5")
     assert [row["name"].split("/")[1] for row in rows] == ["searched_gru4rec"] * 2 + ["searched_onerec"] * 2
     for row, family, seed in zip(rows, ["gru4rec", "gru4rec", "onerec", "onerec"], "4545", strict=True):
         asked = dict(itertools.pairwise(row["options"]))
-        assert (asked["--split"], asked["--seeds"], asked["--keep"]) == ("test", seed, str(tmp_path / "kept"))
-        assert set_by(row) == {name: str(value) for name, value in drawn(family, 2).items()}
+        assert (asked["--split"], asked["--seeds"]) == ("test", seed)
+        assert row["settings"] == as_text(drawn(family, 1))
+    # Kept where that is asked for later, and only once.
+    (row,) = search("--families", "onerec", "--trials", "3", "--winners", "4", "--keep", str(kept))
+    assert (kept / "searched_onerec-4-test.npz").is_file()
+    file = tmp_path / "runs" / "searched_onerec_01-4.json"
+    before = file.stat().st_mtime_ns
+    search("--families", "onerec", "--trials", "3", "--winners", "4", "--keep", str(kept))
+    assert file.stat().st_mtime_ns == before
+    # A search that is drawn longer has another winner.
+    search("--families", "onerec", "--trials", "4")
+    (row,) = search("--families", "onerec", "--trials", "4", "--winners", "4")
+    assert row["settings"] == as_text(drawn("onerec", 3))
 
 
-def test_nobody_is_judged_on_test_before_all_have_run(search, tmp_path):
+def test_what_cannot_be_gone_on_with_is_said(search, tmp_path, capsys):
+    import search as script
+
     search("--families", "hstu", "--trials", "2")
-    with pytest.raises(FileNotFoundError, match="search_hstu_02"):
-        search("--families", "hstu", "--trials", "3", "--winners")
+    with pytest.raises(AssertionError, match=r"1 of 3 have not run \(search_hstu_02 is one\)"):
+        search("--families", "hstu", "--trials", "3", "--winners", "0")
+    with pytest.raises(AssertionError, match=r"search_hstu_00\.json is there, measured with another --judged_users"):
+        search("--families", "hstu", "--trials", "2", "--judged_users", "100")
+    file = tmp_path / "runs" / "search_hstu_01.json"
+    file.write_text(file.read_text().replace(str(script.drawn("hstu", 1)["lr"]), "0.5"))
+    with pytest.raises(
+        AssertionError, match=r"search_hstu_01\.json is there, measured with another lr: give --runs another"
+    ):
+        search("--families", "hstu", "--trials", "2")
+    with pytest.raises(AssertionError, match="2"):
+        search("--families", "hstu", "--trials", "2", "--keep", "kept")
+    assert "--keep needs --winners" in capsys.readouterr().err
+
+
+def test_a_quick_search_stays_out_of_a_real_one(search, tmp_path):
+    assert len(search("--quick")) == 2
+    assert not list((tmp_path / "runs").glob("*.json"))
+    assert len(search("--families", "hstu", "--trials", "1")) == 1
+    assert (tmp_path / "runs" / "search_hstu_00.json").is_file()
 
 
 def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
     from _quality_rows import ROWS
     from _search_spaces import FAMILIES
+    from _sequence_models import SEQUENCE_MODELS
+    from _sequence_training import train_sequence_model
 
-    recipe = {
-        "learning_rate": 0.005,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "encoder_layers": 2,
-        "weight_decay": 0.05,
-    }
-    defaults = {
-        "batch_size": 128,
-        "lr": 0.001,
-        "weight_decay": 0.01,
-        "layers": 1,
-        "label_smoothing": 0,
-        "schedule": "constant",
-    }
+    def defaults(function) -> dict:
+        return {name: given.default for name, given in inspect.signature(function).parameters.items()}
+
     for family, name in TUNED_BY_HAND.items():
-        by_hand = {**(recipe if family == "onerec" else defaults), **ROWS[name].settings}
-        for setting, values in FAMILIES[family].space.items():
+        about, by_hand = FAMILIES[family], ROWS[name].settings
+        if ROWS[name].kind == "onerec":
+            recipe = yaml.safe_load((ROOT / "recipes" / about.recipe).read_text())
+            by_hand = {"label_smoothing_factor": 0, **recipe, **by_hand}
+        else:
+            of_training, of_model = defaults(train_sequence_model), defaults(SEQUENCE_MODELS[by_hand["model"]])
+            by_hand = {**of_training, **of_model, **by_hand}
+        for setting, values in about.space.items():
             ways = [value if isinstance(value, dict) else {setting: value} for value in values]
-            assert any(by_hand.items() >= way.items() for way in ways), (family, setting)
+            holds = any(by_hand.items() >= way.items() for way in ways)
+            assert holds != ((family, setting) in NOT_HELD), (family, setting)
 
 
 def test_draws_differ_and_cover_the_space(benchmarks):
@@ -148,7 +191,8 @@ def test_the_best_of_some_is_the_mean_over_all_draws(benchmarks, values, data):
 
 
 def test_results_are_of_the_declared_draws_and_the_winners_are_theirs(benchmarks):
-    from _search_spaces import FAMILIES, drawn, name_of, winner
+    from _quality_rows import ROWS
+    from _search_spaces import FAMILIES, WINNERS, drawn, name_of, winner
     from _search_table import METRIC, RESULTS, SEARCH, reached
 
     def measured(path: Path) -> dict[str, dict]:
@@ -164,7 +208,10 @@ def test_results_are_of_the_declared_draws_and_the_winners_are_theirs(benchmarks
         rows = [search[f"amazon-beauty/{name_of(family, trial)}/{METRIC}"] for trial in range(16)]
         assert all(has(row, drawn(family, trial)) for trial, row in enumerate(rows))
         best = judged[f"amazon-beauty/{winner(family)}/test/ndcg@10"]
-        assert has(best, drawn(family, values.index(max(values))))
+        assert values.index(max(values)) == WINNERS[family]
+        in_full = json.loads(json.dumps(ROWS[winner(family)].settings))
+        assert has(best, in_full)
+        assert len(best["settings"]) == len(in_full)
         assert {row["chosen_on"] for row in (*rows, best)} == {5000}
         assert list(best["seeds"]) == ["0", "1", "2"]
 
