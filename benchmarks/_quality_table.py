@@ -64,7 +64,10 @@ CONTEST = {
     "searched_sasrec_text_pair_fused": ("two seeds of that SASRec", ""),
     "searched_sasrec_both_fused": ("that SASRec and the one without texts, of 16 settings each", ""),
     "searched_hstu_sasrec_text_fused": ("that SASRec and the HSTU of 16 settings", ""),
-    "onerec_sasrec_text_six_fused": ("*three and three:* the OneRec and the SASRec that reads texts, tuned by hand", ""),
+    "onerec_sasrec_text_six_fused": (
+        "*three and three:* the OneRec and the SASRec that reads texts, tuned by hand",
+        "",
+    ),
     "searched_onerec_sasrec_text_six_fused": ("the OneRec and the SASRec that reads texts, of 16 settings each", ""),
     "searched_sasrec_six_fused": ("the SASRecs with texts and without, of 16 settings each", ""),
 }

@@ -75,7 +75,9 @@ def table(search: Sequence[dict], judged: Sequence[dict]) -> str:
     for family, about in FAMILIES.items():
         values = found[family]
         fewer = " | ".join(number(expected_best(values, drawn)) for drawn in DRAWN)
-        seeds = (by_name[f"{DATASET}/{winner(family)}/{metric}"] for metric in (METRIC, "test/ndcg@10", "test/recall@10"))
+        seeds = (
+            by_name[f"{DATASET}/{winner(family)}/{metric}"] for metric in (METRIC, "test/ndcg@10", "test/recall@10")
+        )
         lines.append(f"| {about.says} | {fewer} | {number(max(values))} | {' | '.join(map(spread, seeds))} |")
     return "\n".join(lines) + "\n"
 
