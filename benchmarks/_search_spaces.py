@@ -28,6 +28,13 @@ class Family:
     recipe: str
     space: dict[str, list[Any]]
 
+    def ways(self) -> dict[str, list[dict[str, Any]]]:
+        """What each value of each setting sets."""
+        return {
+            name: [value if isinstance(value, dict) else {name: value} for value in values]
+            for name, values in self.space.items()
+        }
+
 
 # Until validation has not risen for eight epochs, or a cosine that ends.
 LENGTH: list[Any] = [
@@ -106,6 +113,7 @@ FAMILIES = {
     ),
 }
 
+METRIC = "validation/ndcg@10"  # of all validation users: what says which draw is best
 # Which of 16 draws validation liked best, on an H200 (benchmarks/results/quality_search.json).
 WINNERS = {"tiger": 8, "gru4rec": 1, "hstu": 14, "sasrec": 4, "sasrec_text": 11, "onerec": 8}
 
@@ -120,9 +128,8 @@ def drawn(family: str, trial: int) -> dict[str, Any]:
     """
     rng = np.random.default_rng([zlib.crc32(family.encode()), trial])
     settings: dict[str, Any] = {}
-    for name, values in FAMILIES[family].space.items():
-        value = values[rng.integers(len(values))]
-        settings |= value if isinstance(value, dict) else {name: value}
+    for ways in FAMILIES[family].ways().values():
+        settings |= ways[rng.integers(len(ways))]
     return settings
 
 

@@ -8,18 +8,19 @@ its draws, what the best of all did on validation, and on test with several seed
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from collections.abc import Sequence
 
 from _quality_table import RESULTS, ROOT, number, replaced, spread, write_or_check
-from _search_spaces import FAMILIES, name_of, winner
+from _search_spaces import FAMILIES, METRIC, name_of, winner
 
 PAGE = ROOT / "docs" / "contest.md"
 SEARCH = ROOT / "benchmarks" / "results" / "quality_search.json"
 BEGIN, END = "<!-- search table: benchmarks/_search_table.py -->\n", "<!-- end of the search table -->\n"
-DATASET, METRIC = "amazon-beauty", "validation/ndcg@10"
+DATASET = "amazon-beauty"
 DRAWN = (1, 2, 4, 8)
 
 
@@ -40,13 +41,8 @@ def expected_best(values: Sequence[float], drawn: int) -> float:
 def reached(rows: Sequence[dict], family: str) -> list[float]:
     """NDCG@10 of all validation users, a value per draw of this family, in their order."""
     by_name = {row["name"]: row["value"] for row in rows}
-    names = (f"{DATASET}/{name_of(family, trial)}/{METRIC}" for trial in range(len(by_name)))
-    found = []
-    for name in names:
-        if name not in by_name:
-            break
-        found.append(by_name[name])
-    return found
+    names = (f"{DATASET}/{name_of(family, trial)}/{METRIC}" for trial in itertools.count())
+    return [by_name[name] for name in itertools.takewhile(by_name.__contains__, names)]
 
 
 def table(search: Sequence[dict], judged: Sequence[dict]) -> str:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from _harness import RECIPES, parser, say
-from _search_spaces import FAMILIES, drawn, name_of, winner
+from _search_spaces import FAMILIES, METRIC, drawn, name_of, winner
 
-METRIC = "validation/ndcg@10"
 QUALITY = Path(__file__).with_name("quality.py")
 
 

@@ -42,8 +42,7 @@ def test_kept_rankings_are_fused(tmp_path, data_folder):
     assert each["seeds"]["1"] == both["value"]
 
 
-def test_rescoring_orders_the_items_of_the_first_ranking_alone(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_rescoring_orders_the_items_of_the_first_ranking_alone(benchmarks, tmp_path):
     from _quality_runs import METRICS, fused
 
     class Contest:
@@ -78,8 +77,7 @@ def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
     assert not any(name.endswith("/chosen") for name in names)
 
 
-def test_rows_of_texts_are_refused_where_items_have_none(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_rows_of_texts_are_refused_where_items_have_none(benchmarks):
     from _quality_rows import ROWS, Row
     from _quality_runs import for_items
 
@@ -174,8 +172,7 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
         (["--rows", "popularity", "codes_averaged"], "--judged_users 0"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused_at_once(monkeypatch, wrong, said):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_options_that_do_not_go_together_are_refused_at_once(benchmarks, monkeypatch, wrong, said):
     monkeypatch.setattr(sys, "argv", ["quality.py", *wrong])
     import quality
 
@@ -183,8 +180,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(monkeypatch, wrong,
         quality._check(quality.arguments())
 
 
-def test_a_recipe_of_another_data_set_is_refused(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_a_recipe_of_another_data_set_is_refused(benchmarks, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality.py", "--recipe", str(ROOT / "recipes" / "kuairand_items.yaml")])
     import quality
 
@@ -192,8 +188,7 @@ def test_a_recipe_of_another_data_set_is_refused(monkeypatch):
         quality.main()
 
 
-def test_weights_are_averaged_over_steps(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_weights_are_averaged_over_steps(benchmarks):
     import torch
     from _quality_training import AverageWeights
 

@@ -162,8 +162,7 @@ def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
         else:
             of_training, of_model = defaults(train_sequence_model), defaults(SEQUENCE_MODELS[by_hand["model"]])
             by_hand = {**of_training, **of_model, **by_hand}
-        for setting, values in about.space.items():
-            ways = [value if isinstance(value, dict) else {setting: value} for value in values]
+        for setting, ways in about.ways().items():
             holds = any(by_hand.items() >= way.items() for way in ways)
             assert holds != ((family, setting) in NOT_HELD), (family, setting)
 
@@ -174,10 +173,9 @@ def test_draws_differ_and_cover_the_space(benchmarks):
     for family, about in FAMILIES.items():
         draws = [drawn(family, trial) for trial in range(200)]
         assert len({json.dumps(draw) for draw in draws}) > 190
-        for name, values in about.space.items():
-            for value in values:
-                way = value if isinstance(value, dict) else {name: value}
-                assert sum(draw.items() >= way.items() for draw in draws) > 200 / len(values) / 2
+        for ways in about.ways().values():
+            for way in ways:
+                assert sum(draw.items() >= way.items() for draw in draws) > 200 / len(ways) / 2
 
 
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=7), data=st.data())
@@ -192,8 +190,8 @@ def test_the_best_of_some_is_the_mean_over_all_draws(benchmarks, values, data):
 
 def test_results_are_of_the_declared_draws_and_the_winners_are_theirs(benchmarks):
     from _quality_rows import ROWS
-    from _search_spaces import FAMILIES, WINNERS, drawn, name_of, winner
-    from _search_table import METRIC, RESULTS, SEARCH, reached
+    from _search_spaces import FAMILIES, METRIC, WINNERS, drawn, name_of, winner
+    from _search_table import RESULTS, SEARCH, reached
 
     def measured(path: Path) -> dict[str, dict]:
         return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
