@@ -75,7 +75,7 @@ def main() -> None:
         for trial in range(options.trials)
     ]
     wanted = draws if options.winners is None else winners(draws, options.winners, runs)
-    for run in wanted:  # before anything is trained
+    for run in (*draws, *wanted):  # before anything is trained
         if run.path.is_file():
             check(run.path, drawn(run.family, run.trial), options.judged_users)
     with ThreadPoolExecutor(options.jobs) as pool:

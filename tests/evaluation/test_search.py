@@ -133,6 +133,8 @@ def test_what_cannot_be_gone_on_with_is_said(search, tmp_path, capsys):
         AssertionError, match=r"search_hstu_01\.json is there, measured with another lr: give --runs another"
     ):
         search("--families", "hstu", "--trials", "2")
+    with pytest.raises(AssertionError, match="measured with another lr"):
+        search("--families", "hstu", "--trials", "2", "--winners", "0")
     with pytest.raises(AssertionError, match="2"):
         search("--families", "hstu", "--trials", "2", "--keep", "kept")
     assert "--keep needs --winners" in capsys.readouterr().err
