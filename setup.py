@@ -8,7 +8,19 @@ not depend on them.)
 from setuptools import setup
 
 ROOMS = ("modeling", "trainers", "hub_cards")
-INNER = ("cli", "data", "evaluation", "planning", "semantic_ids", "serving")
+INNER = (
+    "baselines",
+    "cli",
+    "data",
+    "data.feedback",
+    "data.shards",
+    "evaluation",
+    "planning",
+    "semantic_ids",
+    "semantic_ids.formats",
+    "serving",
+    "workflows",
+)
 
 setup(
     packages=["onerec_hf", *(f"onerec_hf.{name}" for name in (*INNER, *ROOMS))],

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import ray
 
 from onerec_hf.data import ExampleSettings, PositiveFeedback
-from onerec_hf.data.prepare_buckets import BucketExamples, tidy
-from onerec_hf.data.prepare_logs import Checks, Log, find_log_files
+from onerec_hf.data.shards.buckets import BucketExamples, tidy
+from onerec_hf.data.shards.logs import Checks, Log, find_log_files
 
 TYPED = {"user": False, "item": False, "time": False}  # Parquet says itself what is a number
 

@@ -17,8 +17,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, set_seed
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf.baselines import PopularityBaseline
 from onerec_hf.data import RecommendationData, UserSequences, leave_one_out, load_files, read_interactions, read_items
-from onerec_hf.evaluation import PopularityBaseline, ranking_metrics
+from onerec_hf.evaluation import ranking_metrics
 from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, fit_semantic_ids, text_embeddings
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 

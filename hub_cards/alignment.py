@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onerec_hf.hub_cards.common import origin
-from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 if TYPE_CHECKING:
     from datasets import Dataset

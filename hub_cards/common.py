@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 
 _PACKAGES = ("onerec-hf", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.moe_onerec import OneRecSparseMoeBlock
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from onerec_hf.hub_cards.common import hub_id, names, write_card
 from onerec_hf.hub_cards.generator import write_generator_card
 from onerec_hf.hub_cards.reward import write_reward_card
 from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
-from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 if TYPE_CHECKING:
     from onerec_hf.hub_cards.alignment import Alignment

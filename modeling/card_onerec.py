@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .files_onerec import replacing
+from .files import replacing
 
 _MARK = "<!-- Written by push_to_hub, and anew by each one: without this line the card is yours, and is kept. -->"
 # As transformers writes it, blanks and all.

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .catalogue_index_onerec import (
+from .item_ids import (
     check_codes,
     check_popularity,
     decode_ids,

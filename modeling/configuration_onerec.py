@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .hub_onerec import FORMAT_VERSION, check_sizes, checked_format, reading_config
+from .hub import FORMAT_VERSION, check_sizes, checked_format, reading_config
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4

@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .item_embedding_onerec import OneRecItemEmbedding, table
+from .item_head import OneRecItemEmbedding, table
 from .layers_onerec import OneRecEncoderLayer, OneRecRMSNorm, OneRecSelfAttention
 from .packing_onerec import same_segment
 from .pointwise_onerec import visible_tokens

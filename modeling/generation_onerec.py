@@ -16,13 +16,13 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
-from .beam_search_onerec import Beams, beam_search
-from .catalogue_onerec import ItemCatalogue
-from .constraint_onerec import CatalogueConstraint
+from .beam_search import Beams, beam_search
+from .catalogue import ItemCatalogue
+from .constraint import CatalogueConstraint
+from .cpu_experts import packed
 from .decoding_onerec import BeamDecoder
-from .experts_onerec import packed
 from .guide_onerec import node_scores
-from .item_embedding_onerec import history_states
+from .item_head import history_states
 from .pooling_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024

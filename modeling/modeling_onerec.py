@@ -15,12 +15,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
-from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
+from .catalogue import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
 from .decoder_onerec import OneRecDecoder
 from .encoder_onerec import OneRecEncoder
 from .generation_onerec import OneRecGenerationMixin
-from .item_embedding_onerec import history_states
+from .item_head import history_states
 from .loss_onerec import session_loss
 from .packing_onerec import check_packing
 from .pooling_onerec import at_places, ranges_of_places

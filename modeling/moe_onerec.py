@@ -1,6 +1,6 @@
 """
 The decoder's sparse mixture of experts (OneRec, arXiv 2502.18965, section 3.2): router, experts in packed weights, and the block of both. How the
-experts are computed where speed counts is experts_onerec.py's concern.
+experts are computed where speed counts is cpu_experts.py's concern.
 """
 
 import torch

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
-from .item_fields_onerec import item_metadata, known_rows
+from .requests import item_metadata, known_rows
 
 if TYPE_CHECKING:
-    from .catalogue_onerec import ItemCatalogue
+    from .catalogue import ItemCatalogue
 
 _DEFAULT_BEAMS = 50
 _NO_ROWS = np.empty(0, dtype=np.int64)

@@ -6,8 +6,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import auto_docstring
 
 from .configuration_onerec import OneRecConfig
-from .experts_onerec import EXPERTS_IMPLEMENTATION
-from .hub_onerec import HubModel
+from .cpu_experts import EXPERTS_IMPLEMENTATION
+from .hub import HubModel
 from .moe_onerec import OneRecExperts, OneRecTopKRouter
 from .sharding_onerec import ShardedModel
 

@@ -13,9 +13,9 @@ import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
-from .files_onerec import find_file, pinned, replacing_files
-from .hub_onerec import CarriesCode
+from .catalogue import CATALOGUE_NAME, ItemCatalogue
+from .files import find_file, pinned, replacing_files
+from .hub import CarriesCode
 from .tokenization_onerec import OneRecTokenizer
 from .untrusted_onerec import refusing
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CatalogueDiff": "modeling.catalogue_onerec",
-    "ItemCatalogue": "modeling.catalogue_onerec",
+    "CatalogueDiff": "modeling.catalogue",
+    "ItemCatalogue": "modeling.catalogue",
     "GenerativeRecommendationPipeline": "modeling.pipeline_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
-    "OneRecForSessionReward": "modeling.reward_onerec",
-    "OneRecRewardConfig": "modeling.reward_configuration_onerec",
-    "RewardItems": "modeling.reward_items_onerec",
-    "CatalogueConstraint": "modeling.constraint_onerec",
+    "OneRecForSessionReward": "modeling.modeling_onerec_reward",
+    "OneRecRewardConfig": "modeling.configuration_onerec_reward",
+    "RewardItems": "modeling.processing_onerec_reward",
+    "CatalogueConstraint": "modeling.constraint",
     "SemanticIDLogitsProcessor": "modeling.generation_onerec",
     "OneRecForConditionalGeneration": "modeling.modeling_onerec",
     "OneRecModel": "modeling.modeling_onerec",
@@ -34,16 +34,16 @@ _PUBLIC = {
 __all__ = sorted([*_PUBLIC, "register_auto_classes"])
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.catalogue_onerec import CatalogueDiff, ItemCatalogue
+    from onerec_hf.modeling.catalogue import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
-    from onerec_hf.modeling.constraint_onerec import CatalogueConstraint
+    from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
+    from onerec_hf.modeling.constraint import CatalogueConstraint
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
-    from onerec_hf.modeling.reward_items_onerec import RewardItems
-    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+    from onerec_hf.modeling.processing_onerec_reward import RewardItems
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
     from onerec_hf.modeling.trie_onerec import SemanticIDTrie
 
@@ -74,11 +74,11 @@ def register_auto_classes() -> None:
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.modeling.reward_configuration_onerec import OneRecRewardConfig
-    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
 
     AutoConfig.register("onerec", OneRecConfig, exist_ok=True)

@@ -28,14 +28,14 @@ from onerec_hf.cli.align import read_preferences
 from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments, parse
 from onerec_hf.cli.plan import recipe_options
 from onerec_hf.cli.recommend import known_items, naming_file, read_file
-from onerec_hf.cli.steps import load_model, load_processor
 from onerec_hf.data import read_interactions, read_items
 from onerec_hf.data.interactions import check_embeddings
-from onerec_hf.modeling.hub_onerec import check_weights
+from onerec_hf.modeling.hub import check_weights
 from onerec_hf.modeling.untrusted_onerec import map_npy
 from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_grid_tensor, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport
+from onerec_hf.workflows.steps import load_model, load_processor
 
 ROW = {"user_id": "u1", "item_id": "m1", "timestamp": 1}
 

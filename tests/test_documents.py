@@ -343,7 +343,7 @@ def test_recipes_for_accelerate_say_their_command_and_name_parts_of_the_model(re
 def test_the_tables_of_the_scale_page_are_what_the_code_computes():
     scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert scale["page"]() == page, "python benchmarks/scale.py --write"
+    assert scale["page"]() == page, "python benchmarks/speed/scale.py --write"
     assert page.count("\n### ") == len(SIZES)
 
 
@@ -356,19 +356,19 @@ def test_these_recipes_are_there():
 
 
 def test_the_table_of_the_search_is_that_of_the_results(benchmarks):
-    from _quality_table import replaced
-    from _search_table import BEGIN, END, PAGE, RESULTS, SEARCH, table
+    from benchmarks.quality.search_table import BEGIN, END, PAGE, RESULTS, SEARCH, table
+    from benchmarks.quality.tables import replaced
 
     search, judged = (json.loads(path.read_text())["rows"] for path in (SEARCH, RESULTS["contest"]))
     page = PAGE.read_text(encoding="utf-8")
-    assert replaced(page, table(search, judged), BEGIN, END) == page, "python benchmarks/_search_table.py"
+    assert replaced(page, table(search, judged), BEGIN, END) == page, "python benchmarks/quality/search_table.py"
     other = [{**row, "value": row["value"] + 0.1} for row in search]
     assert replaced(page, table(other, judged), BEGIN, END) != page
 
 
 @pytest.mark.parametrize("which", ["contest", "ablations"])
 def test_the_quality_table_is_that_of_the_results(benchmarks, which):
-    from _quality_table import PAGES, RESULTS, replaced, table
+    from benchmarks.quality.tables import PAGES, RESULTS, replaced, table
 
     results, page = json.loads(RESULTS[which].read_text()), PAGES[which].read_text(encoding="utf-8")
     assert replaced(page, table(which, results)) == page

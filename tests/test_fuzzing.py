@@ -1,4 +1,4 @@
-"""Damaged files through every parser, up to two hundred each (100,000 by `benchmarks/fuzz.py`), and that the fuzzer sees what it is there to see."""
+"""Damaged files through every parser, up to two hundred each (100,000 by `benchmarks/robustness/fuzz.py`), and that the fuzzer sees what it is there to see."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import fuzz as command
-from _fuzz_parsers import PARSERS
-from _fuzzing import Limits, Parser, damage, fuzz
+from benchmarks.robustness import fuzz as command
+from benchmarks.robustness.fuzzing import Limits, Parser, damage, fuzz
+from benchmarks.robustness.parsers import PARSERS
 
 TABLES = ("interactions", "items", "impressions", "preferences")  # some ms each
 WHOLE_MODELS = {

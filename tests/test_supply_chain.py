@@ -85,7 +85,7 @@ def test_what_the_source_may_not_do_is_seen(line):
 
 def test_there_are_sources():
     assert len(SOURCES) > 100
-    assert any(path.name == "catalogue_onerec.py" for path in SOURCES)
+    assert any(path.name == "catalogue.py" for path in SOURCES)
 
 
 def test_weights_are_written_as_safetensors_only():

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 _PUBLIC = {
-    "BatchOutOfMemoryError": "step_faults",
-    "CheckpointError": "whole_checkpoints",
+    "BatchOutOfMemoryError": "faults",
+    "CheckpointError": "checkpoints",
     "InterruptCallback": "callbacks",
-    "LostRankError": "step_faults",
-    "NonFiniteError": "step_faults",
+    "LostRankError": "faults",
+    "NonFiniteError": "faults",
     "RouterBalanceCallback": "callbacks",
     "OneRecTrainingArguments": "onerec_config",
     "OneRecDPOConfig": "onerec_dpo_config",
@@ -20,17 +20,19 @@ _PUBLIC = {
     "Seq2SeqPreferenceCollator": "preference_collators",
     "Seq2SeqDPOConfig": "seq2seq_dpo_config",
     "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
-    "StepFaults": "step_faults",
-    "WholeCheckpoints": "whole_checkpoints",
-    "newest_checkpoint": "whole_checkpoints",
+    "StepFaults": "faults",
+    "AtomicCheckpointMixin": "checkpoints",
+    "newest_checkpoint": "checkpoints",
     "shard": "sharding",
-    "whole_model": "sharding",
+    "unsharded_model": "sharding",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
+    from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, CheckpointError, newest_checkpoint
+    from onerec_hf.trainers.faults import BatchOutOfMemoryError, LostRankError, NonFiniteError, StepFaults
     from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
     from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
     from onerec_hf.trainers.onerec_dpo_trainer import OneRecDPOTrainer
@@ -40,9 +42,7 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
-    from onerec_hf.trainers.sharding import shard, whole_model
-    from onerec_hf.trainers.step_faults import BatchOutOfMemoryError, LostRankError, NonFiniteError, StepFaults
-    from onerec_hf.trainers.whole_checkpoints import CheckpointError, WholeCheckpoints, newest_checkpoint
+    from onerec_hf.trainers.sharding import shard, unsharded_model
 
 
 def __getattr__(name: str):

@@ -16,14 +16,14 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
-from onerec_hf.trainers.sharding import whole_model
+from onerec_hf.trainers.sharding import unsharded_model
 
 logger = logging.get_logger(__name__)
 
@@ -160,7 +160,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         count = max(1, round(self.args.dpo_ratio * len(self._examples)))
         drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
         mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        with whole_model(policy) as generator, generator.packed_experts():
+        with unsharded_model(policy) as generator, generator.packed_experts():
             drawn_for = gather_object(list(self._draw(generator, mine.tolist(), iteration)))
         found = [pair for _, pairs in drawn_for for pair in pairs]
         self._pairs = _by_row(found)

@@ -15,22 +15,22 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
-from onerec_hf.data.streaming import BatchStream, ExampleStream
-from onerec_hf.evaluation.metrics import illegal_share, ranking_metrics
+from onerec_hf.data.shards.stream import BatchStream, ExampleStream
+from onerec_hf.evaluation.metrics import invalid_id_rate, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
+from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.evaluation_checks import check_countable
+from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
-from onerec_hf.trainers.sharding import whole_model
-from onerec_hf.trainers.step_faults import StepFaults
+from onerec_hf.trainers.sharding import unsharded_model
 from onerec_hf.trainers.stream_loading import StreamPositionCallback, stream_dataloader
-from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
-class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
+class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k
@@ -54,7 +54,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
     Raises:
         ValueError: no processor, prefixes for a fully visible encoder, or `args.packing` with what cannot be packed.
 
-    Faults of a training are those of [`StepFaults`] and [`WholeCheckpoints`].
+    Faults of a training are those of [`StepFaults`] and [`AtomicCheckpointMixin`].
 
     Example:
         >>> trainer = OneRecTrainer(
@@ -214,7 +214,7 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
         # Packed: thousands of rankings by the same weights.
-        with whole_model(policy) as self._generator, self._generator.packed_experts():
+        with unsharded_model(policy) as self._generator, self._generator.packed_experts():
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
@@ -244,13 +244,13 @@ class OneRecTrainer(StepFaults, WholeCheckpoints, Seq2SeqTrainer):
         return loss, ranked, self.processing_class.item_rows(inputs["labels"])
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `illegal_share`, from ranked and target rows."""
+        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target rows."""
         ranked = np.asarray(prediction.predictions)
         relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads ranks of unequal width
         metrics = ranking_metrics(
             ranked, relevant, ks=tuple(self.args.eval_top_k), num_items=len(self.processing_class.catalogue)
         )
-        return {**metrics, "illegal_share": illegal_share(ranked)}
+        return {**metrics, "invalid_id_rate": invalid_id_rate(ranked)}
 
 
 class _SeededByLength(LengthGroupedSampler):

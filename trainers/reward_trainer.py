@@ -8,17 +8,17 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from onerec_hf.data.reward_collator import RewardDataCollator
+from onerec_hf.data.feedback.collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.evaluation_checks import check_countable
+from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
-from onerec_hf.trainers.step_faults import StepFaults
-from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints
 
 
-class RewardTrainer(StepFaults, WholeCheckpoints, Trainer):
+class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
     """
     Trains a [`~onerec_hf.OneRecForSessionReward`] on examples `{"history": [item ids], "session": [item ids], "labels": [rate or None]}`
     (arXiv 2502.18965, section 3.3, equation 7; [`~onerec_hf.data.feedback_windows`] makes them). Evaluation reports per objective what

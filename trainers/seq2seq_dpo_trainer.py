@@ -19,14 +19,14 @@ from trl.trainer.utils import global_then_local_main_first
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
-from onerec_hf.trainers.decoder_first import check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
+from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
 from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy
-from onerec_hf.trainers.step_faults import StepFaults
-from onerec_hf.trainers.whole_checkpoints import WholeCheckpoints
+from onerec_hf.trainers.trl_adapter import check_scores, enable_decoder_first, takes_decoder_first
 
 _TEXT = ("prompt", "chosen", "rejected")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -35,7 +35,7 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _REFERENCE_FILE = "reference.safetensors"
 
 
-class Seq2SeqDPOTrainer(StepFaults, WholeCheckpoints, DPOTrainer):
+class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
     """
     `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and every other loss and option that
     TRL has for it. The encoder reads the prompt once per pair; what is scored is the decoder's sequence alone.

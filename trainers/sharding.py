@@ -24,7 +24,7 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextmanager
-def whole_model(model: PreTrainedModel) -> Iterator[Any]:
+def unsharded_model(model: PreTrainedModel) -> Iterator[Any]:
     """
     `model` itself, or for a sharded one (an adapter around it as well) a plain copy in evaluation mode with all its weights, on every rank, for as long as the context
     lasts; all ranks have to enter it.
@@ -33,7 +33,7 @@ def whole_model(model: PreTrainedModel) -> Iterator[Any]:
     costs the memory of the weights alone: no gradients, no optimizer.
 
     Example:
-        >>> with whole_model(trainer.model) as generator:  # doctest: +SKIP
+        >>> with unsharded_model(trainer.model) as generator:  # doctest: +SKIP
         ...     sessions = generator.recommend(**batch)
     """
     if not is_sharded(model):

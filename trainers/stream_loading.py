@@ -7,7 +7,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
-from onerec_hf.data.streaming import BatchStream, ExampleStream
+from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 
 
 def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) -> DataLoader:

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line, parse
-from onerec_hf.cli.launch import all_ranks, is_first
-from onerec_hf.cli.runs import begin, finish, open_folder
-from onerec_hf.cli.sharding import ShardingArguments
-from onerec_hf.cli.steps import (
+from onerec_hf.cli.train import evaluate_beside_baselines, resumable
+from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.modeling.files import replacing
+from onerec_hf.modeling.untrusted_onerec import listed
+from onerec_hf.workflows.distributed import all_ranks, is_first
+from onerec_hf.workflows.run_folder import begin, finish, open_folder
+from onerec_hf.workflows.sharding import ShardingArguments
+from onerec_hf.workflows.steps import (
     PreparedData,
     check_catalogue,
     find_origin,
@@ -32,10 +36,6 @@ from onerec_hf.cli.steps import (
     write_bytes,
     write_origin,
 )
-from onerec_hf.cli.train import evaluate_beside_baselines, resumable
-from onerec_hf.evaluation.results import result_row, write_results
-from onerec_hf.modeling.files_onerec import replacing
-from onerec_hf.modeling.untrusted_onerec import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +76,7 @@ class AlignArguments(OutputArguments):
 def main(argv: list[str]) -> None:
     from onerec_hf.hub_cards import Alignment, Training, write_generator_card
     from onerec_hf.trainers import OneRecDPOConfig
-    from onerec_hf.trainers.sharding import whole_model
+    from onerec_hf.trainers.sharding import unsharded_model
 
     args, data_args, sharding, training_args = parse(
         (AlignArguments, DataArguments, ShardingArguments, OneRecDPOConfig), argv, "align", required=["--output_dir"]
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         save_trained(trainer, folder)
     after = []
     if args.evaluate:
-        with whole_model(trainer.model) as aligned:
+        with unsharded_model(trainer.model) as aligned:
             after = ranking_rows(aligned, processor, data, training_args.use_cpu)
             judged += reward_rows(aligned, processor, judges, data, "after")
     if not is_first():
@@ -210,8 +210,8 @@ def _items_of(value: Any) -> list | None:
 def load_reward(path: str, option: str = "--reward"):
     from transformers import AutoModelForSequenceClassification
 
-    from onerec_hf.modeling.hub_onerec import check_complete
-    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+    from onerec_hf.modeling.hub import check_complete
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
     with naming(option, path):
         model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, command_line, parse
-from onerec_hf.cli.launch import is_first, joined_on_cpu
-from onerec_hf.cli.steps import check_catalogue, load_model, load_processor, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results
 from onerec_hf.evaluation.results import write_results
+from onerec_hf.workflows.distributed import is_first, joined_on_cpu
+from onerec_hf.workflows.steps import check_catalogue, load_model, load_processor, prepare_data, say
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onerec_hf.cli.arguments import OutputArguments, parse
-from onerec_hf.cli.steps import check_folder, load_model, load_processor, say
+from onerec_hf.workflows.steps import check_folder, load_model, load_processor, say
 
 if TYPE_CHECKING:
     import torch

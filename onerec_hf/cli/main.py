@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from onerec_hf.cli.launch import is_first, leave
+from onerec_hf.workflows.distributed import is_first, leave
 
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",

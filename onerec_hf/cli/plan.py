@@ -56,9 +56,9 @@ def main(argv: list[str]) -> None:
     model_args, args = parse((ModelArguments, PlanArguments), argv, "plan")
     if source is not None and model_args.model is not None:
         raise ValueError("give --config or --model, both name a model; not both")
-    from onerec_hf.cli.steps import say, table
     from onerec_hf.planning import HEADER, STRATEGIES, Batch, best, layouts, make_plans, summary
     from onerec_hf.planning import table as rows
+    from onerec_hf.workflows.steps import say, table
 
     for name in ("batch", "max_history", "session_length"):
         if getattr(args, name) < 1:
@@ -157,7 +157,7 @@ def load_config(source: str) -> OneRecConfig:
         ValueError: nothing there, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
-    from onerec_hf.modeling.hub_onerec import reading_config
+    from onerec_hf.modeling.hub import reading_config
     from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
 
     if Path(source).is_absolute() and not Path(source).exists():

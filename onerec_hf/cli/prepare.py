@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import ExampleArguments, OutputArguments, command_line, parse
-from onerec_hf.cli.steps import say
+from onerec_hf.workflows.steps import say
 
 
 @dataclass

@@ -16,10 +16,10 @@ from onerec_hf.cli.arguments import (
     parse,
 )
 from onerec_hf.cli.quickstart_alignment import align_once
-from onerec_hf.cli.runs import finish
-from onerec_hf.cli.steps import PreparedData, check_folder, is_unfinished, prepare_data, say
 from onerec_hf.cli.train import evaluate_beside_baselines, print_results, report, resumable, train
 from onerec_hf.evaluation.results import result_row
+from onerec_hf.workflows.run_folder import finish
+from onerec_hf.workflows.steps import PreparedData, check_folder, is_unfinished, prepare_data, say
 
 
 @dataclass

@@ -14,14 +14,14 @@ import pandas as pd
 
 from onerec_hf.cli.align import session_reward
 from onerec_hf.cli.arguments import SemanticIDArguments
-from onerec_hf.cli.steps import PreparedData, embed_items, find_origin, save_trained, say, write_origin
 from onerec_hf.evaluation.results import result_row
+from onerec_hf.workflows.steps import PreparedData, embed_items, find_origin, save_trained, say, write_origin
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
-    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 EXAMPLES, USERS = 1280, 400
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.cli.launch import all_ranks, is_first
-from onerec_hf.cli.steps import load_model, load_processor, say
 from onerec_hf.modeling.untrusted_onerec import short
+from onerec_hf.workflows.distributed import all_ranks, is_first
+from onerec_hf.workflows.steps import load_model, load_processor, say
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+    from onerec_hf.modeling.catalogue import ItemCatalogue
 
 
 @dataclass

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.cli.arguments import OutputArguments, command_line, parse
-from onerec_hf.cli.launch import is_first
-from onerec_hf.cli.runs import begin, finish, open_folder
-from onerec_hf.cli.steps import save_trained, say, table
 from onerec_hf.cli.train import resumable
 from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.distributed import is_first
+from onerec_hf.workflows.run_folder import begin, finish, open_folder
+from onerec_hf.workflows.steps import save_trained, say, table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from onerec_hf.data.kuairand_feedback import SessionFeedback
-    from onerec_hf.modeling.reward_items_onerec import RewardItems
-    from onerec_hf.modeling.reward_onerec import OneRecForSessionReward
+    from onerec_hf.data.feedback.kuairand import SessionFeedback
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+    from onerec_hf.modeling.processing_onerec_reward import RewardItems
 
 METRICS = {"auc": "share", "calibration_error": "rate", "bias": "ratio", "relative_log_loss": "ratio"}
 ATTRIBUTES = ("tags", "author", "type", "duration_ms")
@@ -168,8 +168,8 @@ def load_feedback(args: RewardDataArguments, max_history: int) -> SessionFeedbac
         ValueError: neither or both, or options that are lacking; DataError: what is wrong with the table.
     """
     from onerec_hf.data import load_kuairand_feedback
-    from onerec_hf.data.impressions import load_impressions
     from onerec_hf.data.interactions import read_items
+    from onerec_hf.data.feedback.impressions import load_impressions
 
     if (args.dataset is None) == (args.impressions is None):
         raise ValueError("give either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
@@ -278,8 +278,8 @@ def predictions_beside_baselines(
     model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
 ) -> dict[str, np.ndarray]:
     """(sessions, objectives) probabilities of the base rate, of logistic regression where there are features, and of the model."""
+    from onerec_hf.baselines.session_reward import predict_baseline, session_features
     from onerec_hf.data import label_matrix
-    from onerec_hf.evaluation.reward_baselines import predict_baseline, session_features
 
     labels = label_matrix(feedback.train)
     columns = [

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onerec_hf.cli.arguments import DataArguments, OutputArguments, SemanticIDArguments, command_line, parse
-from onerec_hf.cli.launch import is_first
-from onerec_hf.cli.runs import begin, finish
-from onerec_hf.cli.steps import (
+from onerec_hf.workflows.distributed import is_first
+from onerec_hf.workflows.run_folder import begin, finish
+from onerec_hf.workflows.steps import (
     check_folder,
     embed_items,
     fit_catalogue,

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.cli.steps import naming, say
+from onerec_hf.workflows.steps import naming, say
 
 
 @dataclass

@@ -19,10 +19,11 @@ from onerec_hf.cli.arguments import (
     command_line,
     parse,
 )
-from onerec_hf.cli.launch import is_first
-from onerec_hf.cli.runs import begin, finish, open_folder, resumes_in
-from onerec_hf.cli.sharding import ShardingArguments
-from onerec_hf.cli.steps import (
+from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.distributed import is_first
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumes_in
+from onerec_hf.workflows.sharding import ShardingArguments
+from onerec_hf.workflows.steps import (
     UNFINISHED_RUN,
     PreparedData,
     baseline_rankings,
@@ -39,7 +40,6 @@ from onerec_hf.cli.steps import (
     table,
     write_origin,
 )
-from onerec_hf.evaluation.results import result_row, write_results
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -298,7 +298,7 @@ def evaluate_beside_baselines(
         for name, values in scores.items()
         for metric, value in values.items()
     ]
-    rows.append(result_row("illegal_share", metrics[f"{split}_illegal_share"], "share"))
+    rows.append(result_row("invalid_id_rate", metrics[f"{split}_illegal_share"], "share"))
     return rows
 
 

@@ -7,59 +7,59 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
-    from onerec_hf.data.feedback import PositiveFeedback
-    from onerec_hf.data.impressions import load_impressions
     from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
-    from onerec_hf.data.kuairand_feedback import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.packing import PackedDataset
+    from onerec_hf.data.positives import PositiveFeedback
+    from onerec_hf.data.feedback.collator import RewardDataCollator
+    from onerec_hf.data.feedback.impressions import load_impressions
+    from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
+    from onerec_hf.data.feedback.watch_time import WatchTimeScale
+    from onerec_hf.data.feedback.windows import feedback_windows
     from onerec_hf.data.prefixes import prefix_examples
-    from onerec_hf.data.prepare import prepare_log
-    from onerec_hf.data.prepare_buckets import ExampleSettings
-    from onerec_hf.data.prepared import PreparedFolder
     from onerec_hf.data.recbole import read_recbole, write_recbole
-    from onerec_hf.data.reward_collator import RewardDataCollator
     from onerec_hf.data.sequences import UserSequences
-    from onerec_hf.data.session_feedback import feedback_windows
     from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
+    from onerec_hf.data.shards.buckets import ExampleSettings
+    from onerec_hf.data.shards.read import PreparedFolder
+    from onerec_hf.data.shards.stream import ExampleStream
+    from onerec_hf.data.shards.write import prepare_log
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
     from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
-    from onerec_hf.data.streaming import ExampleStream
     from onerec_hf.data.tables import DataError
-    from onerec_hf.data.watch_time import WatchTimeScale
     from onerec_hf.data.windows import window_examples
 
 # name -> module: importing the room costs nothing until something in it is used.
 _PUBLIC = {
     "SOURCES": "sources",
     "DataError": "tables",
-    "ExampleSettings": "prepare_buckets",
-    "ExampleStream": "streaming",
+    "ExampleSettings": "shards.buckets",
+    "ExampleStream": "shards.stream",
     "ItemTable": "interactions",
     "LeaveOneOutSplit": "splits",
     "OneRecDataCollator": "collators",
     "PackedDataCollator": "collators",
     "PackedDataset": "packing",
-    "PositiveFeedback": "feedback",
-    "PreparedFolder": "prepared",
+    "PositiveFeedback": "positives",
+    "PreparedFolder": "shards.read",
     "RecommendationData": "sources",
     "SessionCriteria": "sessions",
-    "RewardDataCollator": "reward_collator",
-    "SessionFeedback": "kuairand_feedback",
+    "RewardDataCollator": "feedback.collator",
+    "SessionFeedback": "feedback.kuairand",
     "Split": "splits",
     "TemporalSplit": "splits",
     "UserSequences": "sequences",
-    "WatchTimeScale": "watch_time",
+    "WatchTimeScale": "feedback.watch_time",
     "canonical_ids": "interactions",
-    "feedback_windows": "session_feedback",
+    "feedback_windows": "feedback.windows",
     "find_sessions": "sessions",
-    "label_matrix": "kuairand_feedback",
+    "label_matrix": "feedback.kuairand",
     "leave_one_out": "splits",
     "load_files": "sources",
-    "load_impressions": "impressions",
-    "load_kuairand_feedback": "kuairand_feedback",
+    "load_impressions": "feedback.impressions",
+    "load_kuairand_feedback": "feedback.kuairand",
     "load_source": "sources",
     "prefix_examples": "prefixes",
-    "prepare_log": "prepare",
+    "prepare_log": "shards.write",
     "read_interactions": "interactions",
     "read_items": "interactions",
     "read_recbole": "recbole",

@@ -22,7 +22,7 @@ from onerec_hf.data.tables import (
     require_columns,
     to_numbers,
 )
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 # RecBole reads with pandas' defaults: these fields are missing there, and a field that starts with a quote swallows what follows.

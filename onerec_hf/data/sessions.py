@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.feedback import PositiveFeedback, numeric_column
+from onerec_hf.data.positives import PositiveFeedback, numeric_column
 from onerec_hf.data.tables import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.windows import examples
 

@@ -1,4 +1,4 @@
-"""Metrics over ranked ids, baselines, and the same metrics as `evaluate` modules. Names are imported on first use."""
+"""Metrics over ranked ids, and the same metrics as `evaluate` modules. Names are imported on first use."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .baselines import ItemKNNBaseline, PopularityBaseline
     from .metric_modules import metric_path
     from .metrics import (
         coverage_at_k,
         hit_rate_at_k,
-        illegal_share,
+        invalid_id_rate,
         mrr_at_k,
         ndcg_at_k,
         ranking_metrics,
@@ -19,11 +18,9 @@ if TYPE_CHECKING:
     )
 
 _MODULE_OF = {
-    "ItemKNNBaseline": "baselines",
-    "PopularityBaseline": "baselines",
     "coverage_at_k": "metrics",
     "hit_rate_at_k": "metrics",
-    "illegal_share": "metrics",
+    "invalid_id_rate": "metrics",
     "metric_path": "metric_modules",
     "mrr_at_k": "metrics",
     "ndcg_at_k": "metrics",
@@ -32,11 +29,9 @@ _MODULE_OF = {
 }
 
 __all__ = [
-    "ItemKNNBaseline",
-    "PopularityBaseline",
     "coverage_at_k",
     "hit_rate_at_k",
-    "illegal_share",
+    "invalid_id_rate",
     "metric_path",
     "mrr_at_k",
     "ndcg_at_k",

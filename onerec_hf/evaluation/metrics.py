@@ -128,7 +128,7 @@ def coverage_at_k(ranked: Ranked, num_items: int, k: int) -> float:
     return distinct / num_items
 
 
-def illegal_share(ranked: np.ndarray) -> float:
+def invalid_id_rate(ranked: np.ndarray) -> float:
     """
     The share of -1 among all places: generated semantic IDs that belong to no item.
 
@@ -142,7 +142,7 @@ def illegal_share(ranked: np.ndarray) -> float:
         ValueError: not a 2-D integer array, or an empty one.
 
     Example:
-        >>> illegal_share(np.array([[4, -1], [2, 0]]))
+        >>> invalid_id_rate(np.array([[4, -1], [2, 0]]))
         0.25
     """
     ranked = np.asarray(ranked)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 
 _PACKAGES = ("onerec-hf", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 

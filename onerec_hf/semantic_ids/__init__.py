@@ -18,16 +18,16 @@ _PUBLIC = {
     "SemanticIDs": "fit",
     "extend_catalogue": "fit",
     "fit_semantic_ids": "fit",
-    "read_grid_tensor": "grid_tensor",
-    "write_grid_tensor": "grid_tensor",
-    "ImportResult": "imported",
-    "ImportedIDs": "imported",
-    "read_index_json": "interchange",
-    "read_semantic_id_strings": "interchange",
-    "write_index_json": "interchange",
+    "read_grid_tensor": "formats.grid",
+    "write_grid_tensor": "formats.grid",
+    "ImportResult": "formats.imported",
+    "ImportedIDs": "formats.imported",
+    "read_index_json": "formats.index_json",
+    "read_semantic_id_strings": "formats.index_json",
+    "write_index_json": "formats.index_json",
     "Quantizer": "quantizer",
     "make_quantizer": "quantizer",
-    "Ranks": "ranks",
+    "Ranks": "process_group",
     "SemanticIDReport": "report",
     "compare_reports": "report",
     "plot_reports": "report",
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
         text_embeddings,
     )
     from onerec_hf.semantic_ids.fit import SemanticIDs, extend_catalogue, fit_semantic_ids
-    from onerec_hf.semantic_ids.grid_tensor import read_grid_tensor, write_grid_tensor
-    from onerec_hf.semantic_ids.imported import ImportedIDs, ImportResult
-    from onerec_hf.semantic_ids.interchange import read_index_json, read_semantic_id_strings, write_index_json
+    from onerec_hf.semantic_ids.formats.grid import read_grid_tensor, write_grid_tensor
+    from onerec_hf.semantic_ids.formats.imported import ImportedIDs, ImportResult
+    from onerec_hf.semantic_ids.formats.index_json import read_index_json, read_semantic_id_strings, write_index_json
+    from onerec_hf.semantic_ids.process_group import Ranks
     from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
-    from onerec_hf.semantic_ids.ranks import Ranks
     from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
     from onerec_hf.semantic_ids.rq_vae import RQVAEQuantizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from onerec_hf.semantic_ids.ranks import ALONE, Alone
+from onerec_hf.semantic_ids.process_group import ALONE, Alone
 from onerec_hf.semantic_ids.shared_assignment import staying_of
 
 # Points that are handled at a time where every one of them has to be looked at.

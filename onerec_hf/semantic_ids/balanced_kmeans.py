@@ -15,7 +15,7 @@ from onerec_hf.semantic_ids.balanced_assignment import (
     assign_balanced,
     nearest,
 )
-from onerec_hf.semantic_ids.ranks import ALONE, Alone, those_in
+from onerec_hf.semantic_ids.process_group import ALONE, Alone, those_in
 
 # The last share of the iterations is exactly balanced; before, prices hold the balance nearly, at the cost of plain k-means.
 _EXACT_SHARE = 0.3

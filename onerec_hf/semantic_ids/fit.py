@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
+from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.semantic_ids.balanced_assignment import ROWS
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough
 from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
+from onerec_hf.semantic_ids.process_group import Ranks
 from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
-from onerec_hf.semantic_ids.ranks import Ranks
 from onerec_hf.semantic_ids.report import SemanticIDReport, describe_ids
 from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
 from onerec_hf.semantic_ids.unique_codes import add_digit, add_digit_over, make_unique, make_unique_over

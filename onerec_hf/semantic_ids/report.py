@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from onerec_hf.modeling.files_onerec import replacing
+from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.untrusted_onerec import read_json_object, refusing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, squares
+from onerec_hf.semantic_ids.process_group import ALONE, Alone
 from onerec_hf.semantic_ids.quantizer import Quantizer
-from onerec_hf.semantic_ids.ranks import ALONE, Alone
 
 _NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
 

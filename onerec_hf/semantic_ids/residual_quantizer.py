@@ -10,8 +10,8 @@ import torch
 
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_enough, check_points, means
+from onerec_hf.semantic_ids.process_group import ALONE, Alone
 from onerec_hf.semantic_ids.quantizer import Quantizer
-from onerec_hf.semantic_ids.ranks import ALONE, Alone
 
 
 class ResidualQuantizer(Quantizer):

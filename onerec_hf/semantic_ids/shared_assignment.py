@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from onerec_hf.semantic_ids.ranks import Alone
+from onerec_hf.semantic_ids.process_group import Alone
 
 # Regrets are non-negative float32, whose bits are ordered as they are.
 _MOST_BITS, _BITS_AT_ONCE = 2**31 - 1, 4

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from onerec_hf.semantic_ids.ranks import Ranks
+from onerec_hf.semantic_ids.process_group import Ranks
 
 # Over ranks, prefixes are settled in so many portions: only a portion's residuals exist twice.
 _PORTIONS = 8

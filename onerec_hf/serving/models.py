@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from onerec_hf.modeling.catalogue_onerec import CATALOGUE_NAME, ItemCatalogue
+from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
 from onerec_hf.modeling.untrusted_onerec import read_json_object
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class ServedModel:
         import torch
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
-        from onerec_hf.modeling.hub_onerec import check_complete
+        from onerec_hf.modeling.hub import check_complete
         from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
         from onerec_hf.modeling.processing_onerec import OneRecProcessor
 

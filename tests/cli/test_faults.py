@@ -14,8 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, Trainer
 import onerec_hf.cli.semantic_ids
 import onerec_hf.cli.train
 from onerec_hf import OneRecProcessor
-from onerec_hf.cli.steps import UNFINISHED_RUN
 from onerec_hf.trainers import OneRecTrainer
+from onerec_hf.workflows.steps import UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, onerec, refused, succeeded
 from tests.cli.test_align import QUICK, reward  # noqa: F401 (a fixture)
 from tests.mounts import fill, set_read_only, small_disk
@@ -172,7 +172,7 @@ def test_bad_batches_end_in_one_message(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_real_kills(tmp_path):
-    """Two of each phase; benchmarks/reliability.py does twenty."""
+    """Two of each phase; benchmarks/robustness/reliability.py does twenty."""
     script = [sys.executable, ROOT / "benchmarks" / "reliability.py", "--kills", "2", "--json", tmp_path / "rows.json"]
     done = subprocess.run([*map(str, script), "--seed", "7"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

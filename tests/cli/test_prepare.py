@@ -78,7 +78,7 @@ def test_evaluation_of_some_users_without_baselines(prepared, streamed, tmp_path
         onerec("evaluate", *options, "--eval_users", "7", "--no_baselines", "--json", tmp_path / "r.json")
     )
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["name"].split("/")[0] for row in rows} == {"onerec", "illegal_share"}
+    assert {row["name"].split("/")[0] for row in rows} == {"onerec", "invalid_id_rate"}
     shares = [row["value"] * 7 for row in rows if row["name"].startswith("onerec/recall")]
     assert shares == pytest.approx([round(share) for share in shares])
     assert done.out.splitlines()[1].startswith("onerec ")

@@ -12,7 +12,7 @@ from onerec_hf.trainers import OneRecTrainer
 from tests.cli.commands import NUM_ITEMS, onerec, rated_rows, succeeded, write_csv
 from tests.hub_cards.reading import section
 
-ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "illegal_share", "seconds")
+ROWS = ("onerec/recall@10", "popularity/recall@10", "item_knn/recall@10", "invalid_id_rate", "seconds")
 
 
 def results(folder):
@@ -23,7 +23,7 @@ def check(done, folder, title):
     """The result rows, the table on stdout, the sessions above it, and the folder."""
     rows = results(folder)
     assert set(ROWS) <= rows.keys()
-    assert rows["illegal_share"] == 0
+    assert rows["invalid_id_rate"] == 0
     assert rows["seconds"] > 0
     sessions, _, table = done.out.rpartition("\n\n")
     header, *lines = table.splitlines()

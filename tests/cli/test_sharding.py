@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.cli.sharding import ShardingArguments
 from onerec_hf.trainers import OneRecTrainingArguments
+from onerec_hf.workflows.sharding import ShardingArguments
 from tests.cli.commands import CODES, TINY, onerec, succeeded
 from tests.cli.test_ranks import on_ranks
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 import onerec_hf.cli.train
-from onerec_hf.cli.steps import UNFINISHED_RUN
 from onerec_hf.trainers import OneRecTrainer
+from onerec_hf.workflows.steps import UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, refused, succeeded, write_csv
 
 HISTORIES = [["m1", "m2", "m3"], ["m39"], ["m8", "m6"]]
@@ -80,13 +80,13 @@ def test_results_have_the_schema_of_a_benchmark(trained):
     metrics = [f"{metric}@{k}" for k in (5, 10) for metric in ("recall", "ndcg", "mrr", "coverage")]
     rows = {row["name"]: row for row in results["rows"]}
     models = ("onerec", "popularity", "item_knn")
-    assert rows.keys() == {f"{m}/{metric}" for m in models for metric in metrics} | {"illegal_share", "seconds"}
+    assert rows.keys() == {f"{m}/{metric}" for m in models for metric in metrics} | {"invalid_id_rate", "seconds"}
     for name, row in rows.items():
         assert row.keys() == {"name", "value", "unit", "against", "spread"}
         assert row["unit"] == ("s" if name == "seconds" else "share")
         assert row["against"] == (name.replace("onerec", "popularity") if name.startswith("onerec/") else None)
         assert name == "seconds" or 0 <= row["value"] <= 1
-    assert rows["illegal_share"]["value"] == 0
+    assert rows["invalid_id_rate"]["value"] == 0
     assert "30 users" in results["protocol"]
     assert "Positive feedback: every interaction; items with fewer than 5" in results["protocol"]
 

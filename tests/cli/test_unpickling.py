@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from onerec_hf.semantic_ids import ResidualQuantizer, read_index_json
-from onerec_hf.semantic_ids.grid_tensor import read_grid_tensor
+from onerec_hf.semantic_ids.formats.grid import read_grid_tensor
 from tests.cli.commands import CODES, TINY, onerec, succeeded
 from tests.unpickling import heard_unpickling
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from onerec_hf import OneRecProcessor
 from onerec_hf.cli.arguments import DataArguments
-from onerec_hf.cli.steps import prepare_data
 from onerec_hf.data import OneRecDataCollator, PackedDataCollator, PackedDataset, prefix_examples
 from onerec_hf.data.packing import pack_rows
+from onerec_hf.workflows.steps import prepare_data
 from tests.conftest import make_catalogue
 
 PROCESSOR = OneRecProcessor.from_catalogue(make_catalogue(), max_history=5)

@@ -18,9 +18,9 @@ from onerec_hf.data import (
     prefix_examples,
     read_interactions,
 )
-from onerec_hf.data import prepare as preparing
-from onerec_hf.data.prepare import prepare_log
-from onerec_hf.data.prepare_buckets import ExampleSettings
+from onerec_hf.data.shards import write as preparing
+from onerec_hf.data.shards.buckets import ExampleSettings
+from onerec_hf.data.shards.write import prepare_log
 
 LIKED = PositiveFeedback({"like": 1})
 ID = st.one_of(st.sampled_from(["7", "07", "é", "a,b", "NA"]), st.integers(0, 12).map(str))
@@ -157,7 +157,7 @@ def write_log(folder, rows=600, seed=0, files=3, **columns):
 
 
 def test_batches_smaller_than_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("onerec_hf.data.prepare_logs.BATCH_ROWS", 37)
+    monkeypatch.setattr("onerec_hf.data.shards.logs.BATCH_ROWS", 37)
     raw, table = write_log(tmp_path / "raw")
     example_settings = ExampleSettings(session_length=3, max_history=4)
     manifest = prepare_log(

@@ -15,7 +15,7 @@ from onerec_hf.data import (
     label_matrix,
     load_kuairand_feedback,
 )
-from onerec_hf.data.session_feedback import window_slices
+from onerec_hf.data.feedback.windows import window_slices
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.integers(1, 6), st.integers(0, 5))

@@ -1,4 +1,4 @@
-"""The contest's script (benchmarks/quality.py): rankings that were kept are fused, nobody need be asked, rows of another protocol are not lost."""
+"""The contest's script (benchmarks/quality/run.py): rankings that were kept are fused, nobody need be asked, rows of another protocol are not lost."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_kept_rankings_are_fused(tmp_path, data_folder):
 
 
 def test_rescoring_orders_the_items_of_the_first_ranking_alone(benchmarks, tmp_path):
-    from _quality_runs import METRICS, fused
+    from benchmarks.quality.runs import METRICS, fused
 
     class Contest:
         class data:
@@ -78,8 +78,8 @@ def test_rows_need_nobody_to_be_asked_when_to_stop(tmp_path, data_folder):
 
 
 def test_rows_of_texts_are_refused_where_items_have_none(benchmarks):
-    from _quality_rows import ROWS, Row
-    from _quality_runs import for_items
+    from benchmarks.quality.experiments import ROWS, Row
+    from benchmarks.quality.runs import for_items
 
     for name in ("sasrec_ce_text", "codes_text", "tiger"):
         with pytest.raises(ValueError, match=f"the row {name} takes items' texts"):
@@ -174,7 +174,7 @@ def test_kept_generators_are_judged_again(tmp_path, data_folder):
 )
 def test_options_that_do_not_go_together_are_refused_at_once(benchmarks, monkeypatch, wrong, said):
     monkeypatch.setattr(sys, "argv", ["quality.py", *wrong])
-    import quality
+    from benchmarks.quality import run as quality
 
     with pytest.raises(ValueError, match=said):
         quality._check(quality.arguments())
@@ -182,7 +182,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(benchmarks, monkeyp
 
 def test_a_recipe_of_another_data_set_is_refused(benchmarks, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality.py", "--recipe", str(ROOT / "recipes" / "kuairand_items.yaml")])
-    import quality
+    from benchmarks.quality import run as quality
 
     with pytest.raises(ValueError, match="give --dataset kuairand-pure, not amazon-beauty"):
         quality.main()
@@ -190,7 +190,8 @@ def test_a_recipe_of_another_data_set_is_refused(benchmarks, monkeypatch):
 
 def test_weights_are_averaged_over_steps(benchmarks):
     import torch
-    from _quality_training import AverageWeights
+
+    from benchmarks.quality.budget_trainer import AverageWeights
 
     model = torch.nn.Linear(1, 1, bias=False)
     callback, expected = AverageWeights(model, 0.5), None

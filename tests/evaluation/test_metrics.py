@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onerec_hf.evaluation import (
     coverage_at_k,
     hit_rate_at_k,
-    illegal_share,
+    invalid_id_rate,
     mrr_at_k,
     ndcg_at_k,
     ranking_metrics,
@@ -142,7 +142,7 @@ def test_no_item_is_never_relevant():
     assert recall_at_k(np.array([[-1, -1]]), np.array([[3, -1]]), 2) == 0.0
     assert recall_at_k([[-1, 3]], [[3, -1]], 2) == 1.0
     assert coverage_at_k(np.array([[-1, 2]]), 4, 2) == 0.25
-    assert illegal_share(np.array([[-1, 2, -1], [0, 1, 2]])) == pytest.approx(1 / 3)
+    assert invalid_id_rate(np.array([[-1, 2, -1], [0, 1, 2]])) == pytest.approx(1 / 3)
 
 
 def test_short_and_ragged_rankings():
@@ -200,7 +200,7 @@ def test_errors_of_the_rest():
         coverage_at_k([[0, 1, 2]], 2, 3)
     for wrong in (np.array([1, -1]), np.zeros((2, 0), dtype=int), np.array([[0.5]])):
         with pytest.raises(ValueError, match="expected a filled 2-D integer array"):
-            illegal_share(wrong)
+            invalid_id_rate(wrong)
 
 
 def test_a_large_evaluation_is_fast():

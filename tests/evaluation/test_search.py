@@ -1,4 +1,4 @@
-"""The equal search (benchmarks/search.py): what it draws, that it goes on where it was cut off, whom it judges, and its table."""
+"""The equal search (benchmarks/quality/search.py): what it draws, that it goes on where it was cut off, whom it judges, and its table."""
 
 import inspect
 import itertools
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# In place of benchmarks/quality.py: writes what it was asked to, fails at the draw that FAILS names, joins likewise. Draw 1 is the best of 0, 1 and 2, draw 3 better.
+# In place of benchmarks/quality/run.py: writes what it was asked to, fails at the draw that FAILS names, joins likewise. Draw 1 is the best of 0, 1 and 2, draw 3 better.
 QUALITY = """
 import json, os, sys
 options = sys.argv[1:]
@@ -51,7 +51,7 @@ NOT_HELD = {("tiger", "max_steps")}  # 6,400 by hand
 @pytest.fixture
 def search(benchmarks, monkeypatch, tmp_path):
     """`search(*options)` runs the search with [`QUALITY`]; the rows that it joined."""
-    import search
+    from benchmarks.quality import search
 
     (tmp_path / "quality.py").write_text(QUALITY)
     monkeypatch.setattr(search, "QUALITY", tmp_path / "quality.py")
@@ -74,7 +74,7 @@ def as_text(settings: dict) -> dict[str, str]:
 
 
 def test_a_search_that_was_cut_off_goes_on(search, monkeypatch, tmp_path):
-    from _search_spaces import drawn
+    from benchmarks.quality.search_spaces import drawn
 
     few = ["--families", "hstu", "sasrec", "--trials", "3", "--jobs", "2"]
     monkeypatch.setenv("FAILS", "search_hstu_01")
@@ -95,7 +95,7 @@ def test_a_search_that_was_cut_off_goes_on(search, monkeypatch, tmp_path):
 
 
 def test_each_familys_best_is_judged_on_test(search, tmp_path):
-    from _search_spaces import drawn
+    from benchmarks.quality.search_spaces import drawn
 
     few, kept = ["--families", "gru4rec", "onerec"], tmp_path / "kept"
     kept.mkdir()
@@ -120,7 +120,7 @@ def test_each_familys_best_is_judged_on_test(search, tmp_path):
 
 
 def test_what_cannot_be_gone_on_with_is_said(search, tmp_path, capsys):
-    import search as script
+    from benchmarks.quality import search as script
 
     search("--families", "hstu", "--trials", "2")
     with pytest.raises(AssertionError, match=r"1 of 3 have not run \(search_hstu_02 is one\)"):
@@ -148,10 +148,10 @@ def test_a_quick_search_stays_out_of_a_real_one(search, tmp_path):
 
 
 def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
-    from _quality_rows import ROWS
-    from _search_spaces import FAMILIES
-    from _sequence_models import SEQUENCE_MODELS
-    from _sequence_training import train_sequence_model
+    from benchmarks.quality._sequence_models import SEQUENCE_MODELS
+    from benchmarks.quality._sequence_training import train_sequence_model
+    from benchmarks.quality.experiments import ROWS
+    from benchmarks.quality.search_spaces import FAMILIES
 
     def defaults(function) -> dict:
         return {name: given.default for name, given in inspect.signature(function).parameters.items()}
@@ -170,7 +170,7 @@ def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
 
 
 def test_draws_differ_and_cover_the_space(benchmarks):
-    from _search_spaces import FAMILIES, drawn
+    from benchmarks.quality.search_spaces import FAMILIES, drawn
 
     for family, about in FAMILIES.items():
         draws = [drawn(family, trial) for trial in range(200)]
@@ -183,7 +183,7 @@ def test_draws_differ_and_cover_the_space(benchmarks):
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=7), data=st.data())
 @settings(deadline=None)
 def test_the_best_of_some_is_the_mean_over_all_draws(benchmarks, values, data):
-    from _search_table import expected_best
+    from benchmarks.quality.search_table import expected_best
 
     drawn = data.draw(st.integers(1, len(values)))
     draws = [max(some) for some in itertools.combinations(values, drawn)]
@@ -191,9 +191,9 @@ def test_the_best_of_some_is_the_mean_over_all_draws(benchmarks, values, data):
 
 
 def test_results_are_of_the_declared_draws_and_the_winners_are_theirs(benchmarks):
-    from _quality_rows import ROWS
-    from _search_spaces import FAMILIES, METRIC, WINNERS, drawn, name_of, winner
-    from _search_table import RESULTS, SEARCH, reached
+    from benchmarks.quality.experiments import ROWS
+    from benchmarks.quality.search_spaces import FAMILIES, METRIC, WINNERS, drawn, name_of, winner
+    from benchmarks.quality.search_table import RESULTS, SEARCH, reached
 
     def measured(path: Path) -> dict[str, dict]:
         return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
@@ -217,7 +217,7 @@ def test_results_are_of_the_declared_draws_and_the_winners_are_theirs(benchmarks
 
 
 def test_unequal_numbers_of_draws_have_no_table(benchmarks):
-    from _search_table import RESULTS, SEARCH, table
+    from benchmarks.quality.search_table import RESULTS, SEARCH, table
 
     search, judged = (json.loads(path.read_text())["rows"] for path in (SEARCH, RESULTS["contest"]))
     assert table(search, judged).count("\n") == 8

@@ -1,4 +1,4 @@
-"""What the contest's sequence models learn from (benchmarks/_sequence_training.py): every next item once, as the generators do."""
+"""What the contest's sequence models learn from (benchmarks/quality/_sequence_training.py): every next item once, as the generators do."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from onerec_hf.data.sequences import UserSequences
 
 @pytest.fixture(scope="module")
 def pieces(benchmarks):
-    from _sequence_training import pieces
+    from benchmarks.quality._sequence_training import pieces
 
     return pieces
 
@@ -40,8 +40,9 @@ def test_sequence_models_read_what_generators_read(pieces, length, longest):
 
 def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
     import torch
-    from _sequence_models import SASRec
-    from _sequence_training import train_sequence_model
+
+    from benchmarks.quality._sequence_models import SASRec
+    from benchmarks.quality._sequence_training import train_sequence_model
 
     torch.manual_seed(0)
     model = SASRec(30, width=16, layers=1, dropout=0.0, max_length=4)
@@ -53,8 +54,9 @@ def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec", "hstu"])
 def test_items_of_the_same_features_are_read_and_named_alike(benchmarks, name):
     import torch
-    from _sequence_models import SEQUENCE_MODELS
-    from _sequence_training import train_sequence_model
+
+    from benchmarks.quality._sequence_models import SEQUENCE_MODELS
+    from benchmarks.quality._sequence_training import train_sequence_model
 
     torch.manual_seed(0)
     described = np.random.default_rng(0).normal(size=(5, 3)).repeat(2, axis=0)  # items 0 and 1 alike, 2 and 3, ...
@@ -89,8 +91,8 @@ def rates(monkeypatch):
 
 
 def test_a_cosine_ends_with_no_learning_rate(benchmarks, rates):
-    from _sequence_models import SASRec
-    from _sequence_training import learning_rate_factor, train_sequence_model
+    from benchmarks.quality._sequence_models import SASRec
+    from benchmarks.quality._sequence_training import learning_rate_factor, train_sequence_model
 
     model = SASRec(10, width=16, layers=1, max_length=4)
     sequences = [np.array([0, 2, 4, 6])] * 5
@@ -101,8 +103,8 @@ def test_a_cosine_ends_with_no_learning_rate(benchmarks, rates):
 
 
 def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
-    from _sequence_models import SASRec
-    from _sequence_training import learning_rate_factor, train_sequence_model
+    from benchmarks.quality._sequence_models import SASRec
+    from benchmarks.quality._sequence_training import learning_rate_factor, train_sequence_model
 
     model, sequences = SASRec(10, width=16, layers=1, max_length=4), [np.arange(4)] * 2
     a_step = 1 / 4
@@ -114,8 +116,9 @@ def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
 
 def test_sequence_models_learn_in_bfloat16_too(benchmarks):
     import torch
-    from _sequence_models import SASRec
-    from _sequence_training import train_sequence_model
+
+    from benchmarks.quality._sequence_models import SASRec
+    from benchmarks.quality._sequence_training import train_sequence_model
 
     histories, found = [np.arange(stop - 4, stop) for stop in (5, 12, 29)], {}
     for precision in ("float32", "bfloat16"):
@@ -130,8 +133,8 @@ def test_sequence_models_learn_in_bfloat16_too(benchmarks):
 
 @pytest.mark.parametrize("wrong", [{"schedule": "cosin"}, {"precision": "float16"}])
 def test_other_schedules_and_precisions_are_refused(benchmarks, wrong):
-    from _sequence_models import SASRec
-    from _sequence_training import train_sequence_model
+    from benchmarks.quality._sequence_models import SASRec
+    from benchmarks.quality._sequence_training import train_sequence_model
 
     with pytest.raises(ValueError, match=next(iter(wrong.values()))):
         train_sequence_model(SASRec(10, width=16), [np.arange(4)], seed=0, epochs=1, **wrong)

@@ -34,7 +34,7 @@ def rows(models=("onerec", "popularity", "item_knn")):
         for number, model in enumerate(models)
         for metric, value in SCORES.items()
     ]
-    return [*scored, result_row("illegal_share", 0.0, "share"), result_row("seconds", 3.0, "s")]
+    return [*scored, result_row("invalid_id_rate", 0.0, "share"), result_row("seconds", 3.0, "s")]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
-from onerec_hf.modeling import experts_onerec
+from onerec_hf.modeling import cpu_experts as cpu_experts
 from onerec_hf.modeling.moe_onerec import OneRecSparseMoeBlock
 from tests.conftest import make_catalogue, make_model
 
@@ -41,9 +41,9 @@ def test_bfloat16_equals_the_loop_within_its_precision():
 
 def test_where_onednn_is_absent_the_product_is_torchs(monkeypatch):
     states, weight = torch.randn(5, 8), torch.randn(3, 8)
-    by_onednn = experts_onerec.product(states, weight)
+    by_onednn = cpu_experts.product(states, weight)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    torch.testing.assert_close(experts_onerec.product(states, weight), by_onednn)
+    torch.testing.assert_close(cpu_experts.product(states, weight), by_onednn)
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf import ItemCatalogue, OneRecProcessor
 from onerec_hf.data.collators import OneRecDataCollator
-from onerec_hf.modeling.catalogue_onerec import CatalogueDiff
+from onerec_hf.modeling.catalogue import CatalogueDiff
 from tests.conftest import make_catalogue, make_model
 
 SIZES = (3, 2, 4)

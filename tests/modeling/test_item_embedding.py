@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecConfig, OneRecProcessor
-from onerec_hf.modeling.item_embedding_onerec import history_states
+from onerec_hf.modeling.item_head import history_states
 from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, pack, windows_of

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from onerec_hf.modeling.reward_onerec import masked_bce
+from onerec_hf.modeling.modeling_onerec_reward import masked_bce
 
 IDS = [f"m{i}" for i in range(12)]
 HISTORIES = [["m1", "m2", "m3"], [], ["m4"], ["m1", "m2", "m3"]]

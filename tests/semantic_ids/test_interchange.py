@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from onerec_hf.modeling.catalogue_onerec import ItemCatalogue
-from onerec_hf.semantic_ids.grid_tensor import read_grid_tensor, write_grid_tensor
-from onerec_hf.semantic_ids.imported import ImportedIDs
-from onerec_hf.semantic_ids.interchange import read_index_json, read_semantic_id_strings, write_index_json
+from onerec_hf.modeling.catalogue import ItemCatalogue
+from onerec_hf.semantic_ids.formats.grid import read_grid_tensor, write_grid_tensor
+from onerec_hf.semantic_ids.formats.imported import ImportedIDs
+from onerec_hf.semantic_ids.formats.index_json import read_index_json, read_semantic_id_strings, write_index_json
 
 COLLIDING = ImportedIDs(["a", "b", "c", "d", "e"], [[0, 2], [1, 1], [0, 2], [0, 0], [0, 2]])
 

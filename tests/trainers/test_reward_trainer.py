@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import TrainerCallback
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from onerec_hf.evaluation.reward_baselines import predict_baseline, session_features
+from onerec_hf.baselines.session_reward import predict_baseline, session_features
 from onerec_hf.evaluation.reward_metrics import calibration_error, concordance, log_loss, reward_metrics
 from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 

@@ -26,7 +26,7 @@ def test_training_and_ranking(tmp_path, monkeypatch):
     assert len(found["train/loss"]) == 6
     assert len(found["train/router/max_violation"]) == 6
     assert found["eval/recall@10"] == [pytest.approx(metrics["eval_recall@10"])]
-    assert {"eval/ndcg@5", "eval/coverage@10", "eval/illegal_share"} <= found.keys()
+    assert {"eval/ndcg@5", "eval/coverage@10", "eval/invalid_id_rate"} <= found.keys()
 
 
 def test_alignment(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from onerec_hf.trainers import CheckpointError, newest_checkpoint
-from onerec_hf.trainers.whole_checkpoints import is_whole
+from onerec_hf.trainers.checkpoints import is_whole
 from tests.mounts import fill, set_read_only, small_disk
 from tests.trainers import preference_runs, test_onerec_dpo
 from tests.trainers.test_onerec_trainer import losses, make_trainer

@@ -1,0 +1,1 @@
+"""What preference alignment gains and costs."""

@@ -1,0 +1,1 @@
+"""Damaged files, killed processes, fuzzed requests."""

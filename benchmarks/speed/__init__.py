@@ -1,0 +1,1 @@
+"""Speed and memory: ratios of interleaved runs."""

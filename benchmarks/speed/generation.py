@@ -1,0 +1,503 @@
+"""
+Constrained session generation: `recommend()` beside beam search as transformers has it, with the same weights and the same answers.
+
+    python benchmarks/speed/generation.py --json benchmarks/results/generation.json
+
+The peers of each cell (users x beams, items per session, codes per level):
+  prefix_fn      `generate` with `prefix_allowed_tokens_fn` over a dict of prefixes: what most projects run today
+  vectorised     `generate` with our SemanticIDLogitsProcessor in its place
+  unconstrained  `generate` without any constraint
+In all three, caches are handled as transformers does it for every model (one copy of the history's keys and values per beam, copied again at
+every step), and so are the experts (grouped_mm). `recommend()` runs inside `model.packed_experts()`, as a server or an evaluation would; the
+ablation says what it does without. Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import multiprocessing
+import statistics
+from collections import defaultdict
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.harness import cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
+
+HISTORY = 50  # items: 200 tokens
+CONSTRAINT_ROWS = (320, 1600)
+
+
+def random_codes(items: int, codes: int, levels: int = 3, seed: int = 0) -> np.ndarray:
+    """(items, levels) distinct tuples."""
+    rng = np.random.default_rng(seed)
+    flat = rng.integers(0, codes**levels, size=int(items * 1.2) + 100)
+    if items > codes**levels // 2:
+        flat = rng.permutation(codes**levels)
+    flat = np.unique(flat)
+    flat = rng.permutation(flat)[:items]
+    return np.stack(np.unravel_index(flat, (codes,) * levels), axis=1)
+
+
+class Setting:
+    """A model with random weights, its catalogue, and the requests that every peer answers."""
+
+    def __init__(self, items: int, codes: int, quick: bool):
+        import torch
+        from transformers.generation.utils import GenerationMixin
+
+        from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+
+        inherited: Any = GenerationMixin
+
+        class AsTransformersDoes(OneRecForConditionalGeneration):
+            """The same model with the cache handling and the beam search that every model inherits."""
+
+            _expand_inputs_for_generation = inherited._expand_inputs_for_generation
+            _beam_search = inherited._beam_search
+
+            def _reorder_cache(self, past_key_values, beam_idx):
+                past_key_values.reorder_cache(beam_idx)
+                return past_key_values
+
+        class SelfReordered(AsTransformersDoes):
+            _reorder_cache = OneRecForConditionalGeneration._reorder_cache
+
+        class Shared(OneRecForConditionalGeneration):
+            _beam_search = inherited._beam_search
+
+        small: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_experts": 4,
+        }
+        small |= {"encoder_layers": 1, "decoder_layers": 1}
+        config = OneRecConfig(codebook_sizes=[codes] * 3, initializer_range=0.1, **(small if quick else {}))
+        torch.manual_seed(0)
+        self.model = OneRecForConditionalGeneration(config).eval()
+        self.codes = random_codes(items, codes)
+        catalogue = ItemCatalogue(np.arange(items), self.codes, [codes] * 3)
+        self.model.set_catalogue(catalogue)
+        self.processor = OneRecProcessor.from_catalogue(catalogue)
+        self.inputs: Any = None
+        self.peers = {}
+        for cls in (AsTransformersDoes, SelfReordered, Shared):
+            peer = cls(copy.deepcopy(config)).eval()
+            peer.load_state_dict(self.model.state_dict())
+            peer.set_catalogue(catalogue)
+            peer.config._experts_implementation_internal = "grouped_mm"  # transformers' default
+            self.peers[cls.__name__] = peer
+        # Legal next tokens of each prefix of an item's tokens.
+        found: dict[tuple, set[int]] = defaultdict(set)
+        for item in (self.codes + np.asarray(config.level_offsets)).tolist():
+            for level in range(3):
+                found[tuple(item[:level])].add(item[level])
+        self.children = {prefix: sorted(tokens) for prefix, tokens in found.items()}
+
+    def ask(self, users: int) -> None:
+        rng = np.random.default_rng(1)
+        self.inputs = self.processor(rng.integers(0, len(self.codes), (users, HISTORY)).tolist())
+
+    def prefix_fn(self):
+        children, bos = self.children, [self.model.config.bos_token_id]
+
+        def allowed(_, tokens):
+            level = (len(tokens) - 1) % 4
+            return bos if level == 3 else children[tuple(tokens[len(tokens) - level :].tolist())]
+
+        return allowed
+
+    def recommend(self, beams: int, items: int):
+        return self.model.recommend(
+            **self.inputs, num_beams=beams, num_return_sequences=beams, session_length=items, distinct=False
+        )
+
+    def generate(self, peer: str, beams: int, items: int, **constraint):
+        return self.peers[peer].generate(
+            **self.inputs,
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=4 * items - 1,
+            length_penalty=0.0,
+            eos_token_id=None,
+            do_sample=False,
+            **constraint,
+        )
+
+    def runs(self, beams: int, items: int) -> dict[str, Any]:
+        constrained = {"constrained": True, "distinct": False}
+        return {
+            "recommend": lambda: self.recommend(beams, items),
+            "prefix_fn": lambda: self.generate(
+                "AsTransformersDoes", beams, items, constrained=False, prefix_allowed_tokens_fn=self.prefix_fn()
+            ),
+            "vectorised": lambda: self.generate("AsTransformersDoes", beams, items, **constrained),
+            "unconstrained": lambda: self.generate("AsTransformersDoes", beams, items, constrained=False),
+            "self_reordered": lambda: self.generate("SelfReordered", beams, items, **constrained),
+            "shared": lambda: self.generate("Shared", beams, items, **constrained),
+        }
+
+
+def label(users: int, beams: int, items: int, codes: int) -> str:
+    return f"{'session_' if items > 1 else ''}speedup_{users}x{beams}_over_{{}}{'' if codes == 256 else f'_k{codes}'}"
+
+
+def measure_cells(setting: Setting, codes: int, cells, repetitions) -> list[dict[str, Any]]:
+    """Speed-up rows of each cell, after a check that the constrained peers return the same sessions."""
+    from onerec_hf.evaluation.results import result_row
+
+    rows = []
+    for (users, beams, items), peers in cells:
+        setting.ask(users)
+        runs = {name: run for name, run in setting.runs(beams, items).items() if name in ("recommend", *peers)}
+        mine = runs["recommend"]()  # also warms up
+        if "vectorised" in peers and users * beams <= 400:
+            theirs = runs["vectorised"]()
+            same = float((mine == theirs).all(1).float().mean())
+            name = f"same_sessions_{users}x{beams}x{items}" + ("" if codes == 256 else f"_k{codes}")
+            rows.append(result_row(name, same, "share", against="vectorised"))
+        cpu, wall = interleaved(runs, repetitions if users * beams <= 400 else max(1, repetitions - 3))
+        for peer in peers:
+            row = ratio_row(label(users, beams, items, codes).format(peer), cpu, peer, "recommend")
+            row["against"] = peer
+            rows.append(row)
+            seconds, elapsed = statistics.median(cpu["recommend"]), statistics.median(wall["recommend"])
+            say(f"{row['name']} {row['value']:.2f} (recommend: {seconds:.3f} CPU s, {elapsed:.3f} s wall)")
+    return rows
+
+
+def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: int) -> list[dict[str, Any]]:
+    """Each trick's share: the time without it over the time of `recommend()`, and the steps that lead from `generate` to it."""
+    import torch
+
+    from onerec_hf.modeling import generation_onerec
+    from onerec_hf.modeling.decoding_onerec import BeamDecoder
+
+    class BosAlone(BeamDecoder):
+        def step(self, tokens):
+            for column in tokens.split(1, dim=1):
+                states = super().step(column)
+            return states
+
+    class FreshCopies(BeamDecoder):
+        def reorder(self, origin):
+            self.buffer = self.buffer.index_select(0, origin)
+
+    def without(name, value):
+        def run():
+            with patch.object(generation_onerec, name, value):
+                setting.recommend(beams, items)
+
+        return run
+
+    decoder: Any = setting.model.get_decoder()
+
+    def not_packed():
+        layers: list[Any] = [layer.mlp.experts for layer in decoder.layers]
+        kept = [experts.packed for experts in layers]
+        for experts in layers:
+            experts.packed = None
+        setting.recommend(beams, items)
+        for experts, packed in zip(layers, kept, strict=True):
+            experts.packed = packed
+
+    def grouped():
+        setting.model.set_experts_implementation("grouped_mm")
+        setting.recommend(beams, items)
+        setting.model.set_experts_implementation("onerec")
+
+    setting.ask(users)
+    runs = setting.runs(beams, items)
+    tried = {
+        "recommend": runs["recommend"],
+        "generate_prefix_fn": runs["prefix_fn"],
+        "generate_vectorised": runs["vectorised"],
+        "generate_self_cache_reordered": runs["self_reordered"],
+        "generate_history_shared": runs["shared"],
+        "bos_fed_alone": without("BeamDecoder", BosAlone),
+        "cache_copied_to_fresh_memory": without("BeamDecoder", FreshCopies),
+        "experts_not_packed": not_packed,
+        "experts_by_grouped_mm": grouped,
+        "all_users_at_once": without("_CPU_ROWS_AT_ONCE", 1 << 30),
+    }
+    with torch.no_grad():
+        cpu, _ = interleaved(tried, repetitions)
+    return [
+        ratio_row(f"ablation_{users}x{beams}x{items}/{name}", cpu, name, "recommend")
+        for name in tried
+        if name != "recommend"
+    ]
+
+
+def flops_per_position(config, history: int) -> float:
+    """Of one decoder token, embedding to logits: twice the multiplications of its matrix products (experts: the active ones)."""
+    width, inner = config.hidden_size, config.moe_intermediate_size
+    projections = 6 * width * width
+    experts = 3 * width * inner * config.num_experts_per_tok + width * config.num_experts
+    cross = 2 * width * history
+    return 2 * (config.decoder_layers * (projections + experts + cross) + width * config.vocab_size)
+
+
+def gemm_peak() -> float:
+    """Best float32 rate of this machine's matrix product, one thread, in FLOP/s."""
+    import torch
+
+    best = 0.0
+    for m, k, n in ((1024, 256, 2048), (2048, 1024, 1024), (2048, 2048, 2048)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        for _ in range(5):
+            started = cpu_seconds()
+            for _ in range(3):
+                torch.mm(a, b)
+            best = max(best, 3 * 2 * m * k * n / max(cpu_seconds() - started, 1e-9))
+    return best
+
+
+def decoder_over_floor(setting: Setting, repetitions: int) -> list[dict[str, Any]]:
+    """Time of a search (decoder, logits, constraint, selection; the encoder's is subtracted) over FLOPs / measured GEMM peak."""
+    import torch
+
+    from onerec_hf.evaluation.results import result_row
+
+    rows = []
+    config = setting.model.config
+    for users, beams, items in ((8, 128, 1), (8, 128, 5), (1, 10, 5)):
+        setting.ask(users)
+        levels = config.num_codebooks
+        first_beams = min(beams, len(np.unique(setting.codes[:, 0])))
+        # Fed: BOS for each user, then levels - 1 codes, then per further item its predecessor's last code with BOS and levels - 1 codes.
+        # Beside them, the history's keys and values.
+        positions = users * (1 + first_beams + beams * (levels - 2)) + users * beams * (items - 1) * (levels + 1)
+        history = HISTORY * config.tokens_per_item
+        floor_flops = positions * flops_per_position(config, history)
+        floor_flops += users * history * config.decoder_layers * 4 * config.hidden_size**2
+        ratios = []
+        for _ in range(repetitions + 1):
+            peak = gemm_peak()
+            with torch.no_grad():
+                cpu, _ = interleaved(
+                    {
+                        "all": lambda beams=beams, items=items: setting.recommend(beams, items),
+                        "encoder": lambda: setting.model.get_encoder()(**setting.inputs),
+                    },
+                    1,
+                )
+            ratios.append((cpu["all"][0] - cpu["encoder"][0]) / (floor_flops / peak))
+        name = f"decoder_over_floor_{users}x{beams}" + ("" if items == 1 else f"x{items}")
+        rows.append(
+            result_row(
+                name,
+                statistics.median(ratios[1:]),
+                "ratio",
+                against="FLOPs / GEMM peak",
+                spread=[min(ratios[1:]), max(ratios[1:])],
+            )
+        )
+        say(f"{name} {rows[-1]['value']:.2f} (peak {peak / 1e9:.0f} GFLOP/s)")
+    return rows
+
+
+class DenseHead:
+    """
+    The dense-head design (as STATIC describes it): a bitmap for the first code, a dense table of child ranges for each first code, sorted
+    arrays below; it answers with a (rows, codes) mask.
+    """
+
+    def __init__(self, codes: np.ndarray, size: int):
+        import torch
+
+        order = np.lexsort(codes.T[::-1])
+        codes = codes[order]
+        pairs, first = np.unique(codes[:, 0] * size + codes[:, 1], return_index=True)
+        self.head = torch.zeros(size, dtype=torch.bool)
+        self.head[torch.from_numpy(np.unique(codes[:, 0]))] = True
+        self.second = torch.zeros(size, size, dtype=torch.bool)
+        self.second.view(-1)[torch.from_numpy(pairs)] = True
+        self.start = torch.full((size * size,), 0)
+        self.end = torch.full((size * size,), 0)
+        self.start[torch.from_numpy(pairs)] = torch.from_numpy(first)
+        self.end[torch.from_numpy(pairs)] = torch.from_numpy(np.append(first[1:], len(codes)))
+        self.last, self.size = torch.from_numpy(codes[:, 2].copy()), size
+        self.width = int((self.end - self.start).max())
+
+    def __call__(self, level, prefix):
+        import torch
+
+        if level == 0:
+            return self.head.expand(len(prefix), -1)
+        if level == 1:
+            return self.second[prefix[:, 0]]
+        pair = prefix[:, 0] * self.size + prefix[:, 1]
+        place = self.start[pair][:, None] + torch.arange(self.width)
+        inside = place < self.end[pair][:, None]
+        mask = torch.zeros(len(prefix), self.size + 1, dtype=torch.bool)
+        columns = torch.where(inside, self.last[place.clamp(max=len(self.last) - 1)], self.size)
+        return mask.scatter_(1, columns, True)[:, : self.size]
+
+
+def constraint_alone(quick: bool, repetitions: int) -> list[dict[str, Any]]:
+    """
+    Milliseconds per level (mean over the three) to find the scores of the legal codes among those of all, as `recommend()` does it and as
+    a logits processor does it for `generate`, beside a dict trie under transformers' own
+    PrefixConstrainedLogitsProcessor (one "user" with all rows as beams) and the dense head."""
+    import torch
+    from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+
+    from onerec_hf import CatalogueConstraint, SemanticIDLogitsProcessor, SemanticIDTrie
+    from onerec_hf.evaluation.results import result_row
+
+    rows, times = [], {}
+    vocabulary = 832
+    offsets = [4, 260, 516]
+    sizes = (100_000, 300_000) if quick else (1_000_000, 10_000_000)
+    for name, items in zip(("12k", "1m", "10m"), (12_000, *sizes), strict=True):
+        codes = random_codes(items, 256)
+        trie = SemanticIDTrie(codes, [256] * 3)
+        constraint = CatalogueConstraint(trie)
+        processor = SemanticIDLogitsProcessor(constraint, offsets, 1)
+        dense = DenseHead(codes, 256)
+        tree: dict = {}
+        if name == "12k":
+            for a, b, c in (codes + np.asarray(offsets)).tolist():
+                tree.setdefault(a, {}).setdefault(b, {})[c] = None
+        for count in CONSTRAINT_ROWS:
+            picked = codes[np.random.default_rng(2).integers(0, items, count)]
+            inputs = [
+                torch.from_numpy(
+                    np.concatenate([np.ones((count, 1), int), picked[:, :level] + np.asarray(offsets)[:level]], axis=1)
+                )
+                for level in range(3)
+            ]
+            scores = torch.randn(count, vocabulary)
+
+            nodes = [
+                trie.find_nodes(tokens[:, 1:] - torch.tensor(offsets)[: tokens.shape[1] - 1]) for tokens in inputs
+            ]
+            nothing_yet = torch.zeros(1, count, 0, dtype=torch.long)
+
+            def ours(nodes=nodes, scores=scores, constraint=constraint, trie=trie, nothing_yet=nothing_yet):
+                for level, parents in enumerate(nodes):
+                    legal = constraint.legal_children(level, parents[None], nothing_yet)
+                    of_level = scores[:, offsets[level] : offsets[level] + 256]
+                    if level == 0:
+                        found = of_level.index_select(1, trie.codes[0])
+                    else:
+                        found = of_level.gather(1, trie.child_codes(level, parents))
+                    found.masked_fill_(~legal[0], float("-inf"))
+
+            def as_processor(inputs=inputs, scores: Any = scores, processor=processor):
+                for tokens in inputs:
+                    processor(tokens, scores)
+
+            def dense_head(inputs=inputs, scores=scores, dense=dense):
+                for level, tokens in enumerate(inputs):
+                    mask = dense(level, tokens[:, 1:] - torch.tensor(offsets[:level]))
+                    scores[:, offsets[level] : offsets[level] + 256].masked_fill(~mask, float("-inf"))
+
+            def python_trie(inputs=inputs, scores=scores, tree=tree):
+                for level, tokens in enumerate(inputs):
+
+                    def allowed(_, prefix, level=level):
+                        node = tree
+                        for token in prefix[1:].tolist():
+                            node = node[token]
+                        return list(node)
+
+                    PrefixConstrainedLogitsProcessor(allowed, num_beams=len(tokens))(tokens, scores)
+
+            runs = {"ours": ours, "processor": as_processor, "dense_head": dense_head}
+            if tree:
+                runs["trie"] = python_trie
+            for run in runs.values():
+                run()
+            cpu, _ = interleaved(runs, 4 * repetitions)
+            times[name, count] = cpu["ours"]
+            rows.append(
+                result_row(
+                    f"constraint_{count}_rows_{name}",
+                    1e3 * statistics.median(cpu["ours"]) / 3,
+                    "ms",
+                    spread=[1e3 * min(cpu["ours"]) / 3, 1e3 * max(cpu["ours"]) / 3],
+                )
+            )
+            rows.append(ratio_row(f"constraint_{count}_rows_{name}_over_dense_head", cpu, "dense_head", "ours"))
+            if tree:
+                rows.append(ratio_row(f"constraint_{count}_rows_over_trie", cpu, "trie", "ours"))
+                rows.append(ratio_row(f"processor_{count}_rows_over_trie", cpu, "trie", "processor"))
+    for size in ("1m", "10m"):
+        cpu = {"large": times[size, 1600], "small": times["12k", 1600]}
+        rows.append(ratio_row(f"constraint_{size}_over_12k_items", cpu, "large", "small"))
+    return rows
+
+
+def peak_of(which: str, quick: bool) -> float:
+    """Peak memory (GiB) above that of the loaded model, of one answer at 32 x 128 x 5; runs in a process of its own."""
+    one_thread()
+    setting = Setting(12_000, 256, quick)
+    setting.ask(1)
+    setting.runs(2, 1)[which]()
+    setting.ask(32)
+    before = peak_gib()
+    setting.runs(128, 5)[which]()
+    return peak_gib() - before
+
+
+def memory(quick: bool) -> list[dict[str, Any]]:
+    from onerec_hf.evaluation.results import result_row
+
+    peaks = {}
+    for which in ("recommend", "prefix_fn"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[which] = pool.apply(peak_of, (which, quick))
+        say(f"peak of {which}: {peaks[which]:.2f} GiB")
+    rows = [result_row(f"peak_32x128x5/{which}", peak, "GiB") for which, peak in peaks.items()]
+    rows.append(
+        result_row(
+            "peak_32x128x5_over_prefix_fn", peaks["recommend"] / peaks["prefix_fn"], "ratio", against="prefix_fn"
+        )
+    )
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--all", action="store_true", help="every cell of the grid, not only the named ones; hours")
+    arguments = options.parse_args()
+    quick = arguments.quick
+    one_thread()
+    every = ("prefix_fn", "vectorised", "unconstrained")
+    repetitions = 1 if quick else 5
+    most = ("prefix_fn", "unconstrained") if quick else every
+    named = {
+        (1, 10, 1): ("prefix_fn", "vectorised", "unconstrained"),
+        (1, 10, 5): ("prefix_fn", "unconstrained"),
+        (8, 50, 1): every,
+        (8, 50, 5): most,
+        (32, 128, 1): most,
+        (32, 128, 5): ("prefix_fn",),
+    }
+    large = {(1, 10, 1): every, (8, 50, 1): every, (8, 50, 5): ("prefix_fn",)}
+    if arguments.all:
+        grid = dict.fromkeys(itertools.product((1, 8, 32), (10, 50, 128), (1, 5)), every)
+        named, large = grid | named, grid | large
+    small = Setting(12_000, 256, quick)
+    with small.model.packed_experts():
+        rows = measure_cells(small, 256, named.items(), repetitions)
+        rows += decoder_over_floor(small, 1 if quick else 5)
+        if not quick:
+            rows += ablation(small, 8, 50, 1, 3) + ablation(small, 8, 50, 5, 2)
+    del small
+    rows += constraint_alone(quick, repetitions)
+    rows += memory(quick)
+    if not quick:
+        big = Setting(1_000_000, 8192, quick)
+        with big.model.packed_experts():
+            rows += measure_cells(big, 8192, large.items(), 3)
+    finish(rows, arguments.json, history_items=HISTORY, weights="random, seed 0")
+
+
+if __name__ == "__main__":
+    main()

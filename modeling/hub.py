@@ -1,0 +1,320 @@
+"""Life on the Hub: the code that travels with a checkpoint, the format it is written in, and weights that are not loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .card_onerec import replace_template
+from .files import find_file, pinned, replacing_files
+from .untrusted_onerec import read_json_object, refusing, short
+
+# Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
+FORMAT_VERSION = 1
+CODE_SUFFIX = "_onerec.py"
+_WEIGHTS, _PICKLES = "model.safetensors", ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST_ADAPTERS = 4
+_ADAPTER, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+# Of an earlier save into the same folder: whole weights where there are shards now would be loaded in their place.
+_FORMER_WEIGHTS = (_WEIGHTS, "model-?????-of-?????.safetensors", f"{_WEIGHTS}.index.json")
+
+
+def checked_format(config: dict) -> dict:
+    """
+    A config.json's content, for a config class's `from_dict`: what is read is understood, and will be written in today's format.
+
+    Raises:
+        ValueError: a newer onerec_hf wrote it, or it names a weights file of its own.
+
+    Example:
+        >>> checked_format({"hidden_size": 32})
+        {'hidden_size': 32, 'format_version': 1}
+    """
+    version = config.get("format_version", 1)
+    if not (isinstance(version, int) and version <= FORMAT_VERSION):
+        raise ValueError(
+            f"this checkpoint is written in format version {version!r:.40}, and this onerec_hf reads up to version {FORMAT_VERSION}: "
+            "upgrade it (pip install -U onerec-hf)"
+        )
+    if config.get("transformers_weights") is not None:  # the library's way round the names that `check_weights` knows
+        raise ValueError(
+            f"config.json names the weights file {config['transformers_weights']!r:.80}; a OneRec repository's weights are "
+            f"{_WEIGHTS}, whole or in shards"
+        )
+    config = {**config, "format_version": FORMAT_VERSION}
+    if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        # Where the config names a pipeline, `pipeline()` takes the repository's, or asks for trust: not where the package has it.
+        config.pop("custom_pipelines", None)
+    return config
+
+
+@contextmanager
+def reading_config(repo: str | os.PathLike) -> Iterator[None]:
+    """
+    What the libraries raise about a config.json becomes one error that names its repository.
+
+    Raises:
+        ValueError: in place of those; no file, no access and the like remain OSErrors.
+    """
+    with refusing(f"config.json of {os.fspath(repo)}"):
+        try:
+            yield
+        except StrictDataclassError as error:
+            raise ValueError(short(error.__cause__ or error, 500)) from error
+
+
+def check_sizes(config, sizes: str, layers: str) -> None:
+    """
+    Refuses sizes that no model has: a config.json is a few hundred bytes, and would otherwise ask for any amount of memory
+    and time: a layer's modules take some milliseconds to make, before a weight is found to be missing.
+
+    Raises:
+        ValueError: one of `sizes` (names, with blanks between them) is not between 1 and 2^31, or one of `layers` not between 0 and 512.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_sizes(SimpleNamespace(hidden_size=64, encoder_layers=10**9), "hidden_size", "encoder_layers")
+        Traceback (most recent call last):
+        ...
+        ValueError: encoder_layers=1000000000 must lie between 0 and 512
+    """
+    for names, low, high in ((sizes, 1, 2**31), (layers, 0, 512)):
+        for name in names.split():
+            if not low <= getattr(config, name) <= high:
+                raise ValueError(f"{name}={getattr(config, name)!s:.40} must lie between {low} and {high}")
+
+
+def check_complete(loaded: dict) -> None:
+    """
+    Refuses a checkpoint that lacks weights: the library makes them up, and says so in its log only.
+
+    Args:
+        loaded: what `from_pretrained(..., output_loading_info=True)` says.
+
+    Raises:
+        ValueError: how many, and the first.
+    """
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(key[0]) for key in loaded["mismatched_keys"])
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} of the weights are not in its files, or of another shape (first: {lacking[0]:.80}); copy or download them again"
+        )
+
+
+def check_weights(
+    repo: str | os.PathLike, variant: str | None = None, _adapters: int = 0, **kwargs
+) -> str | os.PathLike:
+    """
+    Refuses weights that would be unpickled, or that stand outside the repository. Takes `from_pretrained`'s hub arguments.
+
+    Returns:
+        The repository that holds the weights: `repo`, or the base model of an adapter.
+
+    Raises:
+        ValueError: only pickled weights, or an index that names anything but safetensors files beside it.
+        OSError: no weights at all.
+    """
+    weights = _WEIGHTS if variant is None else f"model.{variant}.safetensors"
+    if find_file(repo, weights, **kwargs):
+        return repo
+    index_name = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
+    index = find_file(repo, index_name, **kwargs)
+    if index is None:
+        for name in _PICKLES:
+            if find_file(repo, name, **kwargs):
+                raise _pickled(repo, name, weights)
+        adapter = find_file(repo, "adapter_config.json", **kwargs)
+        if adapter is None:
+            raise OSError(f"{repo} holds no weights: no file named {weights} or {index_name}")
+        base = read_json_object(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter} names no base model (base_model_name_or_path)")
+        if _adapters >= _MOST_ADAPTERS:
+            raise ValueError(f"{adapter}: {_adapters} adapters on each other, and no weights beneath them")
+        try:
+            return check_weights(base, variant, _adapters + 1, **{**kwargs, "revision": None})
+        except OSError as error:
+            raise OSError(f"{adapter} names the base model {base!r:.80}: {short(error, 500)}") from error
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{index} names no weights files (weight_map)")
+    shards = shards.values()
+    for shard in sorted(set(shards)):
+        if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
+            raise ValueError(
+                f"{repo}: {index_name} names the weights file {shard!r:.80}; only safetensors files beside it are loaded"
+            )
+    return repo
+
+
+def _pickled(repo: str | os.PathLike, name: str, wanted: str) -> ValueError:
+    return ValueError(
+        f"{repo} holds pickled weights ({name}) and no {wanted}. Reading a pickle can run any code, so OneRec loads safetensors only: "
+        "ask its author to save it again with save_pretrained()"
+    )
+
+
+class CarriesCode:
+    """
+    Mixin of what is saved with the code that defines it, so that a repository loads with `trust_remote_code=True` where onerec_hf is
+    not installed. Where it is, the package's classes are used, whatever the repository carries.
+    """
+
+    #: Whether `save_pretrained` and `push_to_hub` write the code too, where they are not told. Trainers save what they train by
+    #: themselves: set it on model and processor for `push_to_hub=True` in training arguments.
+    include_code: bool = True
+    #: Files beside the weights that are written before the library notes what stands in a folder.
+    _files_beside: tuple[str, ...] = ()
+
+    def push_to_hub(self, repo_id: str, *, include_code: bool | None = None, **kwargs):
+        """
+        Uploads to the Hub everything that [`save_pretrained`] writes: the item catalogue too, with the model as with the processor.
+        Both go into one repository, which then is complete (a model's alone gives a processor that knows no `max_history`):
+
+            model.push_to_hub("me/onerec-movies")
+            processor.push_to_hub("me/onerec-movies")
+
+        Args:
+            repo_id: "name" or "owner/name"; made where there is none.
+            include_code: upload the code as well (290 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
+                is not installed. `False` is for those who rely on the package. [`include_code`] when not given: `True`.
+            kwargs: as for `transformers.PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`,
+                `max_shard_size`, `tags`.
+        """
+        before = self.include_code
+        self.include_code = before if include_code is None else include_code
+        try:
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        finally:
+            self.include_code = before
+
+    def _get_files_timestamps(self, working_dir):
+        # `save_pretrained(push_to_hub=True)` uploads what is newer than these: our own files were written just before.
+        times = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {
+            name: time
+            for name, time in times.items()
+            if not (name.endswith(CODE_SUFFIX) or name in self._files_beside)
+        }
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        replace_template(os.path.join(working_dir, "README.md"), repo_id, self)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_code(self, folder: str | os.PathLike) -> None:
+        # The room travels whole: a trainer that pushes while it trains saves only the processor and the weights.
+        for file in Path(__file__).parent.glob(f"*{CODE_SUFFIX}"):
+            shutil.copyfile(file, Path(folder) / file.name)
+
+
+class HubModel(CarriesCode):
+    """Mixin of models: safetensors only, code beside the weights, and whatever `_save_beside` and `_load_beside` add."""
+
+    #: What the Auto classes find in the repository's code, by the Auto class's name.
+    _auto_map: dict[str, str] = {}
+    #: The pipelines of the repository's code by their task, as transformers writes them into the config.
+    _custom_pipelines: dict[str, dict] = {}
+
+    def _save_beside(self, folder: str | os.PathLike) -> None:
+        """Writes what belongs to the model and is no weight."""
+
+    def _load_beside(self, repo: str | os.PathLike, **kwargs) -> None:
+        """Reads it back."""
+
+    def save_pretrained(
+        self, save_directory, *args, is_main_process: bool = True, include_code: bool | None = None, **kwargs
+    ):
+        """
+        Writes weights (safetensors), configs, the item catalogue and the code. They take their places when all of them are written,
+        `config.json` as the last one: a folder whose writing was cut short is no model.
+
+        Args:
+            save_directory: the folder.
+            include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
+            args, is_main_process, kwargs: as for `transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            OSError: a full or read-only disk; what stood in the folder stays.
+        """
+        saves = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
+        if not saves or kwargs.get("distributed_checkpoint"):  # which all ranks write, each its part
+            super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+            return
+        config, adapter_only = self.config, getattr(self, "_hf_peft_config_loaded", False)  # type: ignore[attr-defined]
+        last, former = ("adapter_config.json", ()) if adapter_only else ("config.json", _FORMER_WEIGHTS)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)  # the library would take the temporary folder's
+        with replacing_files(save_directory, last, () if kwargs.get("variant") else former) as temporary:
+            self._save_beside(temporary)
+            if (self.include_code if include_code is None else include_code) and not adapter_only:
+                self._save_code(temporary)
+                config.auto_map = dict(self._auto_map)
+                if self._custom_pipelines:
+                    config.custom_pipelines = copy.deepcopy(self._custom_pipelines)
+            else:
+                for name in ("auto_map", "custom_pipelines"):  # from the repository that it was loaded from
+                    vars(config).pop(name, None)
+            super().save_pretrained(temporary, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        Loads a model and what was saved beside it from a folder or a Hub repository; arguments as for
+        `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: pickled weights, a checkpoint in a newer format, another model's catalogue.
+            OSError: the library's own errors: no such repository or revision, no access, no connection, no weights.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("OneRec loads safetensors only; leave use_safetensors=False out")
+        repo, source = pretrained_model_name_or_path, None
+        if repo is not None:
+            kwargs = pinned(repo, kwargs)
+            source = check_weights(repo, **kwargs)
+        loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
+        if source is not None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
+            places: list[tuple[str | os.PathLike | None, dict]] = [
+                (source, kwargs if source == repo else {**kwargs, "revision": None})
+            ]
+            # An adapter may bring what its base has grown to. The Auto classes name the base here, and the adapter beside it.
+            adapter = kwargs.get("adapter_kwargs") or {}
+            if source != repo:
+                places.append((repo, kwargs))
+            elif "_adapter_model_path" in adapter:
+                places.append((adapter["_adapter_model_path"], {**kwargs, **adapter}))
+            for place, hub in places:
+                try:
+                    model._load_beside(place, **hub)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+        return loaded
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """Adds a PEFT adapter, as `transformers.PreTrainedModel.load_adapter` does; a pickled one is refused with a ValueError."""
+        if peft_model_id is not None:
+            hub = {**(kwargs.get("adapter_kwargs") or {}), **kwargs}
+            if not find_file(peft_model_id, _ADAPTER, **hub) and find_file(peft_model_id, _PICKLED_ADAPTER, **hub):
+                raise _pickled(peft_model_id, _PICKLED_ADAPTER, _ADAPTER)
+        return super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+
+
+__all__ = [
+    "CODE_SUFFIX",
+    "FORMAT_VERSION",
+    "CarriesCode",
+    "HubModel",
+    "check_complete",
+    "check_sizes",
+    "check_weights",
+    "checked_format",
+    "reading_config",
+]

@@ -1,0 +1,357 @@
+"""
+The session reward model R(u, S) of OneRec (arXiv 2502.18965, section 3.3): how a user would take a whole session.
+
+What the paper leaves open is decided here: the target-aware item is `W [v_i; u_i; v_i * u_i]` with `u_i` the history as target attention from
+item `v_i` sees it; the history passes through self-attention layers first, behind a learned vector that an empty history reads alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
+
+from .configuration_onerec_reward import OneRecRewardConfig
+from .hub import HubModel
+from .layers_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
+from .processing_onerec_reward import REWARD_ITEMS_NAME, RewardItems
+from .rotary_onerec import OneRecRotaryEmbedding
+
+MISSING_LABEL = -100
+
+
+@dataclass
+class OneRecRewardOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*):
+            Masked binary cross-entropy, with labels.
+        logits (`torch.FloatTensor` of shape `(sessions, objectives)`):
+            Before the sigmoid.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+def masked_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Equation 7 for labels in [0, 1], some of which may be missing (-100): the binary cross-entropy summed over a session's objectives, mean
+    over sessions. Missing labels add nothing, neither to the loss nor to a gradient.
+
+    Args:
+        logits, labels: (sessions, objectives).
+
+    Example:
+        >>> masked_bce(torch.zeros(2, 2), torch.tensor([[1.0, -100.0], [0.5, 0.0]]))  # three times log 2, over two sessions
+        tensor(1.0397)
+    """
+    missing = labels == MISSING_LABEL
+    each = F.binary_cross_entropy_with_logits(
+        logits.float(), labels.float().masked_fill(missing, 0.0), reduction="none"
+    )
+    return each.masked_fill(missing, 0.0).sum() / len(labels)
+
+
+class OneRecRewardLogit(nn.Linear):
+    """A tower's last layer. A class of its own, so that a new one starts from predicting its objective's base rate."""
+
+    def __init__(self, in_features: int, objective: int):
+        super().__init__(in_features, 1)
+        self.objective = objective
+
+
+class OneRecRewardItemEmbedding(nn.Embedding):
+    """
+    Learned item embeddings. Beside item features they start at zero: an item that training hardly saw is then what its features say, where
+    random vectors would be noise for it.
+    """
+
+
+class OneRecRewardTower(nn.Module):
+    """The MLP of one objective (equation 6), up to its sigmoid."""
+
+    def __init__(self, config: OneRecRewardConfig, objective: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.tower_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.out_proj = OneRecRewardLogit(config.tower_size, objective)
+
+    def forward(self, states):
+        return self.out_proj(self.dropout(self.act_fn(self.up_proj(states))))
+
+
+@auto_docstring
+class OneRecRewardPreTrainedModel(HubModel, PreTrainedModel):
+    config: OneRecRewardConfig
+    _auto_map = {
+        "AutoConfig": "configuration_onerec_reward.OneRecRewardConfig",
+        "AutoModelForSequenceClassification": "modeling_onerec_reward.OneRecForSessionReward",
+    }
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OneRecEncoderLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, OneRecRewardLogit):
+            rate = torch.tensor(self.config.base_rates[module.objective])
+            init.constant_(module.bias, float(torch.logit(rate)))
+            init.zeros_(module.weight)
+            return
+        if isinstance(module, OneRecRewardItemEmbedding) and self.config.item_feature_dim:
+            init.zeros_(module.weight)
+            return
+        super()._init_weights(module)
+        if isinstance(module, OneRecForSessionReward):
+            init.normal_(module.history_start, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.item_features)
+
+
+class OneRecForSessionReward(OneRecRewardPreTrainedModel):
+    """
+    Scores sessions of items for a user: one probability per objective, and one number fused from them.
+
+    Registered for `AutoModelForSequenceClassification`: like a text reward model, it gives a sequence one logit per label
+    (`problem_type="multi_label_classification"`).
+
+    Example:
+        >>> from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
+        >>> items = RewardItems(["m17", "m4", "m256"])
+        >>> model = OneRecForSessionReward(OneRecRewardConfig(num_items=3, objectives=["vtr", "ltr"], base_rates=[0.3, 0.02]))
+        >>> model.set_items(items)
+        >>> rewards = model.reward([["m4"], []], [["m17", "m256"], ["m4"]])  # an untrained one predicts base rates: lift 1
+        >>> [round(reward, 3) for reward in rewards]
+        [1.0, 1.0]
+    """
+
+    # Labels are averaged over sessions, and Trainer's `num_items_in_batch` counts labels: it divides by accumulation steps instead.
+    accepts_loss_kwargs = False
+    main_input_name = "input_ids"
+    _fsdp_plan = {"history_layers.*": "free_full_weight", "session_layers.*": "free_full_weight"}
+    _files_beside = (REWARD_ITEMS_NAME,)
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.items: RewardItems | None = None
+        self.item_embedding = OneRecRewardItemEmbedding(config.num_items + 1, width, padding_idx=0)
+        self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, config.item_feature_dim))
+        self.feature_proj = nn.Linear(config.item_feature_dim, width, bias=False) if config.item_feature_dim else None
+        self.item_norm = OneRecRMSNorm(width, config.rms_norm_eps)
+        self.history_start = nn.Parameter(torch.empty(width))
+        self.history_layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.history_layers)])
+        self.history_norm = OneRecRMSNorm(width, config.rms_norm_eps)
+        self.target_attn = OneRecCrossAttention(config, 0, is_causal=False)
+        self.target_proj = nn.Linear(3 * width, width)
+        self.session_layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.session_layers)])
+        self.session_norm = OneRecRMSNorm(width, config.rms_norm_eps)
+        self.rotary_emb = OneRecRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.towers = nn.ModuleList([OneRecRewardTower(config, k) for k in range(len(config.objectives))])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.item_embedding
+
+    def set_input_embeddings(self, value):
+        self.item_embedding = value
+
+    def set_items(self, items: RewardItems, features: np.ndarray | torch.Tensor | None = None) -> None:
+        """
+        Gives the model the ids of its items, and a new model their features, which are saved with its weights.
+
+        Args:
+            items: N items in row order.
+            features: (N, item_feature_dim) finite floats, row by row.
+
+        Raises:
+            ValueError: another number of items than `config.num_items`, another table than `config.items_hash`, features of another
+                shape or not finite.
+        """
+        if len(items) != self.config.num_items:
+            raise ValueError(f"the model was made for {self.config.num_items} items; the table has {len(items)}")
+        if self.config.items_hash not in (None, items.hash):
+            raise ValueError(
+                f"these items (hash {items.hash[:12]}) are not those that the reward model was trained with "
+                f"({self.config.items_hash[:12]}); load it from the folder that it was saved to"
+            )
+        if features is not None:
+            features = torch.as_tensor(np.asarray(features))
+            expected = (self.config.num_items, self.config.item_feature_dim)
+            if tuple(features.shape) != expected:
+                raise ValueError(
+                    f"item features: expected shape {expected} (items, item_feature_dim), got {tuple(features.shape)}"
+                )
+            bad = ~torch.isfinite(features).all(1)
+            if bad.any():
+                first = items.item_ids[int(bad.nonzero()[0])]
+                raise ValueError(
+                    f"item features: {int(bad.sum())} of {len(features)} rows hold NaN or infinity (first: item {first!r})"
+                )
+            self.item_features[1:] = features.to(self.item_features)
+        self.items, self.config.items_hash = items, items.hash
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        states = self.item_embedding(ids)
+        if self.feature_proj is not None:
+            states = states + self.feature_proj(self.item_features[ids].to(states.dtype))
+        return self.item_norm(states)
+
+    def _positions(self, states: torch.Tensor, first: int = 0):
+        positions = torch.arange(first, first + states.shape[1], device=states.device).unsqueeze(0)
+        return self.rotary_emb(states, positions)
+
+    def _encode_history(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """(users, 1 + t, width) states and (users, 1 + t) mask; the first place is always there."""
+        states = torch.cat([self.history_start.expand(len(input_ids), 1, -1), self._embed(input_ids)], dim=1)
+        mask = F.pad(attention_mask, (1, 0), value=1)
+        attend = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=mask)
+        states, positions = self.dropout(states), self._positions(states)
+        for layer in self.history_layers:
+            states = layer(states, attention_mask=attend, position_embeddings=positions)
+        return self.history_norm(states), mask
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        session_input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        session_attention_mask: torch.LongTensor | None = None,
+        history_index: torch.LongTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> OneRecRewardOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(users, t)`):
+            Item rows + 1 of the histories, oldest first, padded with 0 on the right.
+        session_input_ids (`torch.LongTensor` of shape `(sessions, m)`):
+            Item rows + 1 of the sessions, padded with 0 on the right.
+        session_attention_mask (`torch.LongTensor` of shape `(sessions, m)`, *optional*):
+            1 on items, 0 on padding; from `session_input_ids` when not given, as `attention_mask` from `input_ids`.
+        history_index (`torch.LongTensor` of shape `(sessions,)`, *optional*):
+            Which row of `input_ids` each session belongs to, so that a history with many sessions is read once; row by row when not given.
+        labels (`torch.FloatTensor` of shape `(sessions, objectives)`, *optional*):
+            Numbers in [0, 1]; -100 where missing.
+        """
+        attention_mask = (input_ids != 0).long() if attention_mask is None else attention_mask
+        session_mask = (session_input_ids != 0).long() if session_attention_mask is None else session_attention_mask
+        history, history_mask = self._encode_history(input_ids, attention_mask)
+        if history_index is not None:
+            history, history_mask = history[history_index], history_mask[history_index]
+        items = self._embed(session_input_ids)
+        see_history = create_bidirectional_mask(
+            config=self.config, inputs_embeds=items, attention_mask=history_mask, encoder_hidden_states=history
+        )
+        seen, _ = self.target_attn(items, history, attention_mask=see_history)
+        states = self.dropout(self.target_proj(torch.cat([items, seen, items * seen], dim=-1)))
+        see_session = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=session_mask)
+        positions = self._positions(states)
+        for layer in self.session_layers:
+            states = layer(states, attention_mask=see_session, position_embeddings=positions)
+        weights = session_mask.to(states.dtype)
+        pooled = (self.session_norm(states) * weights.unsqueeze(-1)).sum(1)
+        if self.config.pooling == "mean":
+            pooled = pooled / weights.sum(1, keepdim=True)
+        logits = torch.cat([tower(pooled) for tower in self.towers], dim=-1)
+        return OneRecRewardOutput(loss=None if labels is None else masked_bce(logits, labels), logits=logits)
+
+    def fuse(self, probabilities: torch.Tensor, weights: dict[str, float] | None = None) -> torch.Tensor:
+        """
+        (sessions,) scores of (sessions, objectives) probabilities: the weighted mean of lifts over the base rates, or of probabilities
+        (`config.score_fusion`).
+
+        Args:
+            weights: per objective, in place of `config.score_weights`.
+
+        Raises:
+            ValueError: a weight for something that is no objective, or weights that sum to zero.
+        """
+        names = self.config.objectives
+        weights = weights or self.config.score_weights or dict.fromkeys(names, 1.0)
+        if unknown := set(weights) - set(names):
+            raise ValueError(f"weights names {sorted(unknown)}; the objectives are {names}")
+        if not (total := sum(weights.values())):
+            raise ValueError(f"weights must not sum to zero; got {weights}")
+        scale = probabilities.new_tensor([weights.get(name, 0.0) / total for name in names])
+        if self.config.score_fusion == "lift":
+            scale = scale / probabilities.new_tensor(self.config.base_rates)
+        return probabilities @ scale
+
+    def score(self, *args, weights: dict[str, float] | None = None, **kwargs) -> torch.Tensor:
+        """(sessions,) float32 fused scores; takes what `forward` takes, and `weights` as [`fuse`] does."""
+        return self.fuse(self(*args, **kwargs).logits.float().sigmoid(), weights)
+
+    @torch.no_grad()
+    def predict(
+        self, histories: Sequence[Sequence], sessions: Sequence[Sequence], batch_size: int = 512
+    ) -> torch.Tensor:
+        """
+        Probabilities of sessions of item ids, without dropout; a history is read once for all the sessions beside it in a batch.
+
+        Args:
+            histories: per session, the user's item ids, oldest first; may be empty. The latest `config.max_history` are read.
+            sessions: item ids, at least one each.
+            batch_size: sessions at a time.
+
+        Returns:
+            (sessions, objectives) float32, on the CPU.
+
+        Raises:
+            ValueError: a model without items, unequal numbers, empty sessions. KeyError: items that it does not know.
+        """
+        if self.items is None:
+            raise ValueError("this reward model has no item ids; give it some with set_items(RewardItems(...))")
+        if len(histories) != len(sessions):
+            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: give one history per session")
+        training, parts = self.training, []
+        self.eval()
+        try:
+            for start in range(0, len(sessions), batch_size):
+                owners: dict[tuple, int] = {}
+                index = [owners.setdefault(tuple(h), len(owners)) for h in histories[start : start + batch_size]]
+                batch = self.items.encode_shared(
+                    list(owners), index, sessions[start : start + batch_size], self.config.max_history
+                )
+                parts.append(self(**{name: value.to(self.device) for name, value in batch.items()}).logits)
+        finally:
+            self.train(training)
+        return torch.cat(parts).float().sigmoid().cpu()
+
+    def reward(
+        self,
+        histories: Sequence[Sequence],
+        sessions: Sequence[Sequence],
+        weights: dict[str, float] | None = None,
+        batch_size: int = 512,
+    ) -> list[float]:
+        """
+        One fused score per session of item ids, as a reward function for preference alignment. Arguments and errors as for [`predict`] and
+        [`fuse`].
+        """
+        return self.fuse(self.predict(histories, sessions, batch_size), weights).tolist()
+
+    def _save_beside(self, folder):
+        if self.items is not None:
+            self.items.save(f"{folder}/{REWARD_ITEMS_NAME}")
+
+    def _load_beside(self, repo, **kwargs):
+        items = RewardItems.find(repo, **kwargs)
+        if items is not None:
+            self.set_items(items)
+
+
+__all__ = ["OneRecForSessionReward", "OneRecRewardOutput", "OneRecRewardPreTrainedModel", "masked_bce"]

@@ -1,0 +1,1 @@
+"""Impressions and graded feedback: what a reward model learns from."""

@@ -1,0 +1,161 @@
+"""One bucket of a log's users, small enough for memory: its rows in order, its training examples, its held-out targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from onerec_hf.data.prefixes import prefix_examples
+from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.shards.logs import import_polars
+from onerec_hf.data.splits import hold_out_last_two, last_item_slices
+from onerec_hf.data.windows import example_table, list_slices, window_bounds, window_slices
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class ExampleSettings:
+    """
+    How sequences become examples; the names and meanings of `onerec-hf train`.
+
+    Args:
+        min_item_interactions: items with fewer rows are left out.
+        session_length, max_history, stride: of the training windows.
+        train_on: "windows" or "prefixes".
+
+    Example:
+        >>> ExampleSettings(session_length=2).max_history
+        50
+    """
+
+    min_item_interactions: int = 5
+    session_length: int = 5
+    max_history: int = 50
+    stride: int = 1
+    train_on: str = "windows"
+
+    def __post_init__(self):
+        for name in ("min_item_interactions", "session_length", "max_history", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.train_on not in ("windows", "prefixes"):
+            raise ValueError(f"train_on {self.train_on!r}: choose windows or prefixes")
+
+
+def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
+    """
+    A bucket's rows by user and time, rows of one instant in the order of the log, repeated rows left out.
+
+    Args:
+        bucket: `user`, `item`, `time`, `row`, `rest`, as [`Log.batches`] gives them.
+        integers: which of "user", "item" and "time" are whole numbers where they stand as text.
+
+    Returns:
+        columns `user` and `item`, int64 or str.
+
+    Example:
+        >>> import polars as pl
+        >>> rows = {"user": ["b", "a", "a", "a"], "item": ["7", "8", "9", "9"], "time": ["1", "10", "9", "9"], "row": [0, 1, 2, 3], "rest": [0] * 4}
+        >>> tidy(pl.DataFrame(rows), {"user": False, "item": True, "time": True}).rows()
+        [('a', 9), ('a', 8), ('b', 7)]
+    """
+    pl = import_polars()
+    text = [name for name in ("user", "item", "time") if bucket.schema[name] == pl.String]
+    casts = [pl.col(name).cast(pl.Int64) for name in text if integers[name]]
+    if "time" in text and not integers["time"]:
+        casts.append(pl.col("time").cast(pl.Float64))
+    ordered = bucket.with_columns(casts).sort("user", "time", "row")
+    # Rows that repeat each other are of one user and instant, and few rows share those: only they are compared.
+    with_last = ((pl.col("user") == pl.col("user").shift()) & (pl.col("time") == pl.col("time").shift())).fill_null(
+        False
+    )
+    ordered = ordered.with_columns(compared=with_last | with_last.shift(-1, fill_value=False))
+    compared = ordered.filter("compared")
+    if len(compared):
+        first = compared.unique(["user", "item", "time", "rest"], keep="first", maintain_order=True)["row"]
+        ordered = ordered.filter(~pl.col("compared") | pl.col("row").is_in(first.implode()))
+    return ordered.select("user", "item")
+
+
+def sequences_of(rows: pl.DataFrame) -> UserSequences:
+    """
+    The sequences of tidy rows, whose times nobody asks for any more.
+
+    Example:
+        >>> import polars as pl
+        >>> [items.tolist() for items in sequences_of(pl.DataFrame({"user": ["a", "a", "b"], "item": [9, 8, 7]})).lists()]
+        [[9, 8], [7]]
+    """
+    users = rows["user"].rle().struct.unnest()
+    offsets = np.concatenate([[0], np.cumsum(users["len"].to_numpy(), dtype=np.int64)]).astype(np.int64)
+    ids, items = (
+        column.to_numpy() if column.dtype.is_integer() else np.asarray(column.to_list(), dtype=object)
+        for column in (users["value"], rows["item"])
+    )
+    return UserSequences(ids, items, np.zeros(len(items), dtype=np.int64), offsets)
+
+
+class BucketExamples:
+    """
+    What a bucket gives: training examples in a random order, validation and test examples, training sequences.
+
+    Args:
+        rows: tidy rows without rare items.
+        settings: how they become examples.
+        seed: of the order of the training examples.
+
+    Attributes:
+        num_train: training examples.
+        held_out: (U,) bool, which users are validated and tested on.
+
+    Example:
+        >>> import polars as pl
+        >>> bucket = BucketExamples(pl.DataFrame({"user": [1] * 5, "item": [5, 6, 7, 8, 9]}), ExampleSettings(session_length=1), seed=0)
+        >>> sorted(bucket.train(slice(None)).to_pylist(), key=lambda example: len(example["history"]))
+        [{'user_id': 1, 'history': [5], 'session': [6]}, {'user_id': 1, 'history': [5, 6], 'session': [7]}]
+        >>> bucket.validation().to_pylist(), bucket.test().num_rows
+        ([{'user_id': 1, 'history': [5, 6, 7], 'session': [8]}], 1)
+    """
+
+    def __init__(self, rows: pl.DataFrame, settings: ExampleSettings, seed: Any):
+        self.settings, self.sequences = settings, sequences_of(rows)
+        self.train_sequences, self.held_out = hold_out_last_two(self.sequences)
+        length, stride = settings.session_length, settings.stride
+        if settings.train_on == "prefixes":
+            prefixes = prefix_examples(self.train_sequences, length, settings.max_history, stride)
+            self._prefixes: pa.Table = prefixes.with_format("arrow")[:]
+            self.num_train = len(prefixes)
+        else:
+            self._bounds = window_bounds(self.train_sequences.lengths, length, stride)
+            self.num_train = len(self._bounds[0])
+        self._order = np.random.default_rng(seed).permutation(self.num_train)
+
+    def train(self, which: slice) -> pa.Table:
+        """Those of the training examples, in their random order."""
+        chosen = self._order[which]
+        if self.settings.train_on == "prefixes":
+            return self._prefixes.take(pa.array(chosen))
+        rows, starts, stops = (bound[chosen] for bound in self._bounds)
+        return example_table(*window_slices(self.train_sequences, rows, starts, stops, self.settings.max_history))
+
+    def validation(self) -> pa.Table:
+        """One example per long enough user: the item before the last one, after the whole past."""
+        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=1))
+
+    def test(self) -> pa.Table:
+        """One example per long enough user: the last item, after the whole past."""
+        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=0))
+
+    def train_items(self) -> pa.Table:
+        """`user_id` and `items`: what may be learned from, user by user."""
+        sequences = self.train_sequences
+        id_type = pa.int64() if sequences.user_ids.dtype.kind == "i" else pa.string()
+        users = pa.array(sequences.user_ids, type=id_type)
+        items = list_slices(sequences.item_ids, sequences.offsets[:-1], sequences.offsets[1:])
+        return pa.table({"user_id": users, "items": items})

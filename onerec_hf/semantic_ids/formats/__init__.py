@@ -1,0 +1,1 @@
+"""Semantic IDs in other projects' files."""

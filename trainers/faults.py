@@ -1,0 +1,232 @@
+"""What ends a training in the middle of a step, said so that one can mend it: a loss that is no number, memory, a rank that died."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from transformers.utils import logging
+
+from onerec_hf.modeling.files import replacing
+from onerec_hf.trainers.batch_examples import batch_examples
+from onerec_hf.trainers.checkpoints import newest_checkpoint
+
+logger = logging.get_logger(__name__)
+
+# What allocators say; accelerators raise torch.OutOfMemoryError. The last one is the C library's, for small pieces.
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+# What gloo says when another process does not answer any more; NCCL raises torch.distributed.DistError.
+_NO_ANSWER = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Application timeout",
+    "Broken pipe",
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is not finite. `path` is the file of this rank's examples, None where they are not to blame."""
+
+    def __init__(self, message: str, path: str | None):
+        super().__init__(message)
+        self.path = path
+
+
+class BatchOutOfMemoryError(torch.OutOfMemoryError, MemoryError):
+    """A batch does not fit into memory; the message has its shape and the settings to change."""
+
+
+class LostRankError(ConnectionError):
+    """Another rank died, or does not answer within `ddp_timeout` seconds."""
+
+
+class StepFaults(Trainer):
+    """
+    Mixin of trainers. With `args.stop_at_nonfinite` training stops before the optimizer steps on a loss or a gradient that is not finite, on
+    all ranks at once, and each rank whose loss it was writes the examples of the micro-batch to
+    `output_dir/nonfinite-step-S-rank-R.jsonl`. It costs one look at the gradient's norm per optimizer step; in exchange Trainer's
+    `logging_nan_inf_filter`, which looks at every micro-batch, is switched off. With fp16, whose scaler skips steps of infinite gradients, it
+    is the loss alone that counts.
+
+    Memory that does not suffice, and ranks that do not answer, end in an error that says what to do.
+
+    Raises:
+        NonFiniteError: as said.
+        BatchOutOfMemoryError: in training and in evaluation.
+        LostRankError: where several ranks train.
+    """
+
+    #: Settings that save memory, as the messages name them, beyond Trainer's own.
+    _memory_settings = {"training": "", "evaluation": ""}
+    _last_batch: dict[str, Any] = {}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._step_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
+        if self._stops_at_nonfinite:
+            self.args.logging_nan_inf_filter = False
+        # With use_cpu, TrainingArguments makes the process group without ddp_timeout.
+        if self.args.use_cpu and self.args.world_size > 1:
+            _set_pg_timeout(timedelta(seconds=self.args.ddp_timeout), None)
+
+    @property
+    def _stops_at_nonfinite(self) -> bool:
+        return self.args.stop_at_nonfinite  # type: ignore[attr-defined]
+
+    # -- a loss that is no number ------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self._stops_at_nonfinite and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs)  # Trainer takes the labels out for a compute_loss_func
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = computed[0] if isinstance(computed, tuple) else computed
+        plain = loss.detach()
+        self._step_batches.append((batch, plain))
+        # One where the loss is finite. Else nothing, so that its gradient is nothing too, and reaches the norm of every rank.
+        loss = loss * (1 + (plain - plain))
+        return (loss, *computed[1:]) if isinstance(computed, tuple) else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._stops_at_nonfinite:
+            batches, self._step_batches = self._step_batches, []
+            plain = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            if not torch.isfinite(plain).all():
+                self._stop_at(float(plain), batches)
+        return norm
+
+    def _stop_at(self, norm: float, batches: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
+        losses = [float(loss.mean()) for _, loss in batches]
+        blamed = [place for place, (_, loss) in enumerate(batches) if not torch.isfinite(loss).all()]
+        somewhere: Any = torch.tensor(float(len(blamed)), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:  # the norm is the same on all of them, so all are here
+            somewhere = self.accelerator.reduce(somewhere)
+        if not somewhere.item():
+            if self.accelerator.scaler is not None:
+                return
+            blamed = list(range(len(batches)))  # whose gradient it was, nobody can tell
+        step, rank = self.state.global_step + 1, self.args.process_index
+        path = self._write_examples(step, rank, [(place, losses[place], batches[place][0]) for place in blamed])
+        if path is None:
+            what = "the loss is not finite on another rank, which names its examples"
+        elif somewhere.item():
+            what = f"the loss of micro-batch {blamed[0] + 1} of {len(batches)} is {losses[blamed[0]]}; its examples are in {path}"
+        else:
+            what = f"the loss is {losses} and the norm of its gradient {norm}; the step's examples are in {path}"
+        last = newest_checkpoint(str(self.args.output_dir))
+        raise NonFiniteError(
+            f"training stopped at step {step}, before the weights changed: {what}. Look at them, lower learning_rate or set max_grad_norm, "
+            "use bf16 or fp32 in place of fp16; stop_at_nonfinite=False trains on. "
+            + (f"The newest checkpoint is {last}" if last else "There is no checkpoint yet"),
+            path,
+        )
+
+    def _write_examples(self, step: int, rank: int, batches: list[tuple[int, float, dict[str, Any]]]) -> str | None:
+        if not batches:
+            return None
+        os.makedirs(str(self.args.output_dir), exist_ok=True)
+        path = os.path.join(str(self.args.output_dir), f"nonfinite-step-{step}-rank-{rank}.jsonl")
+        items = getattr(self.accelerator.unwrap_model(self.model), "items", None)  # a reward model's
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for place, loss, batch in batches:
+                for example in batch_examples(batch, self.processing_class, items):
+                    file.write(json.dumps({"micro_batch": place + 1, "loss": str(loss), **example}) + "\n")
+        return path
+
+    # -- memory, and ranks that do not answer ------------------------------------------------
+    def _prepare_inputs(self, inputs):
+        self._last_batch = inputs
+        return super()._prepare_inputs(inputs)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._step_batches = []
+        with self._explaining("training"):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._explaining("evaluation"):
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _explaining(self, phase: str) -> Iterator[None]:
+        """Turns what the libraries say of memory and of lost ranks into errors that say what to do."""
+        try:
+            yield
+        except (BatchOutOfMemoryError, LostRankError):
+            raise  # said already, by an evaluation inside the training
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise BatchOutOfMemoryError(self._out_of_memory(phase, error)) from error
+            if self.args.world_size > 1 and is_lost_rank(error):
+                raise LostRankError(self._lost_rank(phase, error)) from error
+            raise
+        finally:
+            self._last_batch, self._step_batches = {}, []
+
+    def _out_of_memory(self, phase: str, error: BaseException) -> str:
+        size = "per_device_train_batch_size" if phase == "training" else "per_device_eval_batch_size"
+        cure = f"Lower {size} ({getattr(self.args, size)})"
+        if phase == "training":
+            cure += (
+                f" and raise gradient_accumulation_steps ({self.args.gradient_accumulation_steps}) by as much, or set "
+            )
+            cure += "gradient_checkpointing=True"
+        shapes = _shapes(self._last_batch)
+        where = f"on a batch of {shapes}" if shapes else "outside a batch"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        step = self.state.global_step + (phase == "training")
+        return f"out of memory at step {step}, in {phase} {where}. {cure}{self._memory_settings[phase]}. ({first})"
+
+    def _lost_rank(self, phase: str, error: BaseException) -> str:
+        last = newest_checkpoint(str(self.args.output_dir))
+        return (
+            f"rank {self.args.process_index} of {self.args.world_size}: another rank died, or did not answer for {self.args.ddp_timeout} seconds "
+            f"(ddp_timeout), at step {self.state.global_step} of {self.state.max_steps}, in {phase}; the launcher's output says which. "
+            + (
+                f"Start all ranks again with resume_from_checkpoint={last!r}"
+                if last
+                else "There is no checkpoint yet: start again"
+            )
+            + f". ({str(error).strip().splitlines()[0]})"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """
+    Whether memory was asked for in vain: of an accelerator, of the system, or of Python.
+
+    Example:
+        >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), is_out_of_memory(RuntimeError("shapes"))
+        (True, False)
+    """
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """
+    Whether a collective failed because another process does not answer any more.
+
+    Example:
+        >>> is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3821"))
+        True
+    """
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _NO_ANSWER)
+
+
+def _shapes(batch: dict[str, Any], before: str = "") -> str:
+    parts = [
+        _shapes(value, f"{name}.") if isinstance(value, dict) else f"{before}{name} {tuple(value.shape)}"
+        for name, value in batch.items()
+        if isinstance(value, dict) or (isinstance(value, torch.Tensor) and value.dim() > 1 and "mask" not in name)
+    ]
+    return ", ".join(parts)
