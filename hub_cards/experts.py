@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.moe_onerec import OneRecSparseMoeBlock
+from onerec_hf.modeling.layers_onerec import OneRecSparseMoeBlock
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration

@@ -16,14 +16,13 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
-from .beam_search import Beams, beam_search
+from .beam_search import BeamDecoder, Beams, beam_search, score_increments
 from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
-from .decoding_onerec import BeamDecoder
-from .guide_onerec import node_scores
-from .item_head import history_states
-from .pooling_onerec import at_places
+from .files import find_file, read_json_object
+from .item_head import ItemScores, history_states
+from .layers_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024
 # What generate() hands to its search and the fast path understands, or may ignore.
@@ -51,10 +50,19 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         constraint: what is legal, on the device of the scores; rows of `input_ids` belong to its users in order, equally many each.
         level_offsets: token id of code 0 of each level.
         bos_token_id: the token that opens an item.
+        item_scores: the item head's scores, added to the scores of a session's first item.
     """
 
-    def __init__(self, constraint: CatalogueConstraint, level_offsets: Sequence[int], bos_token_id: int):
+    def __init__(
+        self,
+        constraint: CatalogueConstraint,
+        level_offsets: Sequence[int],
+        bos_token_id: int,
+        item_scores: ItemScores | None = None,
+    ):
         self.constraint, self.level_offsets, self.bos_token_id = constraint, level_offsets, bos_token_id
+        self.item_scores = item_scores
+        self._node_scores: list[torch.Tensor] | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         trie, rows = self.constraint.trie, len(input_ids)
@@ -73,14 +81,21 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         legal = self.constraint.legal_children(level, nodes.view(users, beams), own.view(users, beams, items))
         legal = legal.flatten(0, 1)
         nothing = float("-inf")
+        added = 0.0 if items or self.item_scores is None else self._increments(level, nodes.view(users, beams))
         if level == 0:  # all rows have the same children
             tokens = trie.codes[0] + self.level_offsets[0]
-            values = scores.index_select(1, tokens)
+            values = scores.index_select(1, tokens) + added
             return constrained.index_copy_(1, tokens, torch.where(legal, values, nothing))
         tokens = trie.child_codes(level, nodes) + self.level_offsets[level]
-        # What is not legal, columns beyond a node's children among it, goes to token 0 (padding), which never is.
+        # Illegal children, and columns beyond a node's children, go to token 0 (padding), which is never legal.
         tokens = torch.where(legal, tokens, 0)
-        return constrained.scatter_(1, tokens, torch.where(legal, scores.gather(1, tokens), nothing))
+        return constrained.scatter_(1, tokens, torch.where(legal, scores.gather(1, tokens) + added, nothing))
+
+    def _increments(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """(rows, children) that the item scores add to the children of nodes (users, beams)."""
+        if self._node_scores is None:
+            self._node_scores = self.item_scores.at_nodes(slice(None), self.constraint)
+        return score_increments(self._node_scores, self.constraint.trie, level, nodes).flatten(0, 1)
 
 
 class OneRecGenerationMixin(GenerationMixin):
@@ -117,14 +132,14 @@ class OneRecGenerationMixin(GenerationMixin):
                 f"this model was trained with the catalogue {own[:12]}..., this is {catalogue.hash[:12]}... "
                 f"({len(catalogue)} items); load the catalogue that was saved with the model, or train for this one"
             )
-        if self.config.num_item_embeddings:
-            item_embedding = self.get_encoder().item_embedding
+        if self.config.item_head is not None:
+            item_head = self.get_encoder().item_head
             if own is None:
-                item_embedding.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
+                item_head.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
             elif self.catalogue is not None and own != catalogue.hash:
                 changes = self.catalogue.diff(catalogue)
                 freed = self.catalogue.codes[self.catalogue.rows([*changes.removed, *changes.recoded])]
-                item_embedding.forget(torch.tensor(freed, dtype=torch.long))
+                item_head.forget(torch.tensor(freed, dtype=torch.long))
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
@@ -143,25 +158,34 @@ class OneRecGenerationMixin(GenerationMixin):
         exclude: torch.Tensor | None = None,
         allow: torch.Tensor | None = None,
         distinct: bool = True,
+        item_score_weight: float | None = None,
         **kwargs,
     ):
         """
-        `GenerationMixin.generate`, held to the catalogue.
+        `GenerationMixin.generate`, constrained to the catalogue.
 
         Args:
             constrained: whether only items of the catalogue may be generated; by default wherever the model has a catalogue.
             exclude: (users, e) int64 catalogue rows that a user must not get, padded with -1.
             allow: (users, a) int64 catalogue rows, the only ones that a user may get, padded with -1.
-            distinct: whether an item may stand only once in a session.
+            distinct: whether an item may occur only once in a session.
+            item_score_weight: weight of the item head's log-probability of the first item, beside the decoder's; see [`recommend`].
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
         constrained = self.catalogue is not None if constrained is None else constrained
         if constrained:
-            constraint = self._constraint(exclude, allow, distinct)
+            constraint, item_scores = self._constraint(exclude, allow, distinct), None
+            if weight := self._item_score_weight(item_score_weight, generation_config):
+                history, mask = self._encoded(inputs, kwargs)
+                item_scores = self._item_scores(history, mask, constraint.trie, weight)
             logits_processor = LogitsProcessorList(logits_processor or [])
             logits_processor.append(
-                SemanticIDLogitsProcessor(constraint, self.config.level_offsets, self.config.bos_token_id)
+                SemanticIDLogitsProcessor(constraint, self.config.level_offsets, self.config.bos_token_id, item_scores)
+            )
+        elif item_score_weight:
+            raise ValueError(
+                f"item_score_weight={item_score_weight} needs constrained generation: pass constrained=True"
             )
         elif exclude is not None or allow is not None:
             raise ValueError("exclude and allow need constrained generation")
@@ -213,6 +237,7 @@ class OneRecGenerationMixin(GenerationMixin):
             constraint,
             config.num_beams,
             session_length,
+            item_scores=logits_processor[0].item_scores,
         )
         sequences, scores = self._sequences(beams, config.num_return_sequences)
         if not config.return_dict_in_generate:
@@ -240,6 +265,7 @@ class OneRecGenerationMixin(GenerationMixin):
         exclude: torch.Tensor | Sequence[Sequence] | None = None,
         allow: torch.Tensor | Sequence[Sequence] | None = None,
         distinct: bool = True,
+        item_score_weight: float | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -257,14 +283,16 @@ class OneRecGenerationMixin(GenerationMixin):
             exclude_seen: leave out the items of `input_ids`.
             exclude: more items to leave out per user: lists of item ids, or (users, e) int64 catalogue rows padded with -1.
             allow: the only items to choose from, in the same forms (a category, what is in stock); one row holds for all users.
-            distinct: whether an item may stand only once in a session.
+            distinct: whether an item may occur only once in a session.
+            item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own. It guides the beams
+                from the first code on. `generation_config.item_score_weight` when not given, 0 where that has none.
             do_sample: draw `num_beams` sessions without replacement (stochastic beam search) instead of finding the most probable
-                ones. The distribution is the model's at this `temperature`, held to the legal items at each code.
+                ones. The distribution is the model's (and the item head's) at this `temperature`, over the legal items at each code.
             temperature: divides the logits that are sampled from; scores are those of the model itself.
             generator: random numbers for `do_sample`, on the model's device; or a list of generators, one per user, with which a user's
                 sessions do not depend on who else is asked for.
             return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary, and
-                what `config.item_score_weight` adds); with `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
+                `item_score_weight` times its first item's); with `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
                 `sampling_scores` (log-probabilities under the distribution that was sampled from).
 
         Returns:
@@ -272,7 +300,7 @@ class OneRecGenerationMixin(GenerationMixin):
             legal sessions exist than were asked for, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
+            ValueError: no catalogue, an `item_score_weight` for a model without item scores, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
                 than users, or exclusions that leave a user no item.
             KeyError: an id in `exclude` or `allow` that the catalogue lacks.
         """
@@ -306,9 +334,11 @@ class OneRecGenerationMixin(GenerationMixin):
             history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
-            guided = self.config.item_score_weight > 0 and not do_sample
+            item_scores = None
+            if weight := self._item_score_weight(item_score_weight):
+                item_scores = self._item_scores(history, attention_mask, constraint.trie, weight)
             beams = self._search(
-                history, attention_mask, constraint, num_beams, session_length, guided=guided, **sampling
+                history, attention_mask, constraint, num_beams, session_length, item_scores=item_scores, **sampling
             )
         sequences, scores = self._sequences(beams, num_return_sequences)
         if not return_dict_in_generate:
@@ -343,11 +373,10 @@ class OneRecGenerationMixin(GenerationMixin):
         constraint,
         num_beams,
         session_length,
-        guided=False,
+        item_scores=None,
         generator=None,
         **sampling,
     ) -> Beams:
-        vectors, scored = self._vectors_of_leaves(constraint.trie) if guided else (None, None)
         # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
@@ -367,33 +396,45 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            guide = None if vectors is None else self._guide(history[some], mask, legal, vectors, scored)
+            guide = None if item_scores is None else item_scores.at_nodes(some, legal)
             parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
-    def _vectors_of_leaves(self, trie) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(leaves, width) what the items' scores are inner products with, and (leaves,) which items have a score; None where all have one."""
-        encoder = self.get_encoder()
-        tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
-        rows = encoder.item_embedding.rows(tokens)
-        # Leaves and vectors both stand in the order of codes: of the catalogue that the model was made for nothing need be gathered.
-        if torch.equal(rows, torch.arange(1, len(encoder.item_embedding.keys) + 1, device=rows.device)):
-            return encoder.item_output_vectors(), None
-        vectors = encoder.item_output_vectors(tokens)
-        return vectors, None if self.config.item_scores_with_codes or rows.all() else rows > 0
+    def _item_score_weight(self, given: float | None, generation_config=None) -> float:
+        """The weight that was given, or else the default of the generation config."""
+        config = self.generation_config if generation_config is None else generation_config
+        weight = getattr(config, "item_score_weight", None) if given is None else given  # no field of transformers'
+        if not weight:
+            return 0.0
+        if weight < 0:
+            raise ValueError(f"item_score_weight={weight} must not be negative")
+        head = self.config.item_head
+        if head is None or not head.loss_weight:
+            raise ValueError(
+                f"item_score_weight={weight} needs item scores: this model has no item_head with a loss_weight above 0. Train one "
+                "(OneRecConfig(item_head=...)), or leave item_score_weight out"
+            )
+        return float(weight)
 
-    def _guide(self, history, attention_mask, constraint, vectors, scored) -> list[torch.Tensor]:
-        """What the item scores add to the beams at each node (see [`node_scores`]); `vectors` and `scored` are of the leaves."""
-        leaves = (history_states(history, attention_mask) @ vectors.T).float()
-        if scored is None:
-            leaves = leaves.log_softmax(-1)
-        else:  # an item that came later and has no vector counts as the least probable one of those that have
-            leaves = leaves.masked_fill(~scored, float("-inf")).log_softmax(-1)
-            leaves = torch.where(scored, leaves, leaves.masked_fill(~scored, 0.0).amin(-1, keepdim=True))
-        legal = constraint.legal_leaves()
-        if legal is not None:
-            leaves = leaves.masked_fill(~legal, float("-inf"))
-        return node_scores(constraint.trie, leaves, self.config.item_score_weight)
+    def _item_scores(self, history, attention_mask, trie, weight: float) -> ItemScores:
+        """Of encoder states and their mask."""
+        tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
+        return ItemScores(self.get_encoder(), history_states(history, attention_mask), trie, weight, tokens)
+
+    @torch.no_grad()
+    def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoder states and their mask for `generate`'s arguments; the states are kept among them, so that it does not compute them again."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("encoder_outputs") is None:
+            input_ids = kwargs.get("input_ids") if inputs is None else inputs
+            if input_ids is None:
+                raise ValueError("item_score_weight needs the history: pass input_ids or encoder_outputs")
+            if mask is None:
+                mask = kwargs["attention_mask"] = (input_ids != self.config.pad_token_id).long()
+            with _without_dropout(self):
+                kwargs["encoder_outputs"] = self.get_encoder()(input_ids.to(self.device), mask.to(self.device))
+        mask = None if mask is None else mask.to(self.device)
+        return kwargs["encoder_outputs"][0], at_places(mask, self.config.encoder_stride)
 
     def _code_tokens(self, trie, leaves: torch.Tensor) -> torch.Tensor:
         """(..., levels) tokens of leaves."""
@@ -462,6 +503,13 @@ def _first(values: torch.Tensor, count: int, fill: float = float("-inf")) -> tor
     values = values[:, :count]
     missing = values.new_full((len(values), count - values.shape[1], *values.shape[2:]), fill)
     return torch.cat([values, missing], dim=1)
+
+
+def former_item_score_weight(repo, **kwargs) -> float | None:
+    """The `item_score_weight` of a config.json of format version 1, where it was an option of the model; None in later ones."""
+    path = find_file(repo, "config.json", **kwargs)
+    config = {} if path is None else read_json_object(path)
+    return config.get("item_score_weight") if config.get("format_version", 1) == 1 else None
 
 
 @contextmanager

@@ -1,29 +1,106 @@
-"""Life on the Hub: the code that travels with a checkpoint, the format it is written in, and weights that are not loaded."""
+"""The Hub: the code that travels with a checkpoint, the checkpoint format, the weights that are refused, and a repository's first card."""
 
 from __future__ import annotations
 
-import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .card_onerec import replace_template
-from .files import find_file, pinned, replacing_files
-from .untrusted_onerec import read_json_object, refusing, short
+from .files import find_file, pinned, read_json_object, refusing, replacing, replacing_files, short
+
+_MARK = "<!-- Written by push_to_hub, and anew by each one: without this line the card is yours, and is kept. -->"
+# As transformers writes it, blanks and all.
+_TEMPLATE = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been automatically generated."
+_PAPER = "[arXiv 2502.18965](https://arxiv.org/abs/2502.18965)"
+_KINDS = {
+    "OneRecForConditionalGeneration": (
+        f"A OneRec generator ({_PAPER}): it reads a history of items and writes a session of items as semantic IDs.",
+        "AutoModelForSeq2SeqLM",
+        (
+            *("codebook_sizes", "session_length", "hidden_size", "encoder_layers", "decoder_layers"),
+            *("num_experts", "num_experts_per_tok", "catalogue_hash"),
+        ),
+    ),
+    "OneRecForSessionReward": (
+        f"A OneRec session reward model ({_PAPER}, section 3.3): it says at which rates a user would respond to a session of items.",
+        "AutoModelForSequenceClassification",
+        ("objectives", "base_rates", "score_fusion", "score_weights", "num_items", "item_feature_dim", "items_hash"),
+    ),
+}
+
+
+def replace_template(path: str | os.PathLike, repo_id: str, saved: Any) -> None:
+    """
+    Puts a card of a few facts where `push_to_hub` has put the library's template, or an earlier one of these. Any other card is its
+    author's, and stays. What is no whole model (a processor, an adapter) gets no card in the template's place.
+
+    Args:
+        path: `README.md` as it is about to be uploaded; it need not exist.
+        repo_id: the repository, for the snippet.
+        saved: what is pushed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    template = ModelCard.from_template(ModelCardData(), model_description=_TEMPLATE)
+    untouched = card.text.strip() == template.text.strip()
+    kind = None if getattr(saved, "_hf_peft_config_loaded", False) else _KINDS.get(type(saved).__name__)
+    if kind is None:
+        if untouched:
+            path.unlink()
+        return
+    if not untouched and _MARK not in card.text:
+        return
+    about, auto_class, names = kind
+    facts = {"parameters": saved.num_parameters(), **{name: getattr(saved.config, name) for name in names}}
+    card.data.tags = [*(card.data.tags or ()), *({"onerec"} - set(card.data.tags or ()))]
+    text = f"""---
+{card.data.to_yaml()}
+---
+
+{_MARK}
+
+# {repo_id.split("/")[-1]}
+
+{about}
+
+```python
+import onerec_hf  # registers the Auto classes
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained({repo_id!r})
+```
+
+What its configuration says:
+
+```json
+{json.dumps(facts, indent=1)}
+```
+
+How it was trained, on which data, and how well it does, this card does not know.
+"""
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
 
 # Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
-FORMAT_VERSION = 1
-CODE_SUFFIX = "_onerec.py"
+FORMAT_VERSION = 2
+#: The folder of a repository that holds the code.
+CODE_FOLDER = "code"
 _WEIGHTS, _PICKLES = "model.safetensors", ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_ADAPTERS = 4
 _ADAPTER, _PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
-# Of an earlier save into the same folder: whole weights where there are shards now would be loaded in their place.
-_FORMER_WEIGHTS = (_WEIGHTS, "model-?????-of-?????.safetensors", f"{_WEIGHTS}.index.json")
+# Of an earlier save into the same folder: whole weights where there are shards now would be loaded in their place. Code was beside the weights once.
+_FORMER_WEIGHTS = ("*_onerec.py", _WEIGHTS, "model-?????-of-?????.safetensors", f"{_WEIGHTS}.index.json")
 
 
 def checked_format(config: dict) -> dict:
@@ -35,7 +112,7 @@ def checked_format(config: dict) -> dict:
 
     Example:
         >>> checked_format({"hidden_size": 32})
-        {'hidden_size': 32, 'format_version': 1}
+        {'hidden_size': 32, 'format_version': 2}
     """
     version = config.get("format_version", 1)
     if not (isinstance(version, int) and version <= FORMAT_VERSION):
@@ -198,11 +275,7 @@ class CarriesCode:
     def _get_files_timestamps(self, working_dir):
         # `save_pretrained(push_to_hub=True)` uploads what is newer than these: our own files were written just before.
         times = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return {
-            name: time
-            for name, time in times.items()
-            if not (name.endswith(CODE_SUFFIX) or name in self._files_beside)
-        }
+        return {name: time for name, time in times.items() if name != CODE_FOLDER and name not in self._files_beside}
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         replace_template(os.path.join(working_dir, "README.md"), repo_id, self)
@@ -210,17 +283,33 @@ class CarriesCode:
 
     def _save_code(self, folder: str | os.PathLike) -> None:
         # The room travels whole: a trainer that pushes while it trains saves only the processor and the weights.
-        for file in Path(__file__).parent.glob(f"*{CODE_SUFFIX}"):
-            shutil.copyfile(file, Path(folder) / file.name)
+        target = Path(folder) / CODE_FOLDER
+        target.mkdir(exist_ok=True)
+        for file in Path(__file__).parent.glob("*.py"):
+            if file.name != "__init__.py":
+                shutil.copyfile(file, target / file.name)
+
+
+def in_code(reference: str) -> str:
+    """
+    A class of the repository's code, as `auto_map` names it.
+
+    Example:
+        >>> in_code("modeling_onerec.OneRecModel")
+        'code/modeling_onerec.OneRecModel'
+    """
+    return f"{CODE_FOLDER}/{reference}"
 
 
 class HubModel(CarriesCode):
     """Mixin of models: safetensors only, code beside the weights, and whatever `_save_beside` and `_load_beside` add."""
 
-    #: What the Auto classes find in the repository's code, by the Auto class's name.
+    #: What the Auto classes find in the repository's code, "module.Class" by the Auto class's name.
     _auto_map: dict[str, str] = {}
     #: The pipelines of the repository's code by their task, as transformers writes them into the config.
     _custom_pipelines: dict[str, dict] = {}
+    #: Patterns of weights' names in older formats, and what they are called now.
+    _former_weights: dict[str, str] = {}
 
     def _save_beside(self, folder: str | os.PathLike) -> None:
         """Writes what belongs to the model and is no weight."""
@@ -255,9 +344,12 @@ class HubModel(CarriesCode):
             self._save_beside(temporary)
             if (self.include_code if include_code is None else include_code) and not adapter_only:
                 self._save_code(temporary)
-                config.auto_map = dict(self._auto_map)
+                config.auto_map = {name: in_code(reference) for name, reference in self._auto_map.items()}
                 if self._custom_pipelines:
-                    config.custom_pipelines = copy.deepcopy(self._custom_pipelines)
+                    config.custom_pipelines = {
+                        task: {**pipeline, "impl": in_code(pipeline["impl"])}
+                        for task, pipeline in self._custom_pipelines.items()
+                    }
             else:
                 for name in ("auto_map", "custom_pipelines"):  # from the repository that it was loaded from
                     vars(config).pop(name, None)
@@ -279,9 +371,14 @@ class HubModel(CarriesCode):
         if repo is not None:
             kwargs = pinned(repo, kwargs)
             source = check_weights(repo, **kwargs)
+        renamed = bool(cls._former_weights) and kwargs.get("key_mapping") is None
+        if renamed:
+            kwargs["key_mapping"] = dict(cls._former_weights)
         loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
+            if renamed:
+                model._weight_conversions = None  # the library would save the former names again
             places: list[tuple[str | os.PathLike | None, dict]] = [
                 (source, kwargs if source == repo else {**kwargs, "revision": None})
             ]
@@ -308,7 +405,7 @@ class HubModel(CarriesCode):
 
 
 __all__ = [
-    "CODE_SUFFIX",
+    "CODE_FOLDER",
     "FORMAT_VERSION",
     "CarriesCode",
     "HubModel",
@@ -317,4 +414,5 @@ __all__ = [
     "check_weights",
     "checked_format",
     "reading_config",
+    "replace_template",
 ]

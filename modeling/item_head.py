@@ -1,7 +1,8 @@
 """
-A learned vector per item beside its semantic ID (`config.num_item_embeddings`): codes say what an item is like, the vector says which one it is.
-The encoder reads it in histories, and with `config.item_loss_weight` the history's state also learns to name the next item by it (with
-`config.item_scores_with_codes` by the embeddings of its codes too).
+The item head (`config.item_head`): a learned vector per item beside its semantic ID. Codes say what an item is like, the vector tells it apart.
+
+The encoder adds the vectors to a history's embeddings. With a `loss_weight` the state at the end of a history also learns to predict the next item by
+a softmax over the catalogue, and these item scores guide the beams of `recommend()` and `generate()` (`item_score_weight`).
 """
 
 from __future__ import annotations
@@ -12,59 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .constraint import CatalogueConstraint, SemanticIDTrie
 
-class OneRecItemEmbedding(nn.Module):
+
+class ItemHead(nn.Module):
     """
-    Vectors of items, found by their codes. The codes are kept with the weights, so that a loaded model needs no catalogue to find them; an item
-    that joins the catalogue later has no vector, and is read by its codes alone.
+    Vectors of items, found by their codes. The codes are kept with the weights, so that a loaded model finds them without a catalogue. An item that
+    joins the catalogue later has no vector, and is read by its codes alone.
 
     Args:
-        config: a `OneRecConfig` with `num_item_embeddings`, the items; `item_embedding_dropout` is the share of items whose vector is
-            hidden in training, so that the codes are learned as well.
+        config: a `OneRecConfig` with an `item_head`.
 
     Example:
         >>> from onerec_hf import OneRecConfig
-        >>> config = OneRecConfig(codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2, num_item_embeddings=2)
-        >>> embedding = OneRecItemEmbedding(config)
-        >>> embedding.set_codes(torch.tensor([[1, 0], [0, 2]]))
-        >>> vectors = embedding(torch.tensor([[3, 5, 8, 3, 4, 11]]))  # SEP a b: of the first item, and of one without a vector
+        >>> config = OneRecConfig(codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2, item_head={"num_items": 2})
+        >>> head = ItemHead(config)
+        >>> head.set_codes(torch.tensor([[1, 0], [0, 2]]))
+        >>> vectors = head(torch.tensor([[3, 5, 8, 3, 4, 11]]))  # SEP a b: of the first item, and of one without a vector
         >>> vectors.shape, vectors.abs().sum(-1)[0].gt(0).tolist()
         (torch.Size([1, 6, 8]), [True, False, False, False, False, False])
     """
 
     def __init__(self, config):
         super().__init__()
-        self.sizes, self.offsets = list(config.codebook_sizes), list(config.level_offsets)
-        self.hidden = config.item_embedding_dropout
-        # Row 0 is of items without a vector.
-        self.vectors = nn.Embedding(config.num_item_embeddings + 1, config.hidden_size, padding_idx=0)
-        self.keys = nn.Buffer(torch.full((config.num_item_embeddings,), prod(self.sizes), dtype=torch.long))
+        self.config, self.sizes, self.offsets = (
+            config.item_head,
+            list(config.codebook_sizes),
+            list(config.level_offsets),
+        )
+        # Row 0 is for items without a vector.
+        self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
+        self.keys = nn.Buffer(torch.full((self.config.num_items,), prod(self.sizes), dtype=torch.long))
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """
-        Says which items the vectors are of.
+        Assigns the vectors to items.
 
         Args:
-            codes: (num_item_embeddings, levels) codes, all different.
+            codes: (num_items, levels) codes, all different.
 
         Raises:
             ValueError: another number of items.
         """
         if len(codes) != len(self.keys):
             raise ValueError(
-                f"the model has num_item_embeddings={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
+                f"the model's item_head has num_items={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
             )
         self.keys.copy_(self._keys(codes.to(self.keys.device)).sort().values)
 
     def forget(self, codes: torch.Tensor) -> None:
         """
-        Takes the vectors of these items away: what is given their codes next is another item.
+        Removes the vectors of items whose codes were freed: the next item with these codes is another one.
 
         Args:
             codes: (n, levels).
         """
         gone = torch.isin(self.keys, self._keys(codes.to(self.keys.device)))
-        # Each repeats the key before it, which is found first; vectors stay where they are. -1 is what `rows` asks for padding.
+        # Each repeats the key before it, which is found first; vectors keep their rows. -1 is the key of padding.
         self.keys.copy_(torch.where(gone, -2, self.keys).cummax(0).values)
 
     def _keys(self, codes: torch.Tensor) -> torch.Tensor:
@@ -75,7 +80,7 @@ class OneRecItemEmbedding(nn.Module):
         return key
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of `vectors` of items written as code tokens (..., levels); 0 for padding and for items without a vector."""
+        """Rows of `vectors` of items given as code tokens (..., levels); 0 for padding and for items without a vector."""
         codes = tokens - torch.tensor(self.offsets, device=tokens.device)
         keys = torch.where((codes >= 0).all(-1), self._keys(codes), -1)
         places = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
@@ -84,79 +89,140 @@ class OneRecItemEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(rows, t) tokens `SEP a b c ...` to (rows, t, width): an item's vector at its SEP, zeros elsewhere."""
         rows = self.rows(input_ids.unflatten(1, (-1, len(self.sizes) + 1))[..., 1:])
-        if self.training and self.hidden > 0:
-            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.hidden)
+        if self.training and self.config.dropout > 0:
+            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.config.dropout)
         return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
 
     def tokens(self) -> torch.Tensor:
-        """(num_item_embeddings, levels) code tokens of the items, in the order of their vectors."""
+        """(num_items, levels) code tokens of the items, in the order of their vectors."""
         keys, tokens = self.keys, []
         for size, offset in zip(reversed(self.sizes), reversed(self.offsets), strict=True):
             tokens.append(keys % size + offset)
             keys = keys // size
         return torch.stack(tokens[::-1], dim=-1)
 
-    def output_vectors(
-        self, code_table: torch.Tensor | None = None, code_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def output_vectors(self, token_embedding: nn.Module, code_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """
-        (items, width) what items are named by: a history's state times one of these is the logit that this item is next. Nothing learned stands
-        between: what an untrained encoder hands on, the sum of a history's vectors, already names items that resemble it.
+        (items, width) output vectors: a history's state times an item's vector is the logit of that item. No linear map is between them: already in
+        an untrained encoder the state is the sum of a history's vectors, and scores similar items high.
 
         Args:
-            code_table: (vocabulary, width) embeddings of tokens; those of an item's codes are added to its vector when given.
-            code_tokens: (items, levels) the items by their codes; those of `vectors` from row 1, in order, when None.
+            token_embedding: the encoder's embedding of tokens; with `score_codes` the embeddings of an item's codes are added.
+            code_tokens: (items, levels) code tokens of the items; those of `vectors` from row 1, in order, when None.
         """
-        vectors = table(self.vectors)
+        vectors = _table(self.vectors)
         vectors = vectors[1:] if code_tokens is None else F.embedding(self.rows(code_tokens), vectors)
-        if code_table is None:
+        if not self.config.score_codes:
             return vectors
-        return vectors + F.embedding_bag(self.tokens() if code_tokens is None else code_tokens, code_table, mode="sum")
+        code_tokens = self.tokens() if code_tokens is None else code_tokens
+        return vectors + F.embedding_bag(code_tokens, _table(token_embedding), mode="sum")
 
     def loss(
         self,
         states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        history_ranges: torch.Tensor | None,
         labels: torch.Tensor,
-        output_vectors: torch.Tensor,
-        code_tokens: torch.Tensor | float,
+        token_embedding: nn.Module,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """
-        Cross-entropy of the sessions' first items over all items, weighed as the code tokens of these items together: a sum over sessions, times
-        the levels, over all code tokens of the batch.
+        Cross-entropy of the sessions' first items over all items, summed over sessions. It counts as much as the code tokens of these items together:
+        it is multiplied by the levels, and the model divides it by the number of code tokens.
 
         Args:
-            states: (sessions, width) states of their histories.
-            labels: (sessions, t) code tokens, -100 where nothing is predicted.
-            output_vectors: (num_item_embeddings, width) of all items, in the order of their vectors.
-            code_tokens: how many the batch has, in all of its parts.
-            label_smoothing: share of the named item's probability that goes to all items alike.
+            states, attention_mask, history_ranges: as for [`history_states`].
+            labels: (sessions, t) code tokens, -100 where nothing is predicted. Sessions may repeat the users: all users once, then all again.
+            token_embedding: as for [`output_vectors`].
+            label_smoothing: share of an item's probability that is spread over all items.
         """
         levels = len(self.sizes)
+        states = history_states(states, attention_mask, history_ranges)
+        states = states.repeat(len(labels) // len(states), 1)
         rows = self.rows(labels[:, :levels])
-        known = rows > 0  # what is left out here, slots without a session, costs no scores
-        scores = (states[known] @ output_vectors.T).float()
-        value = F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
-        return value * levels / code_tokens
+        known = rows > 0  # slots without a session cost no scores
+        scores = (states[known] @ self.output_vectors(token_embedding).T).float()
+        return levels * F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
 
 
-def table(embedding: nn.Module) -> torch.Tensor:
-    """(rows, width) all that an embedding gives: its weight, or what an adapter in its place (LoRA) makes of it, which `weight` leaves out."""
-    if isinstance(embedding, nn.Embedding):
-        return embedding.weight
-    weight: torch.Tensor = embedding.weight  # pyright: ignore[reportAssignmentType]
-    return embedding(torch.arange(len(weight), device=weight.device))
+class ItemScores:
+    """
+    Item scores of histories as a guide of beam search. The probability of a node of the catalogue's trie is the sum over the items below it, so that the
+    scores count from a session's first code on, and not only among the items that the decoder finds by itself.
+
+    Args:
+        encoder: the model's encoder, with an item head that has a `loss_weight`.
+        states: (users, width) states at the ends of the histories ([`history_states`]).
+        trie: the catalogue's semantic IDs, on the device of the states.
+        weight: factor of the log-probabilities, positive.
+        code_tokens: (leaves, levels) code tokens of the trie's leaves.
+    """
+
+    def __init__(self, encoder, states: torch.Tensor, trie: SemanticIDTrie, weight: float, code_tokens: torch.Tensor):
+        head = encoder.item_head
+        self.states, self.trie, self.weight, self.scored = states, trie, weight, None
+        rows = head.rows(code_tokens)
+        # Leaves and vectors are both in the order of codes: for the catalogue that the model was made for nothing needs to be gathered.
+        if torch.equal(rows, torch.arange(1, len(head.keys) + 1, device=rows.device)):
+            self.vectors = head.output_vectors(encoder.embed_tokens)
+        else:
+            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
+            if not (head.config.score_codes or rows.all()):
+                self.scored = rows > 0
+
+    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
+        """
+        Scores of the nodes of each level for some of the users ([`node_scores`]), of the items that `constraint` allows them. A new item without a
+        vector scores as the least probable item that has one.
+        """
+        leaves = (self.states[users] @ self.vectors.T).float()
+        if self.scored is None:
+            leaves = leaves.log_softmax(-1)
+        else:
+            leaves = leaves.masked_fill(~self.scored, float("-inf")).log_softmax(-1)
+            least = leaves.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True)
+            leaves = torch.where(self.scored, leaves, least)
+        legal = constraint.legal_leaves()
+        if legal is not None:
+            leaves = leaves.masked_fill(~legal, float("-inf"))
+        return node_scores(self.trie, leaves, self.weight)
+
+
+def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) -> list[torch.Tensor]:
+    """
+    `weight` times the log of the probability below each node, per level (users, nodes) float32. They telescope: the increments along the codes of an
+    item add up to `weight` times the item's score.
+
+    Args:
+        leaf_scores: (users, leaves) float32 log-probabilities of items, -inf for items that are not legal.
+        weight: positive.
+
+    Example:
+        >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])
+        >>> levels = node_scores(trie, torch.tensor([[0.5, 0.3, 0.2]]).log(), weight=1.0)
+        >>> [level.exp() for level in levels]
+        [tensor([[0.8000, 0.2000]]), tensor([[0.5000, 0.3000, 0.2000]])]
+    """
+    largest = leaf_scores.amax(1, keepdim=True)
+    shares, leaves = (leaf_scores - largest).exp(), torch.arange(trie.num_leaves, device=leaf_scores.device)
+    tiny = torch.finfo(shares.dtype).tiny  # a probability too small for a float remains possible
+    levels = []
+    for level in range(trie.num_levels - 1):
+        below = shares.new_zeros(len(shares), len(trie.codes[level]))
+        below.index_add_(1, trie.ancestors(level, leaves), shares)
+        levels.append((below.clamp_(min=tiny).log_() + largest) * weight)
+    return [*levels, leaf_scores * weight]
 
 
 def history_states(
     states: torch.Tensor, attention_mask: torch.Tensor | None, history_ranges: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The encoder's states where histories end.
+    The encoder's states at the ends of histories.
 
     Args:
         states: (rows, t, width).
-        attention_mask: (rows, t); all of a row is its history when None.
+        attention_mask: (rows, t); the whole row is the history when None.
         history_ranges: (rows, P, 2) of packed rows, in place of the mask.
 
     Returns:
@@ -171,4 +237,12 @@ def history_states(
     return states[torch.arange(len(states), device=states.device), last]
 
 
-__all__ = ["OneRecItemEmbedding", "history_states", "table"]
+def _table(embedding: nn.Module) -> torch.Tensor:
+    """(rows, width) all vectors of an embedding: its weight, or the output of an adapter around it (LoRA), which `weight` leaves out."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.weight
+    weight: torch.Tensor = embedding.weight  # pyright: ignore[reportAssignmentType]
+    return embedding(torch.arange(len(weight), device=weight.device))
+
+
+__all__ = ["ItemHead", "ItemScores", "history_states", "node_scores"]

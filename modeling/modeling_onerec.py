@@ -3,28 +3,368 @@ OneRec (arXiv 2502.18965, section 3.2): an encoder over the history, a decoder w
 
 Differences from the paper's T5-style description, each a config switch or a convention of transformers: rotary positions instead of T5's
 relative bias, also in cross-attention (`cross_attention_rope`); SwiGLU feed-forward layers (technical report, arXiv 2506.13695).
+
+The layers are in layers_onerec.py, generation is in generation_onerec.py, the optional item head in item_head.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
-from .decoder_onerec import OneRecDecoder
-from .encoder_onerec import OneRecEncoder
-from .generation_onerec import OneRecGenerationMixin
-from .item_head import history_states
-from .loss_onerec import session_loss
-from .packing_onerec import check_packing
-from .pooling_onerec import at_places, ranges_of_places
-from .pretrained_onerec import OneRecPreTrainedModel
+from .cpu_experts import EXPERTS_IMPLEMENTATION
+from .generation_onerec import OneRecGenerationMixin, former_item_score_weight
+from .hub import HubModel
+from .item_head import ItemHead
+from .layers_onerec import (
+    OneRecCrossAttention,
+    OneRecDecoderLayer,
+    OneRecEncoderLayer,
+    OneRecExperts,
+    OneRecRMSNorm,
+    OneRecRotaryEmbedding,
+    OneRecSelfAttention,
+    OneRecTopKRouter,
+    at_places,
+    check_packing,
+    history_positions,
+    pooled_embeddings,
+    positions_behind,
+    ranges_of_places,
+    same_segment,
+    visible_tokens,
+    within_ranges,
+)
+
+ATTENTION_TP_PLAN = {
+    f"layers.*.{attention}.{letter}_proj": "rowwise" if letter == "o" else "colwise"
+    for attention in ("self_attn", "cross_attn")
+    for letter in "qkvo"
+}
+
+
+@auto_docstring
+class OneRecPreTrainedModel(HubModel, PreTrainedModel):
+    config: OneRecConfig
+    _auto_map = {
+        "AutoConfig": "configuration_onerec.OneRecConfig",
+        "AutoModel": "modeling_onerec.OneRecModel",
+        "AutoModelForSeq2SeqLM": "modeling_onerec.OneRecForConditionalGeneration",
+        "AutoProcessor": "processing_onerec.OneRecProcessor",  # for a repository that holds the model only
+    }
+    _former_weights = {r"encoder\.item_embedding\.": "encoder.item_head."}
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the experts' decorator in this file's text; it is in layers_onerec.py.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, OneRecExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, OneRecTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.e_score_correction_bias)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """Refuses a tied embedding that torch 2.13 would train wrong from the second step on, without a message, also in models of transformers."""
+        if mesh_manager is not None and model.config.tie_word_embeddings:
+            rows, shards = model.config.vocab_size, distributed_config.fsdp_size
+            if rows % shards:
+                enough = -(-rows // shards) * shards
+                raise ValueError(
+                    f"the tied embedding has vocab_size={rows} rows, which fsdp_size={shards} does not divide: torch trains such a table "
+                    f"wrong without a message. Make the model with vocab_size={enough}, or load it in one process, call "
+                    f"model.resize_token_embeddings({enough}) and save it"
+                )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs):
+        """The weights of a sharded model for saving: a tied table once, as an unsharded model saves it."""
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
+        return {name: value for name, value in gathered.items() if name not in model_to_save.all_tied_weights_keys}
+
+
+def session_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    tokens_per_item: int,
+    code_tokens: torch.Tensor | float,
+    weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """
+    The session-wise next-token loss (paper, equation 4): the cross-entropy of sessions' code tokens, divided by their number.
+
+    Args:
+        logits: (rows, t, vocabulary).
+        labels: (rows, t) code tokens, not shifted; -100 where nothing is predicted.
+        tokens_per_item: separator and codes; item i of a session begins at `i * tokens_per_item`.
+        code_tokens: number of code tokens of the whole batch, over accumulation steps and ranks.
+        weights: weights of a session's items, first to last, relative to their mean; the last one holds for later items. Equal when
+            None, as in the paper.
+        label_smoothing: share of a label's probability that is spread over the vocabulary.
+
+    Example:
+        >>> logits, labels = torch.zeros(1, 5, 8), torch.tensor([[4, 5, -100, 6, 7]])  # a b BOS a b: uniform guesses among 8 ...
+        >>> logits[0, 3:, 6] = 2.0  # ... but for the second item
+        >>> [round(session_loss(logits, labels, 3, 4, weights).item(), 2) for weights in (None, (3, 1), (0, 1))]
+        [1.87, 1.98, 1.67]
+    """
+    reduction = "sum" if weights is None else "none"
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing, reduction=reduction
+    )
+    if weights is not None:
+        places = torch.arange(labels.shape[1], device=labels.device) // tokens_per_item
+        relative = torch.tensor([weight * len(weights) / sum(weights) for weight in weights], device=labels.device)
+        losses = (losses.view_as(labels) * relative[places.clamp(max=len(weights) - 1)]).sum()
+    return losses / code_tokens
+
+
+@dataclass
+class OneRecEncoderOutput(BaseModelOutput):
+    """
+    Args:
+        item_loss (`torch.FloatTensor`, *optional*):
+            The item head's loss, summed over the code tokens of sessions, with labels ([`ItemHead.loss`]).
+    """
+
+    item_loss: torch.FloatTensor | None = None
+
+
+class OneRecEncoder(OneRecPreTrainedModel):
+    """
+    The history's encoder: fully visible, or causal with `config.encoder_is_causal`. It has one state per token, or one per item with
+    `config.encoder_pools_items`; `position_ids` count states.
+
+    `labels`, `history_ranges` and `smoothing` are for the item loss alone: it is computed here, where sharded weights are gathered.
+    """
+
+    _can_record_outputs = {"hidden_states": OneRecEncoderLayer, "attentions": OneRecSelfAttention}
+    _tp_plan = {key: plan for key, plan in ATTENTION_TP_PLAN.items() if "cross" not in key} | {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    _fsdp_plan = {"layers.*": "free_full_weight"}
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.item_head = ItemHead(config) if config.item_head is not None else None
+        self.pointwise = config.encoder_attention == "pointwise"
+        self.layers = nn.ModuleList(
+            [OneRecEncoderLayer(config, i, self.pointwise) for i in range(config.encoder_layers)]
+        )
+        self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.rotary_emb = OneRecRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        segment_ids=None,
+        history_ranges=None,
+        labels=None,
+        smoothing=0.0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> OneRecEncoderOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if self.item_head is not None:
+                inputs_embeds = inputs_embeds + self.item_head(input_ids)
+            if self.config.encoder_scales_embeddings:
+                inputs_embeds = inputs_embeds * self.config.hidden_size**0.5
+        stride = self.config.encoder_stride
+        attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
+        if self.config.encoder_pools_items:
+            inputs_embeds = pooled_embeddings(inputs_embeds, stride)
+        if position_ids is None:
+            position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
+        if self.pointwise:
+            mask = visible_tokens(inputs_embeds, attention_mask, segment_ids, self.config.encoder_is_causal)
+        else:
+            create_mask = create_causal_mask if self.config.encoder_is_causal else create_bidirectional_mask
+            mask = create_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                and_mask_function=None if segment_ids is None else same_segment(segment_ids),
+            )
+        hidden_states, positions = self.dropout(inputs_embeds), self.rotary_emb(inputs_embeds, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=positions, **kwargs)
+        hidden_states, item_loss = self.norm(hidden_states), None
+        if self.item_head is not None and labels is not None:
+            ranges = ranges_of_places(history_ranges, stride)
+            item_loss = self.item_head.loss(
+                hidden_states, attention_mask, ranges, labels, self.embed_tokens, smoothing
+            )
+        return OneRecEncoderOutput(last_hidden_state=hidden_states, item_loss=item_loss)
+
+
+@dataclass
+class OneRecDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """
+    Args:
+        router_logits (`tuple(torch.FloatTensor)`, *optional*):
+            One `(batch * length, num_experts)` tensor per decoder layer, with `output_router_logits=True`.
+        tokens_per_expert (`torch.LongTensor` of shape `(decoder_layers, num_experts)`, *optional*):
+            Number of tokens that chose each expert; in training only.
+    """
+
+    router_logits: tuple[torch.FloatTensor] | None = None
+    tokens_per_expert: torch.LongTensor | None = None
+
+
+class OneRecDecoder(OneRecPreTrainedModel):
+    """The session's decoder. `encoder_hidden_states` has one row per user, `input_ids` one or more (the beams of a user, in order)."""
+
+    _can_record_outputs = {
+        "hidden_states": OneRecDecoderLayer,
+        "attentions": OneRecSelfAttention,
+        "cross_attentions": OneRecCrossAttention,
+        "router_logits": OutputRecorder(OneRecTopKRouter, index=0),
+    }
+    _tp_plan = ATTENTION_TP_PLAN | {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    _ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    _fsdp_plan = {"layers.*": "free_full_weight"}
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([OneRecDecoderLayer(config, i) for i in range(config.decoder_layers)])
+        self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.rotary_emb = OneRecRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        segment_ids=None,
+        history_ranges=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> OneRecDecoderOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of decoder_input_ids and decoder_inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        packed = history_ranges is not None
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            # Packed sessions are padded on the right, where causality hides the padding; an unused slot would have nothing to see.
+            attention_mask=None if packed else attention_mask,
+            position_ids=None if packed else position_ids,
+            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+        )
+        users = encoder_hidden_states.shape[0]
+        cross_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds.reshape(users, -1, inputs_embeds.shape[-1]),
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            and_mask_function=within_ranges(history_ranges, inputs_embeds.shape[1]) if packed else None,
+        )
+        query_positions = key_positions = None
+        if self.config.cross_attention_rope:  # the session's positions are right behind the history's
+            keys = history_positions(encoder_hidden_states, encoder_attention_mask, segment_ids)
+            behind = positions_behind(history_ranges, keys, position_ids.shape[-1]) if packed else keys[:, -1:] + 1
+            queries = position_ids.expand(inputs_embeds.shape[0], -1).reshape(users, -1) + behind
+            query_positions, key_positions = (self.rotary_emb(encoder_hidden_states, each) for each in (queries, keys))
+        hidden_states, positions = self.dropout(inputs_embeds), self.rotary_emb(inputs_embeds, position_ids)
+        counts = []
+        for layer in self.layers:
+            hidden_states, layer_counts = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=positions,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=cross_mask,
+                query_positions=query_positions,
+                key_positions=key_positions,
+                token_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            counts.append(layer_counts)
+        return OneRecDecoderOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            tokens_per_expert=torch.stack(counts) if counts and counts[0] is not None else None,
+        )
 
 
 @dataclass
@@ -34,11 +374,14 @@ class OneRecModelOutput(Seq2SeqModelOutput):
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
             One `(batch * length, num_experts)` tensor per decoder layer, with `output_router_logits=True`.
         tokens_per_expert (`torch.LongTensor` of shape `(decoder_layers, num_experts)`, *optional*):
-            How many tokens chose each expert; in training only.
+            Number of tokens that chose each expert; in training only.
+        item_loss (`torch.FloatTensor`, *optional*):
+            The item head's loss, summed over the code tokens of sessions, with labels.
     """
 
     router_logits: tuple[torch.FloatTensor] | None = None
     tokens_per_expert: torch.LongTensor | None = None
+    item_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -50,7 +393,7 @@ class OneRecOutput(Seq2SeqLMOutput):
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
             One `(batch * length, num_experts)` tensor per decoder layer, with `output_router_logits=True`.
         tokens_per_expert (`torch.LongTensor` of shape `(decoder_layers, num_experts)`, *optional*):
-            How many tokens chose each expert; in training only.
+            Number of tokens that chose each expert; in training only.
     """
 
     aux_loss: torch.FloatTensor | None = None
@@ -92,12 +435,14 @@ class OneRecModel(OneRecPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         history_ranges: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        smoothing: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecModelOutput:
         r"""
         encoder_input_ids (`torch.LongTensor` of shape `(users, t)`, *optional*):
-            With it, `input_ids` and `attention_mask` are the decoder's, as TRL's trainers send what they score; they may have r rows per
-            user, all users once, then all users again (chosen rows, then rejected ones).
+            With it, `input_ids` and `attention_mask` are the decoder's, the way TRL's trainers send the sequences to score. They may have r rows
+            per user: all users once, then all users again (chosen rows, then rejected ones).
         encoder_attention_mask (`torch.Tensor` of shape `(users, t)`, *optional*):
             Mask of `encoder_input_ids`.
         segment_ids (`torch.LongTensor` of shape `(rows, t)`, *optional*):
@@ -108,6 +453,10 @@ class OneRecModel(OneRecPreTrainedModel):
             `history_ranges[b, p, 1]` of row b. A range lies inside one segment, and with a fully visible encoder it ends where its
             segment ends: what stands behind it would leak. Sessions are padded on the right; a slot without a session has labels -100,
             a `decoder_attention_mask` of 0 and any range of one token.
+        labels (`torch.LongTensor` of shape `(rows, t)`, *optional*):
+            Code tokens of the sessions, for the item head's loss alone.
+        smoothing (`float`, defaults to 0):
+            Label smoothing of that loss.
         """
         check_packing(self.config._attn_implementation, attention_mask, segment_ids, history_ranges)
         if encoder_input_ids is not None:
@@ -115,7 +464,16 @@ class OneRecModel(OneRecPreTrainedModel):
             input_ids, attention_mask = encoder_input_ids, encoder_attention_mask
         decoder_position_ids = kwargs.pop("decoder_position_ids", None)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, segment_ids=segment_ids, **kwargs)
+            encoder_outputs = self.encoder(
+                input_ids,
+                attention_mask,
+                inputs_embeds,
+                segment_ids=segment_ids,
+                history_ranges=history_ranges,
+                labels=labels,
+                smoothing=smoothing,
+                **kwargs,
+            )
         stride = self.config.encoder_stride
         attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
         history_ranges = ranges_of_places(history_ranges, stride)
@@ -149,13 +507,14 @@ class OneRecModel(OneRecPreTrainedModel):
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
             router_logits=out.router_logits,
             tokens_per_expert=out.tokens_per_expert,
+            item_loss=getattr(encoder_outputs, "item_loss", None),
         )
 
 
 @auto_docstring(
     custom_intro="""
     The OneRec generator: reads a history, writes a session of semantic IDs. Its loss is the session-wise next-token loss (paper,
-    equation 4) as a mean over code tokens ([`~onerec_hf.modeling.loss_onerec.session_loss`]).
+    equation 4) as a mean over code tokens.
     """
 )
 class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedModel):
@@ -173,8 +532,9 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_type = "ForMaskedLM"  # `loss_function` by this class's name would shift labels; ours stand in place
+        self.loss_type = "ForMaskedLM"  # `loss_function` by this class's name would shift labels; ours are not shifted
         self.post_init()
+        self.generation_config._from_model_config = False  # such a file is read without its `item_score_weight`
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """`BOS a b c BOS ...` for labels `a b c -100 a ...`: the -100 between two items is the next item's BOS, at the end it is padding."""
@@ -204,19 +564,23 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         segment_ids: torch.LongTensor | None = None,
         history_ranges: torch.LongTensor | None = None,
         smoothing: float = 0.0,
+        session_weights: Sequence[float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecOutput:
         r"""
         labels (`torch.LongTensor` of shape `(rows, t)`, *optional*):
-            Code tokens, -100 where nothing is predicted (BOS and padding); not shifted: position i is what the decoder says after its
-            i-th input.
+            Code tokens, -100 where nothing is predicted (BOS and padding). They are not shifted: position i is the target of the decoder's i-th
+            input.
         segment_ids (`torch.LongTensor` of shape `(rows, t)`, *optional*):
             Which of several histories packed into a row of `input_ids` a token belongs to (see [`OneRecModel`]).
         history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
             Which tokens of an encoder row each of its P decoder rows reads (see [`OneRecModel`]).
         smoothing (`float`, defaults to 0):
-            Label smoothing: the share of a label's probability that the loss gives to all tokens alike, and that the item loss gives to
-            all items alike. (Trainer would take an argument that has "label" in its name for a column of labels.)
+            Label smoothing, over the vocabulary and, in the item head's loss, over the items. (Trainer takes an argument with "label" in its
+            name for a column of labels.)
+        session_weights (`Sequence[float]`, *optional*):
+            Loss weights of a session's items, first to last, relative to their mean; equal when not given, as in the paper. The item head's loss is
+            not weighted.
 
         Example:
 
@@ -233,9 +597,9 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         ```"""
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        output_router_logits = (
-            self.config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        item_loss_weight = 0.0 if self.config.item_head is None else self.config.item_head.loss_weight
         out = self.model(
             input_ids,
             attention_mask,
@@ -249,6 +613,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             output_router_logits=output_router_logits,
             segment_ids=segment_ids,
             history_ranges=history_ranges,
+            labels=labels if item_loss_weight else None,
+            smoothing=smoothing,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -258,20 +624,13 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             code_tokens = kwargs.get("num_items_in_batch")
             if code_tokens is None:
                 code_tokens = (labels != -100).sum()
-            weights = self.config.session_loss_weights if self.training else None
-            loss = session_loss(logits, labels, self.config.tokens_per_item, code_tokens, weights, smoothing)
-            if self.config.item_loss_weight:
-                stride = self.config.encoder_stride
-                states = history_states(
-                    out.encoder_last_hidden_state,
-                    at_places(attention_mask, stride),
-                    ranges_of_places(history_ranges, stride),
-                )
-                encoder = self.model.encoder
-                item_loss = encoder.item_embedding.loss(
-                    states, labels, encoder.item_output_vectors(), code_tokens, smoothing
-                )
-                loss = loss + self.config.item_loss_weight * item_loss
+            loss = session_loss(logits, labels, self.config.tokens_per_item, code_tokens, session_weights, smoothing)
+            if item_loss_weight:
+                if out.item_loss is None:
+                    raise ValueError(
+                        "the item head's loss needs the history: pass input_ids, not encoder_outputs alone"
+                    )
+                loss = loss + item_loss_weight * out.item_loss / code_tokens
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, decoder_attention_mask
@@ -294,16 +653,16 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         )
 
     @torch.no_grad()
-    def update_router_bias(self, tokens_per_expert: torch.Tensor) -> None:
+    def update_router_bias(self, tokens_per_expert: torch.Tensor, rate: float) -> None:
         """
-        Loss-free balancing (technical report, section 2.2): raises the bias of experts that got fewer tokens than the mean, lowers the
-        others', by `config.router_bias_update_rate`. `tokens_per_expert` is (decoder_layers, num_experts), summed over the step and
-        over all ranks; [`RouterBalanceCallback`] calls this once per optimizer step.
+        Loss-free balancing (technical report, section 2.2): raises the bias of experts that got fewer tokens than the mean by `rate`, and lowers
+        that of the others. `tokens_per_expert` is (decoder_layers, num_experts), summed over the step and over all ranks;
+        [`RouterBalanceCallback`] calls this once per optimizer step.
         """
         load = tokens_per_expert.float()
         for layer, counts in zip(self.model.decoder.layers, load, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
-            bias += self.config.router_bias_update_rate * torch.sign(counts.mean() - counts).to(bias.device)
+            bias += rate * torch.sign(counts.mean() - counts).to(bias.device)
 
     def _save_beside(self, folder):
         if self.catalogue is not None:
@@ -313,6 +672,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         catalogue = ItemCatalogue.find(repo, **kwargs)
         if catalogue is not None:
             self.set_catalogue(catalogue)
+        if weight := former_item_score_weight(repo, **kwargs):
+            self.generation_config.item_score_weight = weight
 
 
 __all__ = ["OneRecForConditionalGeneration", "OneRecModel", "OneRecPreTrainedModel"]

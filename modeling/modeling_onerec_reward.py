@@ -20,9 +20,8 @@ from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 
 from .configuration_onerec_reward import OneRecRewardConfig
 from .hub import HubModel
-from .layers_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm
+from .layers_onerec import OneRecCrossAttention, OneRecEncoderLayer, OneRecRMSNorm, OneRecRotaryEmbedding
 from .processing_onerec_reward import REWARD_ITEMS_NAME, RewardItems
-from .rotary_onerec import OneRecRotaryEmbedding
 
 MISSING_LABEL = -100
 

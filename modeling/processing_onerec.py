@@ -14,10 +14,9 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
-from .files import find_file, pinned, replacing_files
-from .hub import CarriesCode
+from .files import find_file, pinned, refusing, replacing_files
+from .hub import CarriesCode, in_code
 from .tokenization_onerec import OneRecTokenizer
-from .untrusted_onerec import refusing
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -251,9 +250,9 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                     self.catalogue.save(os.path.join(temporary, CATALOGUE_NAME))
                 if self.include_code if include_code is None else include_code:
                     self._save_code(temporary)
-                    self.auto_map = {"AutoProcessor": "processing_onerec.OneRecProcessor"}
+                    self.auto_map = {"AutoProcessor": in_code("processing_onerec.OneRecProcessor")}
                     self.tokenizer.init_kwargs["auto_map"] = {
-                        "AutoTokenizer": ("tokenization_onerec.OneRecTokenizer", None)
+                        "AutoTokenizer": (in_code("tokenization_onerec.OneRecTokenizer"), None)
                     }
                 saved = super().save_pretrained(temporary, push_to_hub=push_to_hub, **kwargs)
         finally:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from .files import find_file, replacing, sort_header
+from .files import find_file, read_safetensors, refusing, replacing, sort_header
 from .item_ids import decode_ids, encode_ids, find_keys
-from .untrusted_onerec import read_safetensors, refusing
 
 REWARD_ITEMS_NAME = "reward_items.safetensors"
 _FORMAT = "onerec-reward-items"

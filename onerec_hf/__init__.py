@@ -28,7 +28,7 @@ _PUBLIC = {
     "OneRecModel": "modeling.modeling_onerec",
     "OneRecProcessor": "modeling.processing_onerec",
     "OneRecTokenizer": "modeling.tokenization_onerec",
-    "SemanticIDTrie": "modeling.trie_onerec",
+    "SemanticIDTrie": "modeling.constraint",
 }
 
 __all__ = sorted([*_PUBLIC, "register_auto_classes"])
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.processing_onerec_reward import RewardItems
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
-    from onerec_hf.modeling.trie_onerec import SemanticIDTrie
+    from onerec_hf.modeling.constraint import SemanticIDTrie
 
 
 def __getattr__(name: str):

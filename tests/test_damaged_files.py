@@ -30,8 +30,8 @@ from onerec_hf.cli.plan import recipe_options
 from onerec_hf.cli.recommend import known_items, naming_file, read_file
 from onerec_hf.data import read_interactions, read_items
 from onerec_hf.data.interactions import check_embeddings
+from onerec_hf.modeling.files import map_npy
 from onerec_hf.modeling.hub import check_weights
-from onerec_hf.modeling.untrusted_onerec import map_npy
 from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_grid_tensor, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport

@@ -21,6 +21,9 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
     over accumulation and ranks, and before each optimizer step moves the routers' bias. [`OneRecTrainer`] adds it by itself; give it to a plain
     `Trainer` that trains a OneRec model with experts.
 
+    Args:
+        rate: step of the bias; 0 leaves it as it is.
+
     `tokens_per_expert` is the sum over all steps, (decoder_layers, num_experts), None before the first. It stands in the checkpoints.
 
     Example:
@@ -28,7 +31,8 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         >>> trainer = Trainer(model=model, callbacks=[RouterBalanceCallback()], ...)  # doctest: +SKIP
     """
 
-    def __init__(self):
+    def __init__(self, rate: float = 0.001):
+        self.rate = rate
         self.tokens_per_expert: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None
         self._violations: list[float] = []
@@ -48,7 +52,10 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """What a checkpoint holds of this callback, in Trainer's form."""
         counts = self.tokens_per_expert
-        return {"args": {}, "attributes": {"tokens_per_expert": None if counts is None else counts.tolist()}}
+        return {
+            "args": {"rate": self.rate},
+            "attributes": {"tokens_per_expert": None if counts is None else counts.tolist()},
+        }
 
     def _restored(self, state) -> torch.Tensor | None:
         name = type(self).__name__
@@ -71,7 +78,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         self.tokens_per_expert = self._tokens + (0 if self.tokens_per_expert is None else self.tokens_per_expert)
         load = self._tokens.float()
         self._violations.append(float((load.amax(1) / load.mean(1) - 1).mean()))
-        self._model.update_router_bias(self._tokens)
+        self._model.update_router_bias(self._tokens, self.rate)
         self._tokens = None
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -1,6 +1,7 @@
 """Arguments of [`OneRecTrainer`]."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -20,6 +21,9 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
             `per_device_train_batch_size` then counts rows. Evaluation stays as it is.
         packing_length: history items of a packed row; at least `max_history`.
         pad_to_multiple_of: without packing, pad histories to a multiple of so many items, so that `torch_compile` sees few shapes.
+        session_loss_weights: loss weights of a session's items, first to last, relative to their mean; the last one holds for later items. Equal
+            when not given, as in the paper's equation 4. The item head's loss and the loss of evaluations are not weighted.
+        router_bias_update_rate: step of the loss-free balancing bias of the experts (technical report, arXiv 2506.13695); 0 switches it off.
         stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
 
     Example:
@@ -49,6 +53,12 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Pad histories to a multiple of so many items (few shapes for torch_compile)."},
     )
+    session_loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Loss weights of a session's items, first to last; equal by default."}
+    )
+    router_bias_update_rate: float = field(
+        default=0.001, metadata={"help": "Step of the experts' loss-free balancing bias; 0 switches it off."}
+    )
     stop_at_nonfinite: bool = field(
         default=True,
         metadata={"help": "Stop on a loss or gradient that is not finite, and save the batch's examples."},
@@ -65,6 +75,13 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
                 f"eval_num_beams={self.eval_num_beams} cannot rank the top {max(self.eval_top_k)}; raise it to "
                 f"{max(self.eval_top_k)} or more"
             )
+        weights = self.session_loss_weights
+        if weights is not None and not (weights and min(weights) >= 0 and 0 < sum(weights) < inf):
+            raise ValueError(
+                f"session_loss_weights={weights!s:.200} must be a number for each item of a session: none negative, not all of them 0"
+            )
+        if self.router_bias_update_rate < 0:
+            raise ValueError(f"router_bias_update_rate={self.router_bias_update_rate} must not be negative")
         for name in ("packing_length", "pad_to_multiple_of"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")

@@ -98,7 +98,8 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         else:
             collator = _padding_collator(train_dataset, args, processing_class, generator.config)
         self._evaluated = None
-        self._router_balance, self._interrupt = RouterBalanceCallback(), InterruptCallback()
+        self._router_balance = RouterBalanceCallback(args.router_bias_update_rate)
+        self._interrupt = InterruptCallback()
         if args.predict_with_generate and compute_metrics is None:
             compute_metrics = self.compute_ranking_metrics
         super().__init__(
@@ -172,6 +173,8 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.label_smoothing_factor:
             inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
+        if self.args.session_loss_weights is not None and model.training:
+            inputs = {**inputs, "session_weights": self.args.session_loss_weights}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -71,7 +71,7 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
     import torch
 
     from onerec_hf.modeling.item_head import history_states
-    from onerec_hf.modeling.pooling_onerec import at_places
+    from onerec_hf.modeling.layers_onerec import at_places
 
     inputs = processor(histories)
     model.config.item_score_weight = weight if guided else 0.0

@@ -174,7 +174,7 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
     import torch
 
     from onerec_hf.modeling import generation_onerec
-    from onerec_hf.modeling.decoding_onerec import BeamDecoder
+    from onerec_hf.modeling.beam_search import BeamDecoder
 
     class BosAlone(BeamDecoder):
         def step(self, tokens):

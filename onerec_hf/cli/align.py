@@ -18,7 +18,7 @@ from onerec_hf.cli.arguments import DataArguments, OutputArguments, command_line
 from onerec_hf.cli.train import evaluate_beside_baselines, resumable
 from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.untrusted_onerec import listed
+from onerec_hf.modeling.files import listed
 from onerec_hf.workflows.distributed import all_ranks, is_first
 from onerec_hf.workflows.run_folder import begin, finish, open_folder
 from onerec_hf.workflows.sharding import ShardingArguments

@@ -12,7 +12,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl.scripts.utils import TrlParser
 
-from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
+from onerec_hf.modeling.files import UNEXPECTED, short
 
 _MOST_VALUES = 100_000
 

@@ -141,7 +141,7 @@ def check_train_options(file: str, names: list[str]) -> None:
     """
     from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments
     from onerec_hf.cli.train import TrainArguments
-    from onerec_hf.modeling.untrusted_onerec import short
+    from onerec_hf.modeling.files import short
     from onerec_hf.trainers import OneRecTrainingArguments
 
     parts: tuple[Any, ...] = (DataArguments, SemanticIDArguments, TrainArguments, OneRecTrainingArguments)
@@ -158,7 +158,7 @@ def load_config(source: str) -> OneRecConfig:
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.hub import reading_config
-    from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
+    from onerec_hf.modeling.files import UNEXPECTED, short
 
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"--config {source}: no such file or folder")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.modeling.untrusted_onerec import short
+from onerec_hf.modeling.files import short
 from onerec_hf.workflows.distributed import all_ranks, is_first
 from onerec_hf.workflows.steps import load_model, load_processor, say
 

@@ -298,7 +298,7 @@ def evaluate_beside_baselines(
         for name, values in scores.items()
         for metric, value in values.items()
     ]
-    rows.append(result_row("invalid_id_rate", metrics[f"{split}_illegal_share"], "share"))
+    rows.append(result_row("invalid_id_rate", metrics[f"{split}_invalid_id_rate"], "share"))
     return rows
 
 

@@ -22,7 +22,7 @@ from onerec_hf.data.tables import (
     require_columns,
     to_numbers,
 )
-from onerec_hf.modeling.untrusted_onerec import map_npy
+from onerec_hf.modeling.files import map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.parquet import read_parquet
-from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, listed, short
+from onerec_hf.modeling.files import UNEXPECTED, listed, short
 
 if TYPE_CHECKING:
     import datasets

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from onerec_hf.modeling.files import replacing, sort_header
-from onerec_hf.modeling.untrusted_onerec import listed, read_safetensors, refusing
+from onerec_hf.modeling.files import listed, read_safetensors, refusing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
 

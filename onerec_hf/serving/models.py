@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
-from onerec_hf.modeling.untrusted_onerec import read_json_object
+from onerec_hf.modeling.files import read_json_object
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration

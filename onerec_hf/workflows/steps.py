@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onerec_hf.modeling.untrusted_onerec import UNEXPECTED, short
+from onerec_hf.modeling.files import UNEXPECTED, short
 from onerec_hf.workflows.distributed import all_ranks, is_first
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ _WRITTEN = (
     REPORT_NAME,
     CODEBOOKS_NAME,
     "model*.safetensors",
+    "code/*.py",
     "*_onerec.py",
     "model.safetensors.index.json",
     "generation_config.json",

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from onerec_hf.data import DataError
-from onerec_hf.data.interactions import read_items
 from onerec_hf.data.feedback.impressions import load_impressions
+from onerec_hf.data.interactions import read_items
 
 
 def table(users=4, each=40):

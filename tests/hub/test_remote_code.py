@@ -24,7 +24,7 @@ from tests.hub.hub_server import WRITE
 REPO, REWARD, PLAIN = "tester/onerec-movies", "tester/onerec-reward", "tester/onerec-plain"
 HISTORY, SESSIONS = ["m1", "m2", "m3"], [["m2", "m3"], ["m5"]]
 ROOM = Path(__file__).resolve().parents[2] / "modeling"
-CODE = {file.name for file in ROOM.glob("*_onerec.py")}
+CODE = {f"code/{file.name}" for file in ROOM.glob("*.py") if file.name != "__init__.py"}
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_process_without_the_package_does_the_same(hub, model, processor, rewa
     assert set(hub.files(REPO)) >= CODE
     assert not CODE & set(hub.files(PLAIN))
     names = json.loads(hub.text(REPO, "config.json"))["custom_pipelines"]["generative-recommendation"]
-    assert names == {"impl": "pipeline_onerec.GenerativeRecommendationPipeline", "pt": ["AutoModelForSeq2SeqLM"]}
+    assert names == {"impl": "code/pipeline_onerec.GenerativeRecommendationPipeline", "pt": ["AutoModelForSeq2SeqLM"]}
     assert "custom_pipelines" not in hub.text(PLAIN, "config.json") + hub.text(REWARD, "config.json")
     assert "auto_map" not in "".join(hub.text(PLAIN, name) for name in hub.files(PLAIN) if name.endswith(".json"))
 
@@ -145,13 +145,13 @@ def test_code_is_left_out_of_what_is_saved_after_loading(hub, model, processor, 
     loaded.include_code = loaded_processor.include_code = False  # as one sets it for a trainer
     for one in (loaded, loaded_processor):
         one.save_pretrained(tmp_path / "plain")
-    names = {file.name for file in (tmp_path / "plain").iterdir()}
+    names = {str(file.relative_to(tmp_path / "plain")) for file in (tmp_path / "plain").rglob("*")}
     assert not CODE & names
     texts = [file.read_text() for file in (tmp_path / "plain").glob("*.json")]
     left_out = ("auto_map", "custom_pipelines", "include_code")
     assert not any(name in text for name in left_out for text in texts)
     loaded.save_pretrained(tmp_path / "whole", include_code=True)
-    assert {file.name for file in (tmp_path / "whole").iterdir()} >= CODE
+    assert {str(file.relative_to(tmp_path / "whole")) for file in (tmp_path / "whole").rglob("*")} >= CODE
     model.push_to_hub(PLAIN, include_code=False)
     assert model.include_code  # for that push only
 

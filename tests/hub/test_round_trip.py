@@ -224,7 +224,7 @@ def test_trainer_pushes_what_loads(hub, catalogue, processor, tmp_path, strategy
         trainer.push_to_hub()
     commits = [commit for commit in hub.repos["models", REPO].commits if commit.files]
     for commit in commits:  # what is pushed in the middle of training is whole too
-        assert {"config.json", "modeling_onerec.py", "processing_onerec.py", "catalogue.safetensors"} <= set(
+        assert {"config.json", "code/modeling_onerec.py", "code/processing_onerec.py", "catalogue.safetensors"} <= set(
             commit.files
         )
         pushed, pushed_processor = load(revision=commit.oid)

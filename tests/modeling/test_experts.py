@@ -5,7 +5,7 @@ import torch
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
 from onerec_hf.modeling import cpu_experts as cpu_experts
-from onerec_hf.modeling.moe_onerec import OneRecSparseMoeBlock
+from onerec_hf.modeling.layers_onerec import OneRecSparseMoeBlock
 from tests.conftest import make_catalogue, make_model
 
 

@@ -1,14 +1,12 @@
 """The session loss: weights of a session's items and label smoothing equal a hand computation, in the loss of codes and in that of items."""
 
-import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
-from onerec_hf.modeling.loss_onerec import session_loss
+from onerec_hf import OneRecProcessor
+from onerec_hf.modeling.modeling_onerec import session_loss
 from tests.conftest import make_catalogue, make_model
 
 CATALOGUE = make_catalogue()
@@ -41,31 +39,23 @@ def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, s
     torch.testing.assert_close(half, value / 2)
 
 
-def test_a_model_weighs_its_sessions_in_training(tmp_path):
-    make_model(CATALOGUE, session_loss_weights=[3, 1]).save_pretrained(tmp_path)
-    model = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+def test_session_weights_weigh_the_items_of_a_session():
+    model = make_model(CATALOGUE)
     log_probs = model(**BATCH).logits.log_softmax(-1)
     costs = F.nll_loss(log_probs.flatten(0, 1), BATCH["labels"].flatten(), reduction="none").view(2, -1)
-    torch.testing.assert_close(model(**BATCH).loss, costs.sum() / 9)  # loss of evaluations compares across weights
-    trained = model.train()(**BATCH).loss
-    torch.testing.assert_close(trained, (1.5 * costs[:, :3].sum() + 0.5 * costs[:, 3:].sum()) / 9)
+    torch.testing.assert_close(model(**BATCH).loss, costs.sum() / 9)
+    weighted = model(**BATCH, session_weights=[3, 1]).loss
+    torch.testing.assert_close(weighted, (1.5 * costs[:, :3].sum() + 0.5 * costs[:, 3:].sum()) / 9)
 
 
 def test_smoothing_reaches_the_loss_of_items():
-    model = make_model(CATALOGUE, num_item_embeddings=len(CATALOGUE), item_loss_weight=1.0)
+    model = make_model(CATALOGUE, item_head={"num_items": len(CATALOGUE)})
     out = model(**BATCH, smoothing=0.2)
-    model.config.item_loss_weight = 0
+    model.config.item_head.loss_weight = 0
     plain = model(**BATCH, smoothing=0.2)
-    embedding = model.model.encoder.item_embedding
+    embedding = model.model.encoder.item_head
     states = torch.stack([out.encoder_last_hidden_state[0, 11], out.encoder_last_hidden_state[1, 3]])
     scores = states @ embedding.vectors.weight[1:].T
     named = embedding.rows(BATCH["labels"][:, :3]) - 1
     wanted = 3 / 9 * F.cross_entropy(scores, named, label_smoothing=0.2, reduction="sum")
     torch.testing.assert_close(out.loss - plain.loss, wanted, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("weights", [[], [2, -1], [0, 0], [float("nan"), 1], [float("inf"), 1]], ids=str)
-def test_weights_that_say_nothing_are_refused(weights):
-    with pytest.raises(StrictDataclassError) as refused:
-        OneRecConfig(session_length=2, session_loss_weights=weights)
-    assert "must be a number for each item of a session" in str(refused.value.__cause__ or refused.value)

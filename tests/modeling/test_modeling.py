@@ -123,8 +123,7 @@ def test_expert_counts_are_of_real_tokens(model, batch):
 
 
 def test_router_bias_moves_against_the_load_and_only_the_choice(model, batch):
-    model.config.router_bias_update_rate = 0.1
-    model.update_router_bias(torch.tensor([[9, 1, 1, 1], [3, 3, 3, 3]]))
+    model.update_router_bias(torch.tensor([[9, 1, 1, 1], [3, 3, 3, 3]]), rate=0.1)
     first, second = (layer.mlp.gate.e_score_correction_bias for layer in model.model.decoder.layers)
     torch.testing.assert_close(first, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
     assert not second.any()

@@ -14,7 +14,8 @@ from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack,
 CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
 HISTORIES, SESSIONS = [["m1", "m2", "m3"], ["m5"]], [["m4", "m6"], ["m7"]]
-ITEMS = {"num_item_embeddings": len(CATALOGUE), "item_loss_weight": 1.0}
+ITEMS = {"item_head": {"num_items": len(CATALOGUE)}}
+CODES = {"item_head": {"num_items": len(CATALOGUE), "score_codes": True}, "encoder_scales_embeddings": True}
 
 
 def make(**config):
@@ -71,19 +72,21 @@ def test_generate_and_recommend_agree():
     assert torch.equal(ours.sequences, fast.sequences)
 
 
-@pytest.mark.parametrize("more", [{}, {"item_scores_with_codes": True, "encoder_scales_embeddings": True}], ids=str)
-def test_the_best_beam_is_as_likely_as_the_forward_says(more):
-    model = make(**ITEMS, item_score_weight=0.5, **more)
+@pytest.mark.parametrize("config", [ITEMS, CODES], ids=["vectors", "codes"])
+def test_the_best_beam_is_as_likely_as_the_forward_says(config):
+    model = make(**config)
     for history in HISTORIES:
         inputs = PROCESSOR([history])
-        out = model.recommend(**inputs, num_beams=40, session_length=1, return_dict_in_generate=True)
+        out = model.recommend(
+            **inputs, num_beams=40, session_length=1, item_score_weight=0.5, return_dict_in_generate=True
+        )
         (item,) = PROCESSOR.batch_decode(out.sequences)
         with torch.no_grad():
             said = model(**PROCESSOR([history], [item]))
             state = said.encoder_last_hidden_state[0, -1]
             encoder = model.model.encoder
-            names = (encoder.item_output_vectors() @ state).log_softmax(-1)
-            named = names[encoder.item_embedding.rows(out.sequences[0, 1:]) - 1]
+            names = (encoder.item_head.output_vectors(encoder.embed_tokens) @ state).log_softmax(-1)
+            named = names[encoder.item_head.rows(out.sequences[0, 1:]) - 1]
         labels = out.sequences[0, 1:]
         codes = said.logits[0].log_softmax(-1).gather(1, labels[:, None]).sum()
         torch.testing.assert_close(out.sequences_scores[0], codes + 0.5 * named, atol=1e-4, rtol=0)
@@ -115,7 +118,7 @@ def test_it_is_exported(tmp_path):
 
 
 def test_half_an_item_and_plans_are_refused():
-    with pytest.raises(ValueError, match="whole items, 4 tokens each; these have 6 tokens"):
+    with pytest.raises(ValueError, match="whole items, 4 tokens each; got 6 tokens"):
         make()(inputs_embeds=torch.zeros(1, 6, 32), labels=torch.tensor([[5, 9, 13]]))
     with pytest.raises(ValueError, match="not planned for"):
         count_parameters(OneRecConfig(encoder_pools_items=True))

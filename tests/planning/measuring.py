@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
-from onerec_hf.modeling.moe_onerec import OneRecTopKRouter
+from onerec_hf.modeling.layers_onerec import OneRecTopKRouter
 from onerec_hf.planning import Batch
 
 

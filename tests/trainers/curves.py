@@ -29,7 +29,7 @@ from onerec_hf.trainers import (
 )
 from tests.conftest import make_catalogue, make_model
 
-KINDS = ("ntp", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
+KINDS = ("ntp", "items", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
 
 
 @dataclass
@@ -59,7 +59,11 @@ def make_start(folder: Path) -> None:
     catalogue = make_catalogue(60, (8, 8, 8))
     # 60 items in 3 * 8 codes: a vocabulary of 64, which two ranks can share evenly.
     make_model(catalogue, session_length=3).save_pretrained(folder / "generator")
-    OneRecProcessor.from_catalogue(catalogue, max_history=6).save_pretrained(folder / "generator")
+    with_scores = make_model(catalogue, session_length=3, item_head={"num_items": 60, "score_codes": True})
+    with_scores.generation_config.item_score_weight = 2.0
+    with_scores.save_pretrained(folder / "items")
+    for name in ("generator", "items"):
+        OneRecProcessor.from_catalogue(catalogue, max_history=6).save_pretrained(folder / name)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "initializer_range": 0.2, "dropout_rate": 0.0}
     config = OneRecRewardConfig(num_items=60, objectives=["vtr", "ltr"], base_rates=[0.4, 0.1], **sizes)
@@ -110,6 +114,7 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     }
     columns = {
         "ntp": ["history", "session"],
+        "items": ["history", "session"],
         "adapter": ["history", "session"],
         "reward": ["history", "session", "labels"],
         "seq2seq_dpo": ["history", "chosen", "rejected"],
@@ -119,12 +124,13 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     if kind == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(start / "reward", **loading)
         return RewardTrainer(model, RewardTrainingArguments(**settings), data, data.select(range(13)))
-    model = AutoModelForSeq2SeqLM.from_pretrained(start / "generator", **loading)
-    processor = AutoProcessor.from_pretrained(start / "generator")
+    generator = start / ("items" if kind == "items" else "generator")
+    model = AutoModelForSeq2SeqLM.from_pretrained(generator, **loading)
+    processor = AutoProcessor.from_pretrained(generator)
     if kind == "adapter":
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    if kind in ("ntp", "adapter"):
+    if kind in ("ntp", "items", "adapter"):
         arguments = OneRecTrainingArguments(eval_top_k=[5], eval_num_beams=8, **settings)
         return OneRecTrainer(model, arguments, data, data.select(range(13)), processor)
     settings |= {"bf16": False, "gradient_checkpointing": False, "beta": 0.5}

@@ -75,7 +75,7 @@ def test_it_learns_the_next_item(tmp_path):
     assert [name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])] == []
     assert trained["eval_loss"] < 0.5 * untrained["eval_loss"]
     assert trained["eval_recall@5"] > 0.7 > 0.5 > untrained["eval_recall@5"]
-    assert trained["eval_illegal_share"] == 0
+    assert trained["eval_invalid_id_rate"] == 0
 
 
 def test_histories_of_like_length_share_a_batch(tmp_path):
@@ -108,17 +108,36 @@ def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, checkpoint
 
 def test_label_smoothing_is_of_the_whole_loss(tmp_path):
     """Trainer's own smoother would see the code tokens alone: item vectors would learn from what the encoder reads only."""
-    model = make_model(CATALOGUE, num_item_embeddings=30, item_loss_weight=1.0)
+    model = make_model(CATALOGUE, item_head={"num_items": 30})
     trainer = make_trainer(tmp_path, model, label_smoothing_factor=0.1, max_steps=1, per_device_train_batch_size=64)
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         wanted, plain = (float(model(**batch, smoothing=value).loss) for value in (0.1, 0.0))
-    before = model.model.encoder.item_embedding.vectors.weight.detach().clone()
+    before = model.model.encoder.item_head.vectors.weight.detach().clone()
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(wanted, rel=1e-4)
     assert wanted != pytest.approx(plain, rel=1e-3)
-    after = model.model.encoder.item_embedding.vectors.weight
+    after = model.model.encoder.item_head.vectors.weight
     assert (after != before)[1:].any(-1).all()  # the item loss names each of them
+
+
+def test_session_weights_weigh_the_loss_of_training_alone(tmp_path):
+    model = make_model(CATALOGUE)
+    sizes = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
+    trainer = make_trainer(tmp_path, model, session_loss_weights=[3, 1], max_steps=1, **sizes)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        weighted, plain = (float(model(**batch, session_weights=value).loss) for value in ([3, 1], None))
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(plain, rel=1e-4)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(weighted, rel=1e-4)
+    assert weighted != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", [[], [2, -1], [0, 0], [float("nan"), 1], [float("inf"), 1]], ids=str)
+def test_session_weights_that_cannot_weigh_are_refused(weights):
+    with pytest.raises(ValueError, match="must be a number for each item of a session"):
+        OneRecTrainingArguments("out", session_loss_weights=weights, report_to="none")
 
 
 def test_resume_equals_no_interruption(tmp_path):
@@ -151,8 +170,9 @@ def test_router_balance_is_counted_over_accumulation_and_logged(tmp_path):
             seen.append(self._tokens.clone())
             super().on_pre_optimizer_step(args, state, control, **kwargs)
 
-    model = make_model(CATALOGUE, router_bias_update_rate=0.01)
-    trainer = make_trainer(tmp_path, model, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    model = make_model(CATALOGUE)
+    steps = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tmp_path, model, router_bias_update_rate=0.01, **steps)
     trainer.add_callback(Spy)
     trainer.train()
     batches = list(trainer.get_train_dataloader())
@@ -171,10 +191,17 @@ def test_router_balance_is_counted_over_accumulation_and_logged(tmp_path):
 
 def test_loss_free_balancing_evens_out_a_lopsided_router(tmp_path):
     def violations(rate):
-        model = make_model(CATALOGUE, initializer_range=0.05, router_bias_update_rate=rate)
+        model = make_model(CATALOGUE, initializer_range=0.05)
         for layer in model.model.decoder.layers:  # two experts that everything prefers
             layer.mlp.gate.weight.data[:2] *= 20
-        trainer = make_trainer(tmp_path, model, max_steps=60, learning_rate=1e-4, per_device_train_batch_size=32)
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            max_steps=60,
+            learning_rate=1e-4,
+            per_device_train_batch_size=32,
+            router_bias_update_rate=rate,
+        )
         trainer.train()
         return [e["router/max_violation"] for e in trainer.state.log_history if "router/max_violation" in e]
 
@@ -282,10 +309,10 @@ def test_a_frozen_router_keeps_its_bias(tmp_path):
     """With LoRA on attention an adapter is all that is saved; what it was trained beside must not have moved."""
     from peft import LoraConfig, get_peft_model
 
-    base = make_model(CATALOGUE, initializer_range=0.05, router_bias_update_rate=0.05)
+    base = make_model(CATALOGUE, initializer_range=0.05)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
     before = {name: value.clone() for name, value in base.state_dict().items() if "lora" not in name}
-    trainer = make_trainer(tmp_path, model=model)
+    trainer = make_trainer(tmp_path, model=model, router_bias_update_rate=0.05)
     trainer.train()
     after = base.state_dict()
     assert [name for name, value in before.items() if not torch.equal(value, after[name])] == []

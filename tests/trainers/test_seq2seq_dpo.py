@@ -215,7 +215,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path):
 
 
 def test_router_balance_stays_and_no_auxiliary_loss_creeps_in(tmp_path):
-    trainer = make_trainer(tmp_path, model=make_model(CATALOGUE, router_bias_update_rate=0.05), max_steps=5)
+    trainer = make_trainer(tmp_path, model=make_model(CATALOGUE), max_steps=5)
     bias = {name: value.clone() for name, value in trainer.model.named_buffers() if "e_score" in name}
     trainer.train()
     assert bias

@@ -14,7 +14,7 @@ import numpy as np
 
 from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.untrusted_onerec import short
+from onerec_hf.modeling.files import short
 from onerec_hf.semantic_ids.formats.imported import ImportedIDs
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

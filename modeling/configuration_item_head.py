@@ -1,0 +1,57 @@
+"""Configuration of the item head: a learned vector per item beside its semantic ID, and item scores from it."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .hub import check_sizes
+
+
+@strict
+class ItemHeadConfig(PreTrainedConfig):
+    r"""
+    Configuration of the item head ([`ItemHead`]), an optional part of a OneRec: `OneRecConfig(item_head={"num_items": 12101})`. The paper has none.
+
+    Args:
+        num_items (`int`):
+            Items that have a vector: the catalogue that the model is made for. Items that join the catalogue later are read by their codes alone.
+        dropout (`float`, defaults to 0):
+            Share of a history's items whose vector is hidden in training, so that the codes are learned as well.
+        loss_weight (`float`, defaults to 1):
+            Weight of the item loss, a cross-entropy of a session's first item over the catalogue. With 0 the encoder reads the vectors, and no item
+            has a score.
+        score_codes (`bool`, defaults to `False`):
+            Adds the embeddings of an item's codes to its vector in the scores, as the encoder does when it reads the item. Items that share codes
+            then learn from each other, and an item that joins the catalogue later has a score.
+
+    Raises:
+        ValueError: a size or weight outside its range.
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> OneRecConfig(item_head={"num_items": 40, "dropout": 0.3}).item_head.loss_weight
+        1.0
+    """
+
+    model_type = "onerec_item_head"
+    base_config_key = "item_head"
+
+    num_items: int | None = None
+    dropout: float | int = 0.0
+    loss_weight: float | int = 1.0
+    score_codes: bool = False
+
+    def validate_architecture(self):
+        if self.num_items is None:
+            raise ValueError("item_head needs num_items, the number of items of the catalogue")
+        check_sizes(self, sizes="num_items", layers="")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")
+        if self.loss_weight < 0:
+            raise ValueError(f"item_head: loss_weight={self.loss_weight} must not be negative")
+        if self.score_codes and not self.loss_weight:
+            raise ValueError(
+                "item_head: score_codes=True needs a loss_weight above 0, otherwise nothing learns the scores"
+            )
+
+
+__all__ = ["ItemHeadConfig"]
