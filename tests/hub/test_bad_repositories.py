@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def repo(request, saved, hub):
     def published() -> str:
         if request.param == "folder":
             return str(saved)
-        hub.commit_files(REPO, {file.name: file.read_bytes() for file in saved.iterdir()})
+        hub.commit_files(
+            REPO, {str(file.relative_to(saved)): file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+        )
         return REPO
 
     return published
@@ -97,7 +100,7 @@ def test_a_catalogue_of_other_codebooks_is_refused(repo, saved):
 
 def test_a_newer_format_asks_for_an_upgrade(repo, saved):
     # A newer version's config may well hold what today's would not take; the version is what is said.
-    edit(saved / "config.json", format_version=2, codebook_sizes={"a": 4}, auto_map={"AutoConfig": "new_onerec.New"})
+    edit(saved / "config.json", format_version=3, codebook_sizes={"a": 4}, auto_map={"AutoConfig": "new_onerec.New"})
     name = repo()
     for load in (
         AutoConfig.from_pretrained,
@@ -106,7 +109,7 @@ def test_a_newer_format_asks_for_an_upgrade(repo, saved):
         lambda name: AutoConfig.from_pretrained(name, trust_remote_code=True),
     ):
         with pytest.raises(
-            ValueError, match=r"format version 2, .* reads up to version 1: upgrade it \(pip install -U"
+            ValueError, match=r"format version 3, .* reads up to version 2: upgrade it \(pip install -U"
         ):
             load(name)
 
@@ -114,7 +117,7 @@ def test_a_newer_format_asks_for_an_upgrade(repo, saved):
 def test_a_newer_reward_model_too(tmp_path):
     model = OneRecForSessionReward(OneRecRewardConfig(num_items=2, hidden_size=8, num_attention_heads=2))
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 1
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
     edit(tmp_path / "config.json", format_version=7)
     with pytest.raises(ValueError, match="format version 7"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -194,8 +197,7 @@ def test_a_pickled_adapter_is_refused(repo, model, processor, saved, hub, bomb, 
     content, trace = bomb
     model.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(make_model(make_catalogue()), LoraConfig(target_modules=["q_proj"], r=2))
-    for file in saved.iterdir():
-        file.unlink()
+    shutil.rmtree(saved)
     adapted.save_pretrained(saved)
     edit(saved / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     name = repo()
