@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
-    from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
-    from onerec_hf.data.packing import PackedDataset
-    from onerec_hf.data.positives import PositiveFeedback
+    from onerec_hf.data.columns import DataError, canonical_ids
     from onerec_hf.data.feedback.collator import RewardDataCollator
     from onerec_hf.data.feedback.impressions import load_impressions
     from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.feedback.watch_time import WatchTimeScale
     from onerec_hf.data.feedback.windows import feedback_windows
+    from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
+    from onerec_hf.data.packing import PackedDataset
+    from onerec_hf.data.positives import PositiveFeedback
     from onerec_hf.data.prefixes import prefix_examples
     from onerec_hf.data.recbole import read_recbole, write_recbole
     from onerec_hf.data.sequences import UserSequences
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from onerec_hf.data.shards.write import prepare_log
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
     from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
-    from onerec_hf.data.tables import DataError
     from onerec_hf.data.windows import window_examples
 
 # name -> module: importing the room costs nothing until something in it is used.
 _PUBLIC = {
     "SOURCES": "sources",
-    "DataError": "tables",
+    "DataError": "columns",
     "ExampleSettings": "shards.buckets",
     "ExampleStream": "shards.stream",
     "ItemTable": "interactions",
@@ -49,7 +49,7 @@ _PUBLIC = {
     "TemporalSplit": "splits",
     "UserSequences": "sequences",
     "WatchTimeScale": "feedback.watch_time",
-    "canonical_ids": "interactions",
+    "canonical_ids": "columns",
     "feedback_windows": "feedback.windows",
     "find_sessions": "sessions",
     "label_matrix": "feedback.kuairand",
