@@ -2,10 +2,11 @@
 
 from onerec_hf.hub_cards.adapter import write_adapter_card
 from onerec_hf.hub_cards.alignment import Alignment
+from onerec_hf.hub_cards.facts import Training
 from onerec_hf.hub_cards.generator import write_generator_card
 from onerec_hf.hub_cards.preferences import write_preferences_card
 from onerec_hf.hub_cards.reward import write_reward_card
-from onerec_hf.hub_cards.training import Training, write_trainer_card
+from onerec_hf.hub_cards.training import write_trainer_card
 
 __all__ = [
     "Alignment",

@@ -11,7 +11,7 @@ from onerec_hf.hub_cards.common import hub_id, names, origin, write_card
 
 if TYPE_CHECKING:
     from onerec_hf.hub_cards.alignment import Alignment
-    from onerec_hf.hub_cards.training import Training
+    from onerec_hf.hub_cards.facts import Training
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 

@@ -16,7 +16,7 @@ from onerec_hf.semantic_ids.report import SemanticIDReport
 
 if TYPE_CHECKING:
     from onerec_hf.data import RecommendationData
-    from onerec_hf.hub_cards.training import Training
+    from onerec_hf.hub_cards.facts import Training
     from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onerec_hf.hub_cards.common import names, write_card
 
 if TYPE_CHECKING:
-    from onerec_hf.hub_cards.training import Training
+    from onerec_hf.hub_cards.facts import Training
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 METRICS = ("auc", "calibration_error", "bias", "relative_log_loss")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.data.packing import PackedDataset
 from onerec_hf.hub_cards.adapter import write_adapter_card
 from onerec_hf.hub_cards.common import hub_id, names, write_card
+from onerec_hf.hub_cards.facts import Training
 from onerec_hf.hub_cards.generator import write_generator_card
 from onerec_hf.hub_cards.reward import write_reward_card
 from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -16,70 +15,6 @@ from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 if TYPE_CHECKING:
     from onerec_hf.hub_cards.alignment import Alignment
-
-# What a trainer logs of an evaluation that is no judgement of the model.
-_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-
-
-@dataclass(frozen=True)
-class Training:
-    """
-    The facts of a training that every trainer has; [`of`] reads them.
-
-    Args:
-        trainer: its class's name.
-        examples: rows of the training dataset, None for a stream.
-        settings: the arguments that decide about the result, by name.
-        loss: mean training loss, as the trainer logged it last; None where it did not.
-        evaluation: the last evaluation's metrics while it trained.
-        evaluated_at: the step of that evaluation.
-
-    Example:
-        >>> Training("OneRecTrainer", 100, {"seed": 0}).evaluation
-        {}
-    """
-
-    trainer: str
-    examples: int | None
-    settings: dict[str, Any]
-    loss: float | None = None
-    evaluation: dict[str, float] | None = None
-    evaluated_at: int | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "evaluation", self.evaluation or {})
-
-    @classmethod
-    def of(cls, trainer: Any) -> Training:
-        """Reads a `transformers.Trainer`: its arguments, how far it came, and the last losses and metrics that it logged."""
-        args, state = trainer.args, trainer.state
-        dataset = trainer.train_dataset
-        if isinstance(dataset, PackedDataset):
-            dataset = dataset.dataset  # the examples, which its rows pack
-        settings = {
-            "steps": state.global_step,
-            "epochs": round(state.epoch or 0, 2),
-            "examples in a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning rate": args.learning_rate,
-            "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
-            "weight decay": args.weight_decay,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights",
-            "seed": args.seed,
-        }
-        if getattr(args, "packing", False):
-            settings["rows in a step"] = settings.pop("examples in a step")
-        losses = [entry.get("train_loss", entry.get("loss")) for entry in state.log_history]
-        evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
-        last = evaluations[-1] if evaluations else {}
-        metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-        return cls(
-            type(trainer).__name__,
-            len(dataset) if hasattr(dataset, "__len__") else None,
-            settings,
-            next((loss for loss in reversed(losses) if loss is not None), None),
-            {name: value for name, value in metrics.items() if not name.endswith(_TIMINGS)},
-            last.get("step"),
-        )
 
 
 def write_trainer_card(

@@ -7,10 +7,11 @@ OneRec as a Hugging Face plugin: `import onerec_hf` registers the model with the
     'OneRecConfig'
 """
 
-import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from onerec_hf._lazy import lazy_exports
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
-    from onerec_hf.modeling.constraint import CatalogueConstraint
+    from onerec_hf.modeling.constraint import CatalogueConstraint, SemanticIDTrie
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
@@ -45,17 +46,8 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.processing_onerec_reward import RewardItems
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
-    from onerec_hf.modeling.constraint import SemanticIDTrie
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'onerec_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"onerec_hf.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)
 
 
 def register_auto_classes() -> None:

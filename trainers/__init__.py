@@ -1,7 +1,8 @@
 """Trainers, each beside its config."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from onerec_hf._lazy import lazy_exports
 
 _PUBLIC = {
     "BatchOutOfMemoryError": "faults",
@@ -43,9 +44,5 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
     from onerec_hf.trainers.sharding import shard, unsharded_model
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Trainer
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, has_length
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
@@ -20,11 +29,9 @@ from onerec_hf.evaluation.metrics import invalid_id_rate, ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
-from onerec_hf.trainers.evaluation_checks import check_countable
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.sharding import unsharded_model
-from onerec_hf.trainers.stream_loading import StreamPositionCallback, stream_dataloader
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -324,3 +331,62 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
         rows=args.train_batch_size if args.torch_compile else None,  # one shape, also for an epoch's last batch
     )
     return packed, collator
+
+
+def check_countable(dataloader: DataLoader, ranks: int) -> None:
+    """
+    Checks that the evaluation's length is known where ranks share it: their last batches are filled up with users from the beginning, who can
+    be taken off again only if it is known how many there are.
+
+    Raises:
+        ValueError: a stream for more than one rank.
+    """
+    if ranks > 1 and not has_length(dataloader.dataset):
+        raise ValueError(
+            f"the evaluation reads a stream, and {ranks} ranks share it: some users would count twice. Give a datasets.Dataset "
+            "(Dataset.from_generator or from_parquet keep it on disk), or evaluate on one process"
+        )
+
+
+def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) -> DataLoader:
+    """
+    A data loader of this rank's batches. The stream is dealt out already: accelerate only moves batches to the device.
+
+    Example:
+        >>> loader = stream_dataloader(PreparedFolder("prepared").train(), args, collator)  # doctest: +SKIP
+    """
+    if stream.seed is None:
+        stream.seed = args.seed if args.data_seed is None else args.data_seed
+    batches = stream.batches(
+        args.train_batch_size, collator, args.process_index, args.world_size, args.dataloader_num_workers
+    )
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        # Its own numbers: how often workers are started must not decide what dropout draws.
+        generator=torch.Generator().manual_seed(stream.seed),
+    )
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+
+
+class StreamPositionCallback(TrainerCallback):
+    """
+    Tells a stream how many batches of the epoch that begins were trained on before: those Trainer takes and throws away, and they need not
+    be read for that.
+
+    Example:
+        >>> StreamPositionCallback().on_epoch_begin(None, None, None, train_dataloader=None)
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = getattr(train_dataloader, "dataset", None)
+        if isinstance(batches, BatchStream):
+            accumulated = args.gradient_accumulation_steps
+            steps_of_epoch = -(-len(batches) // accumulated)
+            batches.skip(0 if args.ignore_data_skip else state.global_step % steps_of_epoch * accumulated)

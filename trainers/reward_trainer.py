@@ -13,8 +13,8 @@ from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
-from onerec_hf.trainers.evaluation_checks import check_countable
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
 
 

@@ -69,9 +69,9 @@ def _read_interactions(path: Path) -> None:
 
 def _read_items(path: Path, **arguments: Any) -> None:
     """What `load_files` does with the file of items beside one of interactions, without reading that again each time."""
+    from onerec_hf.data.columns import about
     from onerec_hf.data.interactions import read_items
     from onerec_hf.data.sources import with_text
-    from onerec_hf.data.tables import about
 
     items = read_items(path, **arguments)
     with about(path):

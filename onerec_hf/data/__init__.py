@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
-    from onerec_hf.data.interactions import ItemTable, canonical_ids, read_interactions, read_items
-    from onerec_hf.data.packing import PackedDataset
-    from onerec_hf.data.positives import PositiveFeedback
-    from onerec_hf.data.feedback.collator import RewardDataCollator
-    from onerec_hf.data.feedback.impressions import load_impressions
-    from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
-    from onerec_hf.data.feedback.watch_time import WatchTimeScale
-    from onerec_hf.data.feedback.windows import feedback_windows
-    from onerec_hf.data.prefixes import prefix_examples
-    from onerec_hf.data.recbole import read_recbole, write_recbole
-    from onerec_hf.data.sequences import UserSequences
-    from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
-    from onerec_hf.data.shards.buckets import ExampleSettings
-    from onerec_hf.data.shards.read import PreparedFolder
-    from onerec_hf.data.shards.stream import ExampleStream
-    from onerec_hf.data.shards.write import prepare_log
-    from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
-    from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
-    from onerec_hf.data.tables import DataError
-    from onerec_hf.data.windows import window_examples
+from onerec_hf._lazy import lazy_exports
 
-# name -> module: importing the room costs nothing until something in it is used.
 _PUBLIC = {
     "SOURCES": "sources",
-    "DataError": "tables",
+    "DataError": "columns",
     "ExampleSettings": "shards.buckets",
     "ExampleStream": "shards.stream",
     "ItemTable": "interactions",
@@ -49,7 +26,7 @@ _PUBLIC = {
     "TemporalSplit": "splits",
     "UserSequences": "sequences",
     "WatchTimeScale": "feedback.watch_time",
-    "canonical_ids": "interactions",
+    "canonical_ids": "columns",
     "feedback_windows": "feedback.windows",
     "find_sessions": "sessions",
     "label_matrix": "feedback.kuairand",
@@ -71,12 +48,27 @@ _PUBLIC = {
 
 __all__ = sorted(_PUBLIC)
 
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'onerec_hf.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"onerec_hf.data.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+if TYPE_CHECKING:
+    from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
+    from onerec_hf.data.columns import DataError, canonical_ids
+    from onerec_hf.data.feedback.collator import RewardDataCollator
+    from onerec_hf.data.feedback.impressions import load_impressions
+    from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
+    from onerec_hf.data.feedback.watch_time import WatchTimeScale
+    from onerec_hf.data.feedback.windows import feedback_windows
+    from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
+    from onerec_hf.data.packing import PackedDataset
+    from onerec_hf.data.positives import PositiveFeedback
+    from onerec_hf.data.prefixes import prefix_examples
+    from onerec_hf.data.recbole import read_recbole, write_recbole
+    from onerec_hf.data.sequences import UserSequences
+    from onerec_hf.data.sessions import SessionCriteria, find_sessions, session_examples
+    from onerec_hf.data.shards.buckets import ExampleSettings
+    from onerec_hf.data.shards.read import PreparedFolder
+    from onerec_hf.data.shards.stream import ExampleStream
+    from onerec_hf.data.shards.write import prepare_log
+    from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
+    from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
+    from onerec_hf.data.windows import window_examples
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.tables import (
+from onerec_hf.data.columns import (
     DataError,
     canonical_ids,
     column_of,
     first,
     integers_from_text,
-    load_table,
     names_source,
     require_columns,
     to_numbers,
 )
+from onerec_hf.data.tables import load_table
 from onerec_hf.modeling.files import map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
-
-__all__ = ["DataError", "ItemTable", "canonical_ids", "read_interactions", "read_items"]
 
 _CHUNK = 65_536
 

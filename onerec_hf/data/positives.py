@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.tables import DataError, column_of, require_columns
+from onerec_hf.data.columns import DataError, column_of, require_columns
 
 
 @dataclass(frozen=True)

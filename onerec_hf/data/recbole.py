@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.columns import MISSING_TEXT, DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.sources import RecommendationData, load_files
-from onerec_hf.data.tables import (
-    MISSING_TEXT,
-    DataError,
-    canonical_ids,
-    check_width,
-    column_of,
-    integers_from_text,
-    require_columns,
-    to_numbers,
-)
 from onerec_hf.modeling.files import replacing
 
-_TYPES = ("token", "token_seq", "float", "float_seq")
 # RecBole reads with pandas' defaults: these fields are missing there, and a field that starts with a quote swallows what follows.
 _MISSING_IN_RECBOLE = frozenset(
     [
@@ -81,63 +70,6 @@ def read_recbole(inter_path: str | Path, item_path: str | Path | None = None, **
     return load_files(inter_path, item_path, **arguments)
 
 
-def read_atomic(path: str | Path) -> pd.DataFrame:
-    """
-    One atomic file as a table, without the types in the columns' names; `load_table` reads .inter and .item files by it.
-
-    Raises:
-        DataError: as `read_recbole`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "tiny.item")
-        ...     _ = path.write_text("item_id:token\\ttitle:token_seq\\tprice:float\\tv:float_seq\\n01\\tToy Story\\t5\\t0.5 1\\n")
-        ...     read_atomic(path).to_dict("records")
-        [{'item_id': '01', 'title': 'Toy Story', 'price': 5, 'v': array([0.5, 1. ])}]
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            types = _read_header(file.readline().rstrip("\n"), path)
-            counts = [line.count("\t") + 1 if line != "\n" else 0 for line in file]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text ({error}). Save it as UTF-8.") from error
-    while counts and not counts[-1]:  # empty lines at the end
-        counts.pop()
-    wrong = np.asarray(counts) != len(types)
-    if wrong.any():
-        line = int(wrong.argmax())
-        raise DataError(
-            f"{path}: {wrong.sum():,} of {len(wrong):,} lines have another number of fields than the header's {len(types)} (first: line "
-            f"{line + 2} has {counts[line]}). Separate the fields by tabs, with none inside a field."
-        )
-    names = [name for name, _ in types]
-    numbers = [name for name, kind in types if kind == "float"]
-    table = pd.read_csv(
-        path,
-        sep="\t",
-        header=0,
-        names=names,
-        index_col=False,
-        encoding="utf-8-sig",
-        quoting=csv.QUOTE_NONE,
-        dtype={name: str for name in names if name not in numbers},
-        keep_default_na=False,
-        na_values={name: MISSING_TEXT if name in numbers else [""] for name in names},
-        low_memory=False,
-        nrows=len(counts),
-        skip_blank_lines=False,  # it would strip blanks off the first field
-    )
-    readers = {"token": integers_from_text, "token_seq": _tokens, "float": _floats, "float_seq": _float_lists}
-    columns = {}
-    for name, kind in types:
-        try:
-            columns[name] = readers[kind](column_of(table, name))
-        except DataError as error:
-            raise DataError(f"{path}: column '{name}:{kind}': {error}") from None
-    return pd.DataFrame(columns)
-
-
 def write_recbole(data: RecommendationData | pd.DataFrame, folder: str | Path, name: str) -> None:
     """
     Writes NAME.inter and, where there are items, NAME.item, each to a temporary name first, then renamed. RecBole's `data_path` is a folder
@@ -176,66 +108,6 @@ def write_recbole(data: RecommendationData | pd.DataFrame, folder: str | Path, n
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write("\t".join(columns) + "\n")
             file.writelines("\t".join(row) + "\n" for row in zip(*columns.values(), strict=True))
-
-
-def _read_header(header: str, path: str | Path) -> list[tuple[str, str]]:
-    if not header.strip():
-        raise DataError(
-            f"{path}: the header is empty. Its fields are name:type, e.g. 'user_id:token', separated by tabs."
-        )
-    check_width(header.count("\t") + 1, path)
-    types: list[tuple[str, str]] = []
-    for number, field in enumerate(header.split("\t"), start=1):
-        name, colon, kind = field.partition(":")
-        if not name or not colon or ":" in kind:
-            raise DataError(
-                f"{path}: field {number} of the header, {field!r}, is not name:type. Give each a type ({', '.join(_TYPES)}), e.g. "
-                "'user_id:token', and separate the fields by tabs."
-            )
-        if kind not in _TYPES:
-            raise DataError(
-                f"{path}: field {number} of the header, {field!r}, has the unknown type {kind!r}. Use one of {', '.join(_TYPES)}."
-            )
-        if name in dict(types):
-            raise DataError(f"{path}: column {name!r} stands more than once. Rename or drop one of them.")
-        types.append((name, kind))
-    return types
-
-
-def _tokens(series: pd.Series) -> pd.Series:
-    return series.map(lambda text: " ".join(text.split()), na_action="ignore")
-
-
-def _floats(series: pd.Series) -> pd.Series:
-    if pd.api.types.is_numeric_dtype(series.dtype) and not pd.api.types.is_bool_dtype(series.dtype):
-        return series
-    texts = series.astype(object)
-    parsed: Any = to_numbers(texts)
-    bad = texts.map(lambda value: isinstance(value, bool)) | parsed.isna()
-    bad &= series.notna()
-    if bad.any():
-        raise _no_numbers(series, bad.to_numpy())
-    return parsed.astype(np.float64)  # integers beyond 64 bits
-
-
-def _float_lists(series: pd.Series) -> pd.Series:
-    rows, bad = [], np.zeros(len(series), dtype=bool)
-    for row, value in enumerate(series.astype(object).fillna("")):
-        try:
-            rows.append(np.array(value.split(), dtype=np.float64))
-        except ValueError:
-            bad[row] = True
-    if bad.any():
-        raise _no_numbers(series, bad)
-    return pd.Series(rows, dtype=object)
-
-
-def _no_numbers(series: pd.Series, bad: np.ndarray) -> DataError:
-    row = int(bad.argmax())
-    return DataError(
-        f"{bad.sum():,} of {len(series):,} values are no numbers (first: line {row + 2}, {str(series.iloc[row])!r}). Repair them, or call "
-        "the column a token."
-    )
 
 
 def _format(table: pd.DataFrame, id_columns: tuple[str, ...], what: str) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.tables import DataError, canonical_ids, column_of, require_columns
+from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
 
 
 @dataclass(frozen=True, eq=False)

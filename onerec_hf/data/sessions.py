@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.positives import PositiveFeedback, numeric_column
-from onerec_hf.data.tables import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.windows import examples
 
 if TYPE_CHECKING:

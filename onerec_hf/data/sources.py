@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.columns import DataError, about, column_of
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
 from onerec_hf.data.positives import PositiveFeedback
-from onerec_hf.data.tables import DataError, about, column_of
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.columns import DataError
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.tables import DataError
 from onerec_hf.data.windows import examples, window_examples
 
 if TYPE_CHECKING:

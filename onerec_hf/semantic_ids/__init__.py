@@ -1,7 +1,8 @@
 """Item embeddings to balanced, unique semantic IDs."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from onerec_hf._lazy import lazy_exports
 
 _PUBLIC = {
     "align_embeddings": "alignment",
@@ -63,9 +64,5 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
     from onerec_hf.semantic_ids.rq_vae import RQVAEQuantizer
     from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError, UniqueResult, add_digit, make_unique
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .app import create_app
-    from .batching import Batcher, QueueFull
-    from .models import ServedModel
-    from .server import serve
-    from .service import RecommendationService
-    from .settings import ServingSettings
+from onerec_hf._lazy import lazy_exports
 
-_MODULE_OF = {
+_PUBLIC = {
     "Batcher": "batching",
     "QueueFull": "batching",
     "RecommendationService": "service",
@@ -23,22 +16,14 @@ _MODULE_OF = {
     "serve": "server",
 }
 
-__all__ = [
-    "Batcher",
-    "QueueFull",
-    "RecommendationService",
-    "ServedModel",
-    "ServingSettings",
-    "create_app",
-    "serve",
-]
+__all__ = sorted(_PUBLIC)
 
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+if TYPE_CHECKING:
+    from .app import create_app
+    from .batching import Batcher, QueueFull
+    from .models import ServedModel
+    from .server import serve
+    from .service import RecommendationService
+    from .settings import ServingSettings
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

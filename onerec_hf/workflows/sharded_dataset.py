@@ -64,8 +64,8 @@ def folder_data(args: DataArguments) -> FolderData:
         ValueError: no such folder, a damaged one, or options that it contradicts.
     """
     from onerec_hf.data import RecommendationData, read_items
+    from onerec_hf.data.columns import about
     from onerec_hf.data.sources import with_text
-    from onerec_hf.data.tables import about
 
     assert args.prepared is not None
     if args.dataset is not None or args.interactions is not None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
+from onerec_hf.data.columns import DataError, names_source
 from onerec_hf.data.feedback.kuairand import SessionFeedback
 from onerec_hf.data.feedback.windows import feedback_windows
-from onerec_hf.data.tables import DataError, names_source
+from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource

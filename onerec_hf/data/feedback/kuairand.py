@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.interactions import ItemTable, read_items
+from onerec_hf.data.columns import DataError, require_columns
 from onerec_hf.data.feedback.watch_time import WatchTimeScale
 from onerec_hf.data.feedback.windows import feedback_windows
-from onerec_hf.data.tables import DataError, require_columns
+from onerec_hf.data.interactions import ItemTable, read_items
 
 if TYPE_CHECKING:
     import datasets

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onerec_hf.data.tables import DataError
+from onerec_hf.data.columns import DataError
 
 
 @dataclass(frozen=True, eq=False)

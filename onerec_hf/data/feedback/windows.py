@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from onerec_hf.data.tables import DataError, canonical_ids, column_of, require_columns
+from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.windows import examples
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onerec_hf.data.columns import MISSING_TEXT, DataError
 from onerec_hf.data.positives import PositiveFeedback
-from onerec_hf.data.tables import MISSING_TEXT, DataError
 
 if TYPE_CHECKING:
     import polars as pl

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from onerec_hf.data.columns import DataError
 from onerec_hf.data.sequences import UserSequences
 from onerec_hf.data.shards.write import FORMAT, MANIFEST_NAME
-from onerec_hf.data.tables import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -39,7 +39,7 @@ class PreparedFolder:
         >>> PreparedFolder("/tmp")
         Traceback (most recent call last):
         ...
-        onerec_hf.data.tables.DataError: /tmp: no prepared.json; name a folder that `onerec-hf prepare` wrote.
+        onerec_hf.data.columns.DataError: /tmp: no prepared.json; name a folder that `onerec-hf prepare` wrote.
     """
 
     def __init__(self, path: str | Path):

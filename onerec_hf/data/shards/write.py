@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from onerec_hf.data.columns import DataError
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards.buckets import BucketExamples, ExampleSettings, tidy
 from onerec_hf.data.shards.logs import Checks, Log, find_log_files, import_polars
 from onerec_hf.data.splits import describe_leave_one_out
-from onerec_hf.data.tables import DataError
 
 if TYPE_CHECKING:
     import polars as pl

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf.semantic_ids import BalancedKMeans, Ranks, ResidualQuantizer, add_digit, fit_semantic_ids, make_unique
-from onerec_hf.semantic_ids.balanced_assignment import staying
+from onerec_hf.semantic_ids.balanced_assignment import staying, staying_of
 from onerec_hf.semantic_ids.embeddings import fingerprint_of
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
-from onerec_hf.semantic_ids.shared_assignment import staying_of
 from onerec_hf.semantic_ids.unique_codes import add_digit_over, make_unique_over
 from tests.ranks import on_ranks
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from onerec_hf.data import ExampleSettings, PositiveFeedback, prepare_log
-from tests.data.test_prepare import write_log
+from tests.data.shards.test_write import write_log
 
-RECIPE = Path(__file__).parents[2] / "examples" / "prepare_with_ray.py"
+RECIPE = Path(__file__).parents[3] / "examples" / "prepare_with_ray.py"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from onerec_hf.data.collators import PackedDataCollator
 from onerec_hf.trainers import BatchOutOfMemoryError, NonFiniteError, newest_checkpoint
-from onerec_hf.trainers.batch_examples import batch_examples
+from onerec_hf.trainers.faults import batch_examples
 from tests.trainers import preference_runs, test_onerec_dpo, test_reward_trainer
 from tests.trainers.test_onerec_trainer import PROCESSOR, examples, make_trainer
 
@@ -189,7 +189,7 @@ def test_the_batch_size_is_still_found_automatically(tmp_path):
 RANKS = """
 import os, signal, sys
 from transformers import TrainerCallback
-from tests.trainers.test_step_faults import Dies, poisoned
+from tests.trainers.test_faults import Dies, poisoned
 from tests.trainers.test_onerec_trainer import make_trainer
 
 folder, what = sys.argv[1], sys.argv[2]
