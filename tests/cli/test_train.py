@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
-import onerec_hf.cli.train
+import onerec_hf.workflows.training
 from onerec_hf.trainers import OneRecTrainer
-from onerec_hf.workflows.steps import UNFINISHED_RUN
+from onerec_hf.workflows.run_folder import UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, refused, succeeded, write_csv
 
 HISTORIES = [["m1", "m2", "m3"], ["m39"], ["m8", "m6"]]
@@ -303,7 +303,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(data, trained, semantic
     assert done.out == ""
     assert signal.getsignal(signal.SIGINT) is before
     checkpoint = folder / "checkpoints" / "checkpoint-2"
-    assert f"onerec-hf: interrupted. The checkpoint {checkpoint} is kept; go on with:" in done.err
+    assert f"onerec-hf: interrupted. The checkpoint {checkpoint} is kept; resume with:" in done.err
     assert f"--resume_from_checkpoint '{checkpoint}'" in done.err
     assert AutoProcessor.from_pretrained(checkpoint).catalogue is not None
     succeeded(resume(done))
@@ -361,7 +361,7 @@ def test_ctrl_c_before_training_leaves_earlier_results(data, trained, tmp_path, 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onerec_hf.cli.train, "fit_catalogue", interrupted)
+    monkeypatch.setattr(onerec_hf.workflows.training, "fit_catalogue", interrupted)
     done = onerec("train", *data.options, *CODES, *TINY, "--output_dir", folder, "--overwrite")
     assert done.status == 130
     assert done.err.splitlines()[-1] == "onerec-hf: interrupted."
@@ -421,9 +421,9 @@ def test_a_checkpoint_that_is_none(data, tmp_path, monkeypatch, damage):
 
 def test_training_on_packed_prefixes(data, tmp_path, monkeypatch):
     trainers = []
-    original = onerec_hf.cli.train.evaluate_beside_baselines
+    original = onerec_hf.workflows.training.evaluate_beside_baselines
     monkeypatch.setattr(
-        onerec_hf.cli.train,
+        onerec_hf.workflows.training,
         "evaluate_beside_baselines",
         lambda trainer, *args: trainers.append(trainer) or original(trainer, *args),
     )
