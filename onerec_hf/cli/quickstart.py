@@ -12,7 +12,7 @@ from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.evaluation import evaluate_beside_baselines
-from onerec_hf.workflows.loading import load_dataset
+from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
     command = command_line("quickstart", argv)
     started = time.perf_counter()
-    data = load_dataset(
+    data = load_in_memory(
         dataset=args.dataset or ("movielens" if args.interactions is None else None),
         data_dir=args.data_dir,
         interactions=args.interactions,
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
         embeddings=args.embeddings,
         max_history=10,
     )
-    assert isinstance(data, InMemoryDataset)
     size = codebook_size(len(data.item_ids))
     training_args = OneRecTrainingArguments(
         str(folder),

@@ -17,4 +17,4 @@ def main(argv: list[str]) -> None:
     data, *settings = parse(kinds, argv, "reward", required=["--output_dir"])
     result = train_reward(data, *settings, command=command_line("reward", argv))
     if is_first():
-        print(reward_table(result.rows, result.model.config.objectives, list(METRICS)))
+        print(reward_table(result.rows, result.model.config.objectives or [], list(METRICS)))

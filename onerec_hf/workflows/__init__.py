@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
     from onerec_hf.workflows.errors import RunComplete
     from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
-    from onerec_hf.workflows.loading import load_dataset
+    from onerec_hf.workflows.loading import load_dataset, load_in_memory
     from onerec_hf.workflows.results import GeneratorResult, Result, RewardResult, ranking_table
     from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
     from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward
@@ -53,6 +53,7 @@ _PUBLIC = {
     "fit_semantic_ids": "semantic_ids",
     "load_dataset": "loading",
     "load_feedback": "reward_data",
+    "load_in_memory": "loading",
     "load_model": "artefact",
     "load_processor": "artefact",
     "ranking_table": "results",

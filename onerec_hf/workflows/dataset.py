@@ -92,7 +92,7 @@ class RecommendationDataset(Protocol):
 @dataclass(frozen=True, eq=False)
 class InMemoryDataset:
     """
-    A table in memory.
+    A table in memory; [`~onerec_hf.workflows.loading.load_in_memory`] makes it.
 
     Args:
         source: the tables as they were read.
@@ -101,14 +101,6 @@ class InMemoryDataset:
         item_ids: (items,) sorted.
         protocol: how the data was filtered and split.
         settings: how the examples were cut.
-
-    Example:
-        >>> import pandas as pd
-        >>> table = pd.DataFrame({"user_id": [u for u in range(6) for _ in range(4)], "item_id": [1, 2, 3, 4] * 6, "timestamp": [0, 1, 2, 3] * 6})
-        >>> from onerec_hf.workflows import load_dataset
-        >>> dataset = load_dataset(interactions=table, session_length=1)
-        >>> dataset.counts()["training examples"], dataset.test[0]["session"]
-        (6, [4])
     """
 
     source: RecommendationData
@@ -220,16 +212,29 @@ class ShardedDataset:
     def max_history(self) -> int:
         return int(self.folder.settings["max_history"])
 
-    @cached_property
+    @property
     def train(self) -> ExampleStream:
+        return self._train
+
+    @property
+    def validation(self) -> datasets.Dataset:
+        return self._validation
+
+    @property
+    def test(self) -> datasets.Dataset:
+        return self._test
+
+    # Read once, on first use: trainers tell data sets apart by identity.
+    @cached_property
+    def _train(self) -> ExampleStream:
         return self.folder.train()
 
     @cached_property
-    def validation(self) -> datasets.Dataset:
+    def _validation(self) -> datasets.Dataset:
         return self.folder.held_out("validation", self.eval_users)
 
     @cached_property
-    def test(self) -> datasets.Dataset:
+    def _test(self) -> datasets.Dataset:
         return self.folder.held_out("test", self.eval_users)
 
     @property

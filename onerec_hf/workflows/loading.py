@@ -23,9 +23,10 @@ def load_dataset(
     items: TableSource | None = None,
     embeddings: np.ndarray | str | None = None,
     **options,
-) -> InMemoryDataset | ShardedDataset:
+) -> RecommendationDataset:
     """
-    Reads interactions, keeps positive feedback and frequent enough items, and splits leave-one-out; or opens a prepared folder.
+    Reads interactions, keeps positive feedback and frequent enough items, and splits leave-one-out; or opens a folder of
+    `onerec-hf prepare`.
 
     Args:
         settings: which data, and how examples are cut.
@@ -33,6 +34,9 @@ def load_dataset(
         items: the same kinds of tables, with item ids and text columns.
         embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.
         options: single fields of [`DataSettings`], over `settings`.
+
+    Returns:
+        An [`InMemoryDataset`], or for `prepared` a [`ShardedDataset`].
 
     Raises:
         ValueError: options that contradict each other; DataError: what is wrong with the data.
@@ -44,13 +48,41 @@ def load_dataset(
     """
     (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
     assert isinstance(settings, DataSettings)
-    interactions = settings.interactions if interactions is None else interactions
-    items = settings.items if items is None else items
-    embeddings = settings.embeddings if embeddings is None else embeddings
+    if settings.prepared is None:
+        return load_in_memory(settings, interactions=interactions, items=items, embeddings=embeddings)
+    if settings.dataset is not None or settings.interactions is not None or interactions is not None:
+        raise ValueError("give --prepared, --interactions or --dataset; one of them")
+    items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
+    return _open_shards(settings, settings.prepared, items, embeddings)
+
+
+def load_in_memory(
+    settings: DataSettings | None = None,
+    *,
+    interactions: TableSource | None = None,
+    items: TableSource | None = None,
+    embeddings: np.ndarray | str | None = None,
+    **options,
+) -> InMemoryDataset:
+    """
+    `load_dataset` without prepared folders: the result also has the tables (`source`), all sequences and the split.
+
+    Raises:
+        ValueError, DataError, TypeError: as `load_dataset`.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"user_id": [u for u in range(6) for _ in range(4)], "item_id": [1, 2, 3, 4] * 6, "timestamp": [0, 1, 2, 3] * 6})
+        >>> dataset = load_in_memory(interactions=table, session_length=1)
+        >>> dataset.counts()["training examples"], dataset.test[0]["session"]
+        (6, [4])
+    """
+    (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
+    assert isinstance(settings, DataSettings)
+    interactions, items = _given(interactions, settings.interactions), _given(items, settings.items)
+    embeddings = _given(embeddings, settings.embeddings)
     if settings.prepared is not None:
-        if settings.dataset is not None or interactions is not None:
-            raise ValueError("give --prepared, --interactions or --dataset; one of them")
-        return _open_shards(settings, settings.prepared, items, embeddings)
+        raise ValueError("--prepared: this needs a table in memory; pass --interactions or --dataset")
     if settings.eval_users is not None:
         raise ValueError("--eval_users goes with --prepared")
     if (settings.dataset is None) == (interactions is None):
@@ -66,6 +98,11 @@ def load_dataset(
         if getattr(settings, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
     return _split(_read(settings, interactions, items, embeddings), settings)
+
+
+def _given(value, default):
+    """The argument, or the setting where there is none: tables have no truth value."""
+    return default if value is None else value
 
 
 def _read(

@@ -97,7 +97,7 @@ def train(
         >>> result.metrics["onerec/recall@10"], result.model, result.processor  # doctest: +SKIP
     """
     ids, model, sharding, run, args = _settings(settings, options)
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     open_folder(folder, run.overwrite, args)
     started = time.perf_counter()
     dataset = as_dataset(data)
