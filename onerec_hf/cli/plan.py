@@ -141,6 +141,7 @@ def check_train_options(file: str, names: list[str]) -> None:
     Raises:
         ValueError: a name that `train` does not have either.
     """
+    from onerec_hf.cli.parser import RENAMED
     from onerec_hf.modeling.files import short
     from onerec_hf.trainers import OneRecTrainingArguments
     from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
@@ -149,6 +150,8 @@ def check_train_options(file: str, names: list[str]) -> None:
     parts: tuple[Any, ...] = (DataSettings, SemanticIDSettings, TrainSettings, OneRecTrainingArguments)
     known = {option.name for part in parts for option in fields(part)}
     unknown = [name for name in names if name not in known]
+    if unknown and unknown[0] in RENAMED:
+        raise ValueError(f"--config {file}: {unknown[0]} is called {RENAMED[unknown[0]]} now")
     if unknown:
         raise ValueError(f"--config {file}: neither plan nor train has an option {short(unknown[0])}")
 
@@ -159,8 +162,8 @@ def load_config(source: str) -> OneRecConfig:
         ValueError: nothing there, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
-    from onerec_hf.modeling.hub import reading_config
     from onerec_hf.modeling.files import UNEXPECTED, short
+    from onerec_hf.modeling.hub import reading_config
 
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"--config {source}: no such file or folder")

@@ -131,7 +131,14 @@ def new_model(
     config = settings.config(processor.catalogue.codebook_sizes, session_length, len(processor.catalogue))
     model = OneRecForConditionalGeneration._from_config(config, attn_implementation=settings.attn_implementation)
     model.set_catalogue(processor.catalogue)
+    set_item_score_weight(model, settings.item_score_weight)
     return model
+
+
+def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
+    """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the one it has."""
+    if weight is not None and model.generation_config is not None:
+        model.generation_config.item_score_weight = weight
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:

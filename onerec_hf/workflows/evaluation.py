@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row
-from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.artefact import load_model, load_processor, set_item_score_weight
 from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
 from onerec_hf.workflows.loading import as_dataset
@@ -42,6 +42,9 @@ class EvaluateSettings:
         },
     )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
+    item_score_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the item head's scores; the model's own when not given."}
+    )
 
     def check(self) -> None:
         """
@@ -82,6 +85,7 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
 
     assert how.model is not None
     processor, model = load_processor("--model", how.model), load_model("--model", how.model)
+    set_item_score_weight(model, how.item_score_weight)
     dataset = as_dataset(data)
     check_catalogue(f"--model {how.model}", processor, dataset)
     with tempfile.TemporaryDirectory() as scratch:

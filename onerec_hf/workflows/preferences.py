@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.files import listed
+from onerec_hf.modeling.files import listed, replacing
 from onerec_hf.workflows.artefact import write_bytes
 
 if TYPE_CHECKING:

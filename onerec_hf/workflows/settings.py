@@ -120,11 +120,6 @@ class ModelSettings:
     num_experts: int = field(default=24, metadata={"help": "Experts per decoder layer; 1 is a dense decoder."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that a token uses."})
     norm_topk_prob: bool = field(default=False, metadata={"help": "Rescale the chosen experts' gates to sum to one."})
-    router_bias_update_rate: float = field(default=0.001, metadata={"help": "Step of the loss-free balancing bias."})
-    session_loss_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "What the loss of each of a session's items counts; all the same when not given."},
-    )
     dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
     encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
@@ -139,18 +134,22 @@ class ModelSettings:
         default=False, metadata={"help": "The encoder multiplies embeddings by the root of the hidden size."}
     )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
-    item_embeddings: bool = field(
-        default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}
+    item_head: bool = field(
+        default=False,
+        metadata={"help": "A learned vector per item: read beside its codes in histories, and scored as the next item."},
     )
-    item_embedding_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
-    item_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of naming the next item by its vector, beside generating its codes."}
+    item_head_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
+    item_head_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the item loss beside the codes' loss; 0: vectors are read only."}
     )
-    item_score_weight: float = field(
-        default=0.0, metadata={"help": "What that counts in a ranking, beside the probability of the codes."}
+    item_head_codes: bool = field(
+        default=False, metadata={"help": "Add the embeddings of an item's codes to its vector in the item scores."}
     )
-    item_scores_with_codes: bool = field(
-        default=False, metadata={"help": "Items are named by their codes' embeddings too, added to their vectors."}
+    item_score_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of item scores in rankings, saved as the model's default; a saved model keeps its own, 0 for a new one."
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
@@ -159,10 +158,10 @@ class ModelSettings:
         The configuration of a new model.
 
         Args:
-            num_items: of the catalogue.
+            num_items: of the catalogue, for the item head.
 
         Raises:
-            ValueError: sizes that do not fit together, or item embeddings where the catalogue is not known.
+            ValueError: sizes that do not fit together, or an item head without the number of items.
 
         Example:
             >>> ModelSettings(hidden_size=64).config([16, 16, 16], session_length=5).hidden_size
@@ -172,14 +171,25 @@ class ModelSettings:
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
-        others = ("model", "attn_implementation", "item_embeddings")
-        sizes = {name: value for name, value in asdict(self).items() if name not in others}
-        if self.item_embeddings:
+        others = ("model", "attn_implementation", "item_score_weight")
+        sizes = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in others and not name.startswith("item_head")
+        }
+        if self.item_head:
             if num_items is None:
-                raise ValueError(
-                    "--item_embeddings needs a catalogue to count its items; name a saved model or a config with num_item_embeddings"
-                )
-            sizes["num_item_embeddings"] = num_items
+                raise ValueError("--item_head needs the number of items: pass --num_items")
+            sizes["item_head"] = {
+                "num_items": num_items,
+                "dropout": self.item_head_dropout,
+                "loss_weight": self.item_head_loss_weight,
+                "score_codes": self.item_head_codes,
+            }
+        if self.item_score_weight and not (self.item_head and self.item_head_loss_weight):
+            raise ValueError(
+                f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"
+            )
         try:
             return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
         except StrictDataclassError as error:

@@ -18,6 +18,7 @@ from onerec_hf.workflows.artefact import (
     new_model,
     save_processor,
     save_trained,
+    set_item_score_weight,
     write_origin,
 )
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
@@ -217,9 +218,7 @@ def _start(
         processor.max_history = data.max_history
         return new_model(settings, processor, data.session_length), processor, origin
     model = load_model(option, place, settings.attn_implementation)
-    if settings.session_loss_weights is not None:
-        model.config.session_loss_weights = settings.session_loss_weights
-        model.config.validate_architecture()
+    set_item_score_weight(model, settings.item_score_weight)
     return model, processor, origin
 
 
