@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from onerec_hf.hub_cards.experts import EXPERT_LOAD_NAME, load_over_mean, parame
 from onerec_hf.semantic_ids.report import SemanticIDReport
 
 if TYPE_CHECKING:
-    from onerec_hf.data import RecommendationData
     from onerec_hf.hub_cards.facts import Training
     from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -24,11 +23,21 @@ if TYPE_CHECKING:
 REPORT_NAME = "semantic_ids.json"
 
 
+class DataSource(Protocol):
+    """What a card says of the data: its short name, and its origin and licence."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+
 def write_generator_card(
     folder: str | os.PathLike,
     processor: OneRecProcessor,
     model: OneRecForConditionalGeneration,
-    source: RecommendationData | None = None,
+    source: DataSource | None = None,
     protocol: str = "",
     rows: Sequence[dict[str, Any]] = (),
     repo_id: str | None = None,
@@ -123,7 +132,7 @@ def write_generator_card(
     )
 
 
-def _eval_results(source: RecommendationData | None, scores: dict[str, float]) -> list | None:
+def _eval_results(source: DataSource | None, scores: dict[str, float]) -> list | None:
     from huggingface_hub import EvalResult
 
     if source is None:

@@ -24,8 +24,7 @@ from onerec_hf import (
     OneRecRewardConfig,
     RewardItems,
 )
-from onerec_hf.cli.align import read_preferences
-from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments, parse
+from onerec_hf.cli.arguments import parse
 from onerec_hf.cli.plan import recipe_options
 from onerec_hf.cli.recommend import known_items, naming_file, read_file
 from onerec_hf.data import read_interactions, read_items
@@ -35,7 +34,9 @@ from onerec_hf.modeling.hub import check_weights
 from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_grid_tensor, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport
-from onerec_hf.workflows.steps import load_model, load_processor
+from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.preferences import read_preferences
+from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
 
 ROW = {"user_id": "u1", "item_id": "m1", "timestamp": 1}
 
@@ -429,7 +430,7 @@ def test_options_that_are_none(tmp_path, content):
     path = tmp_path / "options.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"options\.yaml"):
-        parse((DataArguments,), ["--config", str(path)], "train")
+        parse((DataSettings,), ["--config", str(path)], "train")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def test_histories_that_are_none(tmp_path, line):
 def test_a_long_option_is_not_repeated_whole(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text(f"? {'x' * 8_000}\n: 1\n")
-    for read in (lambda: recipe_options(str(path)), lambda: parse((DataArguments,), ["--config", str(path)], "train")):
+    for read in (lambda: recipe_options(str(path)), lambda: parse((DataSettings,), ["--config", str(path)], "train")):
         with pytest.raises(ValueError, match=r"options\.yaml.*option -{0,2}xxx") as refusal:
             read()
         assert len(str(refusal.value)) < 1_000
@@ -467,4 +468,4 @@ def test_a_value_of_a_list_that_looks_like_an_option(tmp_path, value):
     path = tmp_path / "options.yaml"
     path.write_text(f"codebook_sizes: {value}\n")
     with pytest.raises(ValueError, match=r"options\.yaml.*--codebook_sizes: .*-(inf|x)"):
-        parse((SemanticIDArguments,), ["--config", str(path)], "train")
+        parse((SemanticIDSettings,), ["--config", str(path)], "train")

@@ -282,16 +282,18 @@ def test_every_example_is_run_here():
 @pytest.mark.parametrize("recipe", [pytest.param(recipe, id=recipe.name) for recipe in RECIPES])
 def test_recipes_parse(recipe, tmp_path):
     """The command that a recipe's own comment names for it takes all of its options."""
-    from onerec_hf.cli.align import AlignArguments
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
-    from onerec_hf.cli.reward import RewardDataArguments, RewardModelArguments
-    from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.cli.arguments import parse
     from onerec_hf.trainers import OneRecDPOConfig, OneRecTrainingArguments, RewardTrainingArguments
+    from onerec_hf.workflows.alignment import AlignSettings
+    from onerec_hf.workflows.reward_data import RewardDataSettings
+    from onerec_hf.workflows.reward_training import RewardModelSettings
+    from onerec_hf.workflows.settings import DataSettings, ModelSettings, SemanticIDSettings
+    from onerec_hf.workflows.training import TrainSettings
 
     classes = {
-        "train": (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments),
-        "reward": (RewardDataArguments, RewardModelArguments, RewardTrainingArguments),
-        "align": (AlignArguments, DataArguments, OneRecDPOConfig),
+        "train": (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments),
+        "reward": (RewardDataSettings, RewardModelSettings, RewardTrainingArguments),
+        "align": (AlignSettings, DataSettings, OneRecDPOConfig),
     }
     text = recipe.read_text(encoding="utf-8")
     command = re.findall(rf"onerec-hf (\w+) +--config recipes/{recipe.name}", text)[0]

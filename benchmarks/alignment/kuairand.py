@@ -48,15 +48,15 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
     from datasets import concatenate_datasets
 
     from onerec_hf import OneRecProcessor
-    from onerec_hf.cli.reward import RewardModelArguments, new_reward_model
     from onerec_hf.data import load_kuairand_feedback
     from onerec_hf.semantic_ids import fit_semantic_ids
+    from onerec_hf.workflows.reward_training import RewardModelSettings, new_reward_model
 
     feedback = load_kuairand_feedback(folder, validation_start=20220501, test_start=20220506)
     torch.manual_seed(seed)
-    picker, items, features = new_reward_model(feedback, RewardModelArguments(), WEIGHTS)
+    picker, items, features = new_reward_model(feedback, RewardModelSettings(), WEIGHTS)
     torch.manual_seed(1000 + seed)
-    judge, _, _ = new_reward_model(feedback, RewardModelArguments(), WEIGHTS)
+    judge, _, _ = new_reward_model(feedback, RewardModelSettings(), WEIGHTS)
     fitted = fit_semantic_ids(items.item_ids, features, [128, 128, 128], seed=seed)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=MAX_HISTORY)
 

@@ -53,11 +53,16 @@ def main() -> None:
     import torch
     import transformers
 
-    from onerec_hf.cli.reward import METRICS, RewardModelArguments, new_reward_model, predictions_beside_baselines
     from onerec_hf.data import label_matrix, load_kuairand_feedback
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.evaluation.reward_metrics import reward_metrics
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
+    from onerec_hf.workflows.reward_training import (
+        METRICS,
+        RewardModelSettings,
+        new_reward_model,
+        predictions_beside_baselines,
+    )
 
     transformers.logging.set_verbosity_error()
     feedback = load_kuairand_feedback(args.data_dir, history=args.history)
@@ -66,7 +71,7 @@ def main() -> None:
     held_out = getattr(feedback, args.split)
     labels, base_rates = label_matrix(held_out), feedback.base_rates
     torch.manual_seed(args.seed)
-    sizes = RewardModelArguments(
+    sizes = RewardModelSettings(
         hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size, dropout_rate=args.dropout_rate
     )
     model, items, features = new_reward_model(feedback, sizes)

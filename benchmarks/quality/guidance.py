@@ -35,11 +35,11 @@ def main() -> None:
     one_thread()
     from benchmarks.quality.runs import Contest, parsed
     from onerec_hf.evaluation import ranking_metrics
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
 
     recipe, folder = recipe_and_folder(options)
     data_args, *_, training_args = parsed(["--config", str(recipe), "--data_dir", folder], {})
-    data = prepare_data(data_args)
+    data = load_in_memory(data_args)
     if options.quick:
         options.users, options.beams = 20, 5
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)

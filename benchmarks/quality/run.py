@@ -95,14 +95,14 @@ def main() -> None:
         minutes, small = 0.1, ["--hidden_size", "32", "--decoder_layers", "1", "--kmeans_iterations", "4"]
         options.judged_users = min(options.judged_users, 100)
     config = ["--config", str(recipe), "--data_dir", folder, *small]
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
 
     data_args, *_, training_args = parsed(config, {})
     if options.recipe and data_args.dataset != options.dataset:
         raise ValueError(
             f"{recipe} is of {data_args.dataset}: give --dataset {data_args.dataset}, not {options.dataset}"
         )
-    data = prepare_data(data_args)
+    data = load_in_memory(data_args)
     if options.quick:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **few))

@@ -160,7 +160,7 @@ def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float 
 
     from benchmarks.quality._sequence_models import SEQUENCE_MODELS
     from benchmarks.quality._sequence_training import train_sequence_model
-    from onerec_hf.workflows.steps import embed_items
+    from onerec_hf.workflows.semantic_ids import embed_items
 
     data_args, id_args, *_ = parsed(config, {})
     settings = {"max_length": data_args.max_history, **row.settings}  # as much history as the generators read
@@ -202,7 +202,8 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
 
     from benchmarks.quality.budget_trainer import BudgetTrainer
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows.steps import fit_catalogue, new_model
+    from onerec_hf.workflows.artefact import new_model
+    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
     settings = dict(row.settings)
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
@@ -355,11 +356,12 @@ def fused(contest: Contest, files: Sequence[str], splits: Sequence[str], rescore
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
     """`onerec-hf train`'s arguments of a configuration, with settings over it."""
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
-    from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.cli.arguments import parse
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows.settings import DataSettings, ModelSettings, SemanticIDSettings
+    from onerec_hf.workflows.training import TrainSettings
 
-    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
     over = [str(part) for name, value in settings.items() for part in (f"--{name}", *_listed(value))]
     return parse(kinds, [*config, *over], "train")
 
@@ -370,11 +372,10 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def with_windows(data, args, train_on: str):
     """The data with training examples of these lengths; validation and test stay the contest's."""
-    from onerec_hf.cli.train import on_prefixes
     from onerec_hf.data import leave_one_out
 
     split = leave_one_out(
         data.sequences, session_length=args.session_length, max_history=args.max_history, stride=args.stride
     )
-    data = replace(data, split=replace(data.split, train=split.train))
-    return on_prefixes(data, args) if train_on == "prefixes" else data
+    data = replace(data, split=replace(data.split, train=split.train), settings=args)
+    return data.on_prefixes() if train_on == "prefixes" else data

@@ -44,7 +44,8 @@ def main() -> None:
         options.widths, options.steps, options.users = [16, 32], 3, 50
     from benchmarks.quality.runs import parsed, with_windows
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows.steps import fit_catalogue, prepare_data
+    from onerec_hf.workflows import load_in_memory
+    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
     recipe, folder = recipe_and_folder(options)
     config = ["--config", str(recipe), "--data_dir", folder]
@@ -52,7 +53,7 @@ def main() -> None:
     if options.quick:
         shared["kmeans_iterations"] = 4
     data_args, id_args, *_ = parsed(config, shared)
-    data = with_windows(prepare_data(data_args), data_args, "windows")
+    data = with_windows(load_in_memory(data_args), data_args, "windows")
     processor = OneRecProcessor.from_catalogue(
         fit_catalogue(data, id_args).catalogue, max_history=data_args.max_history
     )
@@ -95,7 +96,7 @@ def trained(args, data, processor, asked, seed: int) -> dict[str, float]:
 
     from onerec_hf.planning.parameters import active_parameters
     from onerec_hf.trainers import OneRecTrainer
-    from onerec_hf.workflows.steps import new_model
+    from onerec_hf.workflows.artefact import new_model
 
     data_args, _, model_args, _, training_args = args
     set_seed(seed)

@@ -55,9 +55,11 @@ def main() -> None:
     options.add_argument("--row", nargs="+", required=True, metavar="NPZ")
     options.add_argument("--against", nargs="+", default=[], metavar="NPZ")
     asked = options.parse_args()
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
 
-    data = prepare_data(parsed(["--dataset", asked.dataset, "--data_dir", asked.data_dir, "--output_dir", "-"], {})[0])
+    data = load_in_memory(
+        parsed(["--dataset", asked.dataset, "--data_dir", asked.data_dir, "--output_dir", "-"], {})[0]
+    )
     split = asked.row[0].removesuffix(".npz").rsplit("-", 1)[1]
     target, users = last_rows(data, split, "session"), strata(data, split)
     rows = [found(files, target) for files in (asked.row, asked.against) if files]

@@ -59,7 +59,7 @@ def prepare() -> None:
     import trl.scripts.utils  # noqa: F401
 
     import onerec_hf
-    from onerec_hf.cli import align, plan, steps, train  # noqa: F401
+    from onerec_hf.cli import align, plan, train  # noqa: F401
 
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)

@@ -260,21 +260,21 @@ def _read_reward_config(path: Path) -> None:
 
 
 def _read_processor(path: Path) -> None:
-    from onerec_hf.workflows.steps import load_processor
+    from onerec_hf.workflows.artefact import load_processor
 
     processor = load_processor("--model", str(path.parent))
     processor([["m1", "m2"]])
 
 
 def _read_model(path: Path) -> None:
-    from onerec_hf.workflows.steps import load_model
+    from onerec_hf.workflows.artefact import load_model
 
     load_model("--model", str(path.parent))
 
 
 def _read_generation_config(path: Path) -> None:
     """The step of `from_pretrained` that reads this file, into a model that is loaded once: all the others stay as they are."""
-    from onerec_hf.workflows.steps import naming
+    from onerec_hf.workflows.artefact import naming
 
     folder, model = str(path.parent), _model()
     with naming("--model", folder):
@@ -284,13 +284,13 @@ def _read_generation_config(path: Path) -> None:
 
 @cache
 def _model() -> Any:
-    from onerec_hf.workflows.steps import load_model
+    from onerec_hf.workflows.artefact import load_model
 
     return load_model("--model", str(_model_folder()))
 
 
 def _read_reward(path: Path) -> None:
-    from onerec_hf.cli.align import load_reward
+    from onerec_hf.workflows.artefact import load_reward
 
     load_reward(str(path.parent))
 
@@ -348,12 +348,12 @@ def _read_yaml(path: Path) -> None:
 @cache
 def _train_parser() -> Any:
     """The parser of `train`, and the defaults of its options."""
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments
     from onerec_hf.cli.parser import CommandParser
-    from onerec_hf.cli.train import TrainArguments
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows.settings import DataSettings, ModelSettings, SemanticIDSettings
+    from onerec_hf.workflows.training import TrainSettings
 
-    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
     parser = CommandParser(kinds, "onerec-hf train", ["--output_dir"])
     return parser, [(action, action.default) for action in parser._actions]
 
@@ -382,7 +382,7 @@ def _processor():
 
 
 def _read_preferences(path: Path) -> None:
-    from onerec_hf.cli.align import read_preferences
+    from onerec_hf.workflows.preferences import read_preferences
 
     read_preferences(str(path), _processor())
 

@@ -60,10 +60,10 @@ def arguments():
 def load(data_dir: str):
     """Beauty's training sequences and a processor whose semantic IDs are random."""
     from onerec_hf import ItemCatalogue, OneRecProcessor
-    from onerec_hf.cli.arguments import DataArguments
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
+    from onerec_hf.workflows.settings import DataSettings
 
-    data = prepare_data(DataArguments(dataset="amazon-beauty", data_dir=data_dir, max_history=MAX_HISTORY))
+    data = load_in_memory(DataSettings(dataset="amazon-beauty", data_dir=data_dir, max_history=MAX_HISTORY))
     flat = np.random.default_rng(0).permutation(np.prod(CODES))[: len(data.item_ids)]
     catalogue = ItemCatalogue(data.item_ids, np.stack(np.unravel_index(flat, CODES), 1), CODES)
     return data.split.train_sequences, OneRecProcessor.from_catalogue(catalogue, MAX_HISTORY)

@@ -4,7 +4,7 @@ import os
 
 from onerec_hf.cli.demo import titles_of
 from onerec_hf.cli.demo_app import Recommender, build_app
-from onerec_hf.workflows.steps import load_model, load_processor
+from onerec_hf.workflows import load_model, load_processor
 
 name = os.environ.get("ONEREC_MODEL")
 if not name:

@@ -1,15 +1,12 @@
-"""Arguments that commands share, as dataclasses for TrlParser (`--config file.yaml`, command line on top)."""
+"""Options of a command from the command line and `--config file.yaml`, and the command as a line."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
 
 def parse(
@@ -19,10 +16,10 @@ def parse(
     Parses `argv` into the dataclasses.
 
     Args:
-        required: options that have to be given, whatever default the dataclass has.
+        required: options without which the command fails, whatever default the dataclass has.
 
     Raises:
-        ValueError: an unknown option (in the YAML file too), one that is lacking, or a value that does not fit.
+        ValueError: an unknown option (in the YAML file too), a missing one, or a value that does not fit.
     """
     from onerec_hf.cli.parser import CommandParser
 
@@ -31,184 +28,10 @@ def parse(
 
 def command_line(prog: str, argv: Sequence[str]) -> str:
     """
-    The command as a shell takes it, for result files and messages.
+    The command as it is typed in a shell, for result files and messages.
 
     Example:
         >>> command_line("train", ["--output_dir", "my model"])
         "onerec-hf train --output_dir 'my model'"
     """
     return shlex.join(["onerec-hf", *prog.split(), *argv])
-
-
-@dataclass
-class ExampleArguments:
-    """How interactions become examples."""
-
-    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
-    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
-    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
-    positive: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
-        },
-    )
-    min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
-    session_length: int = field(default=5, metadata={"help": "Items of a training session (the paper's m)."})
-    max_history: int = field(default=50, metadata={"help": "Latest items of a history that the encoder reads."})
-    stride: int = field(default=1, metadata={"help": "Step between a user's training sessions."})
-
-
-@dataclass
-class DataArguments(ExampleArguments):
-    """Which interactions, and how they become examples."""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or give --interactions."
-        },
-    )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
-    interactions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Your own table: .csv, .tsv, .parquet, .jsonl or RecBole's .inter with user, item and timestamp."
-        },
-    )
-    items: str | None = field(
-        default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
-    )
-    embeddings: str | None = field(
-        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
-    )
-    prepared: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `onerec-hf prepare`, whose examples are streamed; in place of --interactions."},
-    )
-    eval_users: int | None = field(
-        default=None,
-        metadata={"help": "With --prepared: evaluate on so many users, a random sample; all when not given."},
-    )
-
-
-@dataclass
-class SemanticIDArguments:
-    """How items get their semantic IDs."""
-
-    semantic_ids: str | None = field(
-        default=None, metadata={"help": "Folder of `semantic-ids fit` to take the IDs from; else they are fitted."}
-    )
-    codebook_sizes: list[int] = field(
-        default_factory=lambda: [256, 256, 256],
-        metadata={"help": "Codes per level; the largest at most the number of items."},
-    )
-    embedding: str = field(
-        default="auto",
-        metadata={
-            "help": "What the IDs are made from, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
-        },
-    )
-    embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
-    behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of behaviour beside the other embeddings."})
-    quantizer: str = field(
-        default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
-    )
-    on_collision: str = field(
-        default="assign",
-        metadata={
-            "help": "Items with equal codes: assign gives others at the least cost, extra-digit adds a level (TIGER)."
-        },
-    )
-    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of k-means per level."})
-    semantic_id_seed: int = field(default=0, metadata={"help": "Seed of the clustering."})
-
-
-@dataclass
-class ModelArguments:
-    """Size of a new generator, or the one to go on from."""
-
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "A saved OneRec (folder or Hub id) to go on from, with its catalogue; else a new one is made."
-        },
-    )
-    hidden_size: int = field(default=128, metadata={"help": "Width of both stacks."})
-    encoder_layers: int = field(default=2, metadata={"help": "Encoder layers."})
-    decoder_layers: int = field(default=2, metadata={"help": "Decoder layers."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
-    intermediate_size: int = field(default=256, metadata={"help": "Width of the encoder's feed-forward layers."})
-    moe_intermediate_size: int = field(default=128, metadata={"help": "Width of one expert."})
-    num_experts: int = field(default=24, metadata={"help": "Experts per decoder layer; 1 is a dense decoder."})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that a token uses."})
-    norm_topk_prob: bool = field(default=False, metadata={"help": "Rescale the chosen experts' gates to sum to one."})
-    router_bias_update_rate: float = field(default=0.001, metadata={"help": "Step of the loss-free balancing bias."})
-    session_loss_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "What the loss of each of a session's items counts; all the same when not given."},
-    )
-    dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
-    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
-    encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
-    encoder_attention: str = field(
-        default="softmax",
-        metadata={"help": "Or pointwise: the encoder's self-attention without a softmax, as in HSTU."},
-    )
-    encoder_pools_items: bool = field(
-        default=False, metadata={"help": "One place per item in the encoder: its tokens' embeddings are summed."}
-    )
-    encoder_scales_embeddings: bool = field(
-        default=False, metadata={"help": "The encoder multiplies embeddings by the root of the hidden size."}
-    )
-    cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
-    item_embeddings: bool = field(
-        default=False, metadata={"help": "A learned vector per item, read beside its codes in histories."}
-    )
-    item_embedding_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
-    item_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of naming the next item by its vector, beside generating its codes."}
-    )
-    item_score_weight: float = field(
-        default=0.0, metadata={"help": "What that counts in a ranking, beside the probability of the codes."}
-    )
-    item_scores_with_codes: bool = field(
-        default=False, metadata={"help": "Items are named by their codes' embeddings too, added to their vectors."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
-
-    def config(self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None) -> OneRecConfig:
-        """
-        The configuration of a new model.
-
-        Args:
-            num_items: of the catalogue.
-
-        Raises:
-            ValueError: sizes that do not fit together, or item embeddings where the catalogue is not known.
-        """
-        from huggingface_hub.errors import StrictDataclassError
-
-        from onerec_hf.modeling.configuration_onerec import OneRecConfig
-
-        others = ("model", "attn_implementation", "item_embeddings")
-        sizes = {name: value for name, value in asdict(self).items() if name not in others}
-        if self.item_embeddings:
-            if num_items is None:
-                raise ValueError(
-                    "--item_embeddings needs a catalogue to count its items; name a saved model or a config with num_item_embeddings"
-                )
-            sizes["num_item_embeddings"] = num_items
-        try:
-            return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
-        except StrictDataclassError as error:
-            raise ValueError(f"model options: {error.__cause__ or error}") from error
-
-
-@dataclass
-class OutputArguments:
-    """Where results go."""
-
-    overwrite: bool = field(
-        default=False, metadata={"help": "Write into a folder that exists already, replacing its earlier results."}
-    )

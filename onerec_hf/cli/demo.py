@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.workflows.steps import load_model, load_processor, say
+from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.distributed import say
 
 
 @dataclass

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.cli.arguments import OutputArguments, parse
-from onerec_hf.workflows.steps import check_folder, load_model, load_processor, say
+from onerec_hf.cli.arguments import parse
+from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.run_folder import check_folder
+from onerec_hf.workflows.settings import OutputSettings
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +27,7 @@ TOLERANCE = 1e-3  # of logits, float32 in both
 
 
 @dataclass
-class ExportArguments(OutputArguments):
+class ExportArguments(OutputSettings):
     """What is exported, and where to."""
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})

@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 
-from onerec_hf.workflows.distributed import is_first, leave
+from onerec_hf.workflows.distributed import is_first, leave, say
+from onerec_hf.workflows.errors import RunComplete
 
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
             leave()
     except SystemExit as exit:  # --help
         return int(exit.code or 0)
+    except RunComplete as complete:
+        say(str(complete))
+        return 0
     except KeyboardInterrupt as interrupt:
         print(f"\nonerec-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130

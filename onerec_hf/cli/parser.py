@@ -15,6 +15,13 @@ from trl.scripts.utils import TrlParser
 from onerec_hf.modeling.files import UNEXPECTED, short
 
 _MOST_VALUES = 100_000
+# Options of earlier versions, and what they are called now.
+RENAMED = {
+    "item_embeddings": "item_head",
+    "item_embedding_dropout": "item_head_dropout",
+    "item_loss_weight": "item_head_loss_weight",
+    "item_scores_with_codes": "item_head_codes",
+}
 
 
 def read_options(file: str) -> dict[str, Any]:
@@ -96,6 +103,8 @@ class CommandParser(TrlParser):
         for where, unknown in (("", unknown_options), (f"{file}: ", unknown_keys)):
             if unknown:
                 name = next((text for text in unknown if text.startswith("-")), unknown[0]).split("=")[0]
+                if name.removeprefix("--") in RENAMED:
+                    self.error(f"{where}{name} is called --{RENAMED[name.removeprefix('--')]} now")
                 close = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"{where}unknown option {short(name)}" + (f" (did you mean {close[0]}?)" if close else ""))
         return tuple(filled)

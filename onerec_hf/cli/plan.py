@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.cli.arguments import ModelArguments, parse
+from onerec_hf.cli.arguments import parse
+from onerec_hf.workflows.settings import ModelSettings
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -53,12 +54,13 @@ class PlanArguments:
 
 def main(argv: list[str]) -> None:
     source, argv = config_option(argv)
-    model_args, args = parse((ModelArguments, PlanArguments), argv, "plan")
+    model_args, args = parse((ModelSettings, PlanArguments), argv, "plan")
     if source is not None and model_args.model is not None:
         raise ValueError("give --config or --model, both name a model; not both")
+    from onerec_hf.evaluation.results import table
     from onerec_hf.planning import HEADER, STRATEGIES, Batch, best, layouts, make_plans, summary
     from onerec_hf.planning import table as rows
-    from onerec_hf.workflows.steps import say, table
+    from onerec_hf.workflows.distributed import say
 
     for name in ("batch", "max_history", "session_length"):
         if getattr(args, name) < 1:
@@ -118,7 +120,7 @@ def recipe_options(file: str) -> list[str]:
     from onerec_hf.cli.parser import read_options
 
     options = read_options(file)
-    known = {option.name for part in (ModelArguments, PlanArguments) for option in fields(part)}
+    known = {option.name for part in (ModelSettings, PlanArguments) for option in fields(part)}
     argv, others = [], []
     for name, value in options.items():
         if name in SAME_AS:
@@ -139,14 +141,17 @@ def check_train_options(file: str, names: list[str]) -> None:
     Raises:
         ValueError: a name that `train` does not have either.
     """
-    from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments
-    from onerec_hf.cli.train import TrainArguments
+    from onerec_hf.cli.parser import RENAMED
     from onerec_hf.modeling.files import short
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
+    from onerec_hf.workflows.training import TrainSettings
 
-    parts: tuple[Any, ...] = (DataArguments, SemanticIDArguments, TrainArguments, OneRecTrainingArguments)
+    parts: tuple[Any, ...] = (DataSettings, SemanticIDSettings, TrainSettings, OneRecTrainingArguments)
     known = {option.name for part in parts for option in fields(part)}
     unknown = [name for name in names if name not in known]
+    if unknown and unknown[0] in RENAMED:
+        raise ValueError(f"--config {file}: {unknown[0]} is called {RENAMED[unknown[0]]} now")
     if unknown:
         raise ValueError(f"--config {file}: neither plan nor train has an option {short(unknown[0])}")
 
@@ -157,8 +162,8 @@ def load_config(source: str) -> OneRecConfig:
         ValueError: nothing there, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
-    from onerec_hf.modeling.hub import reading_config
     from onerec_hf.modeling.files import UNEXPECTED, short
+    from onerec_hf.modeling.hub import reading_config
 
     if Path(source).is_absolute() and not Path(source).exists():
         raise ValueError(f"--config {source}: no such file or folder")

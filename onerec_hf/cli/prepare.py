@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onerec_hf.cli.arguments import ExampleArguments, OutputArguments, command_line, parse
-from onerec_hf.workflows.steps import say
+from onerec_hf.cli.arguments import command_line, parse
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import OutputSettings, WindowSettings
 
 
 @dataclass
-class PrepareArguments(OutputArguments):
+class PrepareOptions(OutputSettings):
     """Which log, and how the folder is laid out."""
 
     interactions: str | None = field(
@@ -27,31 +28,32 @@ class PrepareArguments(OutputArguments):
         default=64, metadata={"help": "Training files; best a multiple of ranks times data loader workers."}
     )
     rows_per_bucket: int = field(
-        default=2_000_000, metadata={"help": "Rows of the log in memory at one time, about; fewer take less memory."}
+        default=2_000_000,
+        metadata={"help": "About how many rows of the log are in memory at a time; fewer take less memory."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the training examples."})
 
 
 def main(argv: list[str]) -> None:
-    args, example_args = parse(
-        (PrepareArguments, ExampleArguments), argv, "prepare", required=["--interactions", "--output_dir"]
+    args, windows = parse(
+        (PrepareOptions, WindowSettings), argv, "prepare", required=["--interactions", "--output_dir"]
     )
     from onerec_hf.data import ExampleSettings, PositiveFeedback, prepare_log
 
     settings = ExampleSettings(
-        example_args.min_item_interactions,
-        example_args.session_length,
-        example_args.max_history,
-        example_args.stride,
+        windows.min_item_interactions,
+        windows.session_length,
+        windows.max_history,
+        windows.stride,
         args.train_on,
     )
     manifest = prepare_log(
         args.interactions,
         args.output_dir,
-        user_column=example_args.user_column,
-        item_column=example_args.item_column,
-        timestamp_column=example_args.timestamp_column,
-        positive=None if example_args.positive is None else PositiveFeedback.parse(example_args.positive),
+        user_column=windows.user_column,
+        item_column=windows.item_column,
+        timestamp_column=windows.timestamp_column,
+        positive=None if windows.positive is None else PositiveFeedback.parse(windows.positive),
         settings=settings,
         num_shards=args.num_shards,
         rows_per_bucket=args.rows_per_bucket,

@@ -7,23 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onerec_hf.cli.arguments import (
-    DataArguments,
-    ModelArguments,
-    OutputArguments,
-    SemanticIDArguments,
-    command_line,
-    parse,
-)
-from onerec_hf.cli.quickstart_alignment import align_once
-from onerec_hf.cli.train import evaluate_beside_baselines, print_results, report, resumable, train
+from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.evaluation.results import result_row
-from onerec_hf.workflows.run_folder import finish
-from onerec_hf.workflows.steps import PreparedData, check_folder, is_unfinished, prepare_data, say
+from onerec_hf.workflows.dataset import InMemoryDataset
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.evaluation import evaluate_beside_baselines
+from onerec_hf.workflows.loading import load_in_memory
+from onerec_hf.workflows.rating_alignment import align_once
+from onerec_hf.workflows.results import ranking_table
+from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
+from onerec_hf.workflows.settings import ModelSettings, OutputSettings, SemanticIDSettings
+from onerec_hf.workflows.training import report, train_generator
 
 
 @dataclass
-class QuickstartArguments(OutputArguments):
+class QuickstartOptions(OutputSettings):
     """The few choices of a first run."""
 
     output_dir: str = field(default="onerec-quickstart", metadata={"help": "Folder for the model and results.json."})
@@ -44,22 +42,20 @@ class QuickstartArguments(OutputArguments):
 def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecTrainingArguments
 
-    (args,) = parse((QuickstartArguments,), argv, "quickstart")
+    (args,) = parse((QuickstartOptions,), argv, "quickstart")
     if args.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
     folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
     command = command_line("quickstart", argv)
     started = time.perf_counter()
-    dataset = args.dataset or ("movielens" if args.interactions is None else None)
-    data_args = DataArguments(
-        dataset=dataset,
+    data = load_in_memory(
+        dataset=args.dataset or ("movielens" if args.interactions is None else None),
         data_dir=args.data_dir,
         interactions=args.interactions,
         items=args.items,
         embeddings=args.embeddings,
         max_history=10,
     )
-    data = prepare_data(data_args)
     size = codebook_size(len(data.item_ids))
     training_args = OneRecTrainingArguments(
         str(folder),
@@ -74,22 +70,22 @@ def main(argv: list[str]) -> None:
         eval_num_beams=30,
         seed=args.seed,
     )
-    trainer = train(
+    trainer = train_generator(
         data,
         folder,
-        data_args,
-        SemanticIDArguments(codebook_sizes=[size] * 3, semantic_id_seed=args.seed),
-        ModelArguments(hidden_size=64, intermediate_size=128, moe_intermediate_size=64),
+        SemanticIDSettings(codebook_sizes=[size] * 3, semantic_id_seed=args.seed),
+        ModelSettings(hidden_size=64, intermediate_size=128, moe_intermediate_size=64),
         training_args,
+        can_resume=False,
     )
-    with resumable(folder, command=None):
+    with resumable(folder, command, keep=False):
         rows = evaluate_beside_baselines(trainer, data, "test")
         rows += align_once(trainer, data, folder, args.seed, command)
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
     report(trainer, folder, data, rows, command)
     finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
-    print_results(rows)
+    print(ranking_table(rows))
     say(
         f"{time.perf_counter() - started:.0f} seconds. Load it: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"
     )
@@ -101,7 +97,7 @@ def codebook_size(num_items: int) -> int:
     return min(num_items, max(16, min(256, power)))
 
 
-def check_reload(trainer, folder: Path, data: PreparedData) -> tuple[Any, Any]:
+def check_reload(trainer, folder: Path, data: InMemoryDataset) -> tuple[Any, Any]:
     """
     Loads the folder through the Auto classes, compares its sessions with the trained model's and returns processor and model.
 
@@ -113,7 +109,7 @@ def check_reload(trainer, folder: Path, data: PreparedData) -> tuple[Any, Any]:
 
     processor = AutoProcessor.from_pretrained(folder)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(folder).to(trainer.model.device).eval()
-    histories = data.split.test[:64]["history"]
+    histories = data.test[:64]["history"]
     inputs = processor(histories)
     trained = trainer.model.eval().recommend(**inputs, num_beams=10)
     if not torch.equal(loaded.recommend(**inputs, num_beams=10), trained):
@@ -124,12 +120,12 @@ def check_reload(trainer, folder: Path, data: PreparedData) -> tuple[Any, Any]:
     return processor, loaded
 
 
-def print_sessions(processor, model, data: PreparedData, users: int = 3) -> None:
+def print_sessions(processor, model, data: InMemoryDataset, users: int = 3) -> None:
     """A generated session of five items for a few test users, with titles where the source has them."""
     titles = {}
-    if data.source.items is not None and "title" in data.source.items.frame:
-        titles = dict(zip(data.source.items.item_ids.tolist(), data.source.items.frame["title"], strict=True))
-    examples = data.split.test[:users]
+    if data.items is not None and "title" in data.items.frame:
+        titles = dict(zip(data.items.item_ids.tolist(), data.items.frame["title"], strict=True))
+    examples = data.test[:users]
     histories = examples["history"]
     sessions = processor.batch_decode(model.recommend(**processor(histories), num_beams=20, exclude=histories))
     for user, history, session, target in zip(

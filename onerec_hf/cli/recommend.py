@@ -15,8 +15,8 @@ import numpy as np
 
 from onerec_hf.cli.arguments import parse
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.distributed import all_ranks, is_first
-from onerec_hf.workflows.steps import load_model, load_processor, say
+from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.distributed import all_ranks, is_first, say
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue import ItemCatalogue

@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from onerec_hf.cli.arguments import parse
-from onerec_hf.workflows.steps import naming, say
+from onerec_hf.workflows.artefact import naming
+from onerec_hf.workflows.distributed import say
 
 
 @dataclass

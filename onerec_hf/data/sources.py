@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ import pandas as pd
 from onerec_hf.data.columns import DataError, about, column_of
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
 from onerec_hf.data.positives import PositiveFeedback
+
+if TYPE_CHECKING:
+    from onerec_hf.data.tables import TableSource
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 
@@ -67,8 +70,8 @@ def load_source(name: str, folder: str | Path | None = None) -> RecommendationDa
 
 
 def load_files(
-    interactions_path: str | Path,
-    items_path: str | Path | None = None,
+    interactions_table: TableSource,
+    items_table: TableSource | None = None,
     *,
     user_column: str = "user_id",
     item_column: str = "item_id",
@@ -81,7 +84,7 @@ def load_files(
     positive: PositiveFeedback | None = None,
 ) -> RecommendationData:
     """
-    A person's own files. The item file names its ids `item_column` too.
+    The user's own tables: paths, DataFrames or `datasets.Dataset`s. The items table names its ids `item_column` too.
 
     The items' `text` is made of `text_columns` (of every text column when None; a column called `text` is then taken as it is).
 
@@ -101,9 +104,8 @@ def load_files(
         >>> data.name, data.positive.apply(data.interactions)["item_id"].tolist()
         ('clicks', ['a7'])
     """
-    path = Path(interactions_path)
     interactions = read_interactions(
-        path,
+        interactions_table,
         user_column=user_column,
         item_column=item_column,
         timestamp_column=timestamp_column,
@@ -111,20 +113,22 @@ def load_files(
         session_column=session_column,
     )
     items = None
-    description = f"Read from {path.name}."
-    if items_path is not None:
+    tables = [interactions_table] if items_table is None else [interactions_table, items_table]
+    files = [Path(table) for table in tables if isinstance(table, str | Path)]
+    description = f"Read from {' and '.join(path.name for path in files)}." if files else "Read from tables in memory."
+    if items_table is not None:
         items = read_items(
-            items_path,
+            items_table,
             item_column=item_column,
             text_columns=text_columns,
             embedding_column=embedding_column,
             embeddings=embeddings,
         )
-        with about(items_path):
+        with about(items_table):
             items.select(column_of(interactions, "item_id").unique().tolist())  # raises where one has no row
             items = with_text(items, text_columns)
-        description = f"Read from {path.name} and {Path(items_path).name}."
-    return RecommendationData(path.stem, interactions, items, description, positive or PositiveFeedback())
+    name = Path(interactions_table).stem if isinstance(interactions_table, str | Path) else "interactions"
+    return RecommendationData(name, interactions, items, description, positive or PositiveFeedback())
 
 
 def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> ItemTable:

@@ -82,3 +82,23 @@ def write_results(
     with replacing(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """
+    Aligned plain text; the first column to the left, the others to the right.
+
+    Example:
+        >>> print(table([["onerec", "0.25"]], ["", "recall@10"]))
+                recall@10
+        onerec       0.25
+    """
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,1 +1,74 @@
-"""From tables to artefacts, in Python: what the commands of the command line call."""
+"""
+From tables to trained, evaluated and saved models, in Python; the commands of `onerec-hf` call these functions.
+
+    >>> from onerec_hf.workflows import DataSettings, load_dataset, train
+    >>> dataset = load_dataset(DataSettings(interactions="ratings.csv", items="films.csv"))  # doctest: +SKIP
+    >>> result = train(dataset, output_dir="runs/films", num_train_epochs=3)  # doctest: +SKIP
+    >>> result.metrics, result.model, result.processor  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onerec_hf.workflows.alignment import AlignSettings, align
+    from onerec_hf.workflows.artefact import load_model, load_processor
+    from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
+    from onerec_hf.workflows.errors import RunComplete
+    from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
+    from onerec_hf.workflows.loading import load_dataset, load_in_memory
+    from onerec_hf.workflows.results import GeneratorResult, Result, RewardResult, ranking_table
+    from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
+    from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward
+    from onerec_hf.workflows.semantic_ids import FitSettings, compare_quantizers, fit_semantic_ids
+    from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
+    from onerec_hf.workflows.sharding import ShardingSettings
+    from onerec_hf.workflows.training import TrainSettings, train
+
+# name -> module: nothing is imported until a name is used.
+_PUBLIC = {
+    "AlignSettings": "alignment",
+    "DataSettings": "settings",
+    "EvaluateSettings": "evaluation",
+    "FitSettings": "semantic_ids",
+    "GeneratorResult": "results",
+    "InMemoryDataset": "dataset",
+    "ModelSettings": "settings",
+    "OutputSettings": "settings",
+    "RecommendationDataset": "dataset",
+    "Result": "results",
+    "RewardDataSettings": "reward_data",
+    "RewardModelSettings": "reward_training",
+    "RewardResult": "results",
+    "RunComplete": "errors",
+    "SemanticIDSettings": "settings",
+    "ShardedDataset": "dataset",
+    "ShardingSettings": "sharding",
+    "TrainSettings": "training",
+    "align": "alignment",
+    "compare_quantizers": "semantic_ids",
+    "evaluate": "evaluation",
+    "fit_semantic_ids": "semantic_ids",
+    "load_dataset": "loading",
+    "load_feedback": "reward_data",
+    "load_in_memory": "loading",
+    "load_model": "artefact",
+    "load_processor": "artefact",
+    "ranking_table": "results",
+    "train": "training",
+    "train_reward": "reward_training",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

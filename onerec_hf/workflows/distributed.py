@@ -1,26 +1,33 @@
-"""Commands under torchrun: which rank speaks and writes, and the processes as holders of items."""
+"""Workflows under torchrun: which rank reports and writes, and the ranks as a process group of items."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onerec_hf.semantic_ids import Ranks
 
 
+def say(text: str) -> None:
+    """Progress goes to stderr: stdout belongs to results. Only the first rank prints."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def num_ranks() -> int:
-    """How many processes run this command, as torchrun and accelerate say."""
+    """How many processes run this program, as torchrun and accelerate set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints results and writes them: rank 0, or the only one."""
+    """Whether this process prints and writes results: rank 0, or the only one."""
     return num_ranks() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def joined_on_cpu() -> bool:
-    """Whether processes are to be joined that have no accelerator: the libraries join these only where they are told to use the CPU."""
+    """Whether ranks without an accelerator must be joined: the libraries do so only where `use_cpu` is set."""
     if num_ranks() == 1:
         return False
     import torch
@@ -29,7 +36,7 @@ def joined_on_cpu() -> bool:
 
 
 def all_ranks() -> Ranks | None:
-    """The processes that run this command, joined; None where there is one."""
+    """The ranks of this program as a process group; None for a single process."""
     if num_ranks() == 1:
         return None
     import torch.distributed as dist
@@ -38,16 +45,26 @@ def all_ranks() -> Ranks | None:
     from onerec_hf.semantic_ids import Ranks
 
     PartialState(cpu=joined_on_cpu())  # joins the processes as the trainers do
-    group: Any = dist.new_group(backend="gloo")  # items lie in main memory
+    group: Any = dist.new_group(backend="gloo")  # items are in main memory
     return Ranks(group)
 
 
-def leave() -> None:
-    """Waits for the other ranks before this one ends: who leaves early may abort those that still talk to it."""
+def wait() -> None:
+    """Waits for the other ranks: what the first rank writes is complete for all of them then."""
     if num_ranks() == 1:
         return
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave() -> None:
+    """Waits for the other ranks before this one ends: a rank that leaves early may abort those that still communicate with it."""
+    if num_ranks() == 1:
+        return
+    import torch.distributed as dist
+
+    wait()
+    if dist.is_initialized():
         dist.destroy_process_group()

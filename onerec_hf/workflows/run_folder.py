@@ -1,48 +1,118 @@
-"""A command's run in its output folder: marked until everything is written, and how one that was killed goes on."""
+"""The output folder of a run: checked and marked as unfinished before work begins, resumed after a kill, cleared by overwrite."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onerec_hf.workflows.distributed import is_first, num_ranks
-from onerec_hf.workflows.steps import UNFINISHED_RUN, check_folder, claim_folder, is_unfinished, say, write_bytes
+from onerec_hf.workflows.artefact import CODEBOOKS_NAME, REPORT_NAME, write_bytes
+from onerec_hf.workflows.distributed import is_first, num_ranks, say
+from onerec_hf.workflows.errors import RunComplete
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+#: This file marks the folder of a run that is under way or was killed.
+UNFINISHED_RUN = "unfinished.json"
 LAST = ("last", "true")
+
+# What the workflows write: overwrite removes these files of an earlier run, and no others.
+# Without the first two no model and no processor loads, so partly removed results are not mistaken for complete ones.
+_WRITTEN = (
+    "config.json",
+    "catalogue.safetensors",
+    "README.md",
+    "expert_load.png",
+    "results.json",
+    "pairs/README.md",
+    "pairs/pairs.parquet",
+    REPORT_NAME,
+    CODEBOOKS_NAME,
+    "model*.safetensors",
+    "code/*.py",
+    "*_onerec.py",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "training_args.bin",
+)
+
+
+def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
+    """
+    The output folder, untouched so far: `claim_folder` makes it ready once the input has been checked. Only the first rank looks: it may
+    have begun to write when another rank comes.
+
+    Raises:
+        FileExistsError: the folder is not empty and `overwrite` is not set.
+        PermissionError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not is_first():
+        return folder
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder for the output")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: {there} is read-only; name a folder that can be written to"
+        )
+    if not overwrite and is_unfinished(folder):
+        raise FileExistsError(
+            f"{folder} contains an unfinished run; resume it with --resume_from_checkpoint last (a training), or start again with "
+            "--overwrite"
+        )
+    if not overwrite and any(path.is_file() for path in folder.rglob("*")):
+        raise FileExistsError(
+            f"{folder} exists already and is not empty; name another folder, or pass --overwrite to replace its results"
+        )
+    return folder
+
+
+def is_unfinished(folder: str | os.PathLike) -> bool:
+    """Whether a run in this folder is under way or was killed."""
+    return any(Path(folder).glob(f"{UNFINISHED_RUN}*"))  # a run killed while it wrote the mark left its temporary name
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a training has ended here, with model and results, and none is under way."""
+    return all((folder / name).is_file() for name in ("config.json", "results.json")) and not is_unfinished(folder)
 
 
 def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
     """
-    Checks the output folder of a training, and puts the checkpoint's path in place of `--resume_from_checkpoint last`. Where a run was
-    killed before its first checkpoint, there is none, and it begins anew; where it is complete, there is nothing to do, and the program ends.
+    Checks the output folder of a training, and replaces `resume_from_checkpoint="last"` by the checkpoint's path. A run that was killed
+    before its first checkpoint starts again.
 
     Returns:
-        Whether the run goes on with a checkpoint of its own folder, which then keeps its checkpoints.
+        Whether the run resumes from a checkpoint of this folder, which then keeps its checkpoints.
 
     Raises:
-        ValueError: a folder that is no whole checkpoint, or processes that each would train alone.
-        FileExistsError: the folder is another run's, as `check_folder` says.
+        RunComplete: `resume_from_checkpoint="last"` and the folder holds a complete run.
+        ValueError: an incomplete checkpoint, or processes that transformers would not join.
+        FileExistsError: the folder is another run's, as in `check_folder`.
     """
     if args.world_size != num_ranks():
         raise ValueError(
-            f"this is one of {num_ranks()} processes, and transformers joins them only on accelerators, of which there is none, or where it is "
-            "told to use the CPU: add --use_cpu true"
+            f"this is one of {num_ranks()} processes, and transformers joins them only on accelerators, or on the CPU where that is set: "
+            "add --use_cpu true"
         )
-    asked = args.resume_from_checkpoint
-    if asked is not None and asked.lower() in LAST:
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and wanted.lower() in LAST:
         from onerec_hf.trainers.checkpoints import newest_checkpoint
 
         args.resume_from_checkpoint = newest_checkpoint(folder / "checkpoints")
         if args.resume_from_checkpoint is None:
             if not overwrite and is_complete(folder):
-                say(f"{folder} holds a complete run: nothing is left to do")
-                raise SystemExit(0)
-            say(f"{folder} holds no checkpoint yet: training begins anew")
+                raise RunComplete(f"{folder} holds a complete run: nothing is left to do")
+            say(f"{folder} holds no checkpoint yet: training starts from the beginning")
             overwrite = overwrite or is_unfinished(folder)
     own = resumes_in(folder, args)
     if not own:
@@ -50,17 +120,12 @@ def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
     return own
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a training has ended here, with model and results, and nothing is under way."""
-    return all((folder / name).is_file() for name in ("config.json", "results.json")) and not is_unfinished(folder)
-
-
 def resumes_in(folder: Path, args: TrainingArguments) -> bool:
     """
-    Whether the run goes on with a checkpoint of its own output folder.
+    Whether the run resumes from a checkpoint of its own output folder.
 
     Raises:
-        ValueError: a folder that is no whole checkpoint.
+        ValueError: an incomplete checkpoint.
     """
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None:
@@ -75,20 +140,17 @@ def resumes_in(folder: Path, args: TrainingArguments) -> bool:
     return Path(checkpoint).resolve().parent == (folder / "checkpoints").resolve()
 
 
-def begin(folder: Path, command: str | None, goes_on: bool = False) -> None:
-    """
-    Takes the folder for this run: marks it, and removes an earlier one's results, but for the checkpoints that it goes on with. Of several
-    ranks the first one does.
-    """
+def begin(folder: Path, command: str | None, resumes: bool = False) -> None:
+    """Marks the folder as this run's and removes an earlier run's results; a run that resumes keeps the checkpoints. The first rank does it."""
     if not is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / UNFINISHED_RUN, (json.dumps({"command": command}) + "\n").encode())
-    claim_folder(folder, keep_checkpoints=goes_on)
+    claim_folder(folder, keep_checkpoints=resumes)
 
 
 def finish(folder: Path, keep_checkpoints: bool = False) -> None:
-    """Takes the mark off, now that everything is written, and removes the checkpoints; of several ranks the first one does."""
+    """Removes the mark once everything is written, and the checkpoints; the first rank does it."""
     if not is_first():
         return
     from onerec_hf.modeling.files import remove_whole
@@ -96,3 +158,55 @@ def finish(folder: Path, keep_checkpoints: bool = False) -> None:
     os.unlink(folder / UNFINISHED_RUN)
     if not keep_checkpoints:
         remove_whole(folder / "checkpoints")
+
+
+def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
+    """Makes the folder and removes an earlier run's results from it: they must not be mistaken for this run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*(() if keep_checkpoints else ("checkpoints",)), "_removed-checkpoints", "aligned", ".unfinished"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in (*_WRITTEN, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Removes what a run has written, and the folder if nothing else is in it; the first rank does it."""
+    if not is_first():
+        return
+    claim_folder(folder)
+    (folder / UNFINISHED_RUN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def resumable(folder: Path, command: str | None, keep: bool = True) -> Iterator[None]:
+    """
+    After Ctrl-C, says how to resume; a run without a checkpoint is removed.
+
+    Args:
+        command: the command line of the run; None for a call from Python.
+        keep: False for a run that cannot be resumed, which is removed then.
+
+    Raises:
+        KeyboardInterrupt: in place of the one that came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        from onerec_hf.trainers import newest_checkpoint
+
+        last = newest_checkpoint(folder / "checkpoints")
+        if keep and last is not None:
+            hint = f"The checkpoint {last} is kept; "
+            if command is None:
+                hint += 'resume with the same call and resume_from_checkpoint="last"'
+            else:
+                hint += f"resume with:\n  {command} --resume_from_checkpoint {shlex.quote(last)}"
+        elif any(folder.glob("model*.safetensors")):
+            hint = f"The trained model is in {folder}, without an evaluation: onerec-hf evaluate --help"
+        else:
+            discard(folder)
+            hint = "Nothing is kept; start again."
+        raise KeyboardInterrupt(hint) from None

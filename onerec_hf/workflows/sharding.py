@@ -1,4 +1,4 @@
-"""Options for models that ranks hold in shards: FSDP2 and expert parallelism through transformers' DistributedConfig."""
+"""Settings for models that ranks hold in shards: FSDP2 and expert parallelism through transformers' DistributedConfig."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ShardingArguments:
-    """How ranks share a model; without these options each has a whole one (DDP)."""
+class ShardingSettings:
+    """How ranks share a model; by default each rank has the unsharded model (DDP)."""
 
     fsdp_size: int = field(
         default=1, metadata={"help": "Ranks that share weights, gradients and optimizer (FSDP2); under torchrun."}
@@ -28,7 +28,7 @@ class ShardingArguments:
     def check(self, args: TrainingArguments) -> None:
         """
         Raises:
-            ValueError: sizes that are not those of the launch, or checkpoints that a sharded run cannot write.
+            ValueError: sizes that differ from the launch, or checkpoints that a sharded run cannot write.
         """
         sizes = " ".join(f"--{name} {size}" for name, size in asdict(self).items() if size != 1)
         if not sizes:
@@ -46,7 +46,7 @@ class ShardingArguments:
             )
 
     def shard(self, model: Any) -> Any:
-        """The rank's shard of a model that all ranks have alike; the model itself where nothing is to be shared."""
+        """The rank's shard of a model that all ranks have alike; the model itself without sharding."""
         if self.fsdp_size == 1:
             return model
         from transformers.distributed.configuration_utils import DistributedConfig

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import onerec_hf.cli.train
+import onerec_hf.workflows.training
 from tests.cli.commands import CODES, TINY, interaction_rows, item_rows, onerec, succeeded, write_csv
 
 
@@ -37,8 +37,8 @@ def trained(data, tmp_path_factory):
         trainers.append(trainer)
         return original(trainer, *args)
 
-    original = onerec_hf.cli.train.report
+    original = onerec_hf.workflows.training.report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onerec_hf.cli.train, "report", report)
+        patch.setattr(onerec_hf.workflows.training, "report", report)
         done = succeeded(onerec("train", *data.options, *CODES, *TINY, "--output_dir", folder))
     return SimpleNamespace(folder=folder, done=done, trainer=trainers[0])

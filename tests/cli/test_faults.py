@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, Trainer
 
-import onerec_hf.cli.semantic_ids
-import onerec_hf.cli.train
+import onerec_hf.workflows.semantic_ids
+import onerec_hf.workflows.training
 from onerec_hf import OneRecProcessor
 from onerec_hf.trainers import OneRecTrainer
-from onerec_hf.workflows.steps import UNFINISHED_RUN
+from onerec_hf.workflows.run_folder import UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, onerec, refused, succeeded
 from tests.cli.test_align import QUICK, reward  # noqa: F401 (a fixture)
 from tests.mounts import fill, set_read_only, small_disk
@@ -51,15 +51,15 @@ def test_a_training_that_was_killed_goes_on_by_one_option(data, tmp_path, monkey
     go_on = [*command, "--resume_from_checkpoint", "last"]
     killed(monkeypatch, OneRecTrainer, "training_step", *command)  # before the first checkpoint
     assert json.loads((folder / UNFINISHED_RUN).read_text())["command"].startswith("onerec-hf train --interactions")
-    refused(onerec(*command), "holds a run that has not ended", "--resume_from_checkpoint last", "--overwrite")
+    refused(onerec(*command), "contains an unfinished run", "--resume_from_checkpoint last", "--overwrite")
     killed(monkeypatch, OneRecTrainer, "training_step", *go_on, calls=3)  # in the third step
     assert sorted(os.listdir(folder / "checkpoints")) == ["checkpoint-1", "checkpoint-2"]
     killed(monkeypatch, Trainer, "save_model", *go_on, calls=2)  # in the final save, after that of step 3
     assert not (folder / "config.json").exists()
-    killed(monkeypatch, onerec_hf.cli.train, "report", *go_on)  # before the card
+    killed(monkeypatch, onerec_hf.workflows.training, "report", *go_on)  # before the card
     assert (folder / "config.json").is_file()
     done = succeeded(onerec(*go_on))
-    assert "begins anew" not in done.err
+    assert "starts from the beginning" not in done.err
     assert set(contents(folder)) == set(contents(whole))
     first, second = (load_file(path / "model.safetensors") for path in (folder, whole))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -72,7 +72,7 @@ def test_a_training_that_was_killed_goes_on_by_one_option(data, tmp_path, monkey
 def test_last_begins_anew_in_a_new_folder(data, tmp_path):
     settings = [*data.options, *CODES, *TINY, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "last"]
     done = succeeded(onerec("train", *settings))
-    assert "holds no checkpoint yet: training begins anew" in done.err
+    assert "holds no checkpoint yet: training starts from the beginning" in done.err
     assert not (tmp_path / "new" / UNFINISHED_RUN).exists()
 
 
@@ -101,7 +101,7 @@ def pairs(folder):
 def test_a_fit_that_was_killed_is_simply_started_again(data, semantic_ids, tmp_path, monkeypatch):
     folder = tmp_path / "ids"
     command = ["semantic-ids", "fit", *data.options, *CODES, "--output_dir", folder]
-    killed(monkeypatch, onerec_hf.cli.semantic_ids, "write_origin", *command)
+    killed(monkeypatch, onerec_hf.workflows.semantic_ids, "write_origin", *command)
     assert sorted(os.listdir(folder)) == [UNFINISHED_RUN]
     killed(monkeypatch, OneRecProcessor, "save_pretrained", *command)
     refused(

@@ -4,9 +4,10 @@ import pytest
 
 import onerec_hf.cli.evaluate
 from onerec_hf import __version__
-from onerec_hf.cli.arguments import DataArguments, SemanticIDArguments, parse
+from onerec_hf.cli.arguments import parse
 from onerec_hf.cli.main import COMMANDS
 from onerec_hf.trainers import OneRecTrainingArguments
+from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
 from tests.cli.commands import onerec, refused, succeeded
 
 
@@ -102,7 +103,7 @@ def test_yaml_values_are_what_the_command_line_would_make_of_them(tmp_path):
         "eval_exclude_seen: false\ndataset: null\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.1}\n"
         "interactions: my clicks.csv\nstride: -1\n"
     )
-    dataclasses = (DataArguments, SemanticIDArguments, OneRecTrainingArguments)
+    dataclasses = (DataSettings, SemanticIDSettings, OneRecTrainingArguments)
     argv = ["--config", str(file), "--stride", "4", f"--output_dir={tmp_path}"]
     data, ids, training = parse(dataclasses, argv, "train", required=["--output_dir"])
     assert (data.positive, data.dataset, data.interactions, data.stride) == (["rating>=4"], None, "my clicks.csv", 4)

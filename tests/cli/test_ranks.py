@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from onerec_hf import ItemCatalogue
-from onerec_hf.cli.align import PAIRS_NAME
+from onerec_hf.workflows.preferences import PAIRS_NAME
 from tests.cli.commands import CODES, TINY, Done, contents, onerec, succeeded
 from tests.cli.test_align import QUICK, reward  # noqa: F401 (a fixture)
 from tests.ranks import torchrun

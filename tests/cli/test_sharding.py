@@ -6,7 +6,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf.cli.arguments import parse
 from onerec_hf.trainers import OneRecTrainingArguments
-from onerec_hf.workflows.sharding import ShardingArguments
+from onerec_hf.workflows.sharding import ShardingSettings
 from tests.cli.commands import CODES, TINY, onerec, succeeded
 from tests.cli.test_ranks import on_ranks
 
@@ -16,7 +16,7 @@ RUN += ["--dropout_rate", "0", "--train_sampling_strategy", "sequential", "--opt
 
 
 def checked(*options):
-    sharding, args = parse((ShardingArguments, OneRecTrainingArguments), options, "train")
+    sharding, args = parse((ShardingSettings, OneRecTrainingArguments), options, "train")
     sharding.check(args)
 
 

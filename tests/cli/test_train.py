@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
-import onerec_hf.cli.train
+import onerec_hf.workflows.training
 from onerec_hf.trainers import OneRecTrainer
-from onerec_hf.workflows.steps import UNFINISHED_RUN
+from onerec_hf.workflows.run_folder import UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, refused, succeeded, write_csv
 
 HISTORIES = [["m1", "m2", "m3"], ["m39"], ["m8", "m6"]]
@@ -32,7 +32,7 @@ FILES = {
     "semantic_ids.json",
     "tokenizer_config.json",
     # the code that travels along
-    *(file.name for file in (Path(__file__).parents[2] / "modeling").glob("*_onerec.py")),
+    *(f"code/{file.name}" for file in (Path(__file__).parents[2] / "modeling").glob("[a-z]*.py")),
 }
 
 
@@ -50,7 +50,7 @@ def parameters(folder):
 
 def test_the_artefact_is_whole_and_holds_no_pickle(trained):
     assert contents(trained.folder).keys() == FILES
-    assert not list(trained.folder.glob("*/"))  # neither checkpoints nor logs
+    assert [path.name for path in trained.folder.glob("*/")] == ["code"]  # neither checkpoints nor logs
 
 
 def test_the_artefact_recommends_what_the_trained_model_does(trained):
@@ -128,11 +128,45 @@ def test_own_names_of_columns(trained, data, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["new", "saved"])
-def test_session_weights_reach_the_model(trained, data, tmp_path, model):
+def test_session_weights_reach_the_loss(trained, data, tmp_path, model):
     options = CODES if model == "new" else ["--model", trained.folder]
-    weights = ["--session_loss_weights", "4", "1", "1.5"]
-    succeeded(onerec("train", *data.options, *options, *TINY, *weights, "--output_dir", tmp_path / "out"))
-    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config.session_loss_weights == [4.0, 1.0, 1.5]
+    weights = ["--session_loss_weights", "4", "1", "1.5", "--logging_steps", 1, "--output_dir"]
+    done = succeeded(onerec("train", *data.options, *options, *TINY, *weights, tmp_path / "weighted"))
+    plain = succeeded(onerec("train", *data.options, *options, *TINY, "--output_dir", tmp_path / "plain"))
+    assert first_loss(done) != first_loss(plain)
+
+
+def first_loss(done):
+    return float(re.search(r"'loss': '?([\d.]+)", done.err)[1])
+
+
+def test_an_item_head_and_the_weight_of_its_scores(data, tmp_path):
+    """Both are saved; `evaluate` takes the saved weight, or another one."""
+    folder = tmp_path / "out"
+    head = ["--item_head", "true", "--item_head_dropout", 0.2, "--item_head_loss_weight", 0.5, "--item_head_codes", "true"]
+    weight = ["--item_score_weight", 8, "--output_dir", folder]
+    done = succeeded(onerec("train", *data.options, *CODES, *TINY, *head, *weight))
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    found = model.config.item_head
+    assert (found.num_items, found.dropout, found.loss_weight, found.score_codes) == (40, 0.2, 0.5, True)
+    assert model.generation_config.item_score_weight == 8
+    evaluate = ["evaluate", "--model", folder, "--interactions", data.interactions]
+    assert succeeded(onerec(*evaluate)).out == done.out
+    assert succeeded(onerec(*evaluate, "--item_score_weight", 0)).out != done.out
+    again = ["--model", folder, "--learning_rate", 0, "--output_dir", tmp_path / "again"]
+    succeeded(onerec("train", *data.options, *TINY, *again))
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").generation_config.item_score_weight == 8
+
+
+def test_options_of_the_item_head_that_do_not_fit(data, tmp_path):
+    train = ["train", *data.options, *CODES, *TINY, "--output_dir", tmp_path / "out"]
+    refused(onerec(*train, "--item_score_weight", 8), "--item_score_weight 8 needs item scores: add --item_head true")
+    refused(onerec(*train, "--item_head", "true", "--item_head_dropout", 1), "model options", "dropout=1.0")
+    refused(onerec(*train, "--item_embeddings", "true"), "--item_embeddings is called --item_head now")
+    (tmp_path / "old.yaml").write_text("item_loss_weight: 1.0\n")
+    renamed = onerec(*train, "--config", tmp_path / "old.yaml")
+    refused(renamed, "old.yaml: --item_loss_weight is called --item_head_loss_weight now")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model", ["new", "saved"])
@@ -303,7 +337,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(data, trained, semantic
     assert done.out == ""
     assert signal.getsignal(signal.SIGINT) is before
     checkpoint = folder / "checkpoints" / "checkpoint-2"
-    assert f"onerec-hf: interrupted. The checkpoint {checkpoint} is kept; go on with:" in done.err
+    assert f"onerec-hf: interrupted. The checkpoint {checkpoint} is kept; resume with:" in done.err
     assert f"--resume_from_checkpoint '{checkpoint}'" in done.err
     assert AutoProcessor.from_pretrained(checkpoint).catalogue is not None
     succeeded(resume(done))
@@ -361,7 +395,7 @@ def test_ctrl_c_before_training_leaves_earlier_results(data, trained, tmp_path, 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onerec_hf.cli.train, "fit_catalogue", interrupted)
+    monkeypatch.setattr(onerec_hf.workflows.training, "fit_catalogue", interrupted)
     done = onerec("train", *data.options, *CODES, *TINY, "--output_dir", folder, "--overwrite")
     assert done.status == 130
     assert done.err.splitlines()[-1] == "onerec-hf: interrupted."
@@ -421,9 +455,9 @@ def test_a_checkpoint_that_is_none(data, tmp_path, monkeypatch, damage):
 
 def test_training_on_packed_prefixes(data, tmp_path, monkeypatch):
     trainers = []
-    original = onerec_hf.cli.train.evaluate_beside_baselines
+    original = onerec_hf.workflows.training.evaluate_beside_baselines
     monkeypatch.setattr(
-        onerec_hf.cli.train,
+        onerec_hf.workflows.training,
         "evaluate_beside_baselines",
         lambda trainer, *args: trainers.append(trainer) or original(trainer, *args),
     )

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf import OneRecProcessor
-from onerec_hf.cli.arguments import DataArguments
 from onerec_hf.data import OneRecDataCollator, PackedDataCollator, PackedDataset, prefix_examples
 from onerec_hf.data.packing import pack_rows
-from onerec_hf.workflows.steps import prepare_data
+from onerec_hf.workflows import load_in_memory
+from onerec_hf.workflows.settings import DataSettings
 from tests.conftest import make_catalogue
 
 PROCESSOR = OneRecProcessor.from_catalogue(make_catalogue(), max_history=5)
@@ -49,8 +49,8 @@ def test_a_million_examples_take_seconds():
 
 
 def test_beauty_fills_its_rows(data_folder):
-    data = prepare_data(
-        DataArguments(
+    data = load_in_memory(
+        DataSettings(
             dataset="amazon-beauty", data_dir=str(data_folder / "amazon_beauty"), max_history=20, session_length=1
         )
     )

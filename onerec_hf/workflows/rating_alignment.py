@@ -1,4 +1,4 @@
-"""The end of `onerec-hf quickstart`: one short round of preference alignment, with what a second reward model says about it."""
+"""One short round of preference alignment from ratings, for `onerec-hf quickstart`, with a held-out reward model beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
-from onerec_hf.cli.align import session_reward
-from onerec_hf.cli.arguments import SemanticIDArguments
 from onerec_hf.evaluation.results import result_row
-from onerec_hf.workflows.steps import PreparedData, embed_items, find_origin, save_trained, say, write_origin
+from onerec_hf.workflows.alignment import session_reward
+from onerec_hf.workflows.artefact import find_origin, save_trained, write_origin
+from onerec_hf.workflows.dataset import InMemoryDataset
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.semantic_ids import embed_items
+from onerec_hf.workflows.settings import SemanticIDSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
 EXAMPLES, USERS = 1280, 400
 
 
-def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: str) -> list[dict[str, Any]]:
+def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command: str) -> list[dict[str, Any]]:
     """
-    Trains two reward models on the ratings of two halves of the users, aligns a copy of the trained generator with the first for one iteration,
-    and lets both judge sessions for test users. The aligned model goes into `folder / "aligned"`, with a card that names `command`.
+    Trains two reward models on the ratings of two halves of the users, aligns a copy of the trained generator with the first one for one
+    iteration, and scores sessions for test users with both. The aligned model goes into `folder / "aligned"`, with a card that names `command`.
 
     Returns:
-        Result rows: mean reward of a session before and after, by the model that picked and by the one that did not; none where the data has no
-        ratings to learn a reward from.
+        Result rows: mean reward of a session before and after, by the reward model that picked the pairs and by the held-out one; none
+        without ratings.
     """
     halves = rated_windows(data)
     if halves is None:
@@ -45,13 +48,13 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: st
     from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 
     quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    features, _ = embed_items(data, SemanticIDArguments())
-    processor, rows = trainer.processing_class, data.split.train
+    features, _ = embed_items(data, SemanticIDSettings())
+    processor, rows = trainer.processing_class, data.train
     rng = np.random.default_rng(seed)
     prompts = rows.select(np.sort(rng.choice(len(rows), size=min(EXAMPLES, len(rows)), replace=False)))
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         picker, judge = (
-            train_reward(windows, data, features, seed + place, {**quiet, "output_dir": scratch})
+            small_reward_model(windows, data, features, seed + place, {**quiet, "output_dir": scratch})
             for place, windows in enumerate(halves)
         )
         args = OneRecDPOConfig(
@@ -79,7 +82,7 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: st
         aligned.train()
         save_trained(aligned, folder / "aligned")
     write_origin(folder / "aligned", find_origin(folder))
-    histories = data.split.test[:USERS]["history"]
+    histories = data.test[:USERS]["history"]
     found = []
     models = {"before": trainer.model, "after": aligned.model}
     for when, model in models.items():
@@ -90,7 +93,7 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: st
         folder / "aligned",
         processor,
         cast("OneRecForConditionalGeneration", aligned.model),
-        data.source,
+        data,
         data.protocol,
         found,
         counts=data.counts(),
@@ -102,13 +105,13 @@ def align_once(trainer, data: PreparedData, folder: Path, seed: int, command: st
     say(
         f"one round of preference alignment ({len(aligned.pairs)} pairs): mean predicted rating of a generated session "
         f"{values['reward/before']:.3f} -> {values['reward/after']:.3f} by the reward model that picked the pairs, "
-        f"{values['heldout_reward/before']:.3f} -> {values['heldout_reward/after']:.3f} by one of other users that did not (0 to 1, {len(histories)} "
+        f"{values['heldout_reward/before']:.3f} -> {values['heldout_reward/after']:.3f} by one trained on other users (0 to 1, {len(histories)} "
         f"test users); saved to {folder / 'aligned'}"
     )
     return found
 
 
-def rated_windows(data: PreparedData) -> tuple[Dataset, Dataset] | None:
+def rated_windows(data: InMemoryDataset) -> tuple[Dataset, Dataset] | None:
     """
     Windows of 5 to 10 rated items with their mean rating between 0 and 1, of every second user and of the others. A user's history is the first half of
     what was rated before the validation item, windows are cut from the second.
@@ -118,7 +121,7 @@ def rated_windows(data: PreparedData) -> tuple[Dataset, Dataset] | None:
     table: Any = data.source.interactions
     if "rating" not in table or table["rating"].isna().any() or table["rating"].nunique() < 2:
         return None
-    rows = data.split.validation[:]
+    rows = data.validation[:]
     held_out = {user: session[0] for user, session in zip(rows["user_id"], rows["session"], strict=True)}
     known = table[table["item_id"].isin(data.item_ids.tolist())]
     lowest, highest = known["rating"].min(), known["rating"].max()
@@ -140,8 +143,8 @@ def rated_windows(data: PreparedData) -> tuple[Dataset, Dataset] | None:
     return windows.select(np.flatnonzero(~second)), windows.select(np.flatnonzero(second))
 
 
-def train_reward(
-    windows: Dataset, data: PreparedData, features: np.ndarray, seed: int, settings: dict[str, Any]
+def small_reward_model(
+    windows: Dataset, data: InMemoryDataset, features: np.ndarray, seed: int, settings: dict[str, Any]
 ) -> OneRecForSessionReward:
     """A small reward model of the mean rating, two epochs."""
     import torch

@@ -1,0 +1,198 @@
+"""The folder of a model: processor, weights and semantic IDs loaded with errors that name the folder, and saved so that a killed run leaves no damaged one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onerec_hf.modeling.files import UNEXPECTED, short
+from onerec_hf.workflows.distributed import is_first
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from onerec_hf.data import ItemTable
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.semantic_ids import SemanticIDs
+    from onerec_hf.workflows.settings import ModelSettings
+
+CODEBOOKS_NAME, REPORT_NAME = "codebooks.safetensors", "semantic_ids.json"
+
+
+@contextlib.contextmanager
+def naming(option: str, repo: str) -> Iterator[None]:
+    """
+    Turns what the libraries raise about an artefact that is absent or damaged into one error that names the option and the folder.
+
+    Raises:
+        ValueError: in place of those.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{option} {repo}: the weights are damaged or cut short ({error}); copy or download them again, or train anew"
+        ) from error
+    except (OSError, StrictDataclassError, *UNEXPECTED) as error:
+        plain = isinstance(error, OSError | ValueError | StrictDataclassError)
+        reason = short(error, 1000) if plain else f"it is damaged ({type(error).__name__}: {short(error)})"
+        if not os.path.isdir(repo):
+            reason = f"there is no such folder, and as a repository of the Hub: {reason.splitlines()[0]}"
+        raise ValueError(f"{option} {repo}: {reason}") from error
+
+
+def load_processor(option: str, repo: str) -> OneRecProcessor:
+    """
+    The processor of a folder or Hub repository, with its catalogue.
+
+    Raises:
+        ValueError: it is not there, damaged, or without a catalogue.
+    """
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+    with naming(option, repo):
+        processor = OneRecProcessor.from_pretrained(repo)
+        if processor.catalogue is None:
+            raise ValueError(
+                "it holds no item catalogue (catalogue.safetensors); name what `onerec-hf semantic-ids fit` or `train` wrote"
+            )
+        processor.catalogue.verify()
+    return processor
+
+
+def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
+    """
+    The generator of a folder or Hub repository.
+
+    Raises:
+        ValueError: it is not there, damaged, or its catalogue is another model's.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    from onerec_hf.modeling.hub import check_complete
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+
+    with naming(option, repo):
+        if os.path.isdir(repo) and not os.path.isfile(os.path.join(repo, "config.json")):
+            raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")
+        model, loaded = AutoModelForSeq2SeqLM.from_pretrained(
+            repo, use_safetensors=True, attn_implementation=attn_implementation, output_loading_info=True
+        )
+        check_complete(loaded)
+        if not isinstance(model, OneRecForConditionalGeneration):
+            raise ValueError(f"it holds a {type(model).__name__}, no OneRec generator")
+        return model
+
+
+def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
+    """
+    The session reward model of a folder or Hub repository.
+
+    Args:
+        option: where the path comes from, for the message.
+
+    Raises:
+        ValueError: it is absent, damaged or another kind of model.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from onerec_hf.modeling.hub import check_complete
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+
+    with naming(option, path):
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        check_complete(loaded)
+        if not isinstance(model, OneRecForSessionReward):
+            raise ValueError(f"it holds a {type(model).__name__}, no OneRec reward model")
+        return model
+
+
+def new_model(
+    settings: ModelSettings, processor: OneRecProcessor, session_length: int
+) -> OneRecForConditionalGeneration:
+    """
+    An untrained generator for the processor's catalogue.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown attention implementation.
+    """
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+
+    assert processor.catalogue is not None
+    config = settings.config(processor.catalogue.codebook_sizes, session_length, len(processor.catalogue))
+    model = OneRecForConditionalGeneration._from_config(config, attn_implementation=settings.attn_implementation)
+    model.set_catalogue(processor.catalogue)
+    set_item_score_weight(model, settings.item_score_weight)
+    return model
+
+
+def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
+    """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the one it has."""
+    if weight is not None and model.generation_config is not None:
+        model.generation_config.item_score_weight = weight
+
+
+def save_trained(trainer: Trainer, folder: Path) -> None:
+    """
+    Saves the model of a trainer, without the pickle of arguments that Trainer adds: no file of an artefact is unpickled. `config.json`
+    comes last, so a folder with a config.json holds a complete model.
+    """
+    from onerec_hf.modeling.files import replacing_files
+
+    if not trainer.args.should_save:
+        trainer.save_model(str(folder))
+        return
+    with replacing_files(folder, last="config.json") as temporary:
+        trainer.save_model(temporary)
+        Path(temporary, "training_args.bin").unlink(missing_ok=True)
+
+
+def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | None = None) -> None:
+    """
+    Saves the processor with its catalogue; the first rank writes.
+
+    Args:
+        items: the items table of the data, whose titles and other columns belong beside the catalogue; None if there is none.
+    """
+    if is_first():
+        processor.save_pretrained(folder)
+
+
+def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:
+    """
+    The files on the origin of the semantic IDs in a folder or Hub repository, codebooks and report, as far as it has them. A run that
+    takes the semantic IDs over copies these files.
+    """
+    from transformers.utils.hub import cached_file
+
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    paths = {name: cached_file(repo, name, **quietly) for name in (CODEBOOKS_NAME, REPORT_NAME)}
+    return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
+
+
+def write_origin(folder: Path, origin: dict[str, bytes] | SemanticIDs) -> None:
+    """Writes the result of `find_origin`, or codebooks and report of newly fitted semantic IDs; the first rank writes."""
+    if not is_first():
+        return
+    if not isinstance(origin, dict):
+        origin.quantizer.save(folder / CODEBOOKS_NAME)
+        origin = {REPORT_NAME: (json.dumps(origin.report.as_dict(), indent=1) + "\n").encode()}
+    for name, content in origin.items():
+        write_bytes(folder / name, content)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, to a temporary name first."""
+    from onerec_hf.modeling.files import replacing
+
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(content)

@@ -1,0 +1,288 @@
+"""The data of a workflow: a table in memory or a prepared folder of shards, as one protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
+
+    from onerec_hf.data import (
+        ExampleStream,
+        ItemTable,
+        LeaveOneOutSplit,
+        PreparedFolder,
+        RecommendationData,
+        UserSequences,
+    )
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.workflows.settings import WindowSettings
+
+
+class RecommendationDataset(Protocol):
+    """
+    Interactions as training and held-out examples, and the items that they are about. Examples have the columns `user_id`, `history` and
+    `session`; `session_length` and `max_history` are those that the training examples were cut with.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name, for results and cards."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Origin and licence, for cards."""
+        ...
+
+    @property
+    def protocol(self) -> str:
+        """How the data was filtered and split, sentences with counts."""
+        ...
+
+    @property
+    def items(self) -> ItemTable | None:
+        """The items table with a column `text`; None without item data."""
+        ...
+
+    @property
+    def item_ids(self) -> np.ndarray:
+        """(items,) ids of the items that are kept, sorted."""
+        ...
+
+    @property
+    def session_length(self) -> int: ...
+
+    @property
+    def max_history(self) -> int: ...
+
+    @property
+    def train(self) -> datasets.Dataset | ExampleStream:
+        """Training examples."""
+        ...
+
+    @property
+    def validation(self) -> datasets.Dataset:
+        """One example per user: the last item but one."""
+        ...
+
+    @property
+    def test(self) -> datasets.Dataset:
+        """One example per user: the last item."""
+        ...
+
+    @property
+    def train_sequences(self) -> UserSequences:
+        """All that may be learned from; in memory."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """How much of everything there is, for cards."""
+        ...
+
+    def train_rows(self) -> list[np.ndarray]:
+        """Training sequences as indices into `item_ids`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class InMemoryDataset:
+    """
+    A table in memory; [`~onerec_hf.workflows.loading.load_in_memory`] makes it.
+
+    Args:
+        source: the tables as they were read.
+        sequences: each user's positive interactions with frequent enough items.
+        split: training and held-out examples of them.
+        item_ids: (items,) sorted.
+        protocol: how the data was filtered and split.
+        settings: how the examples were cut.
+    """
+
+    source: RecommendationData
+    sequences: UserSequences
+    split: LeaveOneOutSplit
+    item_ids: np.ndarray
+    protocol: str
+    settings: WindowSettings
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def description(self) -> str:
+        return self.source.description
+
+    @property
+    def items(self) -> ItemTable | None:
+        return self.source.items
+
+    @property
+    def session_length(self) -> int:
+        return self.settings.session_length
+
+    @property
+    def max_history(self) -> int:
+        return self.settings.max_history
+
+    @property
+    def train(self) -> datasets.Dataset:
+        return self.split.train
+
+    @property
+    def validation(self) -> datasets.Dataset:
+        return self.split.validation
+
+    @property
+    def test(self) -> datasets.Dataset:
+        return self.split.test
+
+    @property
+    def train_sequences(self) -> UserSequences:
+        return self.split.train_sequences
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "interactions": len(self.source.interactions),
+            "of them kept": len(self.sequences.item_ids),
+            "users": len(self.sequences),
+            "items": len(self.item_ids),
+            "training examples": len(self.train),
+            "validation examples": len(self.validation),
+            "test examples": len(self.test),
+        }
+
+    def train_rows(self) -> list[np.ndarray]:
+        return _rows(self.train_sequences, self.item_ids)
+
+    def on_prefixes(self) -> InMemoryDataset:
+        """The dataset with each training history once, for all the sessions that follow its prefixes, in place of windows."""
+        from onerec_hf.data import prefix_examples
+
+        prefixes = prefix_examples(self.train_sequences, self.session_length, self.max_history, self.settings.stride)
+        note = (
+            f" The windows are read as {len(prefixes):,} histories, each once for all its sessions; beyond {self.max_history} items a session "
+            f"reads the latest {self.max_history - self.max_history // 2 + 1} to {self.max_history}."
+        )
+        return replace(self, split=replace(self.split, train=prefixes), protocol=self.protocol + note)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedDataset:
+    """
+    A folder of `onerec-hf prepare`: training examples are streamed, sequences are read when something is learned from them.
+
+    Args:
+        folder: the prepared folder.
+        items: the items table; None without item data.
+        eval_users: held-out users, a random sample; all by default.
+    """
+
+    folder: PreparedFolder
+    items: ItemTable | None = None
+    eval_users: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.resolve().name
+
+    @property
+    def description(self) -> str:
+        files = self.folder.manifest["source"]
+        return f"Read from {files[0]}" + (f" and {len(files) - 1:,} more files." if len(files) > 1 else ".")
+
+    @property
+    def protocol(self) -> str:
+        return self.folder.protocol
+
+    @property
+    def item_ids(self) -> np.ndarray:
+        return self.folder.item_ids
+
+    @property
+    def session_length(self) -> int:
+        return int(self.folder.settings["session_length"])
+
+    @property
+    def max_history(self) -> int:
+        return int(self.folder.settings["max_history"])
+
+    @property
+    def train(self) -> ExampleStream:
+        return self._train
+
+    @property
+    def validation(self) -> datasets.Dataset:
+        return self._validation
+
+    @property
+    def test(self) -> datasets.Dataset:
+        return self._test
+
+    # Read once, on first use: trainers tell data sets apart by identity.
+    @cached_property
+    def _train(self) -> ExampleStream:
+        return self.folder.train()
+
+    @cached_property
+    def _validation(self) -> datasets.Dataset:
+        return self.folder.held_out("validation", self.eval_users)
+
+    @cached_property
+    def _test(self) -> datasets.Dataset:
+        return self.folder.held_out("test", self.eval_users)
+
+    @property
+    def train_sequences(self) -> UserSequences:
+        return self.folder.train_sequences
+
+    def counts(self) -> dict[str, int]:
+        counts = self.folder.counts
+        return {
+            "interactions": counts["rows"],
+            "of them kept": counts["kept"],
+            "users": counts["users"],
+            "items": counts["items"],
+            "training examples": counts["train"],
+            "validation examples": counts["validation"],
+            "test examples": counts["test"],
+        }
+
+    def train_rows(self) -> list[np.ndarray]:
+        return _rows(self.train_sequences, self.item_ids)
+
+
+def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:
+    """The sequences as indices into the sorted ids."""
+    return np.split(np.searchsorted(item_ids, sequences.item_ids), sequences.offsets[1:-1])
+
+
+def check_catalogue(option: str, processor: OneRecProcessor, data: RecommendationDataset) -> None:
+    """
+    Checks that the processor's catalogue holds every item of the data.
+
+    Args:
+        option: where the catalogue comes from, for the message.
+
+    Raises:
+        ValueError: items are missing (how many, the first three), or ids are of the other type.
+    """
+    cure = (
+        "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
+    )
+    catalogue = processor.catalogue
+    assert catalogue is not None
+    try:
+        unknown = catalogue.rows(data.item_ids, unknown="mask") < 0
+    except TypeError as error:
+        raise ValueError(f"{option}: {error} in the data; {cure}") from error
+    if unknown.any():
+        raise ValueError(
+            f"{option}: {int(unknown.sum())} of {len(data.item_ids)} items of the data are not in its catalogue of {len(catalogue)} "
+            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {cure}"
+        )

@@ -1,0 +1,205 @@
+"""Tables, named sources and prepared folders as the dataset of a workflow."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import DataSettings, gather
+
+if TYPE_CHECKING:
+    from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
+    from onerec_hf.data.tables import TableSource
+
+
+def load_dataset(
+    settings: DataSettings | None = None,
+    *,
+    interactions: TableSource | None = None,
+    items: TableSource | None = None,
+    embeddings: np.ndarray | str | None = None,
+    **options,
+) -> RecommendationDataset:
+    """
+    Reads interactions, keeps positive feedback and frequent enough items, and splits leave-one-out; or opens a folder of
+    `onerec-hf prepare`.
+
+    Args:
+        settings: which data, and how examples are cut.
+        interactions: a path, a DataFrame or a `datasets.Dataset` with user, item and timestamp.
+        items: the same kinds of tables, with item ids and text columns.
+        embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.
+        options: single fields of [`DataSettings`], over `settings`.
+
+    Returns:
+        An [`InMemoryDataset`], or for `prepared` a [`ShardedDataset`].
+
+    Raises:
+        ValueError: options that contradict each other; DataError: what is wrong with the data.
+        TypeError: an unknown option.
+
+    Example:
+        >>> load_dataset(dataset="movielens", min_item_interactions=10).session_length  # doctest: +SKIP
+        5
+    """
+    (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
+    assert isinstance(settings, DataSettings)
+    if settings.prepared is None:
+        return load_in_memory(settings, interactions=interactions, items=items, embeddings=embeddings)
+    if settings.dataset is not None or settings.interactions is not None or interactions is not None:
+        raise ValueError("give --prepared, --interactions or --dataset; one of them")
+    items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
+    return _open_shards(settings, settings.prepared, items, embeddings)
+
+
+def load_in_memory(
+    settings: DataSettings | None = None,
+    *,
+    interactions: TableSource | None = None,
+    items: TableSource | None = None,
+    embeddings: np.ndarray | str | None = None,
+    **options,
+) -> InMemoryDataset:
+    """
+    `load_dataset` without prepared folders: the result also has the tables (`source`), all sequences and the split.
+
+    Raises:
+        ValueError, DataError, TypeError: as `load_dataset`.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"user_id": [u for u in range(6) for _ in range(4)], "item_id": [1, 2, 3, 4] * 6, "timestamp": [0, 1, 2, 3] * 6})
+        >>> dataset = load_in_memory(interactions=table, session_length=1)
+        >>> dataset.counts()["training examples"], dataset.test[0]["session"]
+        (6, [4])
+    """
+    (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
+    assert isinstance(settings, DataSettings)
+    interactions, items = _given(interactions, settings.interactions), _given(items, settings.items)
+    embeddings = _given(embeddings, settings.embeddings)
+    if settings.prepared is not None:
+        raise ValueError("--prepared: this needs a table in memory; pass --interactions or --dataset")
+    if settings.eval_users is not None:
+        raise ValueError("--eval_users goes with --prepared")
+    if (settings.dataset is None) == (interactions is None):
+        raise ValueError("give either --dataset (a named source) or --interactions (your own table)")
+    for option, value, needs, given in (
+        ("--items", items, "--interactions", interactions),
+        ("--embeddings", embeddings, "--items", items),
+        ("--data_dir", settings.data_dir, "--dataset", settings.dataset),
+    ):
+        if value is not None and given is None:
+            raise ValueError(f"{option} goes with {needs}; give both or neither")
+    for option in ("min_item_interactions", "session_length", "max_history", "stride"):
+        if getattr(settings, option) < 1:
+            raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
+    return _split(_read(settings, interactions, items, embeddings), settings)
+
+
+def _given(value, default):
+    """The argument, or the setting where there is none: tables have no truth value."""
+    return default if value is None else value
+
+
+def _read(
+    settings: DataSettings,
+    interactions: TableSource | None,
+    items: TableSource | None,
+    embeddings: np.ndarray | str | None,
+) -> RecommendationData:
+    """The tables of the user, or of a named source."""
+    from onerec_hf.data import load_files, load_source
+
+    if interactions is None:
+        assert settings.dataset is not None
+        return load_source(settings.dataset, settings.data_dir)
+    return load_files(
+        interactions,
+        items,
+        user_column=settings.user_column,
+        item_column=settings.item_column,
+        timestamp_column=settings.timestamp_column,
+        embeddings=embeddings,
+    )
+
+
+def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDataset:
+    """Positive feedback on frequent enough items as examples."""
+    from onerec_hf.data import DataError, PositiveFeedback, UserSequences, leave_one_out
+
+    positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
+    sequences = UserSequences.from_interactions(positive.apply(source.interactions))
+    try:
+        sequences = sequences.k_core(min_user=1, min_item=settings.min_item_interactions)
+    except DataError as error:
+        raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
+    split = leave_one_out(
+        sequences,
+        session_length=settings.session_length,
+        max_history=settings.max_history,
+        stride=settings.stride,
+    )
+    item_ids = sequences.item_counts()[0]
+    protocol = (
+        f"Positive feedback: {positive}; items with fewer than {settings.min_item_interactions} positive interactions are left out. "
+        f"{split.description}"
+    )
+    say(
+        f"{source.name}: {len(source.interactions):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
+        f"on {len(item_ids):,} items, are kept. {protocol}"
+    )
+    return InMemoryDataset(source, sequences, split, item_ids, protocol, settings)
+
+
+# A prepared folder has decided these.
+_FIXED = ("min_item_interactions", "session_length", "max_history", "stride", "positive")
+
+
+def _open_shards(
+    settings: DataSettings, path: str, items: TableSource | None, embeddings: np.ndarray | str | None
+) -> ShardedDataset:
+    from onerec_hf.data import PreparedFolder
+
+    if settings.eval_users is not None and settings.eval_users < 1:
+        raise ValueError(f"--eval_users must be at least 1; got {settings.eval_users}")
+    folder = PreparedFolder(path)
+    defaults = {each.name: each.default for each in fields(DataSettings)}
+    for name in _FIXED:
+        given, decided = getattr(settings, name), folder.settings[name]
+        if given not in (defaults[name], decided):
+            raise ValueError(
+                f"--{name} {given if isinstance(given, int) else ' '.join(given)}: {path} was prepared with {decided or 'none'}; leave "
+                "the option out, or prepare the log again"
+            )
+    if items is None and embeddings is not None:
+        raise ValueError("--embeddings goes with --items; give both or neither")
+    table = None if items is None else _items_of(folder, items, settings.item_column, embeddings)
+    dataset = ShardedDataset(folder, table, settings.eval_users)
+    say(
+        f"{path}: {folder.counts['rows']:,} interactions; {folder.counts['kept']:,} of them, by {folder.counts['users']:,} users on "
+        f"{folder.counts['items']:,} items, are kept, in {len(folder.train_files):,} shards. {folder.protocol}"
+    )
+    return dataset
+
+
+def _items_of(
+    folder: PreparedFolder, items: TableSource, item_column: str, embeddings: np.ndarray | str | None
+) -> ItemTable:
+    """The items table of a prepared folder, which has a row for each of its items."""
+    from onerec_hf.data import read_items
+    from onerec_hf.data.sources import with_text
+    from onerec_hf.data.tables import about
+
+    table = read_items(items, item_column=item_column, embeddings=embeddings)
+    with about(items):
+        table.select(folder.item_ids)  # raises where an item has no row
+        return with_text(table)
+
+
+def as_dataset(data: RecommendationDataset | DataSettings) -> RecommendationDataset:
+    """The dataset itself, or the one that the settings describe."""
+    return load_dataset(data) if isinstance(data, DataSettings) else data

@@ -1,0 +1,128 @@
+"""Labelled impressions for a session reward model, from a named source or the user's own table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from onerec_hf.workflows.settings import gather
+
+if TYPE_CHECKING:
+    from onerec_hf.data import SessionFeedback
+    from onerec_hf.data.tables import TableSource
+
+
+@dataclass
+class RewardDataSettings:
+    """Which impressions, and how they become labelled sessions."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "A named source: kuairand-pure. Or give --impressions."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
+    impressions: str | None = field(
+        default=None,
+        metadata={"help": "Your own table, a row per impression: user, item, timestamp and a column per objective."},
+    )
+    objectives: list[str] | None = field(
+        default=None, metadata={"help": "NAME=COLUMN of --impressions, values in [0, 1], e.g. vtr=viewed ltr=liked."}
+    )
+    history_end: float | None = field(
+        default=None, metadata={"help": "Timestamp before which impressions are history (--impressions)."}
+    )
+    validation_start: float | None = field(
+        default=None, metadata={"help": "First timestamp (kuairand-pure: day, 20220503) of the validation period."}
+    )
+    test_start: float | None = field(
+        default=None, metadata={"help": "First timestamp (kuairand-pure: day, 20220506) of the test period."}
+    )
+    history_objective: str | None = field(
+        default=None, metadata={"help": "Only impressions above 0 in this objective enter histories; all by default."}
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "Your items: item_id, and any of tags, author, type, duration_ms as features."},
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items, as features."}
+    )
+    min_items: int = field(default=5, metadata={"help": "Fewest impressions of a session."})
+    max_items: int = field(default=10, metadata={"help": "Most impressions of a session."})
+    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
+    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+
+
+def load_feedback(
+    settings: RewardDataSettings | None = None,
+    *,
+    max_history: int = 50,
+    impressions: TableSource | None = None,
+    items: TableSource | None = None,
+    **options,
+) -> SessionFeedback:
+    """
+    Labelled windows of a named source or of the user's own table.
+
+    Args:
+        settings: which impressions, and how they become labelled sessions.
+        max_history: latest items of a history.
+        impressions, items: a path, a DataFrame or a `datasets.Dataset`.
+        options: single fields of [`RewardDataSettings`], over `settings`.
+
+    Raises:
+        ValueError: neither or both sources, or missing options; DataError: what is wrong with the table.
+        TypeError: an unknown option.
+
+    Example:
+        >>> load_feedback(dataset="kuairand-pure", data_dir="kuairand").objectives  # doctest: +SKIP
+        ['swr', 'vtr', 'wtr', 'ltr']
+    """
+    from onerec_hf.data import load_impressions, load_kuairand_feedback, read_items
+
+    (settings,) = gather((RewardDataSettings,), [] if settings is None else [settings], options)
+    assert isinstance(settings, RewardDataSettings)
+    impressions = settings.impressions if impressions is None else impressions
+    items = settings.items if items is None else items
+    if (settings.dataset is None) == (impressions is None):
+        raise ValueError("give either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
+    if impressions is None:
+        if settings.dataset != "kuairand-pure" or settings.data_dir is None:
+            raise ValueError(
+                f"--dataset {settings.dataset}: with labelled impressions there is kuairand-pure, and it needs --data_dir"
+            )
+        return load_kuairand_feedback(
+            settings.data_dir,
+            validation_start=int(settings.validation_start or 20220503),
+            test_start=int(settings.test_start or 20220506),
+            min_items=settings.min_items,
+            max_items=settings.max_items,
+        )
+    missing = [
+        f"--{name}"
+        for name in ("objectives", "history_end", "validation_start", "test_start")
+        if getattr(settings, name) is None
+    ]
+    if missing:
+        raise ValueError(f"--impressions needs {', '.join(missing)} too")
+    assert settings.objectives is not None
+    assert settings.history_end is not None
+    assert settings.validation_start is not None
+    assert settings.test_start is not None
+    if settings.embeddings is not None and items is None:
+        raise ValueError("--embeddings needs --items: they have a row per row of it")
+    return load_impressions(
+        impressions,
+        {pair.split("=")[0]: pair.split("=")[-1] for pair in settings.objectives},
+        settings.history_end,
+        settings.validation_start,
+        settings.test_start,
+        items=None if items is None else read_items(items, embeddings=settings.embeddings),
+        history_objective=settings.history_objective,
+        min_items=settings.min_items,
+        max_items=settings.max_items,
+        max_history=max_history,
+        user_column=settings.user_column,
+        item_column=settings.item_column,
+        timestamp_column=settings.timestamp_column,
+    )

@@ -1,0 +1,231 @@
+"""From labelled impressions to a saved session reward model, evaluated on a later period beside simpler predictors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.artefact import save_trained
+from onerec_hf.workflows.distributed import is_first, say, wait
+from onerec_hf.workflows.results import RewardResult
+from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
+from onerec_hf.workflows.settings import OutputSettings, gather
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from onerec_hf.data import SessionFeedback
+    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+    from onerec_hf.modeling.processing_onerec_reward import RewardItems
+
+METRICS = {"auc": "share", "calibration_error": "rate", "bias": "ratio", "relative_log_loss": "ratio"}
+ATTRIBUTES = ("tags", "author", "type", "duration_ms")
+
+
+@dataclass
+class RewardModelSettings:
+    """Size of the reward model, and how its objectives become one number."""
+
+    hidden_size: int = field(default=64, metadata={"help": "Width."})
+    intermediate_size: int = field(default=128, metadata={"help": "Width of the feed-forward layers."})
+    history_layers: int = field(default=1, metadata={"help": "Self-attention layers over the history."})
+    session_layers: int = field(default=1, metadata={"help": "Self-attention layers over the session."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    tower_size: int = field(default=32, metadata={"help": "Width of an objective's tower."})
+    max_history: int = field(default=50, metadata={"help": "Latest items of a history that are read."})
+    pooling: str = field(default="sum", metadata={"help": "sum (the paper's) or mean of a session's items."})
+    dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
+    score_fusion: str = field(
+        default="lift", metadata={"help": "lift (over base rates) or probability: what score() averages."}
+    )
+    score_weights: list[str] | None = field(
+        default=None, metadata={"help": "NAME=WEIGHT of objectives in score(); 1 each by default."}
+    )
+    behaviour_dim: int = field(default=64, metadata={"help": "Width of the co-watching features; 0 leaves them out."})
+
+
+def train_reward(
+    data: SessionFeedback | RewardDataSettings, *settings: object, command: str | None = None, **options
+) -> RewardResult:
+    """
+    Trains a session reward model, evaluates it on the test period beside base rate and logistic regression, and saves it with
+    `results.json` and card into `output_dir`. `resume_from_checkpoint="last"` resumes a run that was killed.
+
+    Args:
+        data: labelled impressions, or the settings to load them after the options are checked.
+        settings: [`RewardModelSettings`], [`OutputSettings`] and [`~onerec_hf.trainers.RewardTrainingArguments`], each optional, in any
+            order.
+        command: the command line, for results and card.
+        options: single fields of these settings; `output_dir` where no training arguments are given.
+
+    Raises:
+        ValueError, FileExistsError, RunComplete, KeyboardInterrupt, TypeError: as for `train`.
+
+    Example:
+        >>> result = train_reward(load_feedback(...), output_dir="runs/reward", num_train_epochs=2)  # doctest: +SKIP
+        >>> result.metrics["onerec_reward/vtr/auc"]  # doctest: +SKIP
+    """
+    from transformers import set_seed
+
+    from onerec_hf.hub_cards import Training, write_reward_card
+    from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
+
+    sizes, output, args = gather((RewardModelSettings, OutputSettings, RewardTrainingArguments), settings, options)
+    args = copy.copy(args)
+    folder = Path(args.output_dir)
+    resumes = open_folder(folder, output.overwrite, args)
+    weights = numbers_of("--score_weights", sizes.score_weights)
+    started = time.perf_counter()
+    name = None
+    if isinstance(data, RewardDataSettings):
+        name = data.dataset or data.impressions
+        data = load_feedback(data, max_history=sizes.max_history)
+    say(data.description)
+    set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
+    model, items, features = new_reward_model(data, sizes, weights)
+    args.output_dir = str(folder / "checkpoints")
+    trainer = RewardTrainer(model, args, data.train, data.validation)
+    begin(folder, command, resumes)
+    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        save_trained(trainer, folder)
+    rows = []
+    if is_first():
+        rows = rows_beside_baselines(model, data, items, features)
+        rows.append(result_row("seconds", time.perf_counter() - started, "s"))
+        write_results(
+            folder / "results.json", rows, command=command, seed=args.seed, dataset=name, protocol=data.description
+        )
+        write_reward_card(
+            folder,
+            model,
+            data.description,
+            rows,
+            None if name is None else Path(name).stem,
+            training=Training.of(trainer),
+            command=command,
+        )
+        finish(folder)
+        say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
+    wait()
+    return RewardResult(rows, folder, trainer)
+
+
+def numbers_of(option: str, pairs: list[str] | None) -> dict[str, float] | None:
+    """
+    `NAME=NUMBER` options as a dict.
+
+    Raises:
+        ValueError: a text of another form.
+
+    Example:
+        >>> numbers_of("--score_weights", ["vtr=1", "ltr=0.5"])
+        {'vtr': 1.0, 'ltr': 0.5}
+    """
+    if pairs is None:
+        return None
+    try:
+        return {name: float(value) for name, value in (pair.split("=") for pair in pairs)}
+    except ValueError:
+        raise ValueError(f"{option} {' '.join(pairs)}: write NAME=NUMBER, e.g. vtr=1 ltr=0.5") from None
+
+
+def item_features(feedback: SessionFeedback, items: RewardItems, behaviour_dim: int = 64) -> tuple[np.ndarray, str]:
+    """(items, d) features from the attributes, given embeddings and co-watching before the validation period that are there; and their names."""
+    from onerec_hf.semantic_ids import attribute_embeddings, behaviour_embeddings, combine_embeddings
+
+    parts, names = [], []
+    frame, given = feedback.items.frame, feedback.items.embeddings
+    if set(ATTRIBUTES) <= set(frame.columns):
+        tags, authors, types, durations = (frame[name].tolist() for name in ATTRIBUTES)
+        parts.append(attribute_embeddings(tags, authors, types, durations))
+        names.append("attributes")
+    if given is not None:
+        parts.append(np.asarray(given))
+        names.append("given")
+    if behaviour_dim:
+        sequences = [items.rows(sequence.tolist()) for sequence in feedback.train_sequences]
+        parts.append(behaviour_embeddings(sequences, len(items), dim=behaviour_dim))
+        names.append("behaviour")
+    if not parts:
+        return np.zeros((len(items), 0), dtype=np.float32), "none"
+    return combine_embeddings(parts), "+".join(names)
+
+
+def new_reward_model(
+    feedback: SessionFeedback, settings: RewardModelSettings, weights: dict[str, float] | None = None
+) -> tuple[OneRecForSessionReward, RewardItems, np.ndarray]:
+    """
+    An untrained reward model for the data, its items and their features.
+
+    Raises:
+        ValueError: sizes that do not fit together, weights of unknown objectives.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
+    from onerec_hf.semantic_ids import embedding_fingerprint
+
+    items = RewardItems(feedback.items.item_ids)
+    features, recipe = item_features(feedback, items, settings.behaviour_dim)
+    sizes = {name: value for name, value in vars(settings).items() if name not in ("score_weights", "behaviour_dim")}
+    try:
+        config = OneRecRewardConfig(
+            num_items=len(items),
+            item_feature_dim=features.shape[1],
+            objectives=feedback.objectives,
+            base_rates=feedback.base_rates,
+            score_weights=weights,
+            feature_fingerprint=embedding_fingerprint(features, recipe) if features.shape[1] else None,
+            **sizes,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"model options: {error.__cause__ or error}") from error
+    model = OneRecForSessionReward(config)
+    model.set_items(items, features if features.shape[1] else None)
+    return model, items, features
+
+
+def predictions_beside_baselines(
+    model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
+) -> dict[str, np.ndarray]:
+    """(sessions, objectives) probabilities of the base rate, of logistic regression (with features), and of the model."""
+    from onerec_hf.baselines.session_reward import predict_baseline, session_features
+    from onerec_hf.data import label_matrix
+
+    labels = label_matrix(feedback.train)
+    columns = [
+        [items.rows(row) for row in part[name]] for part in (feedback.train, split) for name in ("history", "session")
+    ]
+    x, x_split = session_features(features, *columns[:2]), session_features(features, *columns[2:])
+    kinds = ("base_rate", "logistic_regression") if features.shape[1] else ("base_rate",)
+    predicted = {kind: predict_baseline(kind, x, labels, x_split) for kind in kinds}
+    predicted["onerec_reward"] = model.predict(split["history"][:], split["session"][:]).double().numpy()
+    return predicted
+
+
+def rows_beside_baselines(
+    model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray
+) -> list[dict[str, Any]]:
+    """Result rows `model/objective/metric` on the test period."""
+    from onerec_hf.data import label_matrix
+    from onerec_hf.evaluation.reward_metrics import reward_metrics
+
+    labels, rows = label_matrix(feedback.test), []
+    for name, p in predictions_beside_baselines(model, feedback, items, features, feedback.test).items():
+        found = reward_metrics(labels, p, feedback.objectives, feedback.base_rates)
+        for objective in feedback.objectives:
+            for metric, unit in METRICS.items():
+                rows.append(result_row(f"{name}/{objective}/{metric}", found[f"{objective}/{metric}"], unit))
+    for k, objective in enumerate(feedback.objectives):
+        rows.append(result_row(f"test/{objective}/positives", float((labels[:, k] > 0).sum()), "sessions"))
+    return rows

@@ -1,0 +1,246 @@
+"""Settings of the workflows as dataclasses: which data, how semantic IDs are fitted, the size of a model, where results go."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+
+@dataclass
+class WindowSettings:
+    """How interactions become training examples."""
+
+    user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
+    item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+    positive: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
+        },
+    )
+    min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
+    session_length: int = field(default=5, metadata={"help": "Items of a training session (the paper's m)."})
+    max_history: int = field(default=50, metadata={"help": "Latest items of a history that the encoder reads."})
+    stride: int = field(default=1, metadata={"help": "Step between a user's training sessions."})
+
+
+@dataclass
+class DataSettings(WindowSettings):
+    """
+    Which interactions, and how they become examples.
+
+    Example:
+        >>> DataSettings(interactions="ratings.csv", items="films.csv", positive=["rating>=4"]).session_length
+        5
+    """
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or give --interactions."
+        },
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
+    interactions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own table: .csv, .tsv, .parquet, .jsonl or RecBole's .inter with user, item and timestamp."
+        },
+    )
+    items: str | None = field(
+        default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
+    )
+    prepared: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `onerec-hf prepare`, whose examples are streamed; in place of --interactions."},
+    )
+    eval_users: int | None = field(
+        default=None,
+        metadata={"help": "With --prepared: evaluate on a random sample of this many users; all by default."},
+    )
+
+
+@dataclass
+class SemanticIDSettings:
+    """How items get their semantic IDs."""
+
+    semantic_ids: str | None = field(
+        default=None, metadata={"help": "Folder of `semantic-ids fit` to take the IDs from; fitted by default."}
+    )
+    codebook_sizes: list[int] = field(
+        default_factory=lambda: [256, 256, 256],
+        metadata={"help": "Codes per level; the largest at most the number of items."},
+    )
+    embedding: str = field(
+        default="auto",
+        metadata={
+            "help": "What the IDs are made from, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
+        },
+    )
+    embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
+    behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of behaviour beside the other embeddings."})
+    quantizer: str = field(
+        default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
+    )
+    on_collision: str = field(
+        default="assign",
+        metadata={
+            "help": "Items with equal codes: assign gives them other codes at the least cost, extra-digit adds a level (TIGER)."
+        },
+    )
+    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of k-means per level."})
+    semantic_id_seed: int = field(default=0, metadata={"help": "Seed of the clustering."})
+
+
+@dataclass
+class ModelSettings:
+    """Size of a new generator, or the saved one to start from."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A saved OneRec (folder or Hub id) to start from, with its catalogue; a new one by default."
+        },
+    )
+    hidden_size: int = field(default=128, metadata={"help": "Width of both stacks."})
+    encoder_layers: int = field(default=2, metadata={"help": "Encoder layers."})
+    decoder_layers: int = field(default=2, metadata={"help": "Decoder layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width of the encoder's feed-forward layers."})
+    moe_intermediate_size: int = field(default=128, metadata={"help": "Width of one expert."})
+    num_experts: int = field(default=24, metadata={"help": "Experts per decoder layer; 1 is a dense decoder."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts that a token uses."})
+    norm_topk_prob: bool = field(default=False, metadata={"help": "Rescale the chosen experts' gates to sum to one."})
+    dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of new weights."})
+    encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
+    encoder_attention: str = field(
+        default="softmax",
+        metadata={"help": "Or pointwise: the encoder's self-attention without a softmax, as in HSTU."},
+    )
+    encoder_pools_items: bool = field(
+        default=False, metadata={"help": "One place per item in the encoder: its tokens' embeddings are summed."}
+    )
+    encoder_scales_embeddings: bool = field(
+        default=False, metadata={"help": "The encoder multiplies embeddings by the root of the hidden size."}
+    )
+    cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
+    item_head: bool = field(
+        default=False,
+        metadata={"help": "A learned vector per item: read beside its codes in histories, and scored as the next item."},
+    )
+    item_head_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
+    item_head_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the item loss beside the codes' loss; 0: vectors are read only."}
+    )
+    item_head_codes: bool = field(
+        default=False, metadata={"help": "Add the embeddings of an item's codes to its vector in the item scores."}
+    )
+    item_score_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of item scores in rankings, saved as the model's default; a saved model keeps its own, 0 for a new one."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
+
+    def config(self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None) -> OneRecConfig:
+        """
+        The configuration of a new model.
+
+        Args:
+            num_items: of the catalogue, for the item head.
+
+        Raises:
+            ValueError: sizes that do not fit together, or an item head without the number of items.
+
+        Example:
+            >>> ModelSettings(hidden_size=64).config([16, 16, 16], session_length=5).hidden_size
+            64
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        from onerec_hf.modeling.configuration_onerec import OneRecConfig
+
+        others = ("model", "attn_implementation", "item_score_weight")
+        sizes = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in others and not name.startswith("item_head")
+        }
+        if self.item_head:
+            if num_items is None:
+                raise ValueError("--item_head needs the number of items: pass --num_items")
+            sizes["item_head"] = {
+                "num_items": num_items,
+                "dropout": self.item_head_dropout,
+                "loss_weight": self.item_head_loss_weight,
+                "score_codes": self.item_head_codes,
+            }
+        if self.item_score_weight and not (self.item_head and self.item_head_loss_weight):
+            raise ValueError(
+                f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"
+            )
+        try:
+            return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
+        except StrictDataclassError as error:
+            raise ValueError(f"model options: {error.__cause__ or error}") from error
+
+
+@dataclass
+class OutputSettings:
+    """Where results go."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into a folder that exists already, replacing its earlier results."}
+    )
+
+
+def gather(kinds: Sequence[type], given: Sequence[object], options: dict[str, Any]) -> tuple[Any, ...]:
+    """
+    One settings object of each kind, for a workflow that takes settings objects and single options.
+
+    Args:
+        given: settings objects in any order, at most one of a kind; a kind without one has its defaults.
+        options: values of single fields by name, over the settings.
+
+    Raises:
+        TypeError: an option that no kind has, settings of another kind, two of one kind, or no `output_dir` where a kind has one.
+
+    Example:
+        >>> gather((SemanticIDSettings, ModelSettings), [ModelSettings(hidden_size=64)], {"quantizer": "kmeans"})[0].quantizer
+        'kmeans'
+        >>> gather((ModelSettings,), [], {"hiden_size": 64})
+        Traceback (most recent call last):
+        ...
+        TypeError: unknown option 'hiden_size' (did you mean 'hidden_size'?)
+    """
+    names = {kind: {each.name for each in fields(kind) if each.init} for kind in kinds}
+    known = set().union(*names.values())
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            raise TypeError(f"unknown option {option!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    found = {}
+    for settings in given:
+        kind = type(settings)
+        if kind not in names or kind in found:
+            wanted = ", ".join(each.__name__ for each in kinds)
+            raise TypeError(f"{kind.__name__} does not fit here: pass at most one each of {wanted}")
+        found[kind] = settings
+    filled = []
+    for kind in kinds:
+        mine = {name: value for name, value in options.items() if name in names[kind]}
+        if kind not in found and "output_dir" in names[kind] and "output_dir" not in mine:
+            raise TypeError("output_dir is missing: pass output_dir=FOLDER")
+        filled.append(replace(found[kind], **mine) if mine and kind in found else found.get(kind) or kind(**mine))
+    return tuple(filled)
