@@ -96,17 +96,6 @@ def test_help_needs_neither_torch_nor_transformers_and_is_quick():
     assert min(seconds) < 1
 
 
-def test_import_registers_the_auto_classes():
-    code = (
-        "import onerec_hf; from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM\n"
-        "config = AutoConfig.for_model('onerec', codebook_sizes=[4, 4], hidden_size=16, num_experts=2, encoder_layers=1)\n"
-        "print(type(AutoModel.from_config(config)).__name__, type(AutoModelForSeq2SeqLM.from_config(config)).__name__)"
-    )
-    done = run("-c", code)
-    assert done.stdout.split() == ["OneRecModel", "OneRecForConditionalGeneration"], done.stderr
-    assert done.stderr == ""
-
-
 def test_saved_folder_loads_in_a_fresh_process(model, processor, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
