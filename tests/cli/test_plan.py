@@ -77,19 +77,20 @@ def test_refuses_what_cannot_be_planned(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "other.yaml").write_text("wings: 2\n")
     wrong = {
-        "this is of bert": ["--config", tmp_path],
-        "no model's configuration there": ["--config", tmp_path / "broken.json"],
+        "not the config of a OneRec generator (model_type: bert)": ["--config", tmp_path],
+        "cannot read a model's config": ["--config", tmp_path / "broken.json"],
         "no such file or folder": ["--config", tmp_path / "absent"],
         "a YAML mapping of options": ["--config", tmp_path / "list.yaml"],
-        "neither plan nor train has an option wings": ["--config", tmp_path / "other.yaml"],
+        "unknown option wings, neither of plan nor of train": ["--config", tmp_path / "other.yaml"],
         "both name a model": ["--config", tmp_path, "--model", tmp_path],
         "--gpus 0": ["--gpus", "0"],
         "--batch 0": ["--batch", "0"],
+        "--num_items 0": ["--num_items", "0"],
         "--strategy pipeline": ["--strategy", "pipeline"],
         "--dtype int8": ["--dtype", "int8"],
         "--gpu tpu": ["--gpu", "tpu"],
         "must be above 0": ["--tflops", "0"],
-        "exists on 1 GPUs": ["--strategy", "fsdp"],
+        "is possible on 1 GPUs": ["--strategy", "fsdp"],
     }
     for message, argv in wrong.items():
         assert message in refused(onerec("plan", *argv))
@@ -136,7 +137,7 @@ def test_fsdp_cuts_packed_experts_no_finer_than_one_expert():
 
 
 def test_layouts_that_cannot_train_say_why():
-    assert "no multiple of 128 shards" in Layout("fsdp", 128, 128).problem(WIDE)
+    assert "not a multiple of 128 shards" in Layout("fsdp", 128, 128).problem(WIDE)
     assert Layout("hsdp", 128, 8).problem(WIDE) is None
     assert "must divide 24 experts" in Layout("fsdp+ep", 16, 16, 16).problem(WIDE)
     assert not make_plan(WIDE, Layout("fsdp", 128, 128), Batch()).fits
