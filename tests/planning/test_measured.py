@@ -130,7 +130,7 @@ def measured_on_two_ranks(config, folder):
         {
             "encoder_attention": "pointwise",
             "encoder_pools_items": True,
-            "codebook_sizes": [7, 9],
+            "codebook_sizes": [3, 3, 7],
             "item_head": {"num_items": 63},  # and one vector more, the same number on both ranks
         },
     ],
