@@ -3,7 +3,8 @@
 Builds wheel and sdist into dist/ and checks both in new virtual environments, for every Python that the package supports. Uploads nothing.
 
     python3 .ci/release.py                   # wheel with all dependencies, sdist, on each Python found here
-    python3 .ci/release.py --bare            # without dependencies: installation, imports, command line; minutes less
+    python3 .ci/release.py --bare            # without dependencies: installation, import, command line; gigabytes and minutes less
+    python3 .ci/release.py --environment .venv   # the same, but on that environment's Python with its packages
     python3 .ci/release.py --python 3.12
 
 A Python that is not on this machine is reported as "not checked". The exit status is 1 if a check failed.
@@ -97,44 +98,48 @@ def build(folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def check(interpreter: str, distribution: Path, version: str, folder: Path, options: argparse.Namespace) -> None:
+def check(interpreter: str, distribution: Path, version: str, folder: Path, options: argparse.Namespace) -> str:
     """
+    Installs and tries one distribution.
+
+    Returns:
+        How deep the check went.
+
     Raises:
-        RuntimeError: what failed, with its output.
+        RuntimeError, AssertionError: what failed.
     """
     run(interpreter, "-m", "venv", folder)
     python, command = folder / "bin" / "python", folder / "bin" / "onerec-hf"
-    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONPATH", None)
     inside = {"cwd": folder, "env": environment}
-    # The wheel brings its dependencies, the sdist is built and installed alone: it is the same package.
-    full = not options.bare and distribution.suffix == ".whl"
-    run(*install, *([] if full else ["--no-deps"]), *(["-c", options.constraints] if full else []), distribution)
+    (site,) = folder.glob("lib/python*/site-packages")
+    shared = options.environment and Path(options.environment).resolve() / site.relative_to(folder)
+    # The wheel brings its dependencies. The sdist is the same package: it is built and installed without them.
+    installed = distribution.suffix == ".whl" and not (options.bare or options.environment)
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    install += ["-c", options.constraints] if installed else ["--no-deps"]
+    run(*install, distribution)
     run(python, "-c", BARE, version, **inside)
-    run(
-        python,
-        "-W",
-        "error::SyntaxWarning",
-        "-m",
-        "compileall",
-        "-q",
-        "-f",
-        folder / "lib",
-        "-x",
-        r"site-packages/(?!onerec_hf/)",
-    )
+    ours = ["-x", r"site-packages/(?!onerec_hf/)"]
+    run(python, "-W", "error::SyntaxWarning", "-m", "compileall", "-q", "-f", *ours, folder / "lib")
     assert "quickstart" in run(command, "--help", **inside)
-    for started in ([command], [python, "-m", "onerec_hf"]):
-        assert run(*started, "--version", **inside) == f"onerec-hf {version}\n"
-    if full:
+    for program in ([command], [python, "-m", "onerec_hf"]):
+        assert run(*program, "--version", **inside) == f"onerec-hf {version}\n"
+    if installed:
         run(python, "-m", "pip", "check", **inside)
-        run(python, "-c", FULL, **inside)
+    elif shared and shared.is_dir():
+        (site / "shared.pth").write_text(str(shared))
+    else:
+        return "without dependencies"
+    run(python, "-c", FULL, **inside)
+    return "with dependencies" if installed else f"with the packages of {options.environment}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bare", action="store_true", help="without dependencies")
+    parser.add_argument("--environment", help="virtual environment whose packages are the dependencies")
     parser.add_argument("--python", nargs="+", choices=PYTHONS, default=PYTHONS, help="versions to check")
     parser.add_argument(
         "--constraints", default=str(ROOT / "constraints.txt"), help="pip constraints of the dependencies"
@@ -154,17 +159,16 @@ def main() -> int:
             interpreter = find_python(name)
             for distribution in distributions:
                 kind = "wheel" if distribution.suffix == ".whl" else "sdist"
-                depth = "with dependencies" if kind == "wheel" and not options.bare else "without dependencies"
                 if interpreter is None:
                     rows.append((name, kind, "not checked: no such Python on this machine"))
                     continue
                 folder, started = Path(scratch) / f"{kind}-{name}", time.monotonic()
                 try:
-                    check(interpreter, distribution, version, folder, options)
-                    result = f"passed, {depth}, {time.monotonic() - started:.0f} s"
+                    depth = check(interpreter, distribution, version, folder, options)
+                    result = f"passed {depth}, {time.monotonic() - started:.0f} s"
                 except (RuntimeError, AssertionError) as error:
                     print(f"Python {name}, {kind}: {error}", file=sys.stderr)
-                    result, failed = f"FAILED, {depth}", True
+                    result, failed = "FAILED", True
                 rows.append((name, kind, result))
                 print(f"Python {name}  {kind}  {result}", flush=True)
                 shutil.rmtree(folder, ignore_errors=True)

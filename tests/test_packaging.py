@@ -1,5 +1,6 @@
 """Wheel, sdist and container: complete, with one version, importable from a bare virtual environment, and a server that starts."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -193,3 +194,13 @@ def test_the_container_starts_a_server(distributions, bare, model, processor, tm
             server.kill()
     assert healthy, output
     assert server.returncode == 0, output
+
+
+def test_the_release_script_reads_the_version_and_reports_a_missing_python():
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.version_of_the_source() == onerec_hf.__version__
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert run(script.find_python(here), "--version").startswith(f"Python {here}.")
+    assert script.find_python("3.99") is None
