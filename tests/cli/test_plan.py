@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from onerec_hf.planning.parameters import Unit
 from onerec_hf.planning.plan import best
 from tests.cli.commands import TINY, onerec, refused, succeeded
 
+ROOT = Path(__file__).parents[2]
 SIZES = [*TINY[: TINY.index("--max_steps")], "--codebook_sizes", "8", "8", "8"]
 
 
@@ -56,6 +58,15 @@ def test_options_a_recipe_and_a_saved_model_give_one_plan(tmp_path):
     assert [each["strategy"] for each in content["plans"]] == ["ddp", "fsdp", "fsdp+ep", "zero3"]
     assert content["plans"][0]["memory"]["weights"] == 4 * content["parameters"]
     assert content["choice"] == "ddp"
+
+
+def test_a_recipe_with_an_item_head_needs_the_number_of_items(tmp_path):
+    recipe = ["--config", ROOT / "recipes" / "amazon_beauty_items.yaml"]
+    assert "--num_items" in refused(onerec("plan", *recipe))
+    _, with_head = plan(tmp_path, *recipe, "--num_items", "12101")
+    _, without = plan(tmp_path, *recipe, "--item_head", "false", "--item_score_weight", "0")
+    assert with_head["parameters"] - without["parameters"] == 12102 * 128
+    assert with_head["plans"][0]["memory"]["logits"] > without["plans"][0]["memory"]["logits"]
 
 
 def test_numbers_of_a_gpu_can_be_given(tmp_path):
