@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
-    from onerec_hf.modeling.constraint import CatalogueConstraint
+    from onerec_hf.modeling.constraint import CatalogueConstraint, SemanticIDTrie
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.processing_onerec_reward import RewardItems
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
-    from onerec_hf.modeling.constraint import SemanticIDTrie
 
 
 def __getattr__(name: str):
