@@ -1,5 +1,5 @@
 """
-OneRec as a Hugging Face plugin: `import onerec_hf` registers the model with the Auto classes, and everything public is found here.
+OneRec as a Hugging Face plugin: `import onerec_hf` registers the models with the Auto classes and exports the public classes.
 
     >>> import onerec_hf
     >>> from transformers import AutoConfig
@@ -7,17 +7,17 @@ OneRec as a Hugging Face plugin: `import onerec_hf` registers the model with the
     'OneRecConfig'
 """
 
-import os
-import sys
 from typing import TYPE_CHECKING
 
 from onerec_hf._lazy import lazy_exports
+from onerec_hf.registration import register_auto_classes, register_when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the only place: pyproject.toml reads it from here
 
 _PUBLIC = {
     "CatalogueDiff": "modeling.catalogue",
     "ItemCatalogue": "modeling.catalogue",
+    "ItemHeadConfig": "modeling.configuration_item_head",
     "GenerativeRecommendationPipeline": "modeling.pipeline_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
     "OneRecForSessionReward": "modeling.modeling_onerec_reward",
@@ -36,6 +36,7 @@ __all__ = sorted([*_PUBLIC, "register_auto_classes"])
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue import CatalogueDiff, ItemCatalogue
+    from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
     from onerec_hf.modeling.constraint import CatalogueConstraint, SemanticIDTrie
@@ -49,43 +50,4 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)
 
-
-def register_auto_classes() -> None:
-    """
-    Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, and its reward model with AutoConfig
-    and AutoModelForSequenceClassification; and the task "generative-recommendation" with `pipeline()`. May be called again.
-    """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-    from transformers.pipelines import PIPELINE_REGISTRY
-
-    from onerec_hf.modeling.configuration_onerec import OneRecConfig
-    from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
-    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
-    from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
-    from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
-
-    AutoConfig.register("onerec", OneRecConfig, exist_ok=True)
-    AutoModel.register(OneRecConfig, OneRecModel, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(OneRecConfig, OneRecForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(OneRecConfig, OneRecTokenizer, exist_ok=True)
-    AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
-    AutoConfig.register("onerec_reward", OneRecRewardConfig, exist_ok=True)
-    AutoModelForSequenceClassification.register(OneRecRewardConfig, OneRecForSessionReward, exist_ok=True)
-    task = "generative-recommendation"
-    if task not in PIPELINE_REGISTRY.supported_tasks:  # it warns of a second time
-        PIPELINE_REGISTRY.register_pipeline(task, GenerativeRecommendationPipeline, AutoModelForSeq2SeqLM)
-
-
-# The command line answers `--help` without torch and transformers (seconds of imports), so its process registers when a command
-# starts, not here.
-if os.path.splitext(os.path.basename(sys.argv[0] if sys.argv else ""))[0] != "onerec-hf":
-    register_auto_classes()
+register_when_imported()

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])
-        onerec-hf 0.1.0
+        onerec-hf ...
         0
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -60,10 +60,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"onerec-hf: unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"onerec_hf.cli.{argv[0].replace('-', '_')}")
-    import onerec_hf
-
-    if not {"-h", "--help"} & set(argv):
-        onerec_hf.register_auto_classes()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

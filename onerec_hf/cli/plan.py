@@ -1,4 +1,4 @@
-"""`onerec-hf plan`: memory per GPU and communication per step of a model that need not exist yet, from its config."""
+"""`onerec-hf plan`: memory per GPU and communication per step of a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -14,60 +14,64 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.planning import Gpu
 
-# Options of `train` that mean the same here, so that its recipes can be planned with.
+# Options of `train` with another name here, so that its recipes work.
 SAME_AS = {"per_device_train_batch_size": "batch", "gradient_checkpointing": "checkpointing"}
 
 
 @dataclass
 class PlanArguments:
-    """How many GPUs of what kind, what a step reads, and how the model lies over the GPUs."""
+    """GPUs, batch and strategies."""
 
-    gpus: int = field(default=1, metadata={"help": "GPUs, all machines together."})
-    gpus_per_node: int = field(default=8, metadata={"help": "GPUs of one machine."})
-    batch: int = field(default=64, metadata={"help": "Users (examples) per GPU and step."})
-    max_history: int = field(default=50, metadata={"help": "Items of a history; batches count as padded to it."})
+    gpus: int = field(default=1, metadata={"help": "Number of GPUs of all machines."})
+    gpus_per_node: int = field(default=8, metadata={"help": "Number of GPUs of one machine."})
+    batch: int = field(default=64, metadata={"help": "Examples per GPU and step."})
+    max_history: int = field(default=50, metadata={"help": "Items of a history; batches are padded to it."})
     session_length: int = field(default=5, metadata={"help": "Items of a session."})
+    num_items: int | None = field(default=None, metadata={"help": "Items of the catalogue, for a new item head."})
     codebook_sizes: list[int] = field(
         default_factory=lambda: [256, 256, 256], metadata={"help": "Codes per level, for a new model."}
     )
     dtype: str = field(
         default="mixed",
         metadata={
-            "help": "float32; mixed (train's --bf16: float32 weights, bfloat16 products); bfloat16 (all of it)."
+            "help": "float32; mixed (--bf16 of train: float32 weights, bfloat16 products); bfloat16 (everything)."
         },
     )
     checkpointing: bool = field(default=False, metadata={"help": "Gradient checkpointing of every layer."})
     strategy: list[str] | None = field(
-        default=None, metadata={"help": "ddp, fsdp, fsdp+ep, hsdp, hsdp+ep, zero3; all that exist when not given."}
+        default=None, metadata={"help": "ddp, fsdp, fsdp+ep, hsdp, hsdp+ep, zero3. Default: all that are possible."}
     )
     ep_size: int | None = field(
-        default=None, metadata={"help": "GPUs that share the experts; the most of one machine when not given."}
+        default=None, metadata={"help": "GPUs that share the experts. Default: as many of one machine as possible."}
     )
-    gpu: str = field(default="h100", metadata={"help": "Whose published peaks count: h100, a100."})
-    gpu_memory: float | None = field(default=None, metadata={"help": "GiB of one GPU; 80 for both."})
-    tflops: float | None = field(default=None, metadata={"help": "Peak of matrix products in TFLOP/s, any type."})
+    gpu: str = field(default="h100", metadata={"help": "GPU whose published peaks are used: h100, a100."})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GiB of one GPU. Default: 80."})
+    tflops: float | None = field(default=None, metadata={"help": "Peak of matrix products in TFLOP/s, for any dtype."})
     memory_gb_s: float | None = field(default=None, metadata={"help": "Bandwidth of the GPU's memory in GB/s."})
     node_gb_s: float | None = field(default=None, metadata={"help": "GB/s that a GPU sends inside a machine."})
     network_gb_s: float | None = field(default=None, metadata={"help": "GB/s that a GPU sends to other machines."})
-    json: str | None = field(default=None, metadata={"help": "File for the plans, in bytes and seconds."})
+    json: str | None = field(default=None, metadata={"help": "JSON file to write the plans to, in bytes and seconds."})
 
 
 def main(argv: list[str]) -> None:
     source, argv = config_option(argv)
     model_args, args = parse((ModelSettings, PlanArguments), argv, "plan")
     if source is not None and model_args.model is not None:
-        raise ValueError("give --config or --model, both name a model; not both")
+        raise ValueError("--config and --model both name a model: pass one of them")
     from onerec_hf.evaluation.results import table
     from onerec_hf.planning import HEADER, STRATEGIES, Batch, best, layouts, make_plans, summary
     from onerec_hf.planning import table as rows
     from onerec_hf.workflows.distributed import say
 
-    for name in ("batch", "max_history", "session_length"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("batch", "max_history", "session_length", "num_items"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
     source = source or model_args.model
-    config = load_config(source) if source else model_args.config(args.codebook_sizes, args.session_length)
-    # A saved model says how long its sessions are, unless the option does.
+    config = (
+        load_config(source) if source else model_args.config(args.codebook_sizes, args.session_length, args.num_items)
+    )
+    # The session length of a saved model, unless the option is given.
     given = any(text.split("=")[0] == "--session_length" for text in argv)
     batch = Batch(args.batch, args.max_history, args.session_length if given or not source else config.session_length)
     plans = make_plans(
@@ -81,11 +85,11 @@ def main(argv: list[str]) -> None:
     )
     if not plans:
         raise ValueError(
-            f"none of {', '.join(args.strategy or STRATEGIES)} exists on {args.gpus} GPUs with this model"
+            f"none of {', '.join(args.strategy or STRATEGIES)} is possible on {args.gpus} GPUs with this model"
         )
     choice = best(plans)
     print(summary(config, batch))
-    print(f"{plans[0].flops:.3g} FLOPs per GPU and step; {args.dtype}; {chosen_gpu(args).name}, {args.gpus} of them\n")
+    print(f"{plans[0].flops:.3g} FLOPs per GPU and step; {args.dtype}; {args.gpus} x {chosen_gpu(args).name}\n")
     print(table(rows(plans), list(HEADER)))
     for plan in plans:
         if plan.problem:
@@ -97,8 +101,8 @@ def main(argv: list[str]) -> None:
 
 def config_option(argv: list[str]) -> tuple[str | None, list[str]]:
     """
-    What `--config` names if that is a model's (config.json, folder, Hub id), and the other arguments. A YAML file stays an option file, as in
-    every command; of a recipe for `train`, what has no part in a plan is left out.
+    The model that `--config` names (config.json, folder, Hub id), or None, and the other arguments. A YAML file is an option file, as in every
+    command; of a recipe for `train`, options without effect on a plan are left out.
     """
     argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     if "--config" not in argv[:-1]:
@@ -112,10 +116,10 @@ def config_option(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def recipe_options(file: str) -> list[str]:
     """
-    A recipe's options as arguments.
+    The options of a recipe as arguments.
 
     Raises:
-        ValueError: no YAML mapping, or a key that neither `plan` nor `train` has.
+        ValueError: not a YAML mapping, or an option that neither `plan` nor `train` has.
     """
     from onerec_hf.cli.parser import read_options
 
@@ -139,7 +143,7 @@ def recipe_options(file: str) -> list[str]:
 def check_train_options(file: str, names: list[str]) -> None:
     """
     Raises:
-        ValueError: a name that `train` does not have either.
+        ValueError: an option that `train` does not have.
     """
     from onerec_hf.cli.parser import RENAMED
     from onerec_hf.modeling.files import short
@@ -153,13 +157,13 @@ def check_train_options(file: str, names: list[str]) -> None:
     if unknown and unknown[0] in RENAMED:
         raise ValueError(f"--config {file}: {unknown[0]} is called {RENAMED[unknown[0]]} now")
     if unknown:
-        raise ValueError(f"--config {file}: neither plan nor train has an option {short(unknown[0])}")
+        raise ValueError(f"--config {file}: unknown option {short(unknown[0])}, neither of plan nor of train")
 
 
 def load_config(source: str) -> OneRecConfig:
     """
     Raises:
-        ValueError: nothing there, or the config of another model.
+        ValueError: no config, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.files import UNEXPECTED, short
@@ -174,23 +178,23 @@ def load_config(source: str) -> OneRecConfig:
             values, _ = OneRecConfig.get_config_dict(source)
     except (OSError, *UNEXPECTED) as error:
         raise ValueError(
-            f"--config {source}: no model's configuration there: {short(str(error).split(chr(10))[0])}"
+            f"--config {source}: cannot read a model's config: {short(str(error).split(chr(10))[0])}"
         ) from None
     if not isinstance(values, dict) or values.get("model_type") != "onerec":
         kind = values.get("model_type") if isinstance(values, dict) else None
-        raise ValueError(
-            f"--config {source}: a OneRec generator's config is needed; this is of {kind or 'no model'!s:.80}"
-        )
+        raise ValueError(f"--config {source}: not the config of a OneRec generator (model_type: {kind!s:.80})")
     with reading_config(source):
         return OneRecConfig.from_dict(values)
 
 
 def chosen_gpu(args: PlanArguments) -> Gpu:
-    """The GPU that the options describe."""
+    """The GPU of the options."""
     from onerec_hf.planning import GPUS
 
     if args.gpu not in GPUS:
-        raise ValueError(f"--gpu {args.gpu}: choose among {', '.join(GPUS)}, and change its numbers by --tflops etc.")
+        raise ValueError(
+            f"--gpu {args.gpu}: choose among {', '.join(GPUS)}, and change the numbers with --tflops etc."
+        )
     changed = {
         "memory": args.gpu_memory,
         "bfloat16": args.tflops,
@@ -213,7 +217,7 @@ def advice(choice: Any, checkpointing: bool) -> str:
             else "--checkpointing true, a smaller --batch or more --gpus"
         )
         return f"Nothing fits: try {cures}."
-    return f"To start with: {choice.layout.strategy}, the simplest that fits and is not bound to be much slower than the others."
+    return f"Start with {choice.layout.strategy}: the simplest strategy that fits, with a lower bound of time close to the fastest."
 
 
 def write_json(file: Path, config: OneRecConfig, plans: list[Any], choice: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a training run takes before it is started: parameters, memory, FLOPs and communication per step, computed from a config."""
+"""Parameters, memory, FLOPs and communication of a training step, computed from a config before anything is trained."""
 
 from onerec_hf.planning.activations import Batch
 from onerec_hf.planning.hardware import GPUS, Gpu

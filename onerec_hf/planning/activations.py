@@ -1,12 +1,14 @@
 """
-What the forward pass keeps for the backward pass, per layer, in bytes: the tensors that autograd saves, one by one, as
-`torch.autograd.graph.saved_tensors_hooks` sees them (tests/planning/test_measured.py). Experts run as "grouped_mm", attention as "sdpa".
+Activation memory: the bytes that the forward pass keeps for the backward pass, per layer. They count the tensors that autograd saves, one by one, and
+equal what `torch.autograd.graph.saved_tensors_hooks` measures (tests/planning/test_measured.py). Experts run as "grouped_mm", attention as "sdpa".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from onerec_hf.planning.parameters import attention_widths, is_pointwise, scored_items
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -15,12 +17,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Batch:
     """
-    What one GPU reads in a step, padded to its longest history.
+    The batch of one GPU and step, padded to the longest history.
 
     Args:
-        users: examples.
-        history: items of a history.
-        session: items of a session.
+        users: number of examples.
+        history: items per history.
+        session: items per session.
     """
 
     users: int = 64
@@ -28,11 +30,11 @@ class Batch:
     session: int = 5
 
     def lengths(self, config: OneRecConfig) -> tuple[int, int]:
-        """Tokens of a history and of a session."""
-        return self.history * config.tokens_per_item, self.session * config.tokens_per_item
+        """Positions of a history (its tokens, or its items with `encoder_pools_items`) and tokens of a session."""
+        return self.history * config.tokens_per_item // config.encoder_stride, self.session * config.tokens_per_item
 
     def tokens(self, config: OneRecConfig) -> tuple[int, int]:
-        """Tokens of the encoder and of the decoder."""
+        """Positions of the encoder and tokens of the decoder, all users together."""
         encoder, decoder = self.lengths(config)
         return self.users * encoder, self.users * decoder
 
@@ -40,13 +42,13 @@ class Batch:
 @dataclass(frozen=True)
 class Precision:
     """
-    Bytes per element of what the forward pass makes.
+    Bytes per element in the forward pass.
 
     Args:
         matrix: inputs and outputs of linear layers and of attention.
-        residual: the stream between the layers, and what norms make.
+        residual: the residual stream and the outputs of norms.
         expert: inside the experts.
-        autocast: whether every linear layer casts its input for itself, and its weights.
+        autocast: whether every linear layer casts its input and its weights.
     """
 
     matrix: int
@@ -57,7 +59,7 @@ class Precision:
 
 FLOAT32 = Precision(matrix=4, residual=4, expert=4)
 BFLOAT16 = Precision(matrix=2, residual=2, expert=2)
-# Packed experts are no autocast operation: they multiply in the type of their weights (transformers.integrations.moe).
+# Autocast does not cover packed experts: they multiply in the type of their weights (transformers.integrations.moe).
 AUTOCAST = Precision(matrix=2, residual=4, expert=4, autocast=True)
 
 
@@ -67,12 +69,12 @@ class Activations:
     Bytes kept for the backward pass on one GPU.
 
     Args:
-        encoder_layer, decoder_layer: of one layer.
-        boundary: of what enters the layers, all that checkpointing keeps of them.
-        shared: of what stands outside the layers: embeddings, rotary angles, last norms, the encoder's output, the loss's targets.
-        logits: the logits' copies at the peak, between forward and backward pass.
-        exchange: token rows that expert parallelism has in flight in one layer, beside those that are kept.
-        encoder_layers, decoder_layers: how many layers there are.
+        encoder_layer, decoder_layer: one layer.
+        boundary: the inputs of all layers, which is all that checkpointing keeps of them.
+        shared: outside the layers: embeddings, rotary angles, final norms, the encoder's output, targets, the item head.
+        logits: copies of the logits (tokens, and items of the item head) at the peak, between forward and backward pass.
+        exchange: token rows that expert parallelism sends in one layer, in addition to those that are kept.
+        encoder_layers, decoder_layers: number of layers.
     """
 
     encoder_layer: int
@@ -85,21 +87,21 @@ class Activations:
     decoder_layers: int
 
     def kept(self, checkpointing: bool = False) -> int:
-        """All but the logits; with checkpointing, the layers' inputs and one layer at a time."""
+        """Everything except the logits; with checkpointing, the layers' inputs and one layer at a time."""
         if checkpointing:
             return self.shared + self.boundary + max(self.encoder_layer, self.decoder_layer)
         return self.shared + self.encoder_layers * self.encoder_layer + self.decoder_layers * self.decoder_layer
 
 
 class _Counter:
-    """Bytes per token of the parts that layers are made of."""
+    """Bytes per token of the parts of a layer."""
 
     def __init__(self, config: OneRecConfig, precision: Precision, accelerator: bool):
         self.config, self.precision = config, precision
         self.width = config.hidden_size
         self.head_dim = config.head_dim or 0
-        self.heads = config.num_attention_heads * self.head_dim
-        # On an accelerator dropout keeps a mask of one byte per element, on a CPU one of the element's type.
+        self.heads, self.keys = attention_widths(config)
+        # Dropout keeps a mask: one byte per element on an accelerator, the element's type on a CPU.
         self.mask_bytes = 1 if accelerator else None
 
     def inputs(self, width: int, consumers: int = 1) -> int:
@@ -107,7 +109,7 @@ class _Counter:
         return width * self.precision.matrix * (consumers if self.precision.autocast else 1)
 
     def norm(self) -> int:
-        """Its input and reciprocal deviation in float32, and the normalised states."""
+        """Input and reciprocal deviation in float32, and the normalised states."""
         return self.width * (4 + self.precision.residual) + 4
 
     def dropout(self, element: int) -> int:
@@ -116,16 +118,42 @@ class _Counter:
         return self.width * (self.mask_bytes or element)
 
     def attention(self, queries: int, keys: int, users: int, masked: bool) -> int:
-        """Of `queries` and `keys` tokens, all users together: q, k, v, output, log-sum-exp, and the mask as additive one."""
+        """All users together: q, k, v, output, log-sum-exp, and the additive mask."""
         config, matrix = self.config, self.precision.matrix
-        # With a mask, grouped keys and values are repeated to all heads.
+        # With a mask, grouped keys and values are repeated for all heads.
         groups = config.num_attention_heads if masked else config.num_key_value_heads or 0
         total = matrix * (2 * queries * self.heads + 2 * keys * groups * self.head_dim)
         total += 4 * queries * config.num_attention_heads
         return total + (matrix * queries * (keys // users) if masked else 0)
 
+    def pointwise_attention(self, tokens: int, users: int) -> int:
+        """
+        All users together: outputs of the linear maps before and after activation and rotation, input and result of the norm in float32, gated output.
+        Per token and head a row of attention weights, before and after activation, and the mask: quadratic in the history.
+        """
+        matrix, length = self.precision.matrix, tokens // users
+        states = matrix * (8 * self.heads + 2 * self.keys) + 8 * self.heads + 4
+        weights = length * (2 * matrix * self.config.num_attention_heads + 1)
+        return tokens * (states + weights)
+
+    def item_head(self, users: int, history_items: int) -> int:
+        """
+        The vectors' indices; for the loss, the ends of the histories, a mask of sessions, states and targets; with `score_codes` the summed vectors of
+        all items and the indices of `embedding_bag`.
+        """
+        head = self.config.item_head
+        if head is None:
+            return 0
+        read = 8 * users * history_items
+        items = scored_items(self.config)
+        if not items:
+            return read
+        loss = users * (3 * 8 + 1 + self.inputs(self.width)) + 4
+        gathered = self.width * self.precision.matrix + 8 * (self.config.num_codebooks + 3)
+        return read + loss + (items * gathered if head.score_codes else 0)
+
     def feed_forward(self) -> int:
-        """gate, its activation, up, and their product."""
+        """Gate, its activation, up, and their product."""
         return self.inputs(self.width, 2) + 4 * self.config.intermediate_size * self.precision.matrix
 
     def experts(self, expert_parallel: bool) -> int:
@@ -133,10 +161,10 @@ class _Counter:
         routed, inner = config.num_experts_per_tok, config.moe_intermediate_size or 0
         router_element = 2 if precision.autocast else 4
         router = router_element * (self.width + config.num_experts) + 8 * routed
-        # Sorted rows, gate and up, the gate's activation, the product, the result; indices and the gate's weight.
+        # Sorted rows, gate and up, activated gate, product, result; indices and the gate's weight.
         row = precision.expert * (2 * self.width + 4 * inner + 1) + 3 * 8
         if expert_parallel:
-            # The rows are sorted by rank too, and a mask keeps out those that no expert of this GPU wants.
+            # Rows are also sorted by rank, and a mask drops those without an expert on this GPU.
             row += precision.expert + 8 + 1
         return router + routed * row
 
@@ -152,17 +180,21 @@ def activations(
     """
     Args:
         accelerator: whether the model runs on a GPU; a CPU keeps larger dropout masks.
-        masked: whether the batch holds padding. A batch without any needs no masks.
-        expert_ranks: GPUs that share the experts; as many token rows arrive as leave, as balanced experts have it.
+        masked: whether the batch contains padding; softmax attention needs no mask without it.
+        expert_ranks: GPUs that share the experts. Experts are assumed balanced: as many token rows arrive as leave.
     """
     count = _Counter(config, precision, accelerator)
     width, matrix, residual = config.hidden_size, precision.matrix, precision.residual
     encoder_tokens, decoder_tokens = batch.tokens(config)
     sparse = config.num_experts > 1
 
-    encoder_layer = encoder_tokens * (
-        2 * count.norm() + count.inputs(width, 3) + count.feed_forward() + 2 * count.dropout(matrix)
-    ) + count.attention(encoder_tokens, encoder_tokens, batch.users, masked)
+    encoder_layer = encoder_tokens * (2 * count.norm() + count.feed_forward() + 2 * count.dropout(matrix))
+    if is_pointwise(config):
+        encoder_layer += encoder_tokens * count.inputs(width, 4)
+        encoder_layer += count.pointwise_attention(encoder_tokens, batch.users)
+    else:
+        encoder_layer += encoder_tokens * count.inputs(width, 3)
+        encoder_layer += count.attention(encoder_tokens, encoder_tokens, batch.users, masked)
 
     decoder_token = 3 * count.norm() + count.inputs(width, 3) + count.inputs(width) + 2 * count.dropout(matrix)
     if sparse:
@@ -176,20 +208,23 @@ def activations(
             decoder_layer += 4 * config.num_experts * width
     decoder_layer += count.attention(decoder_tokens, decoder_tokens, batch.users, masked)
     decoder_layer += count.attention(decoder_tokens, encoder_tokens, batch.users, masked)
-    if precision.autocast:  # each layer's keys and values cast the encoder's output for themselves
+    if precision.autocast:  # keys and values of each layer cast the encoder's output
         decoder_layer += encoder_tokens * count.inputs(width, 2)
 
     angles = 2 * (config.head_dim or 0) * residual
-    tables = [encoder_tokens, batch.lengths(config)[1]]  # a session's positions are every user's
+    tables = [encoder_tokens, batch.lengths(config)[1]]  # all users share the session's positions
     if config.cross_attention_rope:
         tables += [encoder_tokens, decoder_tokens]
-    shared = (encoder_tokens + decoder_tokens) * (8 + count.dropout(residual) + count.norm()) + angles * sum(tables)
-    # The head's input, the targets, their number (which the cross-entropy keeps, and the division by it).
+    shared = (encoder_tokens + decoder_tokens) * (count.dropout(residual) + count.norm()) + angles * sum(tables)
+    shared += 8 * (encoder_tokens * config.encoder_stride + decoder_tokens)  # token ids
+    shared += count.item_head(batch.users, batch.history)
+    # The head's input, the targets, and their number, kept by the cross-entropy and by the division.
     shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:
         shared += encoder_tokens * matrix * width
-    # The logits in their own type, their float32 copy (the log-softmax, and its gradient) and, from bfloat16, one copy more.
-    logits = decoder_tokens * (config.vocab_size or 0) * (8 if matrix == 4 else 10)
+    # Log-softmax in float32 and its gradient; from bfloat16 one copy more.
+    scores = decoder_tokens * (config.vocab_size or 0) + batch.users * scored_items(config)
+    logits = scores * (8 if matrix == 4 else 10)
     exchange = 2 * decoder_tokens * config.num_experts_per_tok * width * precision.expert if expert_ranks > 1 else 0
     boundary = residual * width * (config.encoder_layers * encoder_tokens + config.decoder_layers * decoder_tokens)
     return Activations(

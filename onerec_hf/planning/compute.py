@@ -1,10 +1,10 @@
-"""Floating-point operations of a training step: two per multiplication of the matrix products, all tokens counted, padding too."""
+"""Floating-point operations of a training step: two per multiplication in matrix products, padding included."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onerec_hf.planning.parameters import matrix_parameters
+from onerec_hf.planning.parameters import attention_widths, is_pointwise, matrix_parameters, scored_items
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     """
-    Of one forward pass on one GPU, as `torch.utils.flop_counter` counts them with eager attention: causal masks save nothing.
+    FLOPs of one forward pass on one GPU, equal to `torch.utils.flop_counter` with eager attention; causal masks save nothing.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -23,12 +23,12 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     """
     encoder_tokens, decoder_tokens = batch.tokens(config)
     encoder_length, decoder_length = batch.lengths(config)
-    width, heads = config.hidden_size, config.num_attention_heads * (config.head_dim or 0)
-    keys = (config.num_key_value_heads or 0) * (config.head_dim or 0)
-    # Every weight matrix of a stack meets each of its tokens, but for the keys and values of cross-attention, which meet the history's.
+    width, (heads, keys) = config.hidden_size, attention_widths(config)
+    # Every weight matrix of a stack is multiplied with each of its tokens, except the keys and values of cross-attention: with the history's.
     cross = config.decoder_layers * 2 * keys * width
     head = (config.vocab_size or 0) * width
-    encoder = config.encoder_layers * (2 * width * (heads + keys) + 3 * width * config.intermediate_size)
+    gate = width * heads if is_pointwise(config) else 0
+    encoder = config.encoder_layers * (2 * width * (heads + keys) + gate + 3 * width * config.intermediate_size)
     decoder = matrix_parameters(config) - encoder - head - cross
     products = encoder_tokens * (encoder + cross) + decoder_tokens * (decoder + head)
     if config.num_experts > 1:
@@ -37,11 +37,12 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     # Scores and weighted values.
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
-    return 2 * products
+    return 2 * (products + batch.users * scored_items(config) * width)
 
 
 def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) -> int:
-    """Forward and backward pass (twice the forward one), and what checkpointing computes again: the layers, without the head."""
+    """FLOPs of the forward pass, the backward pass (twice as many) and, with checkpointing, the recomputed layers."""
     forward = forward_flops(config, batch)
-    again = forward - 2 * batch.tokens(config)[1] * (config.vocab_size or 0) * config.hidden_size
+    logits = batch.tokens(config)[1] * (config.vocab_size or 0) + batch.users * scored_items(config)
+    again = forward - 2 * logits * config.hidden_size
     return 3 * forward + (again if checkpointing else 0)

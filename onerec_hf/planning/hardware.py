@@ -1,4 +1,4 @@
-"""Published peak numbers of GPUs, for lower bounds of a step's time. Nothing here was measured."""
+"""Published peak numbers of GPUs, for lower bounds of a step's time. None of them was measured here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Gpu:
     """
-    Peaks as the makers publish them, without sparsity.
+    Peaks from the data sheets, without sparsity.
 
     Args:
-        name: what it is.
+        name: product name.
         memory: GiB.
         bfloat16, float32: matrix products, TFLOP/s; float32 is true float32, torch's default.
         memory_bandwidth: GB/s.

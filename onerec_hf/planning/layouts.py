@@ -1,9 +1,8 @@
 """
-How a model lies over GPUs: the strategies, the bytes that each GPU holds, and the collectives of a step.
+Strategies of distributed training: the bytes that each GPU holds, and the collectives of a step.
 
-What each strategy means: DDP is `torch.nn.parallel.DistributedDataParallel` as accelerate makes it; FSDP, HSDP and expert parallelism are
-transformers' `DistributedConfig(fsdp_size, dp_replicate_size, ep_size)`, in mixed precision with `fsdp_mixed_precision=True`; ZeRO-3 is
-DeepSpeed's, alone.
+DDP is `torch.nn.parallel.DistributedDataParallel` as accelerate configures it. FSDP, HSDP and expert parallelism are transformers'
+`DistributedConfig(fsdp_size, dp_replicate_size, ep_size)`, in mixed precision with `fsdp_mixed_precision=True`. ZeRO-3 is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onerec_hf.planning.activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Precision
-from onerec_hf.planning.parameters import buffer_bytes, count_parameters, matrix_parameters, tied_parameters, units
+from onerec_hf.planning.parameters import autocast_parameters, buffer_bytes, count_parameters, tied_parameters, units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("ddp", "fsdp", "fsdp+ep", "hsdp", "hsdp+ep", "zero3")
 # float32: everything. mixed: weights, gradients and optimizer in float32, products in bfloat16. bfloat16: everything.
 DTYPES = ("float32", "mixed", "bfloat16")
-# DeepSpeed's default stage3_max_live_parameters and stage3_max_reuse_distance: so many elements stay gathered.
+# DeepSpeed's default stage3_max_live_parameters and stage3_max_reuse_distance, the elements that stay gathered.
 ZERO3_LIVE = 10**9
 
 
@@ -33,10 +32,10 @@ class Collective:
 
     Args:
         kind: all_reduce, all_gather, reduce_scatter or all_to_all.
-        payload: bytes of the whole buffer: what is reduced, gathered or scattered; of all_to_all, what one GPU sends on average.
-        ranks: GPUs that take part, in order: a machine after another.
-        spread: GPUs between one member and the next: 1 where they stand side by side.
-        what: which tensors.
+        payload: bytes of the whole buffer that is reduced, gathered or scattered; for all_to_all, what one GPU sends on average.
+        ranks: number of participating GPUs, in order of machines.
+        spread: distance from one participant to the next: 1 for neighbours.
+        what: the tensors.
     """
 
     kind: str
@@ -47,8 +46,8 @@ class Collective:
 
     def sent(self, gpus_per_node: int) -> tuple[float, float]:
         """
-        The least that a GPU has to send, to others of its machine and to other machines, where the machines' GPUs share what crosses between
-        them. Of all_to_all: what others' experts get, as balanced experts have it.
+        Lower bounds of the bytes that a GPU sends inside its machine and to other machines. The GPUs of a machine share the traffic between machines.
+        For all_to_all experts are assumed balanced.
 
         Example:
             >>> Collective("all_reduce", payload=1600, ranks=16, spread=1, what="gradients").sent(gpus_per_node=8)
@@ -69,9 +68,9 @@ class Layout:
 
     Args:
         strategy: one of `STRATEGIES`.
-        gpus: all of them: replicas * shards.
+        gpus: all GPUs: replicas * shards.
         shards: GPUs that share one copy of weights, gradients and optimizer states (`fsdp_size`).
-        experts: GPUs that share the experts among them (`ep_size`).
+        experts: GPUs that share the experts (`ep_size`).
 
     Example:
         >>> Layout("hsdp", gpus=16, shards=8).replicas
@@ -90,35 +89,32 @@ class Layout:
 
     @property
     def expert_shards(self) -> int:
-        """GPUs that share one expert's weights (`DistributedConfig.efsdp_size`)."""
+        """GPUs that share the weights of one expert (`DistributedConfig.efsdp_size`)."""
         return self.shards // self.experts
 
     def precision(self, dtype: str) -> Precision:
-        """Of the forward pass: Trainer's autocast under DDP; sharded weights are gathered in bfloat16 and need none."""
+        """Precision of the forward pass: Trainer's autocast with DDP; sharded weights are gathered in bfloat16 without autocast."""
         if dtype == "mixed":
             return AUTOCAST if self.strategy == "ddp" else BFLOAT16
         return FLOAT32 if dtype == "float32" else BFLOAT16
 
     def problem(self, config: OneRecConfig) -> str | None:
-        """Why this layout cannot train the model; None where it can."""
+        """Why this layout cannot train the model; None if it can."""
         if self.gpus % self.shards:
-            return f"{self.gpus} GPUs are no multiple of {self.shards} shards"
+            return f"{self.gpus} GPUs are not a multiple of {self.shards} shards"
         if self.experts > 1 and config.num_experts == 1:
-            return "the decoder is dense: no experts to distribute"
+            return "the decoder is dense, without experts to distribute"
         if config.num_experts % self.experts or self.shards % self.experts:
             return f"ep_size {self.experts} must divide {config.num_experts} experts and {self.shards} shards"
         table = config.vocab_size or 0
         if "sdp" in self.strategy and config.tie_word_embeddings and table % self.shards:
-            return (
-                f"the tied table has {table} rows, no multiple of {self.shards} shards: set vocab_size to a multiple"
-            )
+            return f"the tied embedding has {table} rows, not a multiple of {self.shards} shards: set vocab_size to a multiple"
         return None
 
     def memory(self, config: OneRecConfig, dtype: str) -> dict[str, int]:
         """
-        Bytes on the GPU that holds the most, by name: `weights`, `gradients`, `optimizer` (AdamW's two moments, and what else the strategy
-        keeps), `buffers` and `gathered`, what the strategy itself needs at its peak: DDP's buckets, weights gathered for a while, autocast's
-        copies.
+        Bytes on the GPU that holds the most, by name: `weights`, `gradients`, `optimizer` (AdamW's two moments, and the strategy's own states),
+        `buffers`, and `gathered`: temporary copies at the strategy's peak (DDP's buckets, gathered weights, autocast's copies).
         """
         element = 2 if dtype == "bfloat16" else 4
         if self.strategy == "zero3":
@@ -126,7 +122,7 @@ class Layout:
         if self.strategy == "ddp":
             held, full = count_parameters(config), count_parameters(config)
             gathered = element * full if self.gpus > 1 else 0  # the reducer's buckets: a second copy of the gradients
-            gathered += 2 * matrix_parameters(config) if dtype == "mixed" else 0
+            gathered += 2 * autocast_parameters(config) if dtype == "mixed" else 0
         else:
             held, gathered = self._sharded(config), self._gathered(config, dtype)
         return {
@@ -141,23 +137,23 @@ class Layout:
         return units(config, expert_parallel=self.experts > 1)
 
     def _ranks(self, unit) -> int:
-        """GPUs over which FSDP cuts a group, once expert parallelism has dealt out the experts."""
+        """GPUs over which FSDP shards a group, after expert parallelism has distributed the experts."""
         return self.expert_shards if unit.experts else self.shards
 
     def _dealt(self, unit):
-        """The group as FSDP sees it: with the experts that this GPU's neighbours of the expert group do not have."""
+        """The group that FSDP shards: with the experts of this GPU only."""
         if not unit.experts:
             return unit
         shapes = tuple((shape[0] // self.experts, *shape[1:]) for shape in unit.shapes)
         return type(unit)(unit.name, shapes, unit.copies, unit.regathered, unit.experts)
 
     def computed_parameters(self, config: OneRecConfig) -> int:
-        """Parameters that this GPU multiplies with: all but other GPUs' experts."""
+        """Parameters that this GPU computes with: all except the experts of other GPUs."""
         total = sum(self._dealt(unit).parameters * unit.copies for unit in self._units(config))
         return total - tied_parameters(config)
 
     def _sharded(self, config: OneRecConfig) -> int:
-        """Parameters on the GPU that holds the most. A tied table is held once."""
+        """Parameters on the GPU that holds the most. A tied embedding is held once."""
         total = sum(self._dealt(unit).shard(self._ranks(unit)) * unit.copies for unit in self._units(config))
         if config.tie_word_embeddings:
             total -= 2 * -(-(config.vocab_size or 0) // self.shards) * config.hidden_size
@@ -165,17 +161,18 @@ class Layout:
 
     def _gathered(self, config: OneRecConfig, dtype: str) -> int:
         """
-        The root's weights, and of the largest layer the weights of this one and of the next, fetched ahead; in the backward pass this layer's
-        gradients, as they are made and as they are reduced.
+        The root's weights and gradients; the weights of a layer and of the next, fetched ahead, with the layer's gradients as they are computed and as
+        they are reduced. The encoder's embeddings are gathered as long as its layers run.
         """
         weight, reduced = (4, 4) if dtype == "float32" else (2, 2 if dtype == "bfloat16" else 4)
         sizes = {unit.name: self._dealt(unit).parameters for unit in self._units(config)}
-        layer = max(sizes["encoder layer"], sizes["decoder layer"] + sizes.get("experts", 0))
-        return 2 * weight * sizes["root"] + layer * (3 * weight + reduced)
+        encoder = (2 * weight + reduced) * sizes["encoder"] + (3 * weight + reduced) * sizes["encoder layer"]
+        decoder = (3 * weight + reduced) * (sizes["decoder layer"] + sizes.get("experts", 0))
+        return 2 * weight * sizes["root"] + max(encoder, decoder)
 
     def _zero3(self, config: OneRecConfig, dtype: str) -> dict[str, int]:
         """
-        DeepSpeed cuts every tensor into equal pieces and keeps float32 weights for the optimizer beside those of the model; it leaves up to
+        DeepSpeed splits every tensor into equal pieces, keeps float32 weights for the optimizer in addition to those of the model, and leaves up to
         `ZERO3_LIVE` elements gathered.
         """
         parameters = count_parameters(config)
@@ -192,7 +189,7 @@ class Layout:
     def collectives(
         self, config: OneRecConfig, batch: Batch, dtype: str, checkpointing: bool = False
     ) -> list[Collective]:
-        """What is sent in a step of one forward and one backward pass."""
+        """The collectives of a step of one forward and one backward pass."""
         if self.gpus == 1:
             return []
         weight, reduced = (4, 4) if dtype == "float32" else (2, 2 if dtype == "bfloat16" else 4)
@@ -218,9 +215,8 @@ class Layout:
                 )
         if self.experts > 1:
             rows = batch.tokens(config)[1] * config.num_experts_per_tok * config.decoder_layers
-            times = (
-                6 if checkpointing else 4
-            )  # there and back, in the forward pass, in its repetition, in the backward pass
+            # There and back, in the forward pass, in the recomputation, and in the backward pass.
+            times = 6 if checkpointing else 4
             element = self.precision(dtype).expert
             found.append(
                 Collective("all_to_all", times * rows * config.hidden_size * element, self.experts, 1, "tokens")
@@ -229,7 +225,7 @@ class Layout:
 
 
 def default_expert_ranks(config: OneRecConfig, shards: int, gpus_per_node: int) -> int:
-    """The most GPUs of one machine that share the experts evenly."""
+    """The largest number of GPUs of one machine that share the experts evenly."""
     most = min(shards, gpus_per_node)
     return max(n for n in range(1, most + 1) if config.num_experts % n == 0 and shards % n == 0)
 
@@ -242,10 +238,10 @@ def layouts(
     ep_size: int | None = None,
 ) -> list[Layout]:
     """
-    The layouts of these strategies that exist on `gpus` GPUs; HSDP shards inside a machine and replicates over machines.
+    The layouts of these strategies that are possible on `gpus` GPUs. HSDP shards inside a machine and replicates across machines.
 
     Raises:
-        ValueError: an unknown strategy, or no GPU.
+        ValueError: an unknown strategy, or fewer than one GPU.
     """
     if gpus < 1 or gpus_per_node < 1:
         raise ValueError(f"--gpus {gpus} and --gpus_per_node {gpus_per_node} must be at least 1")

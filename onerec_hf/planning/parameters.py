@@ -1,6 +1,6 @@
 """
-The parameters of a OneRec generator, tensor by tensor, from its config alone: exactly those that the model makes, in the groups that FSDP2
-gathers together (`_fsdp_plan` of the model's classes).
+The parameters of a OneRec generator, tensor by tensor, from its config alone. They equal those of the model, in the groups that FSDP2 gathers together
+(`_fsdp_plan` of the model's classes).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Unit:
     Tensors that are gathered and freed together.
 
     Args:
-        name: what they are.
-        shapes: one per tensor; the first dimension is the one that FSDP2 cuts.
-        copies: how many layers have such a group.
-        regathered: whether they are freed after the forward pass and gathered again for the backward pass.
-        experts: whether they are the packed experts, which expert parallelism distributes.
+        name: the part of the model.
+        shapes: one per tensor; FSDP2 shards the first dimension.
+        copies: number of layers with such a group.
+        regathered: whether the tensors are freed after the forward pass and gathered again for the backward pass.
+        experts: whether these are the packed experts, which expert parallelism distributes.
     """
 
     name: str
@@ -40,14 +40,36 @@ class Unit:
         return sum(map(math.prod, self.shapes))
 
     def shard(self, ranks: int) -> int:
-        """Elements of one copy on the rank that holds the most: tensors are cut along their first dimension, in equal runs of rows."""
+        """Elements of one copy on the rank with the most: tensors are sharded along their first dimension, in equal runs of rows."""
         return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
 
 
+def attention_widths(config: OneRecConfig) -> tuple[int, int]:
+    """Width of all queries of a token together, and of all its keys."""
+    head_dim = config.head_dim or 0  # the config fills in what it was not given
+    return config.num_attention_heads * head_dim, (config.num_key_value_heads or 0) * head_dim
+
+
 def _attention(config: OneRecConfig) -> list[Shape]:
-    width, head_dim = config.hidden_size, config.head_dim or 0  # the config fills in what it was not given
-    queries, keys = config.num_attention_heads * head_dim, (config.num_key_value_heads or 0) * head_dim
+    width, (queries, keys) = config.hidden_size, attention_widths(config)
     return [(queries, width), (keys, width), (keys, width), (width, queries)]
+
+
+def _encoder_attention(config: OneRecConfig) -> list[Shape]:
+    """Pointwise attention has a gate beside queries, keys and values, and a norm before the output."""
+    queries, _ = attention_widths(config)
+    gate = [(queries, config.hidden_size), (queries,)] if is_pointwise(config) else []
+    return [*_attention(config), *gate]
+
+
+def is_pointwise(config: OneRecConfig) -> bool:
+    return config.encoder_attention == "pointwise"
+
+
+def scored_items(config: OneRecConfig) -> int:
+    """Classes of the item head's loss: the items of the catalogue, 0 without that loss."""
+    head = config.item_head
+    return head.num_items if head is not None and head.loss_weight else 0
 
 
 def _feed_forward(config: OneRecConfig) -> list[Shape]:
@@ -56,7 +78,7 @@ def _feed_forward(config: OneRecConfig) -> list[Shape]:
 
 
 def expert_shapes(config: OneRecConfig) -> tuple[Shape, ...]:
-    """The packed weights of one decoder layer's experts; none where the decoder is dense."""
+    """The packed weights of one decoder layer's experts; empty for a dense decoder."""
     if config.num_experts == 1:
         return ()
     experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size or 0
@@ -65,27 +87,21 @@ def expert_shapes(config: OneRecConfig) -> tuple[Shape, ...]:
 
 def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     """
-    The groups, in the order of the forward pass. Three of the tensors are the same table where `tie_word_embeddings` is on: the encoder's, the
-    decoder's and the head's, which are gathered one by one all the same.
+    The groups, in the order of the forward pass. With `tie_word_embeddings` the tables of the encoder, the decoder and the head are one tensor, which
+    FSDP gathers three times all the same.
 
     Args:
-        expert_parallel: whether the experts are groups of their own, not part of their layer's.
-
-    Raises:
-        ValueError: an encoder without a softmax, or one that pools items.
+        expert_parallel: whether the experts are separate groups, not part of their layers.
     """
-    if config.encoder_attention != "softmax":
-        raise ValueError(f"encoder_attention={config.encoder_attention!r} is not planned for: only softmax is")
-    if config.encoder_pools_items:
-        raise ValueError("encoder_pools_items is not planned for: only an encoder that reads tokens is")
     width, norm = config.hidden_size, (config.hidden_size,)
     vocabulary = (config.vocab_size or 0, width)
-    encoder = [*_attention(config), *_feed_forward(config), norm, norm]
+    encoder = [*_encoder_attention(config), *_feed_forward(config), norm, norm]
     experts = expert_shapes(config)
     router = [(config.num_experts, width)] if experts else _feed_forward(config)
     decoder = [*_attention(config), *_attention(config), *router, norm, norm, norm]
     separate = expert_parallel and bool(experts)
-    items = [(config.num_item_embeddings + 1, width)] if config.num_item_embeddings else []
+    # One vector more than items, for those that have none.
+    items = [] if config.item_head is None else [(config.item_head.num_items + 1, width)]
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
         Unit("encoder", (vocabulary, *items, norm)),
@@ -98,13 +114,13 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
 
 
 def tied_parameters(config: OneRecConfig) -> int:
-    """Parameters that `units` names more than once."""
+    """Parameters that `units` lists more than once."""
     return 2 * (config.vocab_size or 0) * config.hidden_size if config.tie_word_embeddings else 0
 
 
 def count_parameters(config: OneRecConfig) -> int:
     """
-    What `model.num_parameters()` says of the config's model.
+    The number of parameters: `model.num_parameters()` without a model.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -121,7 +137,7 @@ def expert_parameters(config: OneRecConfig) -> int:
 
 def active_parameters(config: OneRecConfig) -> int:
     """
-    Parameters that a token of each stack passes: all but the experts that the router leaves out.
+    Parameters that one token uses: all except the experts that the router does not choose.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -135,13 +151,23 @@ def active_parameters(config: OneRecConfig) -> int:
 
 
 def matrix_parameters(config: OneRecConfig) -> int:
-    """Weights of the `nn.Linear` layers and the router: those that autocast copies to bfloat16 (not the packed experts)."""
+    """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings and the item head)."""
     layers = [unit for unit in units(config, expert_parallel=True) if unit.name.endswith("layer")]
     inside = sum(unit.copies * sum(math.prod(shape) for shape in unit.shapes if len(shape) == 2) for unit in layers)
     return inside + (config.vocab_size or 0) * config.hidden_size
 
 
+def autocast_parameters(config: OneRecConfig) -> int:
+    """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
+    direct = config.item_head is not None and not config.item_head.score_codes
+    return matrix_parameters(config) + (scored_items(config) * config.hidden_size if direct else 0)
+
+
 def buffer_bytes(config: OneRecConfig) -> int:
-    """Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32."""
+    """
+    Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32; the item head's 64-bit
+    keys.
+    """
     biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
-    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2)
+    keys = 0 if config.item_head is None else config.item_head.num_items
+    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + 8 * keys

@@ -1,4 +1,4 @@
-"""A plan per layout: memory per GPU, bytes sent and lower bounds of time per step, and whether it fits."""
+"""Plans: memory per GPU, communication and lower bounds of time per step of each layout, and whether it fits."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
 GIB, GB = 2**30, 10**9
-# Of the GPU's memory, for the CUDA context, NCCL's buffers and what the allocator cannot use. An assumption, not a measurement.
+# Share of the GPU's memory for the CUDA context, NCCL's buffers and fragmentation. An assumption, not a measurement.
 RESERVE = 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    What one layout takes.
+    The plan of one layout.
 
     Args:
         layout: strategy and sizes.
         memory: bytes on the GPU that holds the most, by name: `weights`, `gradients`, `optimizer`, `activations`, `logits`, `other` (buckets,
-            gathered weights, autocast's copies, rows in flight, buffers). They do not all peak at once: their sum is an upper bound.
-        sent_in_node, sent_between_nodes: the least bytes that a GPU sends per step to others of its machine, and over the network.
-        flops: operations of one GPU per step, checkpointing's repetitions among them.
+            gathered weights, autocast's copies, exchanged rows, buffers). They do not all peak at once: their sum is an upper bound.
+        sent_in_node, sent_between_nodes: lower bounds of the bytes that a GPU sends per step inside its machine and over the network.
+        flops: operations of one GPU per step, with checkpointing's recomputation.
         seconds: lower bounds of a step by `compute`, `memory` traffic and `communication`, each at the GPU's published peak.
-        fits: whether the memory's sum leaves the reserve free.
-        problem: why the layout cannot train the model, if it cannot.
+        fits: whether the sum of memory leaves the reserve free.
+        problem: why the layout cannot train the model, or None.
     """
 
     layout: Layout
@@ -53,16 +53,16 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The largest of the lower bounds: what a step takes where everything overlaps perfectly."""
+        """The largest of the lower bounds: the time of a step with perfect overlap."""
         return max(self.seconds.values())
 
     @property
     def limit(self) -> str:
-        """Which of them it is."""
+        """The name of the largest lower bound."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON takes it: bytes, seconds."""
+        """The plan for JSON, in bytes and seconds."""
         return {
             **asdict(self.layout),
             "replicas": self.layout.replicas,
@@ -111,8 +111,8 @@ def make_plan(
     sent = [c.sent(gpus_per_node) for c in layout.collectives(config, batch, dtype, checkpointing)]
     in_node, between_nodes = sum(part[0] for part in sent), sum(part[1] for part in sent)
     flops = step_flops(config, batch, checkpointing)
-    # Weights read in both passes, gradients written; the optimizer reads weights, gradients and moments and writes all but the gradients;
-    # what is kept for the backward pass is written and read.
+    # Both passes read the weights, and gradients are written. The optimizer reads weights, gradients and moments and writes all but the gradients.
+    # Activations are written and read.
     element = 4 if dtype == "float32" else 2
     traffic = 3 * element * layout.computed_parameters(config) + 2 * (memory["activations"] + memory["logits"])
     traffic += 2 * (held["weights"] + held["optimizer"]) + held["gradients"]
@@ -127,18 +127,18 @@ def make_plan(
 
 
 def make_plans(config: OneRecConfig, found: Sequence[Layout], batch: Batch, **options) -> list[Plan]:
-    """[`make_plan`] of several layouts."""
+    """[`make_plan`] for several layouts."""
     return [make_plan(config, layout, batch, **options) for layout in found]
 
 
-# From the simplest to the one with the most parts.
+# From the simplest to the most complex.
 SIMPLEST_FIRST = ("ddp", "hsdp", "fsdp", "hsdp+ep", "fsdp+ep", "zero3")
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:
     """
-    The simplest plan that fits, unless by the lower bounds it takes both half as long again as the quickest one and 10 ms more, which a step
-    spends on starting its kernels anyway (an assumption); None where nothing fits.
+    The simplest plan that fits and whose lower bound is within 50 % or 10 ms of the fastest one; None if nothing fits. The 10 ms are an assumed cost of
+    kernel launches.
     """
     fitting = [plan for plan in plans if plan.fits]
     least = min((plan.step_seconds for plan in fitting), default=0.0)
@@ -196,5 +196,5 @@ def summary(config: OneRecConfig, batch: Batch) -> str:
     encoder, decoder = batch.tokens(config)
     return (
         f"{count_parameters(config):,} parameters, {active_parameters(config):,} active; {batch.users} users per GPU: "
-        f"{encoder:,} history tokens, {decoder:,} session tokens"
+        f"{encoder:,} history {'items' if config.encoder_pools_items else 'tokens'}, {decoder:,} session tokens"
     )

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from onerec_hf.modeling.files import replacing, sort_header
-from onerec_hf.modeling.files import listed, read_safetensors, refusing
+from onerec_hf.modeling.files import listed, read_safetensors, refusing, replacing, sort_header
 from onerec_hf.semantic_ids.balanced_assignment import ROWS
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
 

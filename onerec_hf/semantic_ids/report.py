@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.files import read_json_object, refusing
+from onerec_hf.modeling.files import read_json_object, refusing, replacing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, squares
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
 from onerec_hf.semantic_ids.quantizer import Quantizer

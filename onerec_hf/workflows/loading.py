@@ -191,8 +191,8 @@ def _items_of(
 ) -> ItemTable:
     """The items table of a prepared folder, which has a row for each of its items."""
     from onerec_hf.data import read_items
+    from onerec_hf.data.columns import about
     from onerec_hf.data.sources import with_text
-    from onerec_hf.data.tables import about
 
     table = read_items(items, item_column=item_column, embeddings=embeddings)
     with about(items):

@@ -136,7 +136,9 @@ class ModelSettings:
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_head: bool = field(
         default=False,
-        metadata={"help": "A learned vector per item: read beside its codes in histories, and scored as the next item."},
+        metadata={
+            "help": "A learned vector per item: read beside its codes in histories, and scored as the next item."
+        },
     )
     item_head_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
     item_head_loss_weight: float = field(

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from onerec_hf.planning.parameters import Unit
 from onerec_hf.planning.plan import best
 from tests.cli.commands import TINY, onerec, refused, succeeded
 
+ROOT = Path(__file__).parents[2]
 SIZES = [*TINY[: TINY.index("--max_steps")], "--codebook_sizes", "8", "8", "8"]
 
 
@@ -58,6 +60,15 @@ def test_options_a_recipe_and_a_saved_model_give_one_plan(tmp_path):
     assert content["choice"] == "ddp"
 
 
+def test_a_recipe_with_an_item_head_needs_the_number_of_items(tmp_path):
+    recipe = ["--config", ROOT / "recipes" / "amazon_beauty_items.yaml"]
+    assert "--num_items" in refused(onerec("plan", *recipe))
+    _, with_head = plan(tmp_path, *recipe, "--num_items", "12101")
+    _, without = plan(tmp_path, *recipe, "--item_head", "false", "--item_score_weight", "0")
+    assert with_head["parameters"] - without["parameters"] == 12102 * 128
+    assert with_head["plans"][0]["memory"]["logits"] > without["plans"][0]["memory"]["logits"]
+
+
 def test_numbers_of_a_gpu_can_be_given(tmp_path):
     _, usual = plan(tmp_path, *SIZES, "--gpus", "2")
     _, slow = plan(
@@ -77,19 +88,20 @@ def test_refuses_what_cannot_be_planned(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "other.yaml").write_text("wings: 2\n")
     wrong = {
-        "this is of bert": ["--config", tmp_path],
-        "no model's configuration there": ["--config", tmp_path / "broken.json"],
+        "not the config of a OneRec generator (model_type: bert)": ["--config", tmp_path],
+        "cannot read a model's config": ["--config", tmp_path / "broken.json"],
         "no such file or folder": ["--config", tmp_path / "absent"],
         "a YAML mapping of options": ["--config", tmp_path / "list.yaml"],
-        "neither plan nor train has an option wings": ["--config", tmp_path / "other.yaml"],
+        "unknown option wings, neither of plan nor of train": ["--config", tmp_path / "other.yaml"],
         "both name a model": ["--config", tmp_path, "--model", tmp_path],
         "--gpus 0": ["--gpus", "0"],
         "--batch 0": ["--batch", "0"],
+        "--num_items 0": ["--num_items", "0"],
         "--strategy pipeline": ["--strategy", "pipeline"],
         "--dtype int8": ["--dtype", "int8"],
         "--gpu tpu": ["--gpu", "tpu"],
         "must be above 0": ["--tflops", "0"],
-        "exists on 1 GPUs": ["--strategy", "fsdp"],
+        "is possible on 1 GPUs": ["--strategy", "fsdp"],
     }
     for message, argv in wrong.items():
         assert message in refused(onerec("plan", *argv))
@@ -136,7 +148,7 @@ def test_fsdp_cuts_packed_experts_no_finer_than_one_expert():
 
 
 def test_layouts_that_cannot_train_say_why():
-    assert "no multiple of 128 shards" in Layout("fsdp", 128, 128).problem(WIDE)
+    assert "not a multiple of 128 shards" in Layout("fsdp", 128, 128).problem(WIDE)
     assert Layout("hsdp", 128, 8).problem(WIDE) is None
     assert "must divide 24 experts" in Layout("fsdp+ep", 16, 16, 16).problem(WIDE)
     assert not make_plan(WIDE, Layout("fsdp", 128, 128), Batch()).fits

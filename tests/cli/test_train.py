@@ -143,7 +143,16 @@ def first_loss(done):
 def test_an_item_head_and_the_weight_of_its_scores(data, tmp_path):
     """Both are saved; `evaluate` takes the saved weight, or another one."""
     folder = tmp_path / "out"
-    head = ["--item_head", "true", "--item_head_dropout", 0.2, "--item_head_loss_weight", 0.5, "--item_head_codes", "true"]
+    head = [
+        "--item_head",
+        "true",
+        "--item_head_dropout",
+        0.2,
+        "--item_head_loss_weight",
+        0.5,
+        "--item_head_codes",
+        "true",
+    ]
     weight = ["--item_score_weight", 8, "--output_dir", folder]
     done = succeeded(onerec("train", *data.options, *CODES, *TINY, *head, *weight))
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)

@@ -12,8 +12,8 @@ from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.modeling.files import replacing, replacing_files
 from tests.conftest import make_catalogue, make_model
 from tests.mounts import fill, set_read_only, small_disk
-from tests.trainers.test_reward_trainer import make_model as make_reward_model
 from tests.trainers.test_checkpoints import killed_at
+from tests.trainers.test_reward_trainer import make_model as make_reward_model
 
 
 def make(seed):

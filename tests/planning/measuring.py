@@ -22,6 +22,24 @@ from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
 from onerec_hf.modeling.layers_onerec import OneRecTopKRouter
 from onerec_hf.planning import Batch
 
+# Encoder variants and the item head; all items of codebooks of 7 and 8 have a vector.
+VARIANTS = {
+    "paper": {},
+    "pointwise": {"encoder_attention": "pointwise", "encoder_scales_embeddings": True},
+    "pooled": {"encoder_pools_items": True},
+    "item head": {"item_head": {"num_items": 56, "dropout": 0.2}},
+    "item head with codes": {"item_head": {"num_items": 56, "score_codes": True}, "encoder_pools_items": True},
+    "vectors only": {"item_head": {"num_items": 56, "loss_weight": 0.0}},
+}
+
+
+def make_model(config: OneRecConfig) -> OneRecForConditionalGeneration:
+    """A model whose item head, if it has one, knows all combinations of codes."""
+    model = OneRecForConditionalGeneration(config)
+    if config.item_head is not None:
+        model.model.encoder.item_head.set_codes(torch.cartesian_prod(*map(torch.arange, config.codebook_sizes)))
+    return model
+
 
 def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, torch.Tensor]:
     """A batch of random items; `padded`: the first user's history and session are one item shorter."""
@@ -34,8 +52,8 @@ def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, t
         ]
         return torch.stack([torch.full_like(codes[0], 3), *codes], -1).flatten(1)
 
-    histories, labels = items(batch.history), items(batch.session)
-    labels[:, ::levels] = -100
+    histories, labels = items(batch.history), items(batch.session).roll(-1, 1)
+    labels[:, levels - 1 :: levels] = -100
     masks = {"attention_mask": torch.ones_like(histories), "decoder_attention_mask": torch.ones_like(labels)}
     if padded:
         masks["attention_mask"][0, :levels] = 0

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+from onerec_hf import OneRecConfig
 from onerec_hf.planning import Batch, Layout
 from onerec_hf.planning.activations import AUTOCAST, BFLOAT16, FLOAT32, activations
-from onerec_hf.planning.parameters import matrix_parameters
-from tests.planning.measuring import LiveBytes, SavedTensors, rows
+from onerec_hf.planning.parameters import autocast_parameters, scored_items
+from tests.planning.measuring import VARIANTS, LiveBytes, SavedTensors, make_model, rows
 from tests.ranks import torchrun
 
 PRECISIONS = {"float32": FLOAT32, "mixed": AUTOCAST, "bfloat16": BFLOAT16}
@@ -29,12 +29,18 @@ SIZES = {
     "grouped heads": {"num_key_value_heads": 2},
     "plain": {"dropout_rate": 0.0, "cross_attention_rope": False, "encoder_layers": 1},
     "wide": {"hidden_size": 128, "codebook_sizes": [300, 300], "encoder_is_causal": True, "num_experts_per_tok": 4},
+    "causal pointwise": {"encoder_attention": "pointwise", "encoder_is_causal": True, "num_key_value_heads": 2},
+}
+# One layer each: what the decoder keeps is measured above.
+SIZES |= {
+    name: {"codebook_sizes": [7, 8], "num_experts": 1, "encoder_layers": 1, "decoder_layers": 1, **changes}
+    for name, changes in VARIANTS.items()
 }
 
 
 def make(config, dtype):
     torch.manual_seed(0)
-    model = OneRecForConditionalGeneration(config).train()
+    model = make_model(config).train()
     if config.num_experts > 1:
         model.set_experts_implementation("grouped_mm")
     return model.to(torch.bfloat16) if dtype == "bfloat16" else model
@@ -46,8 +52,8 @@ def forward(model, dtype, data):
 
 
 def log_softmax(config, batch):
-    """Bytes of the one copy of the logits that is saved."""
-    return 4 * batch.tokens(config)[1] * config.vocab_size
+    """Bytes of the one copy of the logits that is saved, of tokens and of items."""
+    return 4 * (batch.tokens(config)[1] * config.vocab_size + batch.users * scored_items(config))
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
@@ -61,13 +67,16 @@ def test_saved_tensors_to_the_byte(size, dtype, padded):
         forward(model, dtype, rows(config, batch, padded))
     computed = activations(config, batch, PRECISIONS[dtype], accelerator=False, masked=padded)
     assert saved.activations == computed.kept() + log_softmax(config, batch)
-    assert saved.copies == (2 * matrix_parameters(config) if dtype == "mixed" else 0)
+    assert saved.copies == (2 * autocast_parameters(config) if dtype == "mixed" else 0)
 
 
+@pytest.mark.parametrize("variant", ["paper", "pointwise", "item head"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_the_sum_bounds_what_a_step_holds_at_its_peak(dtype, checkpointing):
-    config, batch = OneRecConfig(**SMALL), Batch(users=24, history=20, session=5)
+def test_the_sum_bounds_what_a_step_holds_at_its_peak(dtype, checkpointing, variant):
+    sizes = {} if variant == "paper" else {"codebook_sizes": [7, 8]}
+    config = OneRecConfig(**{**SMALL, **sizes, **VARIANTS[variant]})
+    batch = Batch(users=24, history=20, session=5)
     model, data = make(config, dtype), rows(config, batch)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -104,7 +113,7 @@ STRATEGIES = [
 
 def measured_on_two_ranks(config, folder):
     """Numbers of every strategy: (rank 0's, rank 1's)."""
-    OneRecForConditionalGeneration(config).save_pretrained(folder)
+    make_model(config).save_pretrained(folder)
     strategies = json.dumps([{**strategy, "batch": vars(BATCH)} for strategy in STRATEGIES])
     done = torchrun("-m", "tests.planning.measuring", folder, strategies)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -113,7 +122,19 @@ def measured_on_two_ranks(config, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"num_experts": 6, "hidden_size": 96, "num_key_value_heads": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_experts": 6, "hidden_size": 96, "num_key_value_heads": 2},
+        {
+            "encoder_attention": "pointwise",
+            "encoder_pools_items": True,
+            "codebook_sizes": [3, 3, 7],
+            "item_head": {"num_items": 63},  # and one vector more, the same number on both ranks
+        },
+    ],
+)
 def test_two_ranks_hold_and_send_what_is_computed(changes, tmp_path):
     config = OneRecConfig(**{**SMALL, **changes})
     for strategy, ranks in zip(STRATEGIES, measured_on_two_ranks(config, tmp_path), strict=True):

@@ -10,13 +10,14 @@ from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
 from onerec_hf.planning import Batch, active_parameters, count_parameters
 from onerec_hf.planning.compute import forward_flops, step_flops
 from onerec_hf.planning.parameters import buffer_bytes, units
-from tests.planning.measuring import rows
+from tests.planning.measuring import VARIANTS, make_model, rows
 
 
 @st.composite
 def configs(draw):
     heads = draw(st.sampled_from([1, 2, 4, 6]))
     experts = draw(st.integers(1, 9))
+    item_head = st.builds(dict, num_items=st.integers(1, 500), score_codes=st.booleans())
     return OneRecConfig(
         codebook_sizes=draw(st.lists(st.integers(1, 300), min_size=1, max_size=4)),
         hidden_size=draw(st.integers(1, 12)) * 8 * heads,
@@ -30,6 +31,10 @@ def configs(draw):
         num_experts=experts,
         num_experts_per_tok=draw(st.integers(1, experts)),
         tie_word_embeddings=draw(st.booleans()),
+        encoder_attention=draw(st.sampled_from(["softmax", "pointwise"])),
+        encoder_pools_items=draw(st.booleans()),
+        encoder_scales_embeddings=draw(st.booleans()),
+        item_head=draw(st.none() | item_head),
     )
 
 
@@ -53,9 +58,10 @@ def test_counts_are_those_of_the_model(config):
 
 @pytest.mark.parametrize("experts", [1, 6])
 @pytest.mark.parametrize("key_value_heads", [4, 2])
-def test_flops_are_those_that_torch_counts(experts, key_value_heads):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_are_those_that_torch_counts(experts, key_value_heads, variant):
     config = OneRecConfig(
-        codebook_sizes=[40, 40],
+        codebook_sizes=[7, 8],
         hidden_size=32,
         intermediate_size=48,
         moe_intermediate_size=24,
@@ -64,9 +70,10 @@ def test_flops_are_those_that_torch_counts(experts, key_value_heads):
         num_attention_heads=4,
         num_key_value_heads=key_value_heads,
         num_experts=experts,
+        **VARIANTS[variant],
     )
     config._attn_implementation = "eager"
-    model = OneRecForConditionalGeneration(config).train()
+    model = make_model(config).train()
     if experts > 1:
         model.set_experts_implementation("eager")
     batch = Batch(users=3, history=4, session=2)
@@ -76,5 +83,5 @@ def test_flops_are_those_that_torch_counts(experts, key_value_heads):
     assert counter.get_total_flops() == forward_flops(config, batch)
     with FlopCounterMode(display=False) as counter:
         loss.backward()
-    # The first layer's input is an embedding, which needs no gradient of its own ids but one of its rows: all products have both gradients.
+    # The first layer's input is an embedding whose rows need a gradient: every product has both gradients.
     assert counter.get_total_flops() == step_flops(config, batch) - forward_flops(config, batch)

@@ -11,8 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from onerec_hf.modeling.catalogue import ItemCatalogue
-from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.files import listed, map_npy, read_safetensors
+from onerec_hf.modeling.files import listed, map_npy, read_safetensors, replacing
 from onerec_hf.semantic_ids.formats.imported import ImportedIDs
 
 _TENSOR = "semantic_ids"

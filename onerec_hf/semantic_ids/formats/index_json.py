@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from onerec_hf.modeling.catalogue import ItemCatalogue
-from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.files import short
+from onerec_hf.modeling.files import replacing, short
 from onerec_hf.semantic_ids.formats.imported import ImportedIDs
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
