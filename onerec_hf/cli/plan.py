@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onerec_hf.planning import Gpu
 
 # Options of `train` that mean the same here, so that its recipes can be planned with.
-SAME_AS = {"per_device_train_batch_size": "batch", "gradient_checkpointing": "checkpointing"}
+SAME_AS = {"per_device_train_batch_size": "batch", "activation_checkpointing": "checkpointing"}
 
 
 @dataclass

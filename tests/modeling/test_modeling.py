@@ -102,7 +102,7 @@ def test_gradient_checkpointing_changes_neither_loss_gradients_nor_expert_counts
     def run(checkpointing):
         model = make_model(catalogue).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         out = model(**batch)
         out.loss.backward()
         return out.loss.detach(), out.tokens_per_expert, [p.grad for p in model.parameters()]

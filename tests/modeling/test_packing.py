@@ -153,7 +153,7 @@ def test_aux_loss_and_checkpointing_work_packed():
     with_aux = model(**batch, output_router_logits=True)
     torch.testing.assert_close(model(**wide, output_router_logits=True).aux_loss, with_aux.aux_loss)
     plain, again = model.train(), copy.deepcopy(model).train()
-    again.gradient_checkpointing_enable()
+    again.activation_checkpointing_enable()
     plain(**batch).loss.backward(), again(**batch).loss.backward()
     for first, second in zip(plain.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(first.grad, second.grad)

@@ -114,7 +114,7 @@ def arguments(folder, **settings):
         "logging_steps": 1,
         "save_strategy": "no",
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": "none",

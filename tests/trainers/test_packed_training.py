@@ -76,7 +76,7 @@ def assert_same_weights(first, second, steps=1):
         (PREFIXES, {"packing": True}),
         (PREFIXES, {}),
         (PREFIXES, {"packing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}),
-        (PREFIXES, {"packing": True, "gradient_checkpointing": True}),
+        (PREFIXES, {"packing": True, "activation_checkpointing": True}),
         (PREFIXES.to_iterable_dataset(), {"accelerator_config": {"dispatch_batches": False}}),
         (PREFIXES, {"pad_to_multiple_of": 4}),
         (WINDOWS, {"pad_to_multiple_of": 4}),

@@ -130,7 +130,7 @@ def test_dropout_is_off_wherever_it_stands(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True}],
+    [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, {"activation_checkpointing": True}],
 )
 @pytest.mark.parametrize("kind", MAKERS)
 def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, kind, settings):
@@ -186,7 +186,7 @@ def test_lora_reference_is_the_model_without_adapter(tmp_path, kind, task_type):
         tmp_path,
         kind,
         peft_config=LoraConfig(r=4, target_modules=LORA[kind], task_type=task_type),
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         max_steps=5,
     )
     assert trainer.ref_model is None
@@ -293,7 +293,7 @@ RESUMED = {"save_strategy": "steps", "save_steps": 2}
     [
         ("onerec", PRECOMPUTED),
         ("onerec", SYNCHRONIZED | RESUMED),
-        ("t5", PRECOMPUTED | {"gradient_checkpointing": True}),
+        ("t5", PRECOMPUTED | {"activation_checkpointing": True}),
         ("bart", {}),
     ],
     ids=["onerec precomputed", "onerec resumed", "t5 precomputed", "bart"],
