@@ -41,10 +41,11 @@ def close(wanted: Any, terms: int = FORWARD, scale: float | None = None, dtype: 
 
 
 def assert_close(
-    got: torch.Tensor | dict[str, torch.Tensor],
-    wanted: torch.Tensor | dict[str, torch.Tensor],
+    got: torch.Tensor | list | dict[str, torch.Tensor],
+    wanted: torch.Tensor | list | dict[str, torch.Tensor],
     terms: int = FORWARD,
     scale: float | None = None,
+    msg: str = "",
 ) -> None:
     """
     `torch.testing.assert_close` within the rounding of `terms` additions of `wanted`'s magnitude, in the coarser of both dtypes.
@@ -56,22 +57,20 @@ def assert_close(
     Raises:
         AssertionError: the tensors differ by more, or in shape, or the dicts in their names.
     """
-    got, wanted = (value if isinstance(value, dict) else {"": torch.as_tensor(value)} for value in (got, wanted))
+    got, wanted = (value if isinstance(value, dict) else {msg: torch.as_tensor(value)} for value in (got, wanted))
     assert got.keys() == wanted.keys()
     if scale is None:
         scale = max(_magnitude(value.detach().double().cpu().numpy()) for value in wanted.values())
     for name, value in wanted.items():
-        dtype = max(
-            (got[name].dtype, value.dtype), key=lambda dtype: torch.finfo(dtype).eps if dtype.is_floating_point else 0
-        )
-        atol = terms * torch.finfo(dtype).eps * scale if dtype.is_floating_point else 0
+        floats = [dtype for dtype in (got[name].dtype, value.dtype) if dtype.is_floating_point]
+        atol = terms * max((torch.finfo(dtype).eps for dtype in floats), default=0.0) * scale
         torch.testing.assert_close(
             got[name].double(),
             value.double(),
             atol=atol,
             rtol=0,
             equal_nan=True,
-            msg=lambda m, name=name: f"{name} {m}",
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
