@@ -21,6 +21,8 @@ import torch
 FORWARD = 64 * 16
 # The backward pass has a sum for each of the forward, over positions too.
 BACKWARD = 2 * FORWARD
+# bfloat16 sums in float32 and rounds what it stores: about once per product that follows another.
+ROUNDED = 4
 # One reduction over a small tensor: a mean, a norm, a dot product.
 REDUCTION = 64
 
@@ -45,10 +47,12 @@ def assert_close(
     wanted: torch.Tensor | list | dict[str, torch.Tensor],
     terms: int = FORWARD,
     scale: float | None = None,
+    dtype: torch.dtype | None = None,
     msg: str = "",
 ) -> None:
     """
-    `torch.testing.assert_close` within the rounding of `terms` additions of `wanted`'s magnitude, in the coarser of both dtypes.
+    `torch.testing.assert_close` within the rounding of `terms` additions of `wanted`'s magnitude, in the coarser of both dtypes
+    or in the `dtype` that was computed in.
     Of a dict of tensors (weights, gradients), the magnitude is the largest of all: some gradients are zero but for rounding.
 
     Example:
@@ -62,8 +66,10 @@ def assert_close(
     if scale is None:
         scale = max(_magnitude(value.detach().double().cpu().numpy()) for value in wanted.values())
     for name, value in wanted.items():
-        floats = [dtype for dtype in (got[name].dtype, value.dtype) if dtype.is_floating_point]
-        atol = terms * max((torch.finfo(dtype).eps for dtype in floats), default=0.0) * scale
+        floats = [
+            each for each in (dtype, got[name].dtype, value.dtype) if each is not None and each.is_floating_point
+        ]
+        atol = terms * max((torch.finfo(each).eps for each in floats), default=0.0) * scale
         torch.testing.assert_close(
             got[name].double(),
             value.double(),

@@ -15,7 +15,7 @@ from onerec_hf.modeling import generation_onerec
 from onerec_hf.modeling.beam_search import top_candidates
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
-from tests.rounding import assert_close, close
+from tests.rounding import ROUNDED, assert_close, close
 
 CATALOGUE = make_catalogue(14, (3, 3, 4), seed=1)
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE)
@@ -241,7 +241,7 @@ def test_bfloat16_scores_are_the_forward_passes_within_its_precision():
             logits = model(**batch).logits.float().log_softmax(-1)
         labels = batch["labels"][0]
         kept = labels >= 0
-        assert score == pytest.approx(float(logits[0, kept, labels[kept]].sum()), abs=0.15)
+        assert score == close(float(logits[0, kept, labels[kept]].sum()), ROUNDED, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def test_a_saved_model_finds_its_vectors(tmp_path):
     assert torch.equal(loaded.recommend(batch["input_ids"]), model.recommend(batch["input_ids"]))
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")  # PEFT's advice to untie what is adapted
 @pytest.mark.parametrize(
     "adapter",
     [{"target_modules": r".*\.encoder\.(item_head\.vectors|embed_tokens)"}, {"modules_to_save": ["vectors"]}],

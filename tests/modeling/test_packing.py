@@ -175,6 +175,7 @@ def test_ranges_without_segments_read_one_history_per_row():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees():
     model = make_model(CATALOGUE, encoder_is_causal=True)
     batch = pack(PREFIXES, causal=True)
