@@ -184,7 +184,6 @@ def test_it_wants_a_model(semantic_ids):
     refused(ask(semantic_ids.folder, stdin=""), f"--model {semantic_ids.folder}", "holds no model")
 
 
-@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(model, tmp_path):
     """`onerec-hf recommend ... | head -1`, in a process of its own as people run it."""
     requests = tmp_path / "many.jsonl"

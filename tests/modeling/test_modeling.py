@@ -214,8 +214,7 @@ def test_bfloat16(catalogue, batch, tmp_path):
     assert_close(low(**batch).loss, wanted, ROUNDED, dtype=torch.bfloat16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(model, batch, training):
     model.train(training)
     wanted = model(**batch)

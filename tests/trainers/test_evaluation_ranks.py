@@ -61,8 +61,7 @@ def all_runs(folder):
     }, read_in_training(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_user_is_judged_once(tmp_path, size):
     alone = {"ranked": rank_users(tmp_path), "reward": judge_sessions(tmp_path)}
     found = on_ranks(size, all_runs, str(tmp_path), timeout=300)
