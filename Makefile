@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install install-test quickstart test lint bench audit site clean
+# The order of a file's tests is kept as far as the workers stay busy, so that a file's trained models serve all its tests.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist worksteal
+
+.PHONY: install install-test quickstart test test-slow test-all lint bench audit site clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,8 +30,16 @@ install-test: $(VENV)/.installed-dev
 quickstart: install
 	$(BIN)/onerec-hf quickstart --output_dir runs/quickstart --overwrite
 
+# Every behaviour, in less than ten minutes on two cores.
 test: install-test
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# What `test` leaves out: the same behaviours at full size, on several ranks, in processes and in every document.
+test-slow: install-test
+	$(PYTEST) -m slow
+
+test-all: install-test
+	$(PYTEST)
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -180,7 +180,7 @@ class StepFaults(Trainer):
             cure += (
                 f" and raise gradient_accumulation_steps ({self.args.gradient_accumulation_steps}) by as much, or set "
             )
-            cure += "gradient_checkpointing=True"
+            cure += "activation_checkpointing=True"
         shapes = _shapes(self._last_batch)
         where = f"on a batch of {shapes}" if shapes else "outside a batch"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

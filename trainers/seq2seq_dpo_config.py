@@ -13,8 +13,8 @@ from onerec_hf.trainers.preference_losses import REFERENCE_FREE, cdpo_settings, 
 @dataclass
 class Seq2SeqDPOConfig(DPOConfig):
     """
-    `trl.DPOConfig` for encoder-decoder models. All of TRL's options and its defaults hold (`bf16`, `gradient_checkpointing`,
-    learning rate 1e-6); `max_length` bounds the decoder's side alone.
+    `trl.DPOConfig` for encoder-decoder models. All of TRL's options and its defaults hold (`bf16`,
+    `activation_checkpointing`, learning rate 1e-6); `max_length` bounds the decoder's side alone.
 
     Args:
         max_prompt_length: tokens of a text prompt that the encoder reads; the tokenizer truncates. OneRec histories have the processor's
@@ -49,6 +49,10 @@ class Seq2SeqDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        if (
+            self.activation_checkpointing is None
+        ):  # TRL declares its default under the name that transformers deprecated
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
         if self.truncation_mode != "keep_start":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from onerec_hf.planning import Gpu
 
 # Options of `train` with another name here, so that its recipes work.
-SAME_AS = {"per_device_train_batch_size": "batch", "gradient_checkpointing": "checkpointing"}
+SAME_AS = {"per_device_train_batch_size": "batch", "activation_checkpointing": "checkpointing"}
 
 
 @dataclass

@@ -67,7 +67,7 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
             learning_rate=3e-4,
             lr_scheduler_type="constant",
             draw_batch_size=64,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             seed=seed,
             **quiet,

@@ -1,15 +1,13 @@
 """`onerec-hf export`: the graphs compute what the model does, for sizes that they were not traced with."""
 
-import numpy as np
 import onnxruntime
-import pytest
 import torch
 from transformers import AutoProcessor
 
 from tests.cli.commands import contents, onerec, refused, succeeded
+from tests.rounding import assert_close
 
 
-@pytest.mark.slow
 def test_graphs_are_the_model(trained, tmp_path):
     folder = tmp_path / "onnx"
     done = succeeded(onerec("export", "--model", trained.folder, "--output_dir", folder))
@@ -33,7 +31,7 @@ def test_graphs_are_the_model(trained, tmp_path):
     with torch.no_grad():
         wanted = model(**batch, use_cache=False).logits.numpy()
     real = inputs["decoder_attention_mask"].astype(bool)  # sessions end before the longest one does
-    np.testing.assert_allclose(logits[real], wanted[real], atol=1e-4)
+    assert_close(logits[real], wanted[real])
     refused(onerec("export", "--model", trained.folder, "--output_dir", folder), "exists already and is not empty")
 
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from tests.cli.commands import NUM_ITEMS, onerec, refused, succeeded
+from tests.rounding import close
 
 REQUESTS = [
     {"user_id": "é-1", "history": ["m1", "m2"], "note": {"a": [1]}},
@@ -66,7 +67,7 @@ def test_it_answers_as_the_library_does(model):
             return_dict_in_generate=True,
         )
         assert answer["items"] == [item for (item,) in processor.batch_decode(out)]
-        assert answer["scores"] == pytest.approx(out.sequences_scores.tolist(), abs=1e-3)
+        assert answer["scores"] == close(out.sequences_scores.tolist())
 
 
 def test_a_file_does_as_well_as_stdin(model, tmp_path):
@@ -183,7 +184,6 @@ def test_it_wants_a_model(semantic_ids):
     refused(ask(semantic_ids.folder, stdin=""), f"--model {semantic_ids.folder}", "holds no model")
 
 
-@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(model, tmp_path):
     """`onerec-hf recommend ... | head -1`, in a process of its own as people run it."""
     requests = tmp_path / "many.jsonl"

@@ -35,7 +35,7 @@ def test_fitting_again_gives_the_same_ids(semantic_ids, data, tmp_path):
     assert codes(tmp_path / "again") == codes(semantic_ids.folder)
 
 
-@pytest.mark.parametrize("embedding", ["text", "behaviour", pytest.param("aligned", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("embedding", ["text", "behaviour", "aligned"])
 def test_the_embedding_is_a_choice(semantic_ids, data, tmp_path, embedding):
     folder = tmp_path / "ids"
     done = succeeded(

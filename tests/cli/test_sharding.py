@@ -1,7 +1,6 @@
 """`--fsdp_size` and `--ep_size`: what the command line shards trains and saves what one process does."""
 
 import pytest
-import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf.cli.arguments import parse
@@ -9,6 +8,7 @@ from onerec_hf.trainers import OneRecTrainingArguments
 from onerec_hf.workflows.sharding import ShardingSettings
 from tests.cli.commands import CODES, TINY, onerec, succeeded
 from tests.cli.test_ranks import on_ranks
+from tests.rounding import BACKWARD, assert_close
 
 # Half of a batch for each of two ranks, in the order of the examples.
 RUN = ["--max_steps", "3", "--num_train_epochs", "1", "--save_strategy", "no", "--logging_steps", "1"]
@@ -20,7 +20,6 @@ def checked(*options):
     sharding.check(args)
 
 
-@pytest.mark.slow
 def test_sharded_ranks_train_and_save_the_model_of_one_process(data, tmp_path):
     options = ["train", *data.options, *CODES, *TINY, *RUN]
     batch = "--per_device_train_batch_size"
@@ -29,8 +28,7 @@ def test_sharded_ranks_train_and_save_the_model_of_one_process(data, tmp_path):
     done = succeeded(on_ranks(2, *options, *shards, batch, "4", "--output_dir", tmp_path / "ranks"))
     assert done.err.count(f"saved to {tmp_path / 'ranks'}") == 1
     alone, ranks = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name) for name in ("alone", "ranks"))
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(ranks.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert_close(ranks.state_dict(), alone.state_dict(), terms=3 * BACKWARD)
 
 
 @pytest.mark.slow

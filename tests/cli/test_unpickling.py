@@ -36,7 +36,6 @@ def test_fitting_semantic_ids_of_a_users_tables(data, tmp_path):
     assert heard == []
 
 
-@pytest.mark.slow
 def test_training_on_a_users_table_and_resuming(data, tmp_path):
     options = [*data.options, *CODES, *TINY, "--save_steps", "2", "--keep_checkpoints", "true"]
     with heard_unpickling() as heard:
@@ -52,7 +51,6 @@ def test_training_on_a_users_table_and_resuming(data, tmp_path):
     assert heard == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_that_would_run_code_is_refused(data, tmp_path, name):
     import torch

@@ -1,13 +1,11 @@
 """Nothing that comes from a Hub is unpickled, and no code of a repository runs unless it is asked for."""
 
-import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
 from tests.unpickling import heard_unpickling
 
 
-@pytest.mark.slow
 def test_loading_from_a_hub(hub, model, processor):
     model.push_to_hub("onerec-movies")
     processor.push_to_hub("onerec-movies")

@@ -15,6 +15,7 @@ from onerec_hf.modeling import generation_onerec
 from onerec_hf.modeling.beam_search import top_candidates
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
+from tests.rounding import ROUNDED, assert_close, close
 
 CATALOGUE = make_catalogue(14, (3, 3, 4), seed=1)
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE)
@@ -31,10 +32,10 @@ def recommend(model, histories=HISTORIES, processor=PROCESSOR, **arguments):
 
 def assert_same_ranking(found, wanted):
     """The same scores, and the same sessions but where rounding may swap two."""
-    torch.testing.assert_close([score for score, _ in found], [score for score, _ in wanted], atol=2e-4, rtol=1e-5)
+    assert_close([score for score, _ in found], [score for score, _ in wanted])
     by_session = {tuple(session): score for score, session in wanted}
     for (score, session), (_, other) in zip(found, wanted, strict=True):
-        assert session == other or score == pytest.approx(by_session[tuple(session)], abs=2e-4)
+        assert session == other or score == close(by_session[tuple(session)])
 
 
 @settings(max_examples=200, deadline=None)
@@ -119,7 +120,7 @@ def test_equals_transformers_beam_search(data):
         assert torch.equal(ours.sequences, theirs.sequences)
         return
     found = ours.sequences_scores > -math.inf
-    torch.testing.assert_close(ours.sequences_scores[found], theirs.sequences_scores[found], atol=2e-4, rtol=1e-5)
+    assert_close(ours.sequences_scores[found], theirs.sequences_scores[found])
     # Their dead beams have large negative numbers where ours say that there is nothing.
     assert (theirs.sequences_scores[~found] < -1e6).all()
     apart = torch.full_like(scores, math.inf)
@@ -240,7 +241,7 @@ def test_bfloat16_scores_are_the_forward_passes_within_its_precision():
             logits = model(**batch).logits.float().log_softmax(-1)
         labels = batch["labels"][0]
         kept = labels >= 0
-        assert score == pytest.approx(float(logits[0, kept, labels[kept]].sum()), abs=0.15)
+        assert score == close(float(logits[0, kept, labels[kept]].sum()), ROUNDED, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_generate_takes_the_fast_path_and_answers_alike(monkeypatch, beams):
     assert len(slow.scores) == 7
     assert torch.equal(quick.sequences, slow.sequences)
     if beams > 1:
-        torch.testing.assert_close(quick.sequences_scores, slow.sequences_scores)
+        assert_close(quick.sequences_scores, slow.sequences_scores)
 
 
 @pytest.mark.parametrize(
@@ -387,8 +388,8 @@ def test_samples_all_sessions_once_with_their_probabilities():
         }
         assert len(got) == len(wanted)
         for score, sampled, session in wanted:
-            assert got[tuple(session)] == pytest.approx((score, sampled), abs=2e-4)
-        assert float(out.sampling_scores.exp().sum()) == pytest.approx(1, abs=1e-4)
+            assert got[tuple(session)] == close((score, sampled))
+        assert float(out.sampling_scores.exp().sum()) == close(1)
         keys = out.sampling_keys[: len(wanted)]
         assert (keys.diff() <= 0).all()
         assert [math.inf * -1] * 3 == out.sampling_keys[len(wanted) :].tolist()
@@ -416,7 +417,7 @@ def test_samples_in_the_proportions_of_draws_without_replacement(temperature):
         pairs.update(map(tuple, items[:, :2].tolist()))
         probabilities.update(zip(items.flatten().tolist(), out.sampling_scores.exp().tolist(), strict=True))
     total = users * draws
-    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
+    assert sum(probabilities.values()) == close(1)
     for first in range(5):
         for second in set(range(5)) - {first}:
             p = probabilities[first] * probabilities[second] / (1 - probabilities[first])
@@ -455,7 +456,7 @@ def test_with_a_generator_of_its_own_a_user_does_not_depend_on_the_others():
     for place in range(len(HISTORIES)):
         for other in (backwards, drawn([place])):
             assert other[place][0] == together[place][0]
-            torch.testing.assert_close(other[place][1], together[place][1], atol=1e-4, rtol=1e-4)
+            assert_close(other[place][1], together[place][1])
     with pytest.raises(ValueError, match="1 generators for 2 users: give one each, or one for all"):
         MODEL.recommend(**PROCESSOR([["m1"], ["m2"]]), do_sample=True, generator=[torch.Generator()])
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onerec_hf import CatalogueConstraint, OneRecProcessor, SemanticIDLogitsProcessor
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
+from tests.rounding import assert_close, close
 
 CATALOGUE = make_catalogue(14, (3, 3, 4), seed=1)
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE)
@@ -57,7 +58,7 @@ def test_wide_beams_rank_every_item_as_brute_force_does(histories, excluded):
         wanted = brute_force(history, 1, excluded)
         legal = answer[: len(wanted)]
         assert [session for _, session in legal] == [session for _, session in wanted]
-        torch.testing.assert_close([score for score, _ in legal], [score for score, _ in wanted], atol=2e-4, rtol=1e-5)
+        assert_close([score for score, _ in legal], [score for score, _ in wanted])
         assert all(session == [] and score == float("-inf") for score, session in answer[len(wanted) :])
 
 
@@ -75,7 +76,7 @@ def test_sessions_of_two_items_equal_brute_force(distinct, excluded):
     )
     legal = answer[: len(wanted)]
     assert [session for _, session in legal] == [session for _, session in wanted]
-    torch.testing.assert_close([score for score, _ in legal], [score for score, _ in wanted], atol=2e-4, rtol=1e-5)
+    assert_close([score for score, _ in legal], [score for score, _ in wanted])
     assert all(session == [] for _, session in answer[len(wanted) :])
 
 
@@ -177,7 +178,7 @@ def test_scores_are_the_training_log_probabilities():
         batch = PROCESSOR([["m1", "m9"]], sessions=[session])
         with torch.no_grad():
             loss = MODEL(**batch, num_items_in_batch=1).loss
-        assert score == pytest.approx(-float(loss), abs=1e-4)
+        assert score == close(-float(loss))
 
 
 def test_exclude_takes_ids_rows_and_history():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from onerec_hf import OneRecProcessor
 from onerec_hf.modeling.modeling_onerec import session_loss
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import assert_close
 
 CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
@@ -34,18 +35,18 @@ def test_each_code_token_costs_what_its_item_weighs(data, rows, items, levels, s
                 )
                 tokens += 1
     value = session_loss(logits, labels, stride, tokens, weights, smoothing)
-    torch.testing.assert_close(value, torch.as_tensor(wanted / tokens), atol=1e-5, rtol=1e-4)
+    assert_close(value, torch.as_tensor(wanted / tokens))
     half = session_loss(logits, labels, stride, torch.tensor(2 * tokens), weights, smoothing)
-    torch.testing.assert_close(half, value / 2)
+    assert_close(half, value / 2)
 
 
 def test_session_weights_weigh_the_items_of_a_session():
     model = make_model(CATALOGUE)
     log_probs = model(**BATCH).logits.log_softmax(-1)
     costs = F.nll_loss(log_probs.flatten(0, 1), BATCH["labels"].flatten(), reduction="none").view(2, -1)
-    torch.testing.assert_close(model(**BATCH).loss, costs.sum() / 9)
+    assert_close(model(**BATCH).loss, costs.sum() / 9)
     weighted = model(**BATCH, session_weights=[3, 1]).loss
-    torch.testing.assert_close(weighted, (1.5 * costs[:, :3].sum() + 0.5 * costs[:, 3:].sum()) / 9)
+    assert_close(weighted, (1.5 * costs[:, :3].sum() + 0.5 * costs[:, 3:].sum()) / 9)
 
 
 def test_smoothing_reaches_the_loss_of_items():
@@ -58,4 +59,4 @@ def test_smoothing_reaches_the_loss_of_items():
     scores = states @ embedding.vectors.weight[1:].T
     named = embedding.rows(BATCH["labels"][:, :3]) - 1
     wanted = 3 / 9 * F.cross_entropy(scores, named, label_smoothing=0.2, reduction="sum")
-    torch.testing.assert_close(out.loss - plain.loss, wanted, atol=1e-5, rtol=1e-4)
+    assert_close(out.loss - plain.loss, wanted, scale=float(out.loss))

@@ -8,6 +8,7 @@ import torch
 from onerec_hf import OneRecForConditionalGeneration, OneRecModel
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
+from tests.rounding import BACKWARD, ROUNDED, assert_close
 
 VARIANTS = {
     "default": {},
@@ -36,16 +37,16 @@ def test_loss_and_log_probabilities_equal_float64(config, catalogue, processor):
         length = int(batch["decoder_attention_mask"][i].sum())
         wanted = reference.logits(history, batch["decoder_input_ids"][i, :length]).log_softmax(-1)
         got = out.logits[i, :length].log_softmax(-1)
-        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=0)
+        assert_close(got, wanted)
         labels = batch["labels"][i, :length]
         losses += [-wanted[t, label] for t, label in enumerate(labels.tolist()) if label != -100]
     assert len(losses) == 9  # three items of three codes
-    torch.testing.assert_close(out.loss.double(), torch.stack(losses).mean(), atol=1e-5, rtol=0)
+    assert_close(out.loss, torch.stack(losses).mean())
 
 
 def test_num_items_in_batch_divides_the_sum(model, batch):
     mean = model(**batch).loss
-    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(18)).loss, mean / 2)
+    assert_close(model(**batch, num_items_in_batch=torch.tensor(18)).loss, mean / 2)
 
 
 def test_decoder_inputs_from_labels_equal_the_processors(model, batch):
@@ -53,7 +54,7 @@ def test_decoder_inputs_from_labels_equal_the_processors(model, batch):
     real = batch["decoder_attention_mask"].bool()
     assert torch.equal(derived[real], batch["decoder_input_ids"][real])
     labels_only = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
-    torch.testing.assert_close(model(**labels_only).loss, model(**batch).loss)
+    assert_close(model(**labels_only).loss, model(**batch).loss)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -67,9 +68,11 @@ def test_padding_changes_nothing(model, processor, padding):
         got = model(
             input_ids=padded, attention_mask=(padded != 0).long(), decoder_input_ids=alone["decoder_input_ids"]
         ).logits
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    assert_close(got, wanted)
 
 
+# Flex attention's fused kernel is for compiled models; this is about its numbers.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_attention_backends_agree(model, batch, attention):
     wanted = model(**batch).logits
@@ -79,7 +82,7 @@ def test_attention_backends_agree(model, batch, attention):
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         got = model(**batch).logits
     real = batch["decoder_attention_mask"].bool()
-    torch.testing.assert_close(got[real], wanted[real], atol=2e-5, rtol=1e-4)
+    assert_close(got[real], wanted[real])
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
@@ -92,26 +95,23 @@ def test_expert_implementations_agree_in_loss_and_gradient(catalogue, batch, exp
         return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     (wanted, wanted_gradients), (got, gradients) = run("eager"), run(experts)
-    torch.testing.assert_close(got, wanted)
-    assert gradients.keys() == wanted_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted_gradients[name], atol=1e-6, rtol=1e-4)
+    assert_close(got, wanted)
+    assert_close(gradients, wanted_gradients, terms=BACKWARD)
 
 
 def test_gradient_checkpointing_changes_neither_loss_gradients_nor_expert_counts(catalogue, batch):
     def run(checkpointing):
         model = make_model(catalogue).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         out = model(**batch)
         out.loss.backward()
-        return out.loss.detach(), out.tokens_per_expert, [p.grad for p in model.parameters()]
+        return out.loss.detach(), out.tokens_per_expert, {name: p.grad for name, p in model.named_parameters()}
 
     (loss, counts, gradients), (loss_again, counts_again, gradients_again) = run(False), run(True)
     assert torch.equal(loss, loss_again)
     assert torch.equal(counts, counts_again)
-    for first, second in zip(gradients, gradients_again, strict=True):
-        torch.testing.assert_close(first, second)
+    assert_close(gradients_again, gradients, terms=BACKWARD)
 
 
 def test_expert_counts_are_of_real_tokens(model, batch):
@@ -125,14 +125,14 @@ def test_expert_counts_are_of_real_tokens(model, batch):
 def test_router_bias_moves_against_the_load_and_only_the_choice(model, batch):
     model.update_router_bias(torch.tensor([[9, 1, 1, 1], [3, 3, 3, 3]]), rate=0.1)
     first, second = (layer.mlp.gate.e_score_correction_bias for layer in model.model.decoder.layers)
-    torch.testing.assert_close(first, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+    assert_close(first, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
     assert not second.any()
     x = torch.randn(5, 32)
     gate = model.model.decoder.layers[0].mlp.gate
     gate.e_score_correction_bias.copy_(torch.tensor([10.0, 10.0, 0, 0]))
     logits, weights, index = gate(x)
     assert index.sort(-1).values.tolist() == [[0, 1]] * 5
-    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, index))
+    assert_close(weights, logits.softmax(-1).gather(1, index))
 
 
 def test_cached_steps_equal_one_pass(model, batch):
@@ -151,7 +151,7 @@ def test_cached_steps_equal_one_pass(model, batch):
             cache = out.past_key_values
             steps.append(out.logits)
     real = batch["decoder_attention_mask"].bool()
-    torch.testing.assert_close(torch.cat(steps, 1)[real], wanted[real], atol=2e-5, rtol=1e-4)
+    assert_close(torch.cat(steps, 1)[real], wanted[real])
 
 
 def test_folded_beams_equal_repeated_histories(model, batch):
@@ -166,7 +166,7 @@ def test_folded_beams_equal_repeated_histories(model, batch):
             attention_mask=batch["attention_mask"].repeat_interleave(3, 0),
             decoder_input_ids=beams,
         ).logits
-    torch.testing.assert_close(folded, repeated, atol=2e-5, rtol=1e-4)
+    assert_close(folded, repeated)
 
 
 def test_trl_layout_equals_the_plain_one(model, batch):
@@ -186,14 +186,14 @@ def test_trl_layout_equals_the_plain_one(model, batch):
             decoder_input_ids=decoder,
             decoder_attention_mask=mask,
         ).last_hidden_state
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    assert_close(got, wanted)
 
 
 def test_router_logits_and_aux_loss(model, batch):
     out = model(**batch, output_router_logits=True)
     assert [tuple(logits.shape) for logits in out.router_logits] == [(14, 4), (14, 4)]
     plain = model(**batch).loss
-    torch.testing.assert_close(out.loss, plain + model.config.router_aux_loss_coef * out.aux_loss)
+    assert_close(out.loss, plain + model.config.router_aux_loss_coef * out.aux_loss)
 
 
 def test_hidden_states_and_attentions(model, batch):
@@ -201,7 +201,7 @@ def test_hidden_states_and_attentions(model, batch):
     out = model(**batch, output_hidden_states=True, output_attentions=True)
     assert len(out.decoder_hidden_states) == len(out.encoder_hidden_states) == 3
     assert [tuple(a.shape) for a in out.cross_attentions] == [(2, 4, 7, 12)] * 2
-    torch.testing.assert_close(out.cross_attentions[0].sum(-1), torch.ones(2, 4, 7))
+    assert_close(out.cross_attentions[0].sum(-1), torch.ones(2, 4, 7))
 
 
 def test_bfloat16(catalogue, batch, tmp_path):
@@ -211,17 +211,16 @@ def test_bfloat16(catalogue, batch, tmp_path):
     low = OneRecForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert low.lm_head.weight.dtype == torch.bfloat16
     assert low.model.decoder.layers[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
-    torch.testing.assert_close(low(**batch).loss.float(), wanted, atol=0.03, rtol=0.02)
+    assert_close(low(**batch).loss, wanted, ROUNDED, dtype=torch.bfloat16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(model, batch, training):
     model.train(training)
     wanted = model(**batch)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     got = compiled(**batch)
-    torch.testing.assert_close(got.loss, wanted.loss)
+    assert_close(got.loss, wanted.loss)
     if training:
         assert torch.equal(got.tokens_per_expert, wanted.tokens_per_expert)
         got.loss.backward()

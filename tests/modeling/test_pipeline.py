@@ -16,6 +16,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 import onerec_hf
 from onerec_hf import GenerativeRecommendationPipeline, ItemCatalogue, OneRecProcessor
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import close
 
 TASK = "generative-recommendation"
 HISTORIES = [["m1", "m2", "m3"], ["m5"], ["m7", "m8"], ["m9", "m1"], ["m11"]]
@@ -49,7 +50,7 @@ def assert_same(answers, others):
     """But for rounding: lists and streams are computed with packed experts."""
     for answer, other in zip(answers, others, strict=True):
         assert items(answer) == items(other)
-        assert [each["score"] for each in answer] == pytest.approx([each["score"] for each in other], abs=1e-4)
+        assert [each["score"] for each in answer] == close([each["score"] for each in other])
 
 
 def reference(histories, session_length=1, top_k=4, num_beams=12, **kwargs):
@@ -74,7 +75,7 @@ def assert_answers(answers, wanted):
     for answer, found in zip(answers, wanted, strict=True):
         sessions = [[one["item"] for one in each["items"]] if "items" in each else [each["item"]] for each in answer]
         assert sessions == [session for session, _ in found]
-        assert [each["score"] for each in answer] == pytest.approx([score for _, score in found], abs=1e-4)
+        assert [each["score"] for each in answer] == close([score for _, score in found])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

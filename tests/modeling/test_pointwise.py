@@ -9,6 +9,7 @@ from onerec_hf import OneRecConfig, OneRecProcessor
 from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack, windows_of
+from tests.rounding import assert_close
 
 CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
@@ -34,7 +35,7 @@ def test_the_formula(groups):
         heads.append(torch.stack(rows))
     summed = torch.cat(heads, -1)
     normed = summed / (summed.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(out[0], attention.o_proj(normed * u))
+    assert_close(out[0], attention.o_proj(normed * u))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -42,7 +43,7 @@ def test_padding_changes_nothing_and_a_causal_one_does_not_look_ahead(causal):
     model = make(encoder_is_causal=causal)
     alone = model.model.encoder(**PROCESSOR([["m5", "m1"]])).last_hidden_state
     beside = model.model.encoder(**PROCESSOR([["m5", "m1"], ["m1", "m2", "m3"]])).last_hidden_state[0, :8]
-    torch.testing.assert_close(beside, alone[0])
+    assert_close(beside, alone[0])
     longer = model.model.encoder(**PROCESSOR([["m5", "m1", "m7"]])).last_hidden_state[0, :8]
     assert torch.allclose(longer, alone[0], atol=1e-5) is causal
 

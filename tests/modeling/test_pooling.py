@@ -10,6 +10,7 @@ from onerec_hf.cli.export import export_onnx
 from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack, windows_of
+from tests.rounding import assert_close
 
 CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
@@ -36,19 +37,19 @@ def test_a_place_is_the_sum_of_an_items_embeddings(attention, causal):
     wanted = reads_tokens(inputs_embeds=places, attention_mask=mask, **decoder)
     out = model(**batch)
     assert out.encoder_last_hidden_state.shape == (2, 3, 32)
-    torch.testing.assert_close(out.encoder_last_hidden_state, wanted.encoder_last_hidden_state)
-    torch.testing.assert_close(out.logits, wanted.logits)
-    torch.testing.assert_close(out.loss, wanted.loss)
+    assert_close(out.encoder_last_hidden_state, wanted.encoder_last_hidden_state)
+    assert_close(out.logits, wanted.logits)
+    assert_close(out.loss, wanted.loss)
 
 
 def test_padding_changes_nothing():
     model = make()
     batch = PROCESSOR(HISTORIES, SESSIONS)
     alone = model(**PROCESSOR(HISTORIES[1:], SESSIONS[1:])).logits[0]
-    torch.testing.assert_close(model(**batch).logits[1, :3], alone[:3])
+    assert_close(model(**batch).logits[1, :3], alone[:3])
     left = {"input_ids": batch["input_ids"].roll(8, 1), "attention_mask": batch["attention_mask"].roll(8, 1)}
     second = {name: value[1:] for name, value in {**batch, **left}.items()}
-    torch.testing.assert_close(model(**second).logits[0, :3], alone[:3])
+    assert_close(model(**second).logits[0, :3], alone[:3])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_generate_and_recommend_agree():
     ours = model.recommend(**inputs, session_length=2, **asked)
     theirs = model.generate(**inputs, max_new_tokens=7, length_penalty=0.0, output_scores=True, **asked)
     assert torch.equal(ours.sequences, theirs.sequences)
-    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=1e-4, rtol=0)
+    assert_close(ours.sequences_scores, theirs.sequences_scores)
     fast = model.generate(**inputs, max_new_tokens=7, length_penalty=0.0, **asked)
     assert torch.equal(ours.sequences, fast.sequences)
 
@@ -89,7 +90,7 @@ def test_the_best_beam_is_as_likely_as_the_forward_says(config):
             named = names[encoder.item_head.rows(out.sequences[0, 1:]) - 1]
         labels = out.sequences[0, 1:]
         codes = said.logits[0].log_softmax(-1).gather(1, labels[:, None]).sum()
-        torch.testing.assert_close(out.sequences_scores[0], codes + 0.5 * named, atol=1e-4, rtol=0)
+        assert_close(out.sequences_scores[0], codes + 0.5 * named)
 
 
 def test_every_weight_learns():

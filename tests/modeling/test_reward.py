@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
 from onerec_hf.modeling.modeling_onerec_reward import masked_bce
+from tests.rounding import assert_close
 
 IDS = [f"m{i}" for i in range(12)]
 HISTORIES = [["m1", "m2", "m3"], [], ["m4"], ["m1", "m2", "m3"]]
@@ -87,23 +88,23 @@ def test_permuting_a_batch_permutes_its_scores(attention, pooling):
         permuted = reward.score(**{name: value[order] for name, value in inputs.items()})
     assert scores.shape == (4,)
     assert len(set(scores.tolist())) == 4
-    torch.testing.assert_close(permuted, scores[order])
+    assert_close(permuted, scores[order])
 
 
 @torch.no_grad()
 def test_padding_does_not_matter(reward, inputs):
     wider = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in inputs.items()}
-    torch.testing.assert_close(reward(**wider).logits, reward(**inputs).logits)
+    assert_close(reward(**wider).logits, reward(**inputs).logits)
     garbage = dict(wider)  # whatever stands under a mask of 0 is not read
     garbage["input_ids"] = wider["input_ids"].masked_fill(wider["attention_mask"] == 0, 7)
     garbage["session_input_ids"] = wider["session_input_ids"].masked_fill(wider["session_attention_mask"] == 0, 7)
-    torch.testing.assert_close(reward(**garbage).logits, reward(**inputs).logits)
+    assert_close(reward(**garbage).logits, reward(**inputs).logits)
 
 
 @torch.no_grad()
 def test_masks_may_be_left_out(reward, inputs):
     ids = {name: inputs[name] for name in ("input_ids", "session_input_ids")}
-    torch.testing.assert_close(reward(**ids).logits, reward(**inputs).logits)
+    assert_close(reward(**ids).logits, reward(**inputs).logits)
 
 
 def test_a_session_is_scored_alone_as_in_a_batch(reward):

@@ -218,7 +218,7 @@ def measured(folder: str, strategy: str, dtype: str, batch: dict, shards=1, expe
         )
     model = OneRecForConditionalGeneration.from_pretrained(folder, **options)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, OneRecTopKRouter):
             module.register_forward_hook(deal_tokens_in_turn)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from onerec_hf.semantic_ids.alignment import align_embeddings, cooccurring_pairs, info_nce
 from onerec_hf.semantic_ids.embeddings import cooccurrence
+from tests.rounding import assert_close, close
 
 
 def info_nce_by_hand(first, second, temperature, items=None):
@@ -55,13 +56,13 @@ def test_false_negatives_are_left_out():
     scores = first @ second.T / 0.2
     odds = scores.exp() * torch.tensor(counted)
     wanted = -((odds.diag() / odds.sum(1)).log().mean() + (odds.diag() / odds.sum(0)).log().mean()) / 2
-    torch.testing.assert_close(info_nce(first, second, temperature=0.2, items=items), wanted)
+    assert_close(info_nce(first, second, temperature=0.2, items=items), wanted)
 
 
 def test_distinct_items_need_no_mask():
     first, second = torch.randn(2, 6, 4)
     items = torch.arange(12).reshape(6, 2)
-    torch.testing.assert_close(info_nce(first, second, items=items), info_nce(first, second))
+    assert_close(info_nce(first, second, items=items), info_nce(first, second))
 
 
 sequences = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -118,7 +119,7 @@ def test_aligned_content_follows_behaviour_also_of_items_without_any():
     unit = content / np.linalg.norm(content, axis=1, keepdims=True)
     assert aligned.shape == (120, 8)
     assert aligned.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(aligned, axis=1), 1, atol=1e-5)
+    assert np.linalg.norm(aligned, axis=1) == close(np.ones(len(aligned)))
     for rows in (slice(0, 80), slice(80, 120)):
         assert separation(aligned[rows], group[rows]) > 3 * separation(unit[rows], group[rows])
 
@@ -127,7 +128,7 @@ def test_training_starts_at_the_contents_geometry():
     content, _, pairs = behaving_items()
     start = align_embeddings(content, pairs, dim=16, steps=1, learning_rate=0.0)
     unit = content / np.linalg.norm(content, axis=1, keepdims=True)
-    np.testing.assert_allclose(start @ start.T, unit @ unit.T, atol=1e-5)
+    assert start @ start.T == close(unit @ unit.T)
 
 
 def test_one_map_for_all_items():
@@ -135,7 +136,7 @@ def test_one_map_for_all_items():
     content[50] = content[3] * 2.5  # the content of a consumed item, at another length
     content[51] = 0
     aligned = align_embeddings(content, pairs, dim=8, steps=20)
-    np.testing.assert_allclose(aligned[50], aligned[3], atol=1e-6)
+    assert aligned[50] == close(aligned[3])
     assert np.isfinite(aligned).all()
     assert align_embeddings(np.zeros((5, 4)), np.array([[0, 1]]), steps=3).shape == (
         5,

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf.semantic_ids import BalancedKMeans
+from tests.rounding import assert_close, close
 
 
 def clustered(count, dim, centers, seed):
@@ -40,9 +41,9 @@ def test_sizes_differ_by_at_most_one(case, assignment, init):
     size, more = divmod(len(points), clusters)
     assert sorted(sizes.tolist()) == sorted([size + 1] * more + [size] * (clusters - more))
     means = torch.stack([points[kmeans.labels_ == k].mean(0) for k in range(clusters)])
-    torch.testing.assert_close(kmeans.cluster_centers_, means, atol=1e-5, rtol=1e-4)
+    assert_close(kmeans.cluster_centers_, means)
     error = (points - means[kmeans.labels_]).square().sum(1).mean()
-    assert kmeans.inertia_ == pytest.approx(float(error), abs=1e-5)
+    assert kmeans.inertia_ == close(float(error))
 
 
 @pytest.mark.parametrize("seed", range(3))

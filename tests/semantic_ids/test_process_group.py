@@ -12,6 +12,7 @@ from onerec_hf.semantic_ids.embeddings import fingerprint_of
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
 from onerec_hf.semantic_ids.unique_codes import add_digit_over, make_unique_over
 from tests.ranks import on_ranks
+from tests.rounding import assert_close
 
 
 def clustered(count, dim, groups=40, seed=0):
@@ -51,7 +52,7 @@ def test_kmeans_is_that_of_one_process(size, count, clusters, options):
     assert np.array_equal(labels, alone.labels_.numpy())
     for _, centers, inertia, iterations in found:
         assert np.array_equal(centers, found[0][1])
-        np.testing.assert_allclose(centers, alone.cluster_centers_.numpy(), atol=1e-5)
+        assert_close(centers, alone.cluster_centers_)
         assert inertia == pytest.approx(alone.inertia_, rel=1e-6)
         assert iterations == alone.n_iter_
 
@@ -164,7 +165,7 @@ def test_catalogue_and_report_are_those_of_one_process(size, split, options):
         assert report["cluster_sizes"] == alone.report.cluster_sizes
         assert report["neighbour_agreement"] == pytest.approx(alone.report.neighbour_agreement, abs=1e-3)
         for theirs, mine in zip(codebooks, alone.quantizer.codebooks_, strict=True):
-            np.testing.assert_allclose(theirs, mine.numpy(), atol=1e-5)
+            assert_close(theirs, mine)
 
 
 def fit_large(vectors, sizes):

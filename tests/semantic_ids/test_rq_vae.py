@@ -10,6 +10,7 @@ import transformers
 
 from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
 from onerec_hf.semantic_ids.rq_vae import RQVAEConfig, RQVAEModel, RQVAEQuantizer
+from tests.rounding import assert_close
 
 SMALL = {
     "hidden_sizes": (24,),
@@ -96,7 +97,7 @@ def test_the_decoders_gradient_passes_straight_through():
 
     model.encoder[-1].register_forward_hook(watch)
     model(points).reconstruction_loss.backward()
-    torch.testing.assert_close(caught[0], wanted)
+    assert_close(caught[0], wanted)
     assert not torch.equal(latents, quantized.detach())
 
 
@@ -109,7 +110,7 @@ def test_each_level_moves_to_the_mean_of_what_it_is_given():
     for codebook, codes in zip(model.codebooks, output.codes.unbind(1), strict=True):
         wanted = torch.zeros_like(codebook)
         wanted.index_add_(0, codes, 2 / 50 * (codebook.detach()[codes] - left))
-        torch.testing.assert_close(codebook.grad, wanted)
+        assert_close(codebook.grad, wanted)
         left = left - codebook.detach()[codes]
 
 
@@ -165,7 +166,7 @@ def test_codes_of_a_loaded_quantizer_are_the_nearest_in_latent_space(fitted, tmp
         assert torch.equal(codes[:, level], torch.cdist(left, codebook.detach()).argmin(1))
         if level == 1:
             residual, last = loaded.last_level(new, codes)
-            torch.testing.assert_close(residual, left)
+            assert_close(residual, left)
             assert torch.equal(last, codebook)
             assert not last.requires_grad
         left = left - codebook.detach()[codes[:, level]]
@@ -185,8 +186,8 @@ def test_decoding_is_the_network_in_the_inputs_units(fitted):
     with torch.no_grad():
         latents = model.codebooks[0][codes[:, 0]] + model.codebooks[1][codes[:, 1]]
         wanted = model.decoder(latents) * model.input_scale + model.input_mean
-    torch.testing.assert_close(fitted.decode(codes), wanted)
-    torch.testing.assert_close(model(grouped_points()[:20]).reconstruction, wanted, atol=1e-4, rtol=1e-4)
+    assert_close(fitted.decode(codes), wanted)
+    assert_close(model(grouped_points()[:20]).reconstruction, wanted)
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 2])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
+from tests.rounding import close
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def same(answer, wanted):
     assert {key: answer[key] for key in wanted if key != "scores"} == {
         key: value for key, value in wanted.items() if key != "scores"
     }
-    assert answer["scores"] == pytest.approx(wanted["scores"], abs=1e-4)
+    assert answer["scores"] == close(wanted["scores"])
 
 
 def queries(count, seed=0):

@@ -28,6 +28,7 @@ from onerec_hf.trainers import (
     Seq2SeqDPOTrainer,
 )
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import distance
 
 KINDS = ("ntp", "items", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
 
@@ -133,7 +134,7 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
     if kind in ("ntp", "items", "adapter"):
         arguments = OneRecTrainingArguments(eval_top_k=[5], eval_num_beams=8, **settings)
         return OneRecTrainer(model, arguments, data, data.select(range(13)), processor)
-    settings |= {"bf16": False, "gradient_checkpointing": False, "beta": 0.5}
+    settings |= {"bf16": False, "activation_checkpointing": False, "beta": 0.5}
     if kind == "seq2seq_dpo":
         return Seq2SeqDPOTrainer(
             model,
@@ -153,10 +154,13 @@ def main(layout: str, start: str, out: str) -> None:
     for kind in LAYOUTS[layout].kinds:
         folder = Path(out, kind)
         trainer = make_trainer(kind, layout, Path(start), folder)
+        before = {name: _local(parameter).detach().clone() for name, parameter in trainer.model.named_parameters()}
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         found = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm")}
         found["held"] = sum(_local(parameter).numel() for parameter in trainer.model.parameters())
+        after = {name: _local(parameter).detach() for name, parameter in trainer.model.named_parameters()}
+        found["moved"] = distance(before, after)
         found["experts"] = [
             len(_local(parameter)) for name, parameter in trainer.model.named_parameters() if "gate_up_proj" in name
         ]

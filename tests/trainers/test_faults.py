@@ -153,7 +153,7 @@ def test_memory_that_does_not_suffice_names_the_batch_and_the_settings(tmp_path)
         "per_device_train_batch_size (8)",
         "gradient_accumulation_steps (1)",
         "max_history",
-        "gradient_checkpointing",
+        "activation_checkpointing",
     ):
         assert setting in str(caught.value)
     trainer = make_trainer(tmp_path)

@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingA
 from onerec_hf import OneRecProcessor
 from onerec_hf.data import OneRecDataCollator
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import assert_close
 
 CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=10)
@@ -56,7 +57,7 @@ def sessions(model):
 
 
 def assert_same(one, other):
-    torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-4)
+    assert_close(one[1], other[1])
     assert one[0] == other[0]
 
 

@@ -13,6 +13,7 @@ from onerec_hf import OneRecProcessor
 from onerec_hf.data.collators import OneRecDataCollator
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments, RouterBalanceCallback
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import distance
 
 CATALOGUE = make_catalogue(30, (4, 4, 4))
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=5)
@@ -98,12 +99,14 @@ def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, checkpoint
         tmp_path,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
-        gradient_checkpointing=checkpointing,
+        activation_checkpointing=checkpointing,
     )
     whole.train(), parts.train()
     assert losses(whole) == pytest.approx(losses(parts), rel=2e-4)
-    for first, second in zip(whole.model.state_dict().values(), parts.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(first, second, atol=2e-3, rtol=1e-2)
+    start = make_model(CATALOGUE, initializer_range=0.05).state_dict()
+    assert distance(parts.model.state_dict(), whole.model.state_dict()) < 1e-2 * distance(
+        start, whole.model.state_dict()
+    )
 
 
 def test_label_smoothing_is_of_the_whole_loss(tmp_path):

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from onerec_hf.trainers.preference_losses import cdpo_settings, s_dpo_loss
 from tests.conftest import make_model
+from tests.rounding import close
 from tests.trainers.preference_runs import CATALOGUE, MAKERS, arguments, by_hand, losses, make_trainer, pairs_for
 
 BETA, GAMMA, ALPHA, SMOOTHING = 0.4, 0.7, 0.3, 0.2
@@ -68,7 +69,7 @@ def test_loss_equals_its_formula(tmp_path, kind, loss_type, formula):
         **smoothing,
     )
     got = trainer.evaluate(pairs_for(kind))["eval_loss"]
-    assert got == pytest.approx(sum(formula(*pair) for pair in pairs) / len(pairs), abs=1e-5)
+    assert got == close(sum(formula(*pair) for pair in pairs) / len(pairs))
 
 
 def test_cpo_is_preference_and_likelihood(tmp_path):
@@ -81,7 +82,7 @@ def test_cpo_is_preference_and_likelihood(tmp_path):
         got = float(trainer.compute_loss(trainer.model, batch))
     preference = sum(softplus_of_minus(BETA * (win[0] - lose[0])) for win, lose in pairs) / len(pairs)
     likelihood = -sum(win[0] for win, _ in pairs) / sum(win[1] for win, _ in pairs)
-    assert got == pytest.approx(preference + ALPHA * likelihood, abs=1e-5)
+    assert got == close(preference + ALPHA * likelihood)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -89,7 +90,7 @@ def test_s_dpo_with_one_negative_is_dpo(tmp_path, kind):
     runs = [make_trainer(tmp_path, kind, loss_type=loss_type, max_steps=4) for loss_type in ("sigmoid", "s_dpo")]
     for run in runs:
         run.train()
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-5)
+    assert losses(runs[1]) == close(losses(runs[0]))
     keys = (
         "rewards/chosen",
         "rewards/rejected",
@@ -99,7 +100,7 @@ def test_s_dpo_with_one_negative_is_dpo(tmp_path, kind):
         "logps/rejected",
     )
     for one, other in zip(runs[0].state.log_history[:-1], runs[1].state.log_history[:-1], strict=True):
-        assert [other[key] for key in keys] == pytest.approx([one[key] for key in keys], abs=1e-4)
+        assert [other[key] for key in keys] == close([one[key] for key in keys])
 
 
 def test_s_dpo_with_three_negatives(tmp_path):
@@ -123,7 +124,7 @@ def test_s_dpo_with_three_negatives(tmp_path):
     trainer = make_trainer(
         tmp_path, model=copy.deepcopy(policy), ref_model=reference, train_dataset=rows, loss_type="s_dpo", beta=BETA
     )
-    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(sum(wanted) / 2, abs=1e-5)
+    assert trainer.evaluate(rows)["eval_loss"] == close(sum(wanted) / 2)
     trainer.train()
     with pytest.raises(ValueError, match="2 to 3 rejected answers"):
         trainer.data_collator([rows[0], {**rows[1], "rejected": negatives[1][:2]}])

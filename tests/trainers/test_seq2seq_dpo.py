@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from onerec_hf.trainers import Seq2SeqDPOTrainer
 from tests.conftest import make_model
 from tests.ranks import torchrun
+from tests.rounding import BACKWARD, assert_close, close
 from tests.trainers.preference_runs import (
     ALL_LOSSES,
     CATALOGUE,
@@ -40,7 +41,7 @@ def test_scores_equal_rows_by_themselves(tmp_path, kind):
     chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
     for which, got in (("chosen", chosen), ("rejected", rejected)):
         wanted = [by_hand(other, kind, row, which)[0] for row in rows]
-        assert got.tolist() == pytest.approx(wanted, abs=1e-5)
+        assert got.tolist() == close(wanted)
     assert chosen.std() > 0.1
 
 
@@ -51,7 +52,7 @@ def test_scores_of_an_encoder_that_pools_items(tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     chosen, _ = trainer.compute_ref_log_probs(trainer.ref_model, batch)
     other = make_model(CATALOGUE, encoder_pools_items=True)
-    assert chosen.tolist() == pytest.approx([by_hand(other, "onerec", row, "chosen")[0] for row in rows], abs=1e-5)
+    assert chosen.tolist() == close([by_hand(other, "onerec", row, "chosen")[0] for row in rows])
     before = state_of(model)
     trainer.train()
     assert all(not torch.equal(before[name], value) for name, value in model.named_parameters())
@@ -80,7 +81,7 @@ def test_sigmoid_and_ipo_equal_hand_values(tmp_path, kind):
             tmp_path, kind, copy.deepcopy(policy), ref_model=MAKERS[kind](), loss_type=loss_type, beta=0.3
         )
         got = trainer.evaluate(pairs_for(kind))["eval_loss"]
-        assert got == pytest.approx(sum(values) / len(values), abs=1e-5)
+        assert got == close(sum(values) / len(values))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -90,8 +91,8 @@ def test_training_moves_the_policy_and_nothing_else(tmp_path, kind):
     trainer.train()
     moved = [name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])]
     assert all("layer_norm" in name or "k_proj.bias" in name or "embed_positions" in name for name in moved), moved
-    assert_same(state_of(trainer.ref_model), reference, atol=0, rtol=0)
-    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)  # policy == reference: dropout is off
+    assert_same(state_of(trainer.ref_model), reference)
+    assert losses(trainer)[0] == close(math.log(2))  # policy == reference: dropout is off
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[-1] > margins[0]
@@ -129,15 +130,15 @@ def test_dropout_is_off_wherever_it_stands(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True}],
+    [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, {"activation_checkpointing": True}],
 )
 @pytest.mark.parametrize("kind", MAKERS)
 def test_accumulation_and_checkpointing_keep_the_trajectory(tmp_path, kind, settings):
     common = {"per_device_train_batch_size": 8, "optim": "sgd"}
     whole, parts = make_trainer(tmp_path, kind, **common), make_trainer(tmp_path, kind, **{**common, **settings})
     whole.train(), parts.train()
-    assert losses(whole) == pytest.approx(losses(parts), abs=1e-5)
-    assert_same(state_of(whole.model), state_of(parts.model), atol=1e-5, rtol=1e-4)
+    assert losses(parts) == close(losses(whole), terms=3 * BACKWARD)
+    assert_close(state_of(parts.model), state_of(whole.model), terms=3 * BACKWARD)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_resume_equals_no_interruption(tmp_path, settings):
     resumed = make_trainer(tmp_path / "b", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert losses(resumed)[3:] == losses(whole)[3:]
-    assert_same(state_of(resumed.model), state_of(whole.model), atol=0, rtol=0)
+    assert_same(state_of(resumed.model), state_of(whole.model))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -159,8 +160,8 @@ def test_precomputed_reference_is_the_reference(tmp_path, kind):
     assert stored.ref_model is None
     assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(stored.train_dataset.column_names)
     live.train(), stored.train()
-    assert losses(stored) == pytest.approx(losses(live), abs=1e-5)
-    assert stored.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], abs=1e-5)
+    assert losses(stored) == close(losses(live))
+    assert stored.evaluate()["eval_loss"] == close(live.evaluate()["eval_loss"])
     again = make_trainer(tmp_path, kind, train_dataset=stored.train_dataset, precompute_ref_log_probs=True)
     assert again.train_dataset["ref_chosen_logps"][:] == stored.train_dataset["ref_chosen_logps"][:]
 
@@ -171,7 +172,7 @@ def test_tr_dpo_mixes_the_reference(tmp_path):
     trainer.train()
     for name, parameter in trainer.ref_model.named_parameters():
         mixed = 0.75 * before[name] + 0.25 * trainer.model.state_dict()[name]
-        torch.testing.assert_close(parameter, mixed, atol=1e-6, rtol=1e-5)
+        assert_close(parameter, mixed, terms=3)
 
 
 LORA = {"t5": ["q", "v"], "bart": ["q_proj", "v_proj"], "onerec": ["q_proj", "v_proj"]}
@@ -185,20 +186,20 @@ def test_lora_reference_is_the_model_without_adapter(tmp_path, kind, task_type):
         tmp_path,
         kind,
         peft_config=LoraConfig(r=4, target_modules=LORA[kind], task_type=task_type),
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         max_steps=5,
     )
     assert trainer.ref_model is None
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(trainer)[0] == close(math.log(2))
     assert losses(trainer)[-1] != losses(trainer)[0]
     after = {
         name.replace(".base_layer", ""): value for name, value in trainer.model.get_base_model().state_dict().items()
     }
-    assert_same({name: after[name] for name in base}, base, atol=0, rtol=0)
+    assert_same({name: after[name] for name in base}, base)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     got = trainer.compute_ref_log_probs(trainer.model, batch)[0].tolist()
-    assert got == pytest.approx([by_hand(MAKERS[kind](), kind, row, "chosen")[0] for row in pairs_for(kind)], abs=1e-5)
+    assert got == close([by_hand(MAKERS[kind](), kind, row, "chosen")[0] for row in pairs_for(kind)])
 
 
 def test_a_trained_adapter_is_its_own_reference(tmp_path):
@@ -211,7 +212,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path):
     trainer = make_trainer(tmp_path, "bart", model)
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    assert trainer.compute_ref_log_probs(trainer.model, batch)[0].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert trainer.compute_ref_log_probs(trainer.model, batch)[0].tolist() == close(wanted)
 
 
 def test_router_balance_stays_and_no_auxiliary_loss_creeps_in(tmp_path):
@@ -219,14 +220,12 @@ def test_router_balance_stays_and_no_auxiliary_loss_creeps_in(tmp_path):
     bias = {name: value.clone() for name, value in trainer.model.named_buffers() if "e_score" in name}
     trainer.train()
     assert bias
-    assert_same(
-        {name: value for name, value in trainer.model.named_buffers() if "e_score" in name}, bias, atol=0, rtol=0
-    )
+    assert_same({name: value for name, value in trainer.model.named_buffers() if "e_score" in name}, bias)
     assert not any("aux_loss" in entry for entry in trainer.state.log_history)
     asked = make_trainer(tmp_path, router_aux_loss_coef=0.1, max_steps=1)
     asked.train()
     assert asked.state.log_history[0]["aux_loss"] > 1
-    assert losses(asked)[0] == pytest.approx(math.log(2) + 0.1 * asked.state.log_history[0]["aux_loss"], abs=1e-4)
+    assert losses(asked)[0] == close(math.log(2) + 0.1 * asked.state.log_history[0]["aux_loss"])
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -260,7 +259,7 @@ def test_two_trainers_of_one_model(tmp_path):
     wanted = [by_hand(copy.deepcopy(model), "t5", row, "chosen")[0] for row in text_pairs()]
     second.train()
     batch = second.data_collator([second.train_dataset[i] for i in range(8)])
-    assert second.compute_ref_log_probs(second.ref_model, batch)[0].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert second.compute_ref_log_probs(second.ref_model, batch)[0].tolist() == close(wanted)
 
 
 RANKS = """
@@ -294,7 +293,7 @@ RESUMED = {"save_strategy": "steps", "save_steps": 2}
     [
         ("onerec", PRECOMPUTED),
         ("onerec", SYNCHRONIZED | RESUMED),
-        ("t5", PRECOMPUTED | {"gradient_checkpointing": True}),
+        ("t5", PRECOMPUTED | {"activation_checkpointing": True}),
         ("bart", {}),
     ],
     ids=["onerec precomputed", "onerec resumed", "t5 precomputed", "bart"],
@@ -306,4 +305,4 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, kind, settings):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = make_trainer(tmp_path / "alone", kind, per_device_train_batch_size=4, optim="sgd", **settings)
     alone.train()
-    assert_same(load_file(tmp_path / "weights.safetensors"), state_of(alone.model), atol=1e-5, rtol=1e-4)
+    assert_close(load_file(tmp_path / "weights.safetensors"), state_of(alone.model), terms=3 * BACKWARD)

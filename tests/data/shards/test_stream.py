@@ -69,7 +69,6 @@ def test_ranks_read_other_shards_and_together_everything(tmp_path, world_size, w
             assert part[len(part) - repeated :] == part[:repeated]
 
 
-@pytest.mark.slow
 def test_workers_share_a_rank(tmp_path):
     stream = ExampleStream(write_shards(tmp_path, [6, 6, 6, 6]))
     parts = [epoch_of(stream, rank, 2, workers=2) for rank in range(2)]
