@@ -21,8 +21,11 @@ _PUBLIC = {
     "Seq2SeqPreferenceCollator": "preference_collators",
     "Seq2SeqDPOConfig": "seq2seq_dpo_config",
     "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
+    "SequentialTrainer": "sequential_trainer",
+    "SequentialTrainingArguments": "sequential_config",
     "StepFaults": "faults",
     "AtomicCheckpointMixin": "checkpoints",
+    "fit_sequential": "sequential_trainer",
     "newest_checkpoint": "checkpoints",
     "shard": "sharding",
     "unsharded_model": "sharding",
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
+    from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
+    from onerec_hf.trainers.sequential_trainer import SequentialTrainer, fit_sequential
     from onerec_hf.trainers.sharding import shard, unsharded_model
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

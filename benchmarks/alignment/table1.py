@@ -239,16 +239,18 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
     catalogue = world.processor.catalogue
     assert catalogue is not None
     if name == "sasrec":
-        import torch
+        from onerec_hf.trainers import fit_sequential
 
-        from benchmarks.quality._sequence_models import SASRec
-        from benchmarks.quality._sequence_training import train_sequence_model
-
-        epochs = 1 if quick else 6
-        rows = [catalogue.rows(sequence.tolist()) for sequence in world.sequences[: 300 if quick else None]]
-        torch.manual_seed(world.seed)
-        model = SASRec(len(catalogue), max_length=30)
-        train_sequence_model(model, rows, world.seed, epochs, share=0.25)
+        model = fit_sequential(
+            world.sequences[: 300 if quick else None],
+            item_ids=catalogue.item_ids,
+            scale_embeddings=False,
+            max_history=30,
+            num_train_epochs=1 if quick else 6,
+            target_share=0.25,
+            seed=world.seed,
+            use_cpu=True,
+        )
         top = model.rank([catalogue.rows(history) for history in histories], SESSIONS * SESSION_LENGTH)
         sessions = [_in_fives(catalogue.ids(user)) for user in top]
         return judged(world, sessions, top[:, :10], split)

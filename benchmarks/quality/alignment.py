@@ -42,20 +42,25 @@ def ranking_reward(contest, processor, epochs: int):
     """A reward function: the mean score of a session's items by a SASRec that saw the training sequences so many times."""
     import torch
 
-    from benchmarks.quality._sequence_models import SASRec
-    from benchmarks.quality._sequence_training import train_sequence_model
+    from onerec_hf.baselines.next_items import pad_left
+    from onerec_hf.trainers import fit_sequential
 
-    data, catalogue = contest.data, processor.catalogue
-    torch.manual_seed(contest.seed)
-    judge = SASRec(len(catalogue), width=64, scaled=True, layers=1, dropout=0.5, max_length=processor.max_history)
-    rows = [catalogue.rows(data.item_ids[sequence]) for sequence in data.train_rows() if len(sequence) > 1]
-    train_sequence_model(judge, rows, contest.seed, epochs)
-    judge.eval()
+    catalogue = processor.catalogue
+    judge = fit_sequential(
+        contest.data.split.train_sequences,
+        item_ids=catalogue.item_ids,
+        hidden_size=64,
+        num_hidden_layers=1,
+        dropout_rate=0.5,
+        max_history=processor.max_history,
+        num_train_epochs=epochs,
+        seed=contest.seed,
+    )
 
     @torch.no_grad()
     def reward(histories: list[list], sessions: list[list]) -> list[float]:
-        states = judge(judge.batch([catalogue.rows(history) for history in histories]))[:, -1]
-        scores = judge.scores(states)
+        inputs = pad_left([catalogue.rows(history) for history in histories], processor.max_history)
+        scores = judge(inputs.to(judge.device)).logits
         return [
             float(scores[place, torch.as_tensor(catalogue.rows(session))].mean())
             for place, session in enumerate(sessions)

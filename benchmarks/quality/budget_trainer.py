@@ -1,8 +1,9 @@
-"""How the contest trains a generator: within a budget, asking validation users on the way, or to an average of its weights."""
+"""Trainers within a budget: schedules and stopping follow the time that is spent; generators may also average their weights."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,11 +12,30 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from benchmarks.harness import say
-from benchmarks.quality._sequence_training import cosine
 from benchmarks.quality.runs import CHOSEN_BY, Budget
-from onerec_hf.trainers import OneRecTrainer
+from onerec_hf.trainers import OneRecTrainer, SequentialTrainer
 
 JUDGED = 10  # how often a generator is judged while it trains
+
+
+def cosine(share: float, least: float = 0.0) -> float:
+    """The share of a learning rate that is left after this share of a training: all of it at 0, `least` at 1, a cosine between them."""
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def learning_rate_factor(share: float, warmup: float = 0.02) -> float:
+    """
+    Linear warm-up, times [`cosine`] to 0.
+
+    Args:
+        share: of all steps, 0 to 1.
+        warmup: share of them in which the learning rate rises.
+
+    Example:
+        >>> [round(learning_rate_factor(share), 2) for share in (0.01, 0.02, 0.5, 1)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    return min(1.0, share / warmup) * cosine(share)
 
 
 class FollowBudget(TrainerCallback):
@@ -101,3 +121,42 @@ class BudgetTrainer(OneRecTrainer):
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
         return self.lr_scheduler
+
+
+class StopAtBudget(TrainerCallback):
+    """Stops a training when its budget is spent."""
+
+    def __init__(self, budget: Budget):
+        self.budget = budget
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.budget.spent() >= 1
+
+
+class BudgetSequentialTrainer(SequentialTrainer):
+    """A sequence model's trainer: a cosine follows the epochs or the budget, whichever ends first; evaluations and checkpoints are free."""
+
+    def __init__(self, *args, budget: Budget, **kwargs):
+        self.budget = budget
+        super().__init__(*args, **kwargs)
+        self.add_callback(StopAtBudget(budget))
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.args.lr_scheduler_type != "cosine":
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(min(1.0, max((step + 1) / num_training_steps, self.budget.spent())))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), factor)
+        return self.lr_scheduler
+
+    def evaluate(self, *args, **kwargs):
+        with self.budget.paused():
+            metrics = super().evaluate(*args, **kwargs)
+        say(f"  after {self.budget.wall_seconds():.0f} s: {CHOSEN_BY} {metrics[f'eval_{CHOSEN_BY}']:.4f}")
+        return metrics
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self.budget.paused():
+            super()._save_checkpoint(*args, **kwargs)

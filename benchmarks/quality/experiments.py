@@ -12,7 +12,7 @@ from benchmarks.quality.search_spaces import FAMILIES, WINNERS, drawn, winner
 class Row:
     """
     Args:
-        kind: `ranking` (nothing is trained), `sequence` (_sequence_models.py) or `onerec` (`onerec-hf train`'s options).
+        kind: `ranking` (nothing is trained), `sequence` (runs.SEQUENCE_SETTINGS) or `onerec` (`onerec-hf train`'s options).
         settings: of that kind.
         says: what stands beside the row in the table.
     """

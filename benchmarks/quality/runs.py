@@ -20,18 +20,25 @@ from benchmarks.quality.experiments import Row
 Measured = dict[str, float]
 KS = (5, 10)
 METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
-SEQUENCE_TRAINING = (
-    "loss",
-    "label_smoothing",
-    "lr",
-    "weight_decay",
-    "batch_size",
-    "share",
-    "schedule",
-    "precision",
-    "epochs",
-    "patience",
-)
+# A sequence model's settings, as SequentialConfig and SequentialTrainingArguments name them.
+SEQUENCE_SETTINGS = {
+    "model": "architecture",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "inner": "intermediate_size",
+    "dropout": "dropout_rate",
+    "scaled": "scale_embeddings",
+    "loss": "loss",
+    "label_smoothing": "label_smoothing_factor",
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "batch_size": "per_device_train_batch_size",
+    "share": "target_share",
+    "schedule": "lr_scheduler_type",
+    "epochs": "num_train_epochs",
+    "patience": "early_stopping_patience",
+}
 CHOSEN_BY = "ndcg@10"  # on validation users
 # How a generator is asked: no weights depend on it.
 ASKED = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
@@ -158,43 +165,46 @@ def _run_ranking(contest: Contest, row: Row, config: list[str], minutes: float |
 def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
     import torch
 
-    from benchmarks.quality._sequence_models import SEQUENCE_MODELS
-    from benchmarks.quality._sequence_training import train_sequence_model
-    from onerec_hf.workflows.semantic_ids import embed_items
+    from benchmarks.quality.budget_trainer import BudgetSequentialTrainer
+    from onerec_hf.baselines import SequentialRecommender
+    from onerec_hf.trainers import SequentialTrainingArguments
+    from onerec_hf.workflows.steps import embed_items
 
     data_args, id_args, *_ = parsed(config, {})
-    settings = {"max_length": data_args.max_history, **row.settings}  # as much history as the generators read
+    settings = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **row.settings}
+    features, bf16 = None, {"float32": False, "bfloat16": True}[settings.pop("precision", "float32")]
     if "features" in settings:
-        id_args.embedding, id_args.semantic_id_seed = settings["features"], contest.seed
-        settings["features"] = embed_items(contest.data, id_args)[0]
-    training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
-    training = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **training}
+        id_args.embedding, id_args.semantic_id_seed = settings.pop("features"), contest.seed
+        features = embed_items(contest.data, id_args)[0]
+    named = {SEQUENCE_SETTINGS[name]: value for name, value in settings.items()}
+    of_training = {name for name in named if name in SequentialTrainingArguments.__dataclass_fields__}
+    training = {name: named.pop(name) for name in of_training}
     torch.manual_seed(contest.seed)
-    model = SEQUENCE_MODELS[settings.pop("model")](len(contest.data.item_ids), **settings)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    budget = Budget(minutes)
-    judge = _judge(contest, budget) if contest.judged_users else None
-    rows = [sequence for sequence in contest.data.train_rows() if len(sequence) > 1]
-    chosen = train_sequence_model(model, rows, contest.seed, judge=judge, spent=budget.spent, **training)
-    more = {} if chosen is None else {"chosen": chosen}
+    # As much history as the generators read.
+    model = SequentialRecommender.from_items(
+        contest.data.item_ids, features, **{"max_history": data_args.max_history, **named}
+    )
+    asked = contest.examples("validation", contest.asked) if contest.judged_users else None
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        args = SequentialTrainingArguments(
+            scratch,
+            save_strategy="best",
+            save_only_model=True,
+            eval_exclude_seen=contest.exclude_seen,
+            seed=contest.seed,
+            bf16=bf16,
+            report_to="none",
+            disable_tqdm=True,
+            **training,
+        )
+        budget = Budget(minutes)
+        sequences = contest.data.split.train_sequences
+        trainer = BudgetSequentialTrainer(model, args, sequences, asked, budget=budget)
+        trainer.train()
+    more = {} if asked is None else {"chosen": trainer.state.best_metric}
     seconds = budget.wall_seconds()
     found = contest.judged(lambda histories: model.rank(histories, DEPTH, contest.exclude_seen), splits, keep)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    return {**found, **more, "train_seconds": seconds, "parameters": parameters}
-
-
-def _judge(contest: Contest, budget: Budget) -> Callable[[Any], float]:
-    """What the asked users say of a sequence model, at no cost to the budget."""
-    asked = contest.examples("validation", contest.asked)
-    histories = contest.rows(asked, "history")
-
-    def judge(model) -> float:
-        with budget.paused():
-            value = contest.metrics(model.rank(histories, 10, contest.exclude_seen), asked)[CHOSEN_BY]
-        say(f"  after {budget.wall_seconds():.0f} s: {CHOSEN_BY} {value:.4f}")
-        return value
-
-    return judge
+    return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
 
 
 def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
@@ -202,8 +212,7 @@ def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | 
 
     from benchmarks.quality.budget_trainer import BudgetTrainer
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows.artefact import new_model
-    from onerec_hf.workflows.semantic_ids import fit_catalogue
+    from onerec_hf.workflows.steps import fit_catalogue, new_model
 
     settings = dict(row.settings)
     weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
@@ -356,12 +365,11 @@ def fused(contest: Contest, files: Sequence[str], splits: Sequence[str], rescore
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
     """`onerec-hf train`'s arguments of a configuration, with settings over it."""
-    from onerec_hf.cli.arguments import parse
+    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
+    from onerec_hf.cli.train import TrainArguments
     from onerec_hf.trainers import OneRecTrainingArguments
-    from onerec_hf.workflows.settings import DataSettings, ModelSettings, SemanticIDSettings
-    from onerec_hf.workflows.training import TrainSettings
 
-    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
+    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
     over = [str(part) for name, value in settings.items() for part in (f"--{name}", *_listed(value))]
     return parse(kinds, [*config, *over], "train")
 
@@ -372,10 +380,11 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def with_windows(data, args, train_on: str):
     """The data with training examples of these lengths; validation and test stay the contest's."""
+    from onerec_hf.cli.train import on_prefixes
     from onerec_hf.data import leave_one_out
 
     split = leave_one_out(
         data.sequences, session_length=args.session_length, max_history=args.max_history, stride=args.stride
     )
-    data = replace(data, split=replace(data.split, train=split.train), settings=args)
-    return data.on_prefixes() if train_on == "prefixes" else data
+    data = replace(data, split=replace(data.split, train=split.train))
+    return on_prefixes(data, args) if train_on == "prefixes" else data

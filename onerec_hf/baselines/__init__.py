@@ -1,4 +1,4 @@
-"""What a generator is compared with: popularity, item-kNN and sequence models. Names are imported on first use."""
+"""Baselines: popularity, item-kNN, and the sequence models SASRec, HSTU and GRU4Rec. Names are imported on first use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .configuration_sequential import SequentialConfig
+    from .item_index import ItemIndex
     from .memory import ItemKNNBaseline, PopularityBaseline
+    from .modeling_sequential import SequentialRecommender
+    from .next_items import NextItemCollator, NextItemDataset
 
-_MODULE_OF = {"ItemKNNBaseline": "memory", "PopularityBaseline": "memory"}
+_MODULE_OF = {
+    "ItemIndex": "item_index",
+    "ItemKNNBaseline": "memory",
+    "NextItemCollator": "next_items",
+    "NextItemDataset": "next_items",
+    "PopularityBaseline": "memory",
+    "SequentialConfig": "configuration_sequential",
+    "SequentialRecommender": "modeling_sequential",
+}
 
 __all__ = sorted(_MODULE_OF)
 

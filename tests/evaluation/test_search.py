@@ -148,13 +148,18 @@ def test_a_quick_search_stays_out_of_a_real_one(search, tmp_path):
 
 
 def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
-    from benchmarks.quality._sequence_models import SEQUENCE_MODELS
-    from benchmarks.quality._sequence_training import train_sequence_model
     from benchmarks.quality.experiments import ROWS
+    from benchmarks.quality.runs import SEQUENCE_SETTINGS
     from benchmarks.quality.search_spaces import FAMILIES
+    from onerec_hf.baselines import SequentialConfig
+    from onerec_hf.trainers import SequentialTrainingArguments
 
-    def defaults(function) -> dict:
-        return {name: given.default for name, given in inspect.signature(function).parameters.items()}
+    def defaults(architecture: str) -> dict:
+        config = SequentialConfig(architecture=architecture).to_dict()
+        training = {
+            name: given.default for name, given in inspect.signature(SequentialTrainingArguments).parameters.items()
+        }
+        return {name: {**training, **config}[known_as] for name, known_as in SEQUENCE_SETTINGS.items()}
 
     for family, name in TUNED_BY_HAND.items():
         about, by_hand = FAMILIES[family], ROWS[name].settings
@@ -162,8 +167,7 @@ def test_a_space_holds_what_was_tuned_by_hand(benchmarks):
             recipe = yaml.safe_load((ROOT / "recipes" / about.recipe).read_text())
             by_hand = {"label_smoothing_factor": 0, **recipe, **by_hand}
         else:
-            of_training, of_model = defaults(train_sequence_model), defaults(SEQUENCE_MODELS[by_hand["model"]])
-            by_hand = {**of_training, **of_model, **by_hand}
+            by_hand = {**defaults(by_hand["model"]), **by_hand}
         for setting, ways in about.ways().items():
             holds = any(by_hand.items() >= way.items() for way in ways)
             assert holds != ((family, setting) in NOT_HELD), (family, setting)

@@ -40,7 +40,6 @@ def test_sequence_models_read_what_generators_read(pieces, length, longest):
 
 def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
     import torch
-
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
 
@@ -54,7 +53,6 @@ def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec", "hstu"])
 def test_items_of_the_same_features_are_read_and_named_alike(benchmarks, name):
     import torch
-
     from benchmarks.quality._sequence_models import SEQUENCE_MODELS
     from benchmarks.quality._sequence_training import train_sequence_model
 
@@ -116,7 +114,6 @@ def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
 
 def test_sequence_models_learn_in_bfloat16_too(benchmarks):
     import torch
-
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
 

@@ -1,0 +1,111 @@
+"""Configuration of the sequence models SASRec, HSTU and GRU4Rec."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from onerec_hf.modeling.hub import FORMAT_VERSION, check_sizes, checked_format, reading_config
+
+ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
+
+
+@strict
+class SequentialConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SequentialRecommender`]. The item of index i has the input id i + 1; 0 is padding.
+
+    Args:
+        architecture (`str`, defaults to `"sasrec"`):
+            `"sasrec"`: causal self-attention (arXiv 1808.09781), pre-norm. `"hstu"`: pointwise attention with gates (arXiv 2402.17152), positions
+            only. `"gru4rec"`: a gated recurrent network (arXiv 1511.06939).
+        num_items (`int`, defaults to 1):
+            Size of the catalogue.
+        hidden_size (`int`, defaults to 64):
+            Width of embeddings and states.
+        num_hidden_layers (`int`, *optional*):
+            2 when not given; 1 for `"gru4rec"`.
+        num_attention_heads (`int`, defaults to 2):
+            Attention heads of `"sasrec"` and `"hstu"`.
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward layers of `"sasrec"` (4 x `hidden_size` when not given), or of the recurrent state of `"gru4rec"`
+            (2 x `hidden_size`).
+        dropout_rate (`float`, defaults to 0.2):
+            Dropout of embeddings and layers.
+        max_history (`int`, defaults to 50):
+            Latest items of a history that are read.
+        scale_embeddings (`bool`, *optional*):
+            Multiply embeddings by sqrt(`hidden_size`), as the code of SASRec and HSTU does; on for these two when not given.
+        loss (`str`, defaults to `"ce"`):
+            `"ce"`: cross-entropy over all items, the stronger one on public data (arXiv 2309.07602). `"bce"`: binary cross-entropy with one random
+            negative per target (SASRec, equation 6).
+        item_feature_dim (`int`, defaults to 0):
+            Width of the fixed item features (text embeddings, say) beside the learned item embeddings; 0 for none.
+        item_id_bytes (`int`, *optional*):
+            How the item ids are saved with the weights: 0 for integers, the length of the longest string in UTF-8 otherwise, `None` without ids.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of new embeddings.
+        format_version (`int`):
+            The checkpoint format; a newer one is refused.
+
+    Example:
+        >>> SequentialConfig(architecture="gru4rec", num_items=100).intermediate_size
+        128
+    """
+
+    model_type = "onerec_baseline"
+
+    architecture: str = "sasrec"
+    num_items: int = 1
+    hidden_size: int = 64
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 2
+    intermediate_size: int | None = None
+    dropout_rate: float | int = 0.2
+    max_history: int = 50
+    scale_embeddings: bool | None = None
+    loss: str = "ce"
+    item_feature_dim: int = 0
+    item_id_bytes: int | None = None
+    initializer_range: float = 0.02
+    format_version: int = FORMAT_VERSION
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        recurrent = self.architecture == "gru4rec"
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = 1 if recurrent else 2
+        if self.intermediate_size is None:
+            self.intermediate_size = (2 if recurrent else 4) * self.hidden_size
+        if self.scale_embeddings is None:
+            self.scale_embeddings = not recurrent
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(checked_format(config_dict), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        with reading_config(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def validate_architecture(self):
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {self.architecture!r}")
+        if self.loss not in ("ce", "bce"):
+            raise ValueError(f'loss must be "ce" or "bce"; got {self.loss!r}')
+        check_sizes(
+            self,
+            sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history",
+            layers="num_hidden_layers",
+        )
+        if not 0 <= self.item_feature_dim < 2**31 or not 0 <= (self.item_id_bytes or 0) < 2**20:
+            raise ValueError(
+                f"item_feature_dim={self.item_feature_dim} and item_id_bytes={self.item_id_bytes} must not be negative, nor larger than any item's"
+            )
+        if self.architecture != "gru4rec" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+
+
+__all__ = ["ARCHITECTURES", "SequentialConfig"]

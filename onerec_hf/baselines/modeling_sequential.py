@@ -1,0 +1,395 @@
+"""
+SASRec, HSTU and GRU4Rec as one model: a history of item embeddings becomes one state per position, and items are ranked by their inner products
+with the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from onerec_hf.baselines.configuration_sequential import SequentialConfig
+from onerec_hf.baselines.item_index import ItemIndex
+from onerec_hf.baselines.next_items import IGNORED, pad_left
+from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
+from onerec_hf.modeling.hub import HubModel
+
+
+@dataclass
+class SequentialOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*):
+            Mean over targets, with labels.
+        logits (`torch.FloatTensor` of shape `(users, num_items)`, *optional*):
+            Scores of all items as the next one, without labels.
+        last_hidden_state (`torch.FloatTensor` of shape `(users, t, hidden_size)`):
+            The state after each position.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+class SequentialRecommender(HubModel, PreTrainedModel):
+    """
+    A sequence model of one of three architectures (`config.architecture`), with the ids of its items and, optionally, fixed item features. Saved
+    in safetensors and loaded like any transformers model; registered for `AutoConfig` and `AutoModel` when this module is imported.
+
+    Example:
+        >>> from onerec_hf.baselines import SequentialRecommender
+        >>> model = SequentialRecommender.from_items(["m17", "m4", "m256"], architecture="sasrec", hidden_size=16)
+        >>> sorted(item for item, score in model.recommend([["m4"]], top_k=2)[0])
+        ['m17', 'm256']
+    """
+
+    config: SequentialConfig
+    config_class = SequentialConfig
+    item_keys: torch.Tensor | None
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    # The loss is a mean over targets, of which a batch may train on a share: Trainer divides by accumulation steps.
+    accepts_loss_kwargs = False
+    include_code = False  # the class is onerec_hf's, not of the code that travels with a generator
+
+    def __init__(self, config: SequentialConfig):
+        super().__init__(config)
+        self._items: ItemIndex | None = None
+        width, features = config.hidden_size, config.item_feature_dim
+        self.item_embedding = nn.Embedding(config.num_items + 1, width, padding_idx=0)
+        self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, features)) if features else None
+        self.feature_proj = nn.Linear(features, width, bias=False) if features else None
+        self.encoder = ENCODERS[config.architecture](config)
+        keys = None
+        if config.item_id_bytes is not None:
+            shape = (config.num_items, config.item_id_bytes) if config.item_id_bytes else (config.num_items,)
+            keys = torch.zeros(shape, dtype=torch.uint8 if config.item_id_bytes else torch.int64)
+        self.register_buffer("item_keys", keys)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.GRU):  # torch's own initialisation
+            bound = (module.in_features if isinstance(module, nn.Linear) else module.hidden_size) ** -0.5
+            for weight in module.parameters(recurse=False):
+                init.uniform_(weight, -bound, bound)
+            return
+        super()._init_weights(module)
+        if isinstance(module, HSTULayer):
+            init.zeros_(module.distance_bias)
+
+    @classmethod
+    def from_items(cls, item_ids: Iterable, features: np.ndarray | None = None, **config) -> SequentialRecommender:
+        """
+        A new model for these items.
+
+        Args:
+            item_ids: N distinct integers or strings.
+            features: (N, d) finite floats, one row per item: text embeddings, say.
+            config: settings of [`SequentialConfig`], without `num_items` and `item_feature_dim`.
+
+        Raises:
+            ValueError, TypeError: as `set_items`.
+        """
+        items = item_ids if isinstance(item_ids, ItemIndex) else ItemIndex(item_ids)
+        width = 0 if features is None else np.shape(features)[-1]
+        model = cls(SequentialConfig(num_items=len(items), item_feature_dim=width, **config))
+        model.set_items(items, features)
+        return model
+
+    @property
+    def items(self) -> ItemIndex | None:
+        """The ids of the items in the order of their indices; None for a model without ids."""
+        if self._items is None and self.item_keys is not None:
+            self._items = ItemIndex.from_tensor(self.item_keys)
+        return self._items
+
+    def set_items(self, item_ids: Iterable | ItemIndex, features: np.ndarray | None = None) -> None:
+        """
+        Gives the model the ids of its items, and a new model their features. Features are centred and scaled, and their projection is initialised
+        to the size of the item embeddings: do not call it with features on a trained model.
+
+        Args:
+            item_ids: `config.num_items` distinct integers or strings.
+            features: (num_items, item_feature_dim) finite floats.
+
+        Raises:
+            ValueError: another number of items, repeated ids, features of another shape or not finite.
+            TypeError: ids that are neither all integers nor all strings.
+        """
+        items = item_ids if isinstance(item_ids, ItemIndex) else ItemIndex(item_ids)
+        if len(items) != self.config.num_items:
+            raise ValueError(f"the model has num_items={self.config.num_items}, and item_ids has {len(items)} ids")
+        if features is not None:
+            self._set_features(items, np.asarray(features, dtype=np.float32))
+        self._items, keys = items, items.to_tensor()
+        self.item_keys = keys.to(self.device)
+        self.config.item_id_bytes = keys.shape[1] if keys.ndim == 2 else 0
+
+    @torch.no_grad()
+    def _set_features(self, items: ItemIndex, features: np.ndarray) -> None:
+        expected = (self.config.num_items, self.config.item_feature_dim)
+        if features.shape != expected or self.item_features is None or self.feature_proj is None:
+            raise ValueError(
+                f"features: expected shape {expected} (num_items, item_feature_dim); got {features.shape}"
+            )
+        if (bad := ~np.isfinite(features).all(1)).any():
+            first = items.ids(np.flatnonzero(bad)[:1])[0]
+            raise ValueError(f"features: {int(bad.sum())} rows hold NaN or infinity (first: item {first!r})")
+        # A step of Adam moves each weight of the projection as far as each of an embedding: with absolute values that sum to 1 both move an
+        # item by as much.
+        centred = torch.from_numpy(features - features.mean(0))
+        scaled = centred / centred.abs().sum(1).mean().clamp(min=1e-12)
+        self.item_features[1:] = scaled.to(self.item_features)
+        size = scaled.square().sum(1).mean().sqrt().clamp(min=1e-12)
+        nn.init.normal_(self.feature_proj.weight, std=float(self.config.initializer_range / size))
+
+    def get_input_embeddings(self):
+        return self.item_embedding
+
+    def set_input_embeddings(self, value):
+        self.item_embedding = value
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) input ids to (..., hidden_size): rows of `item_vectors`, without computing the others."""
+        vectors = self.item_embedding(ids)
+        if self.feature_proj is None or self.item_features is None:
+            return vectors
+        return vectors + self.feature_proj(self.item_features[ids].to(vectors.dtype))
+
+    def item_vectors(self) -> torch.Tensor:
+        """(num_items, hidden_size) vectors by which items are read and scored."""
+        vectors = self.item_embedding.weight[1:]
+        if self.feature_proj is None or self.item_features is None:
+            return vectors
+        return vectors + self.feature_proj(self.item_features[1:].to(vectors.dtype))
+
+    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(users, t) input ids to (users, t, hidden_size) states; a state depends on its position and those before it."""
+        if input_ids.shape[1] > self.config.max_history:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} positions and max_history is {self.config.max_history}. Cut histories to the latest items"
+            )
+        scale = self.config.hidden_size**0.5 if self.config.scale_embeddings else 1.0
+        return self.encoder(scale * self.embed(input_ids), input_ids != 0)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor | None = None,
+        seen_ids: torch.LongTensor | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs,
+    ) -> SequentialOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(users, t)`):
+            Item indices + 1, oldest first, padded with 0 on the left.
+        labels (`torch.LongTensor` of shape `(users, t)`, *optional*):
+            The input id of the item that follows each position; -100 where there is none.
+        seen_ids (`torch.LongTensor` of shape `(users, s)`, *optional*):
+            For `loss="bce"`, the items that are no negatives; those of `input_ids` and `labels` when not given.
+        label_smoothing (`float`, *optional*):
+            Share of a target's probability that `loss="ce"` spreads over all items.
+        """
+        states = self.encode(input_ids)
+        if labels is None:
+            return SequentialOutput(logits=states[:, -1] @ self.item_vectors().T, last_hidden_state=states)
+        real = labels != IGNORED
+        if self.config.loss == "ce":
+            scores = states[real] @ self.item_vectors().T
+            loss = F.cross_entropy(scores, labels[real] - 1, label_smoothing=label_smoothing)
+            return SequentialOutput(loss=loss, last_hidden_state=states)
+        if label_smoothing:
+            raise ValueError(f'label_smoothing={label_smoothing} needs loss="ce"; "bce" has no labels to smooth')
+        seen = torch.cat([input_ids, labels.clamp(min=0)], dim=1) if seen_ids is None else seen_ids
+        negatives = draw_negatives(seen, real.nonzero()[:, 0], self.config.num_items)
+        positive, negative = ((states[real] * self.embed(ids)).sum(-1) for ids in (labels[real], negatives))
+        loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative)).mean()
+        return SequentialOutput(loss=loss, last_hidden_state=states)
+
+    @torch.no_grad()
+    def top_items(
+        self,
+        input_ids: torch.Tensor,
+        k: int,
+        exclude_ids: torch.Tensor | None = None,
+        allowed: torch.Tensor | None = None,
+        vectors: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The k best next items among all of the catalogue.
+
+        Args:
+            input_ids: (users, t).
+            exclude_ids: (users, e) input ids to leave out, padded with 0.
+            allowed: (num_items,) bool, False for items to leave out for all users.
+            vectors: `item_vectors()`, for a caller with many batches.
+
+        Returns:
+            (users, k) item indices, best first, -1 where fewer than k items remain, and their scores.
+        """
+        vectors = self.item_vectors() if vectors is None else vectors
+        scores = F.pad(self.encode(input_ids)[:, -1] @ vectors.T, (1, 0), value=-torch.inf)
+        if allowed is not None:
+            scores[:, 1:].masked_fill_(~allowed, -torch.inf)
+        if exclude_ids is not None:
+            scores.scatter_(1, exclude_ids, -torch.inf)
+        values, ids = scores.topk(min(k, self.config.num_items))
+        indices = (ids - 1).masked_fill(values == -torch.inf, -1)
+        more = k - indices.shape[1]
+        return F.pad(indices, (0, more), value=-1), F.pad(values, (0, more), value=-torch.inf)
+
+    def rank(
+        self, histories: Sequence[np.ndarray], k: int, exclude_seen: bool = True, batch_size: int = 256
+    ) -> np.ndarray:
+        """
+        The k best items for each history of item indices; the interface of [`PopularityBaseline.recommend`].
+
+        Args:
+            histories: arrays of item indices, oldest first, none of them empty. The latest `config.max_history` are read.
+            k: items per history, at least 1.
+            exclude_seen: leave out all items of the history.
+            batch_size: histories at a time.
+
+        Returns:
+            (n, k) int64 item indices, best first, -1 where fewer than k items remain.
+
+        Raises:
+            ValueError: k < 1, an empty history, or an index outside the catalogue.
+        """
+        found = [indices for indices, _ in self._ranked(histories, k, exclude_seen, batch_size)]
+        return np.concatenate([np.empty((0, k), dtype=np.int64), *found])
+
+    @torch.no_grad()
+    def _ranked(self, histories, k: int, exclude_seen: bool, batch_size: int, excluded=(), allowed=None):
+        """Indices and scores, batch by batch."""
+        if k < 1:
+            raise ValueError(f"top_k must be at least 1; got {k}")
+        for number, history in enumerate(histories):
+            if not len(history):
+                raise ValueError(
+                    f"histories[{number}] holds no item that the model knows; leave it out, or rank it by PopularityBaseline"
+                )
+            if np.min(history) < 0 or np.max(history) >= self.config.num_items:
+                raise ValueError(
+                    f"histories[{number}]: item indices must lie between 0 and {self.config.num_items - 1}; got {np.min(history)} to {np.max(history)}"
+                )
+        training, shut = self.training, np.asarray(excluded, dtype=np.int64)
+        self.eval()
+        try:
+            vectors = self.item_vectors()
+            for start in range(0, len(histories), batch_size):
+                batch = histories[start : start + batch_size]
+                inputs = pad_left(batch, self.config.max_history).to(self.device)
+                seen = pad_left([np.concatenate([shut, items if exclude_seen else shut[:0]]) for items in batch])
+                indices, scores = self.top_items(inputs, k, seen.to(self.device), allowed, vectors)
+                yield indices.cpu().numpy(), scores.float().cpu().numpy()
+        finally:
+            self.train(training)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence],
+        top_k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        exclude: Sequence = (),
+        allow: Sequence | None = None,
+        unknown: str = "skip",
+        batch_size: int = 256,
+    ) -> list[list[tuple]]:
+        """
+        The best items of the catalogue for each history of item ids.
+
+        Args:
+            histories: item ids, oldest first. The latest `config.max_history` are read.
+            top_k: items per history, at least 1.
+            exclude_seen: leave out all items of the history.
+            exclude: more item ids to leave out, for all histories.
+            allow: the only item ids to choose from, for all histories.
+            unknown: `"skip"` leaves unknown ids out; `"error"` raises.
+            batch_size: histories at a time.
+
+        Returns:
+            per history up to `top_k` pairs of item id and score, best first; fewer where no more items are left.
+
+        Raises:
+            ValueError: a model without item ids, a history or `allow` without a known item, another value of `unknown`, top_k < 1.
+            KeyError: with `unknown="error"`, an unknown id.
+            TypeError: ids of the other type.
+        """
+        items = self.items
+        if items is None:
+            raise ValueError("this model has no item ids: call set_items(item_ids), or rank() with item indices")
+        if unknown not in ("skip", "error"):
+            raise ValueError(f'unknown must be "skip" or "error"; got {unknown!r}')
+
+        def known(ids: Sequence, name: str) -> np.ndarray:
+            try:
+                rows = items.rows(ids, "mask" if unknown == "skip" else "error")
+            except (KeyError, TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error.args[0]}") from None
+            return rows[rows >= 0]
+
+        rows = [known(history, f"histories[{number}]") for number, history in enumerate(histories)]
+        allowed = None
+        if allow is not None:
+            chosen = known(allow, "allow")
+            if not len(chosen):
+                raise ValueError("allow holds no item that the model knows")
+            allowed = torch.zeros(self.config.num_items, dtype=torch.bool, device=self.device)
+            allowed[torch.from_numpy(chosen).to(self.device)] = True
+        return [
+            [(item, float(score)) for item, score in zip(items.ids(best[best >= 0]), scores, strict=False)]
+            for found in self._ranked(rows, top_k, exclude_seen, batch_size, known(exclude, "exclude"), allowed)
+            for best, scores in zip(*found, strict=True)
+        ]
+
+    def _load_beside(self, repo, **kwargs):
+        _ = self.items  # damaged ids are an error of loading
+
+
+def draw_negatives(seen_ids: torch.Tensor, rows: torch.Tensor, num_items: int) -> torch.Tensor:
+    """
+    One random item for each target, none that its user has seen.
+
+    Args:
+        seen_ids: (users, s) input ids, padded with 0.
+        rows: (targets,) the user of each target.
+        num_items: size of the catalogue.
+
+    Returns:
+        (targets,) input ids.
+
+    Raises:
+        ValueError: a user has seen all items.
+
+    Example:
+        >>> draw_negatives(torch.tensor([[1, 3], [0, 2]]), torch.tensor([0, 0]), num_items=3).tolist()
+        [2, 2]
+    """
+    if seen_ids.shape[1] >= num_items:
+        ordered = F.pad(seen_ids, (1, 0)).sort(dim=1).values
+        if ((ordered[:, 1:] > ordered[:, :-1]).sum(1) >= num_items).any():
+            raise ValueError(f'loss="bce" draws unseen items, and a user has seen all {num_items}. Use loss="ce"')
+    drawn = torch.randint(1, num_items + 1, rows.shape, device=rows.device)
+    seen = seen_ids[rows]
+    while (again := (drawn[:, None] == seen).any(1)).any():
+        drawn[again] = torch.randint(1, num_items + 1, (int(again.sum()),), device=rows.device)
+    return drawn
+
+
+AutoConfig.register(SequentialConfig.model_type, SequentialConfig, exist_ok=True)
+AutoModel.register(SequentialConfig, SequentialRecommender, exist_ok=True)
+
+__all__ = ["SequentialOutput", "SequentialRecommender", "draw_negatives"]

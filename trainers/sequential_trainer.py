@@ -1,0 +1,266 @@
+"""The trainer of the sequence models SASRec, HSTU and GRU4Rec: every next item is a target, held-out users select the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trainer
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+
+from onerec_hf.baselines.configuration_sequential import SequentialConfig
+from onerec_hf.baselines.item_index import ItemIndex
+from onerec_hf.baselines.modeling_sequential import SequentialRecommender
+from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDataset, pad_left
+from onerec_hf.evaluation.metrics import ranking_metrics
+from onerec_hf.hub_cards.training import write_trainer_card
+from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
+from onerec_hf.trainers.evaluation_checks import check_countable
+from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
+
+
+class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
+    """
+    Trains a [`~onerec_hf.baselines.SequentialRecommender`]. Every item of a training sequence but the first is a target once; sequences longer than
+    `config.max_history` are cut into pieces. Evaluation ranks the full catalogue: Recall@k, NDCG@k, MRR@k and coverage@k.
+
+    With `eval_dataset`, the checkpoint with the best `args.metric_for_best_model` is kept, and training stops when the metric has not risen for
+    `args.early_stopping_patience` evaluations (transformers' `EarlyStoppingCallback`). Without it, the last weights are kept.
+
+    Args:
+        model: a `SequentialRecommender` with its item ids, or a path or Hub id of one.
+        args: [`SequentialTrainingArguments`].
+        train_dataset: sequences of item ids in time order, one per user ([`~onerec_hf.data.UserSequences`], or lists).
+        eval_dataset: examples with the columns `history` and `session` (item ids), as [`~onerec_hf.data.leave_one_out`] makes them.
+
+    Raises:
+        ValueError: a model without item ids, no sequence of two items, or items that the model does not know.
+
+    Example:
+        >>> split = leave_one_out(sequences)  # doctest: +SKIP
+        >>> model = SequentialRecommender.from_items(item_ids, architecture="sasrec", hidden_size=128)  # doctest: +SKIP
+        >>> trainer = SequentialTrainer(
+        ...     model, SequentialTrainingArguments("out"), split.train_sequences, split.validation
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> trainer.evaluate(split.test, metric_key_prefix="test")["test_ndcg@10"]  # doctest: +SKIP
+    """
+
+    _memory_settings = {"training": ", or a smaller max_history of the model, or target_share", "evaluation": ""}
+
+    def __init__(
+        self,
+        model: SequentialRecommender | str,
+        args: SequentialTrainingArguments | None = None,
+        train_dataset: Iterable[Sequence] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks=None,
+        **kwargs,
+    ):
+        args = args if args is not None else SequentialTrainingArguments("sequential-output")
+        recommender: Any = AutoModel.from_pretrained(model) if isinstance(model, str) else model
+        if recommender.items is None:
+            raise ValueError("the model has no item ids: make it with SequentialRecommender.from_items(item_ids)")
+        if eval_dataset is None:  # no checkpoint selection
+            args = copy.copy(args)
+            args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        elif args.load_best_model_at_end and args.early_stopping_patience is not None:
+            callbacks = [EarlyStoppingCallback(args.early_stopping_patience), *(callbacks or ())]
+        for name, dataset in (
+            eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        ).items():
+            _check_known(name, dataset, recommender.items)
+        config = recommender.config
+        super().__init__(
+            model=recommender,
+            args=args,
+            data_collator=NextItemCollator(with_seen=config.loss == "bce"),
+            train_dataset=None
+            if train_dataset is None
+            else _indexed(train_dataset, recommender.items, config.max_history),
+            eval_dataset=eval_dataset,
+            compute_metrics=self.compute_ranking_metrics,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self._eval_collator = _EvaluationCollator(recommender.items, config.max_history, args.eval_exclude_seen)
+        self.label_smoother = None  # the model smooths, over the scores of all items
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["history", "session", "inputs", "targets", "sequence"]
+
+    @contextmanager
+    def _collating_for_evaluation(self):
+        training_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = training_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._collating_for_evaluation():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._collating_for_evaluation():
+            return super().get_test_dataloader(test_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.label_smoothing_factor:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        if self.args.target_share < 1:
+            labels = inputs["labels"]
+            dropped = torch.rand(labels.shape, device=labels.device) >= self.args.target_share
+            if (drawn := labels.masked_fill(dropped, IGNORED)).gt(0).any():
+                inputs = {**inputs, "labels": drawn}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        check_countable(dataloader, self.args.world_size)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """No loss; ranked item indices (users, largest k) and target indices (users, items), -1 where there is none."""
+        inputs = self._prepare_inputs(inputs)
+        recommender: Any = self.accelerator.unwrap_model(self.model)
+        ranked, _ = recommender.top_items(inputs["input_ids"], max(self.args.eval_top_k), inputs.get("exclude_ids"))
+        return None, ranked, inputs["labels"]
+
+    def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, from ranked and target indices."""
+        relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads ranks of unequal width
+        items: Any = self.accelerator.unwrap_model(self.model)
+        return ranking_metrics(
+            np.asarray(prediction.predictions), relevant, tuple(self.args.eval_top_k), items.config.num_items
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
+    ) -> None:
+        """Writes the model's card into `args.output_dir`; see [`~onerec_hf.hub_cards.write_trainer_card`]."""
+        write_trainer_card(self, model_name, tags, **metadata)
+
+
+class _EvaluationCollator:
+    """Examples of histories and sessions to input ids, ids to leave out, and target indices."""
+
+    def __init__(self, items: ItemIndex, max_history: int, exclude_seen: bool):
+        self.items, self.max_history, self.exclude_seen = items, max_history, exclude_seen
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        histories = [self.items.rows(example["history"]) for example in examples]
+        batch = {
+            "input_ids": pad_left(histories, self.max_history),
+            "labels": pad_left([self.items.rows(example["session"]) for example in examples]) - 1,
+        }
+        if self.exclude_seen:
+            batch["exclude_ids"] = pad_left(histories)
+        return batch
+
+
+def _indexed(sequences: Iterable[Sequence], items: ItemIndex, max_history: int) -> NextItemDataset:
+    arrays = [np.asarray(sequence) for sequence in sequences]
+    lengths = [len(array) for array in arrays]
+    flat = np.concatenate(arrays) if sum(lengths) else np.empty(0, dtype=np.int64)
+    rows = _rows("train_dataset", flat, items)
+    return NextItemDataset(np.split(rows, np.cumsum(lengths)[:-1]), max_history)
+
+
+def _check_known(name: str, dataset: Dataset | None, items: ItemIndex) -> None:
+    if not isinstance(dataset, Dataset):
+        return
+    missing = {"history", "session"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name} has no column {sorted(missing)[0]!r} (found: {', '.join(dataset.column_names)}). Make it with onerec_hf.data.leave_one_out"
+        )
+    table = dataset.with_format("arrow")[:]
+    for column in ("history", "session"):
+        values = table[column].combine_chunks() if hasattr(table[column], "combine_chunks") else table[column]
+        _rows(f"{name}, column {column!r}", values.flatten().to_numpy(zero_copy_only=False), items)
+        if (
+            column == "history"
+            and (empty := np.flatnonzero(values.value_lengths().to_numpy(zero_copy_only=False) == 0)).size
+        ):
+            raise ValueError(
+                f"{name}: {len(empty)} histories are empty (first: row {empty[0]}). Leave these users out"
+            )
+
+
+def _rows(name: str, item_ids: np.ndarray, items: ItemIndex) -> np.ndarray:
+    try:
+        return items.rows(item_ids)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name}: {error.args[0]}") from None
+
+
+def fit_sequential(
+    train_sequences: Iterable[Sequence],
+    validation: Dataset | None = None,
+    *,
+    item_ids: Iterable | None = None,
+    features: np.ndarray | None = None,
+    output_dir: str | None = None,
+    callbacks: Sequence = (),
+    **settings,
+) -> SequentialRecommender:
+    """
+    Trains a sequence model in one call.
+
+    Args:
+        train_sequences: sequences of item ids in time order, one per user.
+        validation: examples that select the checkpoint; see [`SequentialTrainer`]. Without it, the last weights are kept.
+        item_ids: the catalogue; the items of the sequences and of `validation` when not given.
+        features: (N, d) one row per item of `item_ids`.
+        output_dir: where checkpoints, the model and its card are written; nothing is kept on disk when not given.
+        callbacks: more callbacks of the trainer.
+        settings: of [`~onerec_hf.baselines.SequentialConfig`] and [`SequentialTrainingArguments`]: `architecture`, `hidden_size`,
+            `learning_rate`, `seed`, ...
+
+    Raises:
+        ValueError: features without `item_ids`, and what [`SequentialTrainer`] raises.
+        TypeError: a setting that neither of them has.
+
+    Example:
+        >>> model = fit_sequential([[1, 2, 3], [2, 3, 4]], architecture="gru4rec", hidden_size=8, num_train_epochs=1, use_cpu=True)
+        >>> len(model.recommend([[1, 2]], top_k=2)[0])
+        2
+    """
+    sequences = [np.asarray(sequence) for sequence in train_sequences]
+    if item_ids is None:
+        if features is not None:
+            raise ValueError("features needs item_ids: the item of each row")
+        held_out = [] if validation is None else [*validation["history"], *validation["session"]]
+        item_ids = np.unique(np.concatenate([*sequences, *map(np.asarray, held_out)])).tolist()
+    names = {field.name for field in dataclasses.fields(SequentialConfig)}
+    config = {name: settings.pop(name) for name in list(settings) if name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SequentialTrainingArguments(
+            **{
+                "output_dir": output_dir or scratch,
+                "report_to": "none",
+                "disable_tqdm": output_dir is None,
+                "save_strategy": "epoch" if output_dir else "best",
+                "save_only_model": output_dir is None,
+                **settings,
+            }
+        )
+        torch.manual_seed(args.seed)
+        model = SequentialRecommender.from_items(item_ids, features, **config)
+        trainer = SequentialTrainer(model, args, sequences, validation, callbacks=list(callbacks))
+        if not output_dir:
+            trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if output_dir:
+            model.save_pretrained(output_dir)
+            trainer.create_model_card()
+    return model.eval()
