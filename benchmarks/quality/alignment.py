@@ -1,6 +1,6 @@
 """
-Iterative preference alignment as a row of the contest (OneRec paper, section 3.3). The data says what was bought next and not how much it was
-liked, so the reward is a ranking model's: SASRec's score of the item after the history, trained on the same sequences as the generator.
+Iterative preference alignment as an experiment (OneRec paper, section 3.3). The data says what was bought next and not how much it was liked, so the
+reward is the score of a ranking model: a SASRec that was trained on the same sequences as the generator.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.alignment.preferences import align_on
 
-SHARED: dict[str, Any] = {
-    "examples": 20_000,  # windows that the training goes on with
-    "num_train_epochs": 3,  # IPA draws anew in each
+DEFAULTS: dict[str, Any] = {
+    "examples": 20_000,  # training windows
+    "num_train_epochs": 3,  # pairs are drawn anew in each
     "reward_epochs": 15,
     "dpo_weight": 1.0,
     "dpo_ratio": 0.1,
@@ -22,40 +22,41 @@ SHARED: dict[str, Any] = {
     "beta": 0.1,
     "learning_rate": 3e-4,
 }
+QUICK: dict[str, Any] = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
 
 
-def align(model, processor, contest, windows, settings: dict[str, Any]) -> None:
+def align(model, processor, benchmark, windows, settings: dict[str, Any]) -> None:
     """
-    Goes on training `model`, in place.
+    Trains `model` on, in place.
 
     Args:
         windows: examples with a session of one item.
-        settings: over SHARED, and of [`OneRecDPOConfig`]; `dpo_weight` 0 is the same training without preferences.
+        settings: over DEFAULTS, of [`OneRecDPOConfig`]; `dpo_weight` 0 is the same training without preferences.
     """
-    merged = {**SHARED, **settings}
-    drawn = np.random.default_rng(contest.seed).permutation(len(windows))[: merged.pop("examples")]
-    reward = ranking_reward(contest, processor, merged.pop("reward_epochs"))
-    align_on(model, reward, windows.select(np.sort(drawn)), processor, contest.seed, merged)
+    merged = {**DEFAULTS, **settings, **(QUICK if benchmark.quick else {})}
+    drawn = np.random.default_rng(benchmark.seed).permutation(len(windows))[: merged.pop("examples")]
+    reward = ranking_reward(benchmark, processor, merged.pop("reward_epochs"))
+    align_on(model, reward, windows.select(np.sort(drawn)), processor, benchmark.seed, merged)
 
 
-def ranking_reward(contest, processor, epochs: int):
-    """A reward function: the mean score of a session's items by a SASRec that saw the training sequences so many times."""
+def ranking_reward(benchmark, processor, epochs: int):
+    """A reward function: the mean score of a session's items by a SASRec after so many epochs on the training sequences."""
     import torch
 
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
 
-    data, catalogue = contest.data, processor.catalogue
-    torch.manual_seed(contest.seed)
-    judge = SASRec(len(catalogue), width=64, scaled=True, layers=1, dropout=0.5, max_length=processor.max_history)
-    rows = [catalogue.rows(data.item_ids[sequence]) for sequence in data.train_rows() if len(sequence) > 1]
-    train_sequence_model(judge, rows, contest.seed, epochs)
-    judge.eval()
+    data, catalogue = benchmark.data, processor.catalogue
+    torch.manual_seed(benchmark.seed)
+    ranker = SASRec(len(catalogue), width=64, scaled=True, layers=1, dropout=0.5, max_length=processor.max_history)
+    rows = [catalogue.rows(data.item_ids[sequence]) for sequence in benchmark.sequences()]
+    train_sequence_model(ranker, rows, benchmark.seed, epochs)
+    ranker.eval()
 
     @torch.no_grad()
     def reward(histories: list[list], sessions: list[list]) -> list[float]:
-        states = judge(judge.batch([catalogue.rows(history) for history in histories]))[:, -1]
-        scores = judge.scores(states)
+        states = ranker(ranker.batch([catalogue.rows(history) for history in histories]))[:, -1]
+        scores = ranker.scores(states)
         return [
             float(scores[place, torch.as_tensor(catalogue.rows(session))].mean())
             for place, session in enumerate(sessions)
