@@ -43,20 +43,25 @@ def ranking_reward(benchmark, processor, epochs: int):
     """A reward function: the mean score of a session's items by a SASRec after so many epochs on the training sequences."""
     import torch
 
-    from benchmarks.quality._sequence_models import SASRec
-    from benchmarks.quality._sequence_training import train_sequence_model
+    from onerec_hf.baselines.next_items import pad_left
+    from onerec_hf.trainers import fit_sequential
 
-    data, catalogue = benchmark.data, processor.catalogue
-    torch.manual_seed(benchmark.seed)
-    ranker = SASRec(len(catalogue), width=64, scaled=True, layers=1, dropout=0.5, max_length=processor.max_history)
-    rows = [catalogue.rows(data.item_ids[sequence]) for sequence in benchmark.sequences()]
-    train_sequence_model(ranker, rows, benchmark.seed, epochs)
-    ranker.eval()
+    catalogue = processor.catalogue
+    ranker = fit_sequential(
+        benchmark.sequences(),
+        item_ids=catalogue.item_ids,
+        hidden_size=64,
+        num_hidden_layers=1,
+        dropout_rate=0.5,
+        max_history=processor.max_history,
+        num_train_epochs=epochs,
+        seed=benchmark.seed,
+    )
 
     @torch.no_grad()
     def reward(histories: list[list], sessions: list[list]) -> list[float]:
-        states = ranker(ranker.batch([catalogue.rows(history) for history in histories]))[:, -1]
-        scores = ranker.scores(states)
+        inputs = pad_left([catalogue.rows(history) for history in histories], processor.max_history)
+        scores = ranker(inputs.to(ranker.device)).logits
         return [
             float(scores[place, torch.as_tensor(catalogue.rows(session))].mean())
             for place, session in enumerate(sessions)

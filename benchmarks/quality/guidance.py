@@ -48,7 +48,7 @@ def main() -> None:
         options.users, options.beams = 20, 5
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
     catalogue, benchmark = processor.catalogue, Benchmark(data, training_args.eval_exclude_seen, 0, options.users)
-    users = benchmark.examples("validation", benchmark.selection).with_format(None)[:]
+    users = benchmark.selection.with_format(None)[:]
     relevant = catalogue.rows([session[0] for session in users["session"]])[:, None]
     ways, rows = [("guided", options.beams), ("rescored", options.beams), ("rescored", 10 * options.beams)], []
     for weight in options.weights:
@@ -78,10 +78,9 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
     from onerec_hf.modeling.layers_onerec import at_places
 
     inputs = processor(histories)
-    model.config.item_score_weight = weight if guided else 0.0
     found = model.recommend(
         **inputs, session_length=1, num_beams=beams, num_return_sequences=beams, exclude=histories,
-        return_dict_in_generate=True,
+        item_score_weight=weight if guided else 0.0, return_dict_in_generate=True,
     )  # fmt: skip
     sequences, sums = found.sequences.view(len(histories), beams, -1), found.sequences_scores.view(-1, beams)
     if not guided:
@@ -89,8 +88,8 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
         with torch.no_grad():
             states = encoder(**inputs).last_hidden_state
             states = history_states(states, at_places(inputs["attention_mask"], model.config.encoder_stride))
-            items = (states @ encoder.item_output_vectors().T).log_softmax(-1)
-        names = encoder.item_embedding.rows(sequences[..., 1:]) - 1
+            items = (states @ encoder.item_head.output_vectors(encoder.embed_tokens).T).log_softmax(-1)
+        names = encoder.item_head.rows(sequences[..., 1:]) - 1
         sums, order = (sums + weight * items.gather(1, names)).sort(dim=1, descending=True)
         sequences = sequences.gather(1, order[..., None].expand_as(sequences))
     best = min(10, beams)
@@ -117,7 +116,7 @@ def untrained(data, data_args) -> tuple[Any, Any]:
     catalogue = ItemCatalogue(ids, codes, codebook_sizes=[64] * 3)
     config = OneRecConfig(
         codebook_sizes=[64] * 3, hidden_size=16, num_attention_heads=1, encoder_layers=1, decoder_layers=1, num_experts=1,
-        num_item_embeddings=len(ids), item_loss_weight=1.0,
+        item_head={"num_items": len(ids)},
     )  # fmt: skip
     model = OneRecForConditionalGeneration(config).eval()
     model.set_catalogue(catalogue)

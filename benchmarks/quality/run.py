@@ -170,7 +170,7 @@ def planned(options) -> list[tuple[str, dict[str, Any], tuple[str, ...], Run]]:
 def _trained(options, experiment: experiments.Experiment, over: dict[str, str], splits: list[str]):
     config = recipe_config(options, experiment)
     settings = {**experiment.settings, **{name: yaml.safe_load(value) for name, value in over.items()}}
-    experiment = with_text(replace(experiment, settings=settings), prepared(config, options.quick)[0].source.items)
+    experiment = with_text(replace(experiment, settings=settings), prepared(config, options.quick)[0].items)
     settings = {
         **experiment.settings,
         **({"alignment": experiment.alignment} if experiment.alignment is not None else {}),
@@ -207,10 +207,10 @@ def dataset_of(recipe: Path) -> str:
 @cache
 def prepared(config: tuple[str, ...], quick: bool) -> tuple[Any, bool]:
     """The data set, with --quick 300 validation and test users, and whether the items of a history are left out of rankings."""
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
 
     data_args, *_, training_args = parsed(list(config), {})
-    data = prepare_data(data_args)
+    data = load_in_memory(data_args)
     if quick:
         few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
         data = replace(data, split=replace(data.split, **few))

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+from transformers import TrainerCallback
 
 from benchmarks.harness import say
 from benchmarks.quality.alignment import align
@@ -20,20 +21,9 @@ from benchmarks.quality.experiment import Experiment
 Measured = dict[str, float]
 METRICS = ("recall@10", "ndcg@10")
 SELECTED_BY = "ndcg@10"
-SEQUENCE_TRAINING = (
-    "loss",
-    "label_smoothing",
-    "lr",
-    "weight_decay",
-    "batch_size",
-    "schedule",
-    "epochs",
-    "patience",
-)
 # What a trained generator can be evaluated with: no weight depends on it.
 EVALUATION = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
 DEPTH = 40  # items of a ranking that is kept
-EPOCHS, PATIENCE = 300, 20  # of sequence models whose experiment does not say: at most, and epochs without a gain
 # Ten evaluations on the way; the checkpoint with the best metric is loaded at the end.
 SELECTION = {
     "eval_strategy": "steps",
@@ -68,19 +58,20 @@ class Benchmark:
     quick: bool = False
 
     @cached_property
-    def selection(self) -> np.ndarray:
-        """Positions of the validation users that select the checkpoint: the same for all experiments of a seed."""
-        users = len(self.data.split.validation)
-        return np.sort(np.random.default_rng(self.seed).permutation(users)[: self.selection_users])
+    def selection(self):
+        """Examples of the validation users that select the checkpoint, the same for all experiments of a seed; None without them."""
+        if not self.selection_users:
+            return None
+        users = np.random.default_rng(self.seed).permutation(len(self.data.validation))[: self.selection_users]
+        return self.data.validation.select(np.sort(users))
 
-    def examples(self, split: str, only: np.ndarray | None = None):
-        examples = getattr(self.data.split, split)
-        return examples if only is None else examples.select(only)
+    def examples(self, split: str):
+        return getattr(self.data, split)
 
     def sequences(self) -> list[np.ndarray]:
-        """The training sequences of at least two items, as item indices."""
-        rows = [sequence for sequence in self.data.train_rows() if len(sequence) > 1]
-        return rows[:300] if self.quick else rows
+        """The users' training sequences of item ids."""
+        sequences = [np.asarray(sequence) for sequence in self.data.train_sequences]
+        return sequences[:300] if self.quick else sequences
 
     def rows(self, examples, column: str) -> list[np.ndarray]:
         """A column's items as item indices."""
@@ -159,53 +150,53 @@ def _run_ranking(benchmark: Benchmark, experiment: Experiment, config: list[str]
 
 
 def _run_sequential(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
-    import torch
+    from onerec_hf.trainers import fit_sequential
+    from onerec_hf.workflows.semantic_ids import embed_items
 
-    from benchmarks.quality._sequence_models import SEQUENCE_MODELS
-    from benchmarks.quality._sequence_training import train_sequence_model
-    from onerec_hf.workflows.steps import embed_items
-
-    data_args, id_args, *_ = parsed(config, {})
-    settings = {"max_length": data_args.max_history, **experiment.settings}  # the generators read as much history
+    data, (data_args, id_args, *_) = benchmark.data, parsed(config, {})
+    settings = {**experiment.settings, **({"num_train_epochs": 1} if benchmark.quick else {})}
+    features, ended = None, _StateAtEnd()
     if "features" in settings:
-        id_args.embedding, id_args.semantic_id_seed = settings["features"], benchmark.seed
-        settings["features"] = embed_items(benchmark.data, id_args)[0]
-    training = {name: settings.pop(name) for name in SEQUENCE_TRAINING if name in settings}
-    training = {"epochs": EPOCHS, "patience": PATIENCE, **training, **({"epochs": 1} if benchmark.quick else {})}
-    torch.manual_seed(benchmark.seed)
-    model = SEQUENCE_MODELS[settings.pop("model")](len(benchmark.data.item_ids), **settings)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    evaluating = 0.0
-
-    def judge(model) -> float:
-        nonlocal evaluating
-        began, asked = time.perf_counter(), benchmark.examples("validation", benchmark.selection)
-        ranked = model.rank(benchmark.rows(asked, "history"), 10, benchmark.exclude_seen)
-        value = benchmark.metrics(ranked, asked)[SELECTED_BY]
-        evaluating += time.perf_counter() - began
-        say(f"  {SELECTED_BY} {value:.4f}")
-        return value
-
-    began = time.perf_counter()
-    judge_or_none = judge if benchmark.selection_users else None
-    chosen = train_sequence_model(model, benchmark.sequences(), benchmark.seed, judge=judge_or_none, **training)
-    seconds = time.perf_counter() - began - evaluating
+        id_args.embedding, id_args.semantic_id_seed = settings.pop("features"), benchmark.seed
+        features = embed_items(data, id_args)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        model = fit_sequential(
+            benchmark.sequences(),
+            benchmark.selection,
+            item_ids=data.item_ids,
+            features=features,
+            max_history=data_args.max_history,  # the generators read as much history
+            eval_exclude_seen=benchmark.exclude_seen,
+            seed=benchmark.seed,
+            callbacks=[ended],
+            **settings,
+        )
     found = benchmark.evaluate(lambda histories: model.rank(histories, DEPTH, benchmark.exclude_seen), splits, keep)
-    more = {} if chosen is None else {"chosen": chosen}
-    return {
-        **found,
-        **more,
-        "train_seconds": seconds,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-    }
+    return {**found, **_training_metrics(ended.state), "parameters": model.num_parameters()}
+
+
+class _StateAtEnd(TrainerCallback):
+    """Holds the trainer's state at the end of training."""
+
+    state: Any = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.state = state
+
+
+def _training_metrics(state) -> Measured:
+    """`train_seconds` without the evaluations, and `chosen` if a checkpoint was selected."""
+    seconds = sum(entry.get("train_runtime", 0.0) - entry.get("eval_runtime", 0.0) for entry in state.log_history)
+    return {"train_seconds": seconds, **({} if state.best_metric is None else {"chosen": state.best_metric})}
 
 
 def _run_onerec(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
     from transformers import set_seed
 
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer
-    from onerec_hf.workflows.steps import fit_catalogue, new_model
+    from onerec_hf.workflows.artefact import new_model
+    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
     settings = {**experiment.settings, **(SELECTION if benchmark.selection_users else {"save_strategy": "no"})}
     if benchmark.quick:
@@ -217,26 +208,20 @@ def _run_onerec(benchmark: Benchmark, experiment: Experiment, config: list[str],
     fitted = fit_catalogue(data, id_args)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
     model = new_model(model_args, processor, data_args.session_length)
-    say(f"{model.num_parameters():,} parameters, {len(data.split.train):,} examples")
+    say(f"{model.num_parameters():,} parameters, {len(data.train):,} examples")
     with _scratch(training_args):
         trainer = OneRecTrainer(
-            model,
-            training_args,
-            train_dataset=data.split.train,
-            eval_dataset=benchmark.examples("validation", benchmark.selection) if benchmark.selection_users else None,
-            processing_class=processor,
+            model, training_args, train_dataset=data.train, eval_dataset=benchmark.selection, processing_class=processor
         )
-        seconds, more = trainer.train().metrics["train_runtime"], {}
+        trainer.train()
         say(f"{trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs")
-        if benchmark.selection_users:
-            seconds -= sum(entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history)
-            more["chosen"] = trainer.state.best_metric
+        measured = _training_metrics(trainer.state)
         if experiment.alignment is not None:
-            seconds += _aligned(model, processor, benchmark, data_args, experiment.alignment)
+            measured["train_seconds"] += _aligned(model, processor, benchmark, data_args, experiment.alignment)
         if keep is not None:
             trainer.save_model(keep)
         found = _evaluate_generator(trainer, benchmark, splits, keep)
-    return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
+    return {**found, **measured, "parameters": model.num_parameters()}
 
 
 @contextlib.contextmanager
@@ -249,7 +234,7 @@ def _scratch(training_args) -> Iterator[None]:
 
 def _aligned(model, processor, benchmark: Benchmark, data_args, settings: dict[str, Any]) -> float:
     """Trains `model` on by preference alignment; the seconds that took."""
-    windows, began = with_windows(benchmark.data, data_args, "windows").split.train, time.perf_counter()
+    windows, began = with_windows(benchmark.data, data_args, "windows").train, time.perf_counter()
     align(model, processor, benchmark, windows, settings)
     return time.perf_counter() - began
 
@@ -272,22 +257,21 @@ def evaluate_folder(
         keep: its rankings are saved into files whose names begin with it, and the aligned generator into a folder of that name.
         alignment: settings of [`align`].
     """
-    from onerec_hf import OneRecForConditionalGeneration
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer
 
     data_args, _, model_args, _, training_args = parsed(config, {**settings, "save_strategy": "no"})
     processor = OneRecProcessor.from_pretrained(folder, max_history=data_args.max_history)
     model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     if "item_score_weight" in settings:
-        model.config.item_score_weight = model_args.item_score_weight
+        model.generation_config.item_score_weight = model_args.item_score_weight
     with _scratch(training_args):
         more = {}
         if alignment is not None:
             data_args.session_length = model.config.session_length
             more["align_seconds"] = _aligned(model, processor, benchmark, data_args, alignment)
         trainer = OneRecTrainer(
-            model, training_args, train_dataset=benchmark.data.split.train, processing_class=processor
+            model, training_args, train_dataset=benchmark.data.train, processing_class=processor
         )
         if keep is not None and alignment is not None:
             trainer.save_model(keep)
@@ -344,12 +328,12 @@ def ensemble(benchmark: Benchmark, files: Sequence[str], splits: Sequence[str]) 
 
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of `onerec-hf train` for a configuration, with settings over it."""
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
-    from onerec_hf.cli.train import TrainArguments
+    """The settings of `onerec-hf train` (data, semantic IDs, model, training) from a configuration, with settings over it."""
+    from onerec_hf.cli.arguments import parse
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows import DataSettings, ModelSettings, SemanticIDSettings, TrainSettings
 
-    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
     over = [str(part) for name, value in settings.items() for part in (f"--{name}", *_listed(value))]
     return parse(kinds, [*config, *over], "train")
 
@@ -358,13 +342,15 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def with_windows(data, args, train_on: str):
-    """The data with training examples of these lengths; validation and test users stay those of the benchmark."""
-    from onerec_hf.cli.train import on_prefixes
+def with_windows(data, settings, train_on: str):
+    """The data set with training examples of these lengths; validation and test users stay those of the benchmark."""
     from onerec_hf.data import leave_one_out
 
     split = leave_one_out(
-        data.sequences, session_length=args.session_length, max_history=args.max_history, stride=args.stride
+        data.sequences,
+        session_length=settings.session_length,
+        max_history=settings.max_history,
+        stride=settings.stride,
     )
-    data = replace(data, split=replace(data.split, train=split.train))
-    return on_prefixes(data, args) if train_on == "prefixes" else data
+    data = replace(data, split=replace(data.split, train=split.train), settings=settings)
+    return data.on_prefixes() if train_on == "prefixes" else data

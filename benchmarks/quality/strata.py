@@ -22,7 +22,7 @@ COUNTS = {"10 times or fewer": (0, 10), "11 to 30": (11, 30), "31 and more": (31
 
 def last_rows(data, split: str, column: str) -> np.ndarray:
     """(users,) index of each user's last item in this column."""
-    examples = getattr(data.split, split).with_format(None)
+    examples = getattr(data, split).with_format(None)
     return np.searchsorted(data.item_ids, [items[-1] for items in examples[column]])
 
 
@@ -60,10 +60,10 @@ def main() -> None:
         options.error("pass the rankings of a model: --row FILES, from benchmarks/quality/run.py --keep")
     one_thread()
     from onerec_hf.evaluation.results import result_row
-    from onerec_hf.workflows.steps import prepare_data
+    from onerec_hf.workflows import load_in_memory
 
     recipe, folder = recipe_and_folder(asked)
-    data = prepare_data(parsed(["--config", str(recipe), "--data_dir", folder], {})[0])
+    data = load_in_memory(parsed(["--config", str(recipe), "--data_dir", folder], {})[0])
     split = asked.row[0].removesuffix(".npz").rsplit("-", 1)[1] if asked.row else "test"
     target, users, rows = last_rows(data, split, "session"), strata(data, split), []
     files = {"model": asked.row, "other": asked.against}
@@ -88,7 +88,7 @@ def popularity(data, split: str, target: np.ndarray) -> dict[str, np.ndarray]:
 
     model = PopularityBaseline()
     model.fit(data.train_rows(), len(data.item_ids))
-    examples = getattr(data.split, split).with_format(None)
+    examples = getattr(data, split).with_format(None)
     histories = [np.searchsorted(data.item_ids, items) for items in examples["history"]]
     ranked = model.recommend(histories, 10, True)
     metrics = {"recall@10": recall_at_k, "ndcg@10": ndcg_at_k}
