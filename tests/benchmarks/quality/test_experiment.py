@@ -12,12 +12,18 @@ ONEREC = "description: a\nkind: onerec\nrecipe: movielens.yaml\nsettings: {}\n"
 
 
 def options_of_train() -> set[str]:
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments
-    from onerec_hf.cli.train import TrainArguments
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows import DataSettings, ModelSettings, SemanticIDSettings, TrainSettings
 
-    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
     return {field.name for kind in kinds for field in fields(kind)}
+
+
+def options_of_sequence_models() -> set[str]:
+    from onerec_hf.baselines import SequentialConfig
+    from onerec_hf.trainers import SequentialTrainingArguments
+
+    return {field.name for kind in (SequentialConfig, SequentialTrainingArguments) for field in fields(kind)}
 
 
 @pytest.mark.parametrize("name", names())
@@ -27,6 +33,8 @@ def test_every_experiment_is_read(name):
     assert experiment.description
     if experiment.kind == "onerec":
         assert set(experiment.settings) <= options_of_train()
+    elif experiment.kind == "sequential":
+        assert set(experiment.settings) - {"features"} <= options_of_sequence_models()
 
 
 def test_an_experiment_extends_another():

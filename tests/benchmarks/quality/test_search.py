@@ -131,7 +131,7 @@ def test_a_quick_search_has_a_separate_folder(search, tmp_path):
 
 @pytest.mark.parametrize(("name", "by_hand"), [("onerec_search", "onerec"), ("sasrec", "sasrec_by_hand")])
 def test_a_space_holds_what_was_tuned_by_hand(name, by_hand):
-    settings = {"weight_decay": 0.01, "schedule": "constant", **load(by_hand).settings}  # SASRec's defaults
+    settings = {"weight_decay": 0.01, "lr_scheduler_type": "constant", **load(by_hand).settings}  # SASRec's defaults
     missing = [
         setting
         for setting, values in load(name).search.space.items()
