@@ -14,6 +14,7 @@ from typing import Any
 from onerec_hf.evaluation.results import result_row, write_results
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+DATA = "../shared/data"  # folder of the data sets, from the repository root
 
 
 def parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def dataset_options(arguments: argparse.ArgumentParser) -> None:
 def recipe_and_folder(options: argparse.Namespace) -> tuple[Path, str]:
     """The recipe of [`dataset_options`]'s data set and the folder of its files."""
     name = options.dataset.replace("-", "_")
-    return RECIPES / f"{name}.yaml", options.data_dir or f"../shared/data/{name}"
+    return RECIPES / f"{name}.yaml", options.data_dir or f"{DATA}/{name}"
 
 
 def say(text: str) -> None:

@@ -59,14 +59,6 @@ def data_folder():
     return folder
 
 
-@pytest.fixture(scope="module")
-def benchmarks():
-    """What is in benchmarks/ can be imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield
-
-
 @pytest.fixture
 def catalogue() -> ItemCatalogue:
     return make_catalogue()

@@ -342,39 +342,9 @@ def test_recipes_for_accelerate_say_their_command_and_name_parts_of_the_model(re
     assert {name for name in named.split(",") if name} <= classes
 
 
-def test_the_tables_of_the_scale_page_are_what_the_code_computes():
-    scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
-    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert scale["page"]() == page, "python benchmarks/speed/scale.py --write"
-    assert page.count("\n### ") == len(SIZES)
-
-
 def test_these_recipes_are_there():
     assert [recipe.name for recipe in SIZES] == ["0.1b.yaml", "0.3b.yaml", "10b.yaml", "1b.yaml", "3b.yaml"]
     assert [path.stem for path in LAUNCHES] == ["ddp", "deepspeed_zero3", "distributed", "fsdp2"]
     beauty = ["amazon_beauty.yaml", "amazon_beauty_gpu.yaml", "amazon_beauty_items.yaml"]
     kuairand = ["kuairand.yaml", "kuairand_align.yaml", "kuairand_items.yaml", "kuairand_reward.yaml"]
     assert [recipe.name for recipe in RECIPES] == [*beauty, *kuairand, "movielens.yaml"]
-
-
-def test_the_table_of_the_search_is_that_of_the_results(benchmarks):
-    from benchmarks.quality.search_table import BEGIN, END, PAGE, RESULTS, SEARCH, table
-    from benchmarks.quality.tables import replaced
-
-    search, judged = (json.loads(path.read_text())["rows"] for path in (SEARCH, RESULTS["contest"]))
-    page = PAGE.read_text(encoding="utf-8")
-    assert replaced(page, table(search, judged), BEGIN, END) == page, "python benchmarks/quality/search_table.py"
-    other = [{**row, "value": row["value"] + 0.1} for row in search]
-    assert replaced(page, table(other, judged), BEGIN, END) != page
-
-
-@pytest.mark.parametrize("which", ["contest", "ablations"])
-def test_the_quality_table_is_that_of_the_results(benchmarks, which):
-    from benchmarks.quality.tables import PAGES, RESULTS, replaced, table
-
-    results, page = json.loads(RESULTS[which].read_text()), PAGES[which].read_text(encoding="utf-8")
-    assert replaced(page, table(which, results)) == page
-    shown = "/hstu/test/recall@10" if which == "contest" else "/codes/validation/recall@10"
-    (changed,) = (row for row in results["rows"] if row["name"].endswith(shown))
-    changed["value"] += 0.1
-    assert replaced(page, table(which, results)) != page

@@ -7,19 +7,21 @@ item features and history and beside the base rate. 95 % intervals of AUC come f
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import cpu_seconds, finish, one_thread, parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/reward.py`
+
+from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser
 
 
 def arguments():
     options = parser(__doc__)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data" / "kuairand_pure"
-    options.add_argument("--data_dir", default=str(default), help="folder of KuaiRand-Pure's Parquet files")
+    options.add_argument("--data_dir", default=f"{DATA}/kuairand_pure", help="folder of KuaiRand-Pure's Parquet files")
     options.add_argument(
         "--split", default="test", choices=("test", "validation"), help="validation to choose settings"
     )

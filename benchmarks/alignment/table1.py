@@ -15,6 +15,7 @@ users viewed or liked the recommended items on the test days, where the log show
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -25,9 +26,11 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/table1.py`
+
 from benchmarks.alignment.kuairand import SESSION_LENGTH, World, load_world
 from benchmarks.alignment.preferences import align_on
-from benchmarks.harness import cpu_seconds, finish, one_thread, parser, say
+from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
 
 SESSIONS, BEAMS = 8, 16  # per user, of SESSION_LENGTH items
 OBJECTIVES = ("swt", "vtr", "wtr", "ltr")
@@ -66,8 +69,7 @@ EPOCHS, PROMPTS = 3, 4000  # IPA draws anew in each epoch
 
 def arguments():
     options = parser(__doc__)
-    default = Path(__file__).resolve().parents[2] / "shared" / "data" / "kuairand_pure"
-    options.add_argument("--data_dir", default=str(default), help="folder of KuaiRand-Pure's Parquet files")
+    options.add_argument("--data_dir", default=f"{DATA}/kuairand_pure", help="folder of KuaiRand-Pure's Parquet files")
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--split", default="test", choices=("test", "validation"), help="validation to choose by")
     options.add_argument("--variants", nargs="+", default=TABLE)

@@ -1,19 +1,23 @@
 """
-What item scores are worth in beam search: beams that they guide from the first code on (`config.item_score_weight` of `recommend()`), beside beams
-that the decoder finds alone and that are rescored by them afterwards, as many and ten times as many. The same weights of one generator.
+What item scores add to beam search: beams guided by them from the first code on (`item_score_weight` of `recommend()`), compared with beams of the
+decoder alone that are rescored afterwards, with the same and with ten times the beam width. All ways use the same weights.
 
     python benchmarks/quality/guidance.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --model FOLDER --json benchmarks/results/guidance.json
 
-FOLDER is what `quality.py --keep` wrote. Rows `DATASET/WAY-BEAMS-WEIGHT/METRIC`: NDCG@10 and recall@10 of validation users, `score`, the mean of the ten
-best sums of both log-probabilities, and `cpu_seconds`, the ways taken in turns batch by batch.
+FOLDER is a generator that `benchmarks/quality/run.py --keep` saved. Rows `DATASET/WAY-BEAMS-WEIGHT/METRIC`: NDCG@10 and recall@10 of validation users, `score`, the mean of the ten
+best sums of both log-probabilities, and `cpu_seconds`, interleaved batch by batch.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/guidance.py`
 
 from benchmarks.harness import dataset_options, finish, one_thread, parser, recipe_and_folder, say
 
@@ -33,7 +37,7 @@ def arguments():
 def main() -> None:
     options = arguments()
     one_thread()
-    from benchmarks.quality.runs import Contest, parsed
+    from benchmarks.quality.runs import Benchmark, parsed
     from onerec_hf.evaluation import ranking_metrics
     from onerec_hf.workflows import load_in_memory
 
@@ -43,15 +47,15 @@ def main() -> None:
     if options.quick:
         options.users, options.beams = 20, 5
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
-    catalogue, contest = processor.catalogue, Contest(data, training_args.eval_exclude_seen, 0, options.users)
-    asked = contest.examples("validation", contest.asked).with_format(None)[:]
-    relevant = catalogue.rows([session[0] for session in asked["session"]])[:, None]
+    catalogue, benchmark = processor.catalogue, Benchmark(data, training_args.eval_exclude_seen, 0, options.users)
+    users = benchmark.selection.with_format(None)[:]
+    relevant = catalogue.rows([session[0] for session in users["session"]])[:, None]
     ways, rows = [("guided", options.beams), ("rescored", options.beams), ("rescored", 10 * options.beams)], []
     for weight in options.weights:
         ranked: dict[tuple[str, int], list] = {way: [] for way in ways}
         scores, seconds = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         for start in range(0, len(relevant), BATCH):
-            histories = asked["history"][start : start + BATCH]
+            histories = users["history"][start : start + BATCH]
             for way in ways:
                 before = time.process_time()
                 found, sums = recommended(model, processor, histories, weight, way[1], way[0] == "guided")
@@ -74,10 +78,9 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
     from onerec_hf.modeling.layers_onerec import at_places
 
     inputs = processor(histories)
-    model.config.item_score_weight = weight if guided else 0.0
     found = model.recommend(
         **inputs, session_length=1, num_beams=beams, num_return_sequences=beams, exclude=histories,
-        return_dict_in_generate=True,
+        item_score_weight=weight if guided else 0.0, return_dict_in_generate=True,
     )  # fmt: skip
     sequences, sums = found.sequences.view(len(histories), beams, -1), found.sequences_scores.view(-1, beams)
     if not guided:
@@ -85,8 +88,8 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
         with torch.no_grad():
             states = encoder(**inputs).last_hidden_state
             states = history_states(states, at_places(inputs["attention_mask"], model.config.encoder_stride))
-            items = (states @ encoder.item_output_vectors().T).log_softmax(-1)
-        names = encoder.item_embedding.rows(sequences[..., 1:]) - 1
+            items = (states @ encoder.item_head.output_vectors(encoder.embed_tokens).T).log_softmax(-1)
+        names = encoder.item_head.rows(sequences[..., 1:]) - 1
         sums, order = (sums + weight * items.gather(1, names)).sort(dim=1, descending=True)
         sequences = sequences.gather(1, order[..., None].expand_as(sequences))
     best = min(10, beams)
@@ -99,7 +102,7 @@ def loaded(folder: str | None) -> tuple[Any, Any]:
     from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
 
     if folder is None:
-        raise SystemExit("name a generator: --model FOLDER, from quality.py --keep")
+        raise SystemExit("name a generator: --model FOLDER, from benchmarks/quality/run.py --keep")
     model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     return model.eval(), OneRecProcessor.from_pretrained(folder)
 
@@ -113,7 +116,7 @@ def untrained(data, data_args) -> tuple[Any, Any]:
     catalogue = ItemCatalogue(ids, codes, codebook_sizes=[64] * 3)
     config = OneRecConfig(
         codebook_sizes=[64] * 3, hidden_size=16, num_attention_heads=1, encoder_layers=1, decoder_layers=1, num_experts=1,
-        num_item_embeddings=len(ids), item_loss_weight=1.0,
+        item_head={"num_items": len(ids)},
     )  # fmt: skip
     model = OneRecForConditionalGeneration(config).eval()
     model.set_catalogue(catalogue)

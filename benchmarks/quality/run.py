@@ -1,296 +1,236 @@
 """
-The contest: models of the field and OneRec under one protocol. Leave-one-out, the whole catalogue ranked for every test user, the same items left
-out (those of the history), the same stopping by NDCG@10 on validation users (or none, `--judged_users 0`); each seed fits semantic IDs,
-initialises and shuffles anew. A row trains for the epochs of its settings, or all rows for the same `--minutes`. The rows are those of
-_quality_rows.py.
+The quality benchmark: sequential recommenders and OneRec under one protocol. Leave-one-out, the whole catalogue ranked for every test user
+without the items of the history, the same checkpoint selection by NDCG@10 on validation users; each seed fits semantic IDs, initialises and
+shuffles anew. Experiments are the YAML files under benchmarks/quality/experiments.
 
-    python benchmarks/quality/run.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --rows sasrec_ce onerec --seeds 0 1 2 \\
-        --json benchmarks/results/quality.json
+    python benchmarks/quality/run.py --rows sasrec onerec --seeds 0 1 2 --json benchmarks/results/quality.json
 
-A file that `--json` names keeps its other rows, which must be of the same protocol: rows can be measured one by one.
+Rows of the file that --json names are kept unless they are measured again; they must be of the same protocol.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import dataset_options, finish, parser, recipe_and_folder, say
-from benchmarks.quality.alignment import SHARED as ALIGNMENT_SETTINGS
-from benchmarks.quality.experiments import ROWS
-from benchmarks.quality.runs import ASKED, Contest, for_items, fused, judge_kept, parsed, run_row
+import yaml
 
-PROTOCOL = ("split", "protocol")
-QUICK_ALIGNMENT = {"examples": 200, "num_train_epochs": 1, "reward_epochs": 1}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/run.py`
+
+from benchmarks.harness import RECIPES, dataset_options, finish, parser, recipe_and_folder, say
+from benchmarks.quality import experiment as experiments
+from benchmarks.quality.alignment import DEFAULTS as ALIGNMENT
+from benchmarks.quality.results import joined, merged, new_results
+from benchmarks.quality.runs import (
+    EVALUATION,
+    Benchmark,
+    Measured,
+    ensemble,
+    evaluate_folder,
+    parsed,
+    run_experiment,
+    with_text,
+)
 
 
 def arguments():
     options = parser(__doc__)
     dataset_options(options)
-    options.add_argument("--recipe", help="sizes of the generators; recipes/DATASET.yaml when not given")
-    options.add_argument("--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=[*ROWS, "all"])
+    options.add_argument("--recipe", help="a recipe file; each experiment's, or that of another --dataset, by default")
+    names = experiments.names()
     options.add_argument(
-        "--minutes",
-        type=float,
-        help="of training, for every row, in place of its epochs: CPU time of all threads, wall time on a GPU",
+        "--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=names, metavar="NAME"
     )
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument(
         "--split", default="test", choices=("test", "validation"), help="validation to choose settings; test has both"
     )
     options.add_argument(
-        "--judged_users",
+        "--selection_users",
         type=int,
-        default=3000,
-        help="validation users that decide when to stop; 0: the last weights stay",
+        default=5000,
+        help="validation users for checkpoint selection; 0 keeps the last weights",
     )
-    options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the row's")
+    options.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the experiment's")
     options.add_argument("--label", help="another name for the row, for a run with --set")
     options.add_argument("--keep", help="folder for generators, and for the rankings of trained models")
     options.add_argument(
-        "--judge",
+        "--evaluate",
         nargs="+",
-        metavar="FOLDERS",
-        help="no training: judge the generators that --keep wrote, a folder for each of --seeds, asked as --set says; needs --label",
+        metavar="FOLDER",
+        help="no training: evaluate generators that --keep saved, one for each of --seeds, with the settings of --set; needs --label",
     )
     options.add_argument(
         "--align",
         action="store_true",
-        help="with --judge: go on training them by preference alignment first, as the row codes_ipa does; --set also says how",
+        help="with --evaluate: preference alignment first; --set takes its settings too",
     )
     options.add_argument(
-        "--fuse",
+        "--ensemble",
         nargs="+",
         metavar="FILES",
-        help="no training: fuse the rankings of FILES-SPLIT.npz that --keep wrote; needs --label. With {seed} in the names: for each of --seeds",
+        help="no training: reciprocal rank fusion of the rankings FILES-SPLIT.npz that --keep saved; needs --label. "
+        "{seed} in the names: one ensemble for each of --seeds",
     )
-    options.add_argument(
-        "--rescore",
-        action="store_true",
-        help="with --fuse: the items of the first of FILES alone, in the order of all",
-    )
-    options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join files of the same protocol")
+    options.add_argument("--join", nargs="+", metavar="JSON", help="no runs: join result files of the same protocol")
     return options.parse_args()
+
+
+def check(options) -> None:
+    """
+    Raises:
+        ValueError: options that contradict each other, before anything is trained.
+    """
+    if (options.ensemble or options.evaluate) and not options.label:
+        raise ValueError("--ensemble and --evaluate need --label: the name of the row")
+    if options.ensemble and len(options.seeds) > 1 and not any("{seed}" in files for files in options.ensemble):
+        raise ValueError("--ensemble has the same files for each of --seeds: pass one seed, or {seed} in the names")
+    if options.align and not options.evaluate:
+        raise ValueError("--align needs --evaluate: the generators to align")
+    if options.label and not (options.ensemble or options.evaluate) and len(options.rows) > 1:
+        raise ValueError("--label names one row: pass one experiment to --rows")
+    if options.evaluate:
+        if len(options.evaluate) != len(options.seeds):
+            raise ValueError(
+                f"--evaluate has {len(options.evaluate)} folders and --seeds {len(options.seeds)}: pass one for each"
+            )
+        known = (*EVALUATION, *(ALIGNMENT if options.align else ()))
+        others = [setting for setting in options.set if setting.split("=")[0] not in known]
+        if others:
+            raise ValueError(f"--set {' '.join(others)}: a saved generator takes {', '.join(known)}")
 
 
 def main() -> None:
     options = arguments()
-    if "all" in options.rows:
-        options.rows = [name for name in ROWS if not options.judged_users or "averaged" not in ROWS[name].settings]
+    check(options)
     if options.join:
-        join(options.join, options.json)
+        results = joined(options.join)
+        finish(results.pop("rows"), options.json, **results)
         return
     import torch
 
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    minutes, small = options.minutes, []
-    _check(options)
-    recipe, folder = recipe_and_folder(options)
-    recipe = options.recipe or recipe
-    if options.quick:
-        minutes, small = 0.1, ["--hidden_size", "32", "--decoder_layers", "1", "--kmeans_iterations", "4"]
-        options.judged_users = min(options.judged_users, 100)
-    config = ["--config", str(recipe), "--data_dir", folder, *small]
-    from onerec_hf.workflows import load_in_memory
-
-    data_args, *_, training_args = parsed(config, {})
-    if options.recipe and data_args.dataset != options.dataset:
-        raise ValueError(
-            f"{recipe} is of {data_args.dataset}: give --dataset {data_args.dataset}, not {options.dataset}"
-        )
-    data = load_in_memory(data_args)
-    if options.quick:
-        few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
-        data = replace(data, split=replace(data.split, **few))
-    splits = ["validation"] if options.split == "validation" else ["validation", "test"]
-    about = {"split": options.split, "protocol": data.split.description}
-    _kept(options.json, [], about)  # refused before anything is trained
-
-    def contest(seed: int) -> Contest:
-        return Contest(data, training_args.eval_exclude_seen, seed, options.judged_users)
-
-    said = [setting.split("=", 1) for setting in options.set]
-    if options.fuse:
-        rescored = {"rescored": True} if options.rescore else {}
-        how = _how({"fused": [Path(files).name for files in options.fuse], **rescored})
-        measured = [
-            fused(
-                contest(seed), [files.replace("{seed}", str(seed)) for files in options.fuse], splits, options.rescore
-            )
-            for seed in options.seeds
-        ]
-        rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
-    elif options.judge:
-        asked = {key: _value("onerec", value) for key, value in said if key in ASKED}
-        settings, alignment = {"judged": [Path(kept).name for kept in options.judge], **asked}, None
-        if options.align:
-            over = {key: _value("alignment", value) for key, value in said if key not in ASKED}
-            alignment = {**ALIGNMENT_SETTINGS, **(QUICK_ALIGNMENT if options.quick else {}), **over}
-            settings["alignment"] = alignment
-        how = _how(settings, Path(recipe).name)
-        measured = [
-            judge_kept(contest(seed), kept, asked, config, splits, _kept_as(options, options.label, seed), alignment)
-            for seed, kept in zip(options.seeds, options.judge, strict=True)
-        ]
-        rows = _rows_of(f"{options.dataset}/{options.label}", options.seeds, measured, how)
-    else:
-        chosen, rows = [], []
-        for name in options.rows:
-            over = {key: _value(ROWS[name].kind, value) for key, value in said}
-            row = replace(ROWS[name], settings={**ROWS[name].settings, **over})
-            chosen.append(for_items(name, row, data.source.items))
-        for name, row in zip(options.rows, chosen, strict=True):
-            label, measured = options.label or name, []
-            if options.quick and "alignment" in row.settings:
-                row.settings["alignment"] = {**row.settings["alignment"], **QUICK_ALIGNMENT}
-            for seed in options.seeds:
-                keep = _kept_as(options, label, seed)
-                measured.append(run_row(contest(seed), row, config, minutes, splits, keep))
-                say(f"{name}, seed {seed}: {measured[-1]}")
-            how = _how(row.settings, Path(recipe).name, minutes, options.judged_users)
-            rows += _rows_of(f"{options.dataset}/{label}", options.seeds, measured, how)
-    finish([*_kept(options.json, rows, about), *rows], options.json, **about)
-
-
-def _check(options) -> None:
-    """
-    What would otherwise end a run after its first training.
-
-    Raises:
-        ValueError: options that do not go together.
-    """
-    if (options.fuse or options.judge) and not options.label:
-        raise ValueError("--fuse and --judge need --label: the name of the row")
-    if options.fuse and len(options.seeds) > 1 and not any("{seed}" in files for files in options.fuse):
-        raise ValueError("--fuse the same files for each of --seeds: give one seed, or {seed} in their names")
-    if options.rescore and len(options.fuse or ()) < 2:
-        raise ValueError("--rescore needs --fuse and two of its files: whose items, and who orders them")
-    if options.align and not options.judge:
-        raise ValueError("--align needs --judge: the generators that are aligned")
-    if options.judge:
-        if len(options.judge) != len(options.seeds):
-            raise ValueError(
-                f"--judge has {len(options.judge)} folders and --seeds {len(options.seeds)}: give one each"
-            )
-        settings = (*ASKED, *(ALIGNMENT_SETTINGS if options.align else ()))
-        others = [setting for setting in options.set if setting.split("=")[0] not in settings]
-        if others:
-            raise ValueError(f"--set {' '.join(others)}: of a kept generator {', '.join(settings)} can be set")
-    elif not options.fuse and options.judged_users:
-        averaged = [name for name in options.rows if "averaged" in ROWS[name].settings]
-        if averaged:
-            raise ValueError(f"{averaged[0]} keeps the average of its last weights, nobody is asked: --judged_users 0")
     if options.keep:
         Path(options.keep).mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        options.selection_users = min(options.selection_users, 100)
+    results: dict[str, Any] = {"protocol": {}, "experiments": {}, "rows": []}
+    for name, how, config, run in planned(options):
+        data, exclude_seen = prepared(config, options.quick)
+        merged(
+            options.json, {**results, "protocol": {options.dataset: data.split.description}}
+        )  # refused before training
+        measured = []
+        for seed in options.seeds:
+            benchmark = Benchmark(data, exclude_seen, seed, options.selection_users, options.quick)
+            measured.append(run(benchmark, options.keep and f"{options.keep}/{name}-{seed}"))
+            say(f"{name}, seed {seed}: {measured[-1]}")
+        new = new_results(options.dataset, data.split.description, name, options.seeds, measured, how)
+        results = {key: results[key] + new[key] if key == "rows" else results[key] | new[key] for key in results}
+    results = merged(options.json, results)
+    finish(results.pop("rows"), options.json, **results)
 
 
-def _kept_as(options, label: str, seed: int) -> str | None:
-    return options.keep and f"{options.keep}/{label}-{seed}"
+Run = Callable[[Benchmark, "str | None"], Measured]
 
 
-def _how(
-    settings: dict, recipe: str | None = None, minutes: float | None = None, chosen_on: int | None = None
-) -> dict:
-    """How a row was measured."""
-    return {
-        "settings": settings,
-        "recipe": recipe,
-        "minutes": minutes,
-        "chosen_on": chosen_on,
-        "device": device(),
+def planned(options) -> list[tuple[str, dict[str, Any], tuple[str, ...], Run]]:
+    """Per row its name, how it is measured, the options of `onerec-hf train` that name recipe and data, and the run of one seed."""
+    splits = ["validation"] if options.split == "validation" else ["validation", "test"]
+    over = dict(setting.split("=", 1) for setting in options.set)
+    if options.ensemble:
+        files, config = options.ensemble, recipe_config(options, None)
+
+        def fuse(benchmark: Benchmark, keep: str | None) -> Measured:
+            return ensemble(benchmark, [name.replace("{seed}", str(benchmark.seed)) for name in files], splits)
+
+        return [(options.label, described({"ensemble": [Path(name).name for name in files]}), config, fuse)]
+    if options.evaluate:
+        config, folders = recipe_config(options, None), dict(zip(options.seeds, options.evaluate, strict=True))
+        asked = {name: value for name, value in over.items() if name in EVALUATION}
+        alignment = {name: yaml.safe_load(value) for name, value in over.items() if name not in EVALUATION}
+        settings = {"evaluated": [Path(folder).name for folder in options.evaluate], **asked}
+        settings |= {"alignment": {**ALIGNMENT, **alignment}} if options.align else {}
+
+        def evaluate(benchmark: Benchmark, keep: str | None) -> Measured:
+            folder = folders[benchmark.seed]
+            return evaluate_folder(
+                benchmark, folder, asked, list(config), splits, keep, alignment if options.align else None
+            )
+
+        return [(options.label, described(settings, config), config, evaluate)]
+    return [_trained(options, experiments.load(name), over, splits) for name in options.rows]
+
+
+def _trained(options, experiment: experiments.Experiment, over: dict[str, str], splits: list[str]):
+    config = recipe_config(options, experiment)
+    settings = {**experiment.settings, **{name: yaml.safe_load(value) for name, value in over.items()}}
+    experiment = with_text(replace(experiment, settings=settings), prepared(config, options.quick)[0].items)
+    settings = {
+        **experiment.settings,
+        **({"alignment": experiment.alignment} if experiment.alignment is not None else {}),
     }
+    users = None if experiment.kind == "ranking" else options.selection_users
+
+    def train(benchmark: Benchmark, keep: str | None) -> Measured:
+        return run_experiment(benchmark, experiment, list(config), splits, keep)
+
+    return options.label or experiment.name, described(settings, config, users), config, train
 
 
-def device() -> str:
-    """What trains the models: the GPU, or the machine."""
+def recipe_config(options, experiment: experiments.Experiment | None) -> tuple[str, ...]:
+    """
+    The options of `onerec-hf train` that name the recipe and the data.
+
+    Raises:
+        ValueError: --recipe is of another data set.
+    """
+    path, folder = recipe_and_folder(options)
+    if options.recipe:
+        path = Path(options.recipe)
+    elif experiment is not None and dataset_of(RECIPES / experiment.recipe) == options.dataset:
+        path = RECIPES / experiment.recipe
+    if dataset_of(path) != options.dataset:
+        raise ValueError(f"{path} is of {dataset_of(path)}: pass --dataset {dataset_of(path)}, not {options.dataset}")
+    return ("--config", str(path), "--data_dir", folder)
+
+
+def dataset_of(recipe: Path) -> str:
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["dataset"]
+
+
+@cache
+def prepared(config: tuple[str, ...], quick: bool) -> tuple[Any, bool]:
+    """The data set, with --quick 300 validation and test users, and whether the items of a history are left out of rankings."""
+    from onerec_hf.workflows import load_in_memory
+
+    data_args, *_, training_args = parsed(list(config), {})
+    data = load_in_memory(data_args)
+    if quick:
+        few = {name: getattr(data.split, name).select(range(300)) for name in ("validation", "test")}
+        data = replace(data, split=replace(data.split, **few))
+    return data, training_args.eval_exclude_seen
+
+
+def described(
+    settings: dict[str, Any], config: tuple[str, ...] | None = None, selection_users: int | None = None
+) -> dict[str, Any]:
+    """How a row was measured."""
     import torch
 
     from onerec_hf.evaluation.results import machine
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
-
-
-HOW = ("settings", "recipe", "minutes", "chosen_on", "device")
-UNITS = {"train_seconds": "s", "align_seconds": "s", "parameters": "weights", "item_score_weight": "factor"}
-
-
-def _rows_of(name: str, seeds: Sequence[int], measured: Sequence[dict[str, float]], how: dict) -> list[dict]:
-    """A result row per metric, of each seed's metrics."""
-    return [
-        _row(f"{name}/{metric}", dict(zip(seeds, (run[metric] for run in measured), strict=True)), how)
-        for metric in measured[0]
-    ]
-
-
-def _row(name: str, values: dict[int, float], how: dict) -> dict:
-    """The result row of a metric: mean, smallest and largest value over seeds, deviation, each seed's, and how they were measured."""
-    from onerec_hf.evaluation.results import result_row
-
-    of = list(values.values())
-    unit = UNITS.get(name.rsplit("/", 1)[1], "share")
     return {
-        **result_row(name, statistics.mean(of), unit, spread=[min(of), max(of)]),
-        "deviation": statistics.stdev(of) if len(of) > 1 else None,
-        "seeds": {str(seed): value for seed, value in values.items()},
-        **{name: how[name] for name in HOW},
+        "settings": settings,
+        "recipe": config and Path(config[1]).name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine(),
+        "selection_users": selection_users,
     }
-
-
-def join(paths: list[str], json_path: str | None) -> None:
-    """
-    Joins the rows of files, seeds of the same row with the same settings into one.
-
-    Raises:
-        ValueError: two files differ in protocol, or have other settings or values for the same row.
-    """
-    files = [json.loads(Path(path).read_text()) for path in paths]
-    joined: dict[str, dict] = {}
-    for path, file in zip(paths, files, strict=True):
-        differing = [name for name in PROTOCOL if file.get(name) != files[0].get(name)]
-        if differing:
-            raise ValueError(f"{path} was measured under another protocol than {paths[0]}: {', '.join(differing)}")
-        for row in file["rows"]:
-            before = joined.setdefault(row["name"], row)
-            differing = [name for name in HOW if before[name] != row[name]]
-            if differing:
-                raise ValueError(f"{path} has {row['name']} measured otherwise: {', '.join(differing)}")
-            seeds = {int(seed): value for seed, value in {**before["seeds"], **row["seeds"]}.items()}
-            joined[row["name"]] = _row(row["name"], dict(sorted(seeds.items())), row)
-    about = {name: files[0][name] for name in PROTOCOL} | {
-        "versions": files[0]["versions"],
-        "machine": files[0]["machine"],
-    }
-    finish(list(joined.values()), json_path, **about)
-
-
-def _value(kind: str, value: str):
-    """A setting's value: the command line's own parser reads those of a generator."""
-    if kind == "onerec":
-        return value.split(",") if "," in value else value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _kept(path: str | None, rows: list[dict], about: dict) -> list[dict]:
-    """
-    Rows of an earlier run that this one has not measured anew.
-
-    Raises:
-        ValueError: they are of another protocol.
-    """
-    if path is None or not Path(path).is_file():
-        return []
-    earlier = json.loads(Path(path).read_text())
-    if any(earlier.get(name) != value for name, value in about.items()):
-        raise ValueError(f"{path} holds rows of another protocol (split, sessions, history): name another file")
-    new = {row["name"] for row in rows}
-    return [row for row in earlier["rows"] if row["name"] not in new]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a row of the contest is trained within a budget, stopped on validation, and judged: the same for all of them."""
+"""One experiment with one seed: trained, its checkpoint selected on validation, evaluated; the protocol is the same for all kinds."""
 
 from __future__ import annotations
 
@@ -12,98 +12,81 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+from transformers import TrainerCallback
 
-from benchmarks.harness import cpu_seconds, say
+from benchmarks.harness import say
 from benchmarks.quality.alignment import align
-from benchmarks.quality.experiments import Row
+from benchmarks.quality.experiment import Experiment
 
 Measured = dict[str, float]
-KS = (5, 10)
-METRICS = tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS)
-# A sequence model's settings, as SequentialConfig and SequentialTrainingArguments name them.
-SEQUENCE_SETTINGS = {
-    "model": "architecture",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "inner": "intermediate_size",
-    "dropout": "dropout_rate",
-    "scaled": "scale_embeddings",
-    "loss": "loss",
-    "label_smoothing": "label_smoothing_factor",
-    "lr": "learning_rate",
-    "weight_decay": "weight_decay",
-    "batch_size": "per_device_train_batch_size",
-    "share": "target_share",
-    "schedule": "lr_scheduler_type",
-    "epochs": "num_train_epochs",
-    "patience": "early_stopping_patience",
-}
-CHOSEN_BY = "ndcg@10"  # on validation users
-# How a generator is asked: no weights depend on it.
-ASKED = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
+METRICS = ("recall@10", "ndcg@10")
+SELECTED_BY = "ndcg@10"
+# What a trained generator can be evaluated with: no weight depends on it.
+EVALUATION = ("eval_num_beams", "max_history", "item_score_weight", "per_device_eval_batch_size")
 DEPTH = 40  # items of a ranking that is kept
-EPOCHS, PATIENCE = 300, 20  # of sequence models that say nothing else: at most, and without a gain
-
-
-class Budget:
-    """Time for training, less what judging takes: CPU time of all threads, or wall time where a GPU trains."""
-
-    def __init__(self, minutes: float | None):
-        import torch
-
-        self._clock = time.perf_counter if torch.cuda.is_available() else cpu_seconds
-        self._seconds, self._start, self._paused = minutes and 60 * minutes, self._clock(), 0.0
-        self._wall = time.perf_counter()
-
-    def spent(self) -> float:
-        """The share that is used up; nothing of an unlimited one."""
-        return (self._clock() - self._start) / self._seconds if self._seconds else 0.0
-
-    def wall_seconds(self) -> float:
-        return time.perf_counter() - self._wall - self._paused
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        before, wall = self._clock(), time.perf_counter()
-        yield
-        self._start += self._clock() - before
-        self._paused += time.perf_counter() - wall
+# Ten evaluations on the way; the checkpoint with the best metric is loaded at the end.
+SELECTION = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+    "load_best_model_at_end": "true",
+    "metric_for_best_model": SELECTED_BY,
+    "greater_is_better": "true",
+}
+QUICK = {"hidden_size": 32, "decoder_layers": 1, "kmeans_iterations": 4, "max_steps": 10}
+QUICK_SELECTION = {"eval_steps": 0.5, "save_steps": 0.5}
 
 
 @dataclass
-class Contest:
-    """One seed's data: the split, and who is asked while training."""
+class Benchmark:
+    """
+    One seed's protocol.
+
+    Args:
+        data: the prepared data set.
+        exclude_seen: the items of a history are not ranked.
+        selection_users: validation users that select the checkpoint; 0 keeps the last weights.
+        quick: small models, few steps.
+    """
 
     data: Any
     exclude_seen: bool
     seed: int
-    judged_users: int
+    selection_users: int
+    quick: bool = False
 
     @cached_property
-    def asked(self) -> np.ndarray:
-        """Places of the validation users that decide when a training stops: the same for all rows of a seed."""
-        users = len(self.data.split.validation)
-        return np.sort(np.random.default_rng(self.seed).permutation(users)[: self.judged_users])
+    def selection(self):
+        """Examples of the validation users that select the checkpoint, the same for all experiments of a seed; None without them."""
+        if not self.selection_users:
+            return None
+        users = np.random.default_rng(self.seed).permutation(len(self.data.validation))[: self.selection_users]
+        return self.data.validation.select(np.sort(users))
 
-    def examples(self, split: str, only: np.ndarray | None = None):
-        examples = getattr(self.data.split, split)
-        return examples if only is None else examples.select(only)
+    def examples(self, split: str):
+        return getattr(self.data, split)
+
+    def sequences(self) -> list[np.ndarray]:
+        """The users' training sequences of item ids."""
+        sequences = [np.asarray(sequence) for sequence in self.data.train_sequences]
+        return sequences[:300] if self.quick else sequences
 
     def rows(self, examples, column: str) -> list[np.ndarray]:
-        """A column's items as positions in `data.item_ids`."""
+        """A column's items as item indices."""
         return [np.searchsorted(self.data.item_ids, items) for items in examples.with_format(None)[column]]
 
     def metrics(self, ranked: np.ndarray, examples) -> dict[str, float]:
         from onerec_hf.evaluation import ranking_metrics
 
         relevant = np.array(self.rows(examples, "session"))
-        return ranking_metrics(ranked, relevant, KS, len(self.data.item_ids))
+        return ranking_metrics(ranked, relevant, (10,), len(self.data.item_ids))
 
-    def judged(
+    def evaluate(
         self, rank: Callable[[list[np.ndarray]], np.ndarray], splits: Sequence[str], keep: str | None = None
     ) -> Measured:
-        """Metrics of what ranks items for histories, as `SPLIT/METRIC`; the rankings are kept in files whose names begin with `keep`."""
+        """Metrics of a function from histories to rankings; with `keep` the rankings are saved as `KEEP-SPLIT.npz`."""
         found = {}
         for split in splits:
             examples = self.examples(split)
@@ -111,168 +94,153 @@ class Contest:
             if keep is not None:
                 np.savez_compressed(f"{keep}-{split}.npz", rows=ranked.astype(np.int32))
             metrics = self.metrics(ranked, examples)
-            found |= {f"{split}/{name}": metrics[name] for name in METRICS}
+            found |= {named(split, name): metrics[name] for name in METRICS}
         return found
 
 
-def for_items(name: str, row: Row, items) -> Row:
+def named(split: str, metric: str) -> str:
+    """A metric's name in the results: `ndcg@10` on test users, `validation/ndcg@10` on validation users."""
+    return metric if split == "test" else f"{split}/{metric}"
+
+
+def with_text(experiment: Experiment, items) -> Experiment:
     """
-    The row, its semantic IDs and features made of the items' texts where their embeddings are not given.
+    The experiment with embeddings of the items' texts where the data set gives no embeddings.
 
     Raises:
-        ValueError: there are no texts either.
+        ValueError: the items have no texts either.
     """
-    made_of = {key: row.settings[key] for key in ("embedding", "features") if key in row.settings}
+    inputs = {key: experiment.settings[key] for key in ("embedding", "features") if key in experiment.settings}
     if items is None:
-        if any(kinds != "behaviour" for kinds in made_of.values()):
+        if any(kinds != "behaviour" for kinds in inputs.values()):
             raise ValueError(
-                f"the row {name} takes items' texts, and the data set has none: IDs can do with --set embedding=behaviour"
+                f"experiment {experiment.name} needs item texts, and the data set has none. "
+                "Semantic IDs can do without: --set embedding=behaviour"
             )
     elif items.embeddings is None:
-        made_of = {key: kinds.replace("given", "text") for key, kinds in made_of.items()}
-    return replace(row, settings={**row.settings, **made_of})
+        inputs = {key: kinds.replace("given", "text") for key, kinds in inputs.items()}
+    return replace(experiment, settings={**experiment.settings, **inputs})
 
 
-def run_row(
-    contest: Contest,
-    row: Row,
-    config: list[str],
-    minutes: float | None,
-    splits: Sequence[str],
-    keep: str | None = None,
+def run_experiment(
+    benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep: str | None = None
 ) -> Measured:
     """
-    One row for one seed: the metrics on these splits, as `SPLIT/METRIC`; `chosen`, what the validation users that are asked said of the weights
-    that stayed (with `judged_users` 0 nobody is asked, the last weights stay, and there is no such number); `train_seconds`, wall time without
-    judging; and parameters.
+    One experiment with one seed.
 
     Args:
-        minutes: of [`Budget`] for training; as long as the row's settings say when None.
-        keep: a generator is kept in this folder, the rankings of any trained model in files whose names begin so.
+        config: options of `onerec-hf train` that name the recipe and the data.
+        keep: a generator is saved into this folder, the rankings of any trained model into files whose names begin with it.
+
+    Returns:
+        The metrics of [`named`], `train_seconds` (wall time without evaluation) and `parameters`; with selection users `chosen`, the metric of the
+        selected checkpoint on them.
     """
-    runs = {"ranking": _run_ranking, "sequence": _run_sequence, "onerec": _run_onerec}
-    return runs[row.kind](contest, row, config, minutes, splits, keep)
+    kinds = {"ranking": _run_ranking, "sequential": _run_sequential, "onerec": _run_onerec}
+    return kinds[experiment.kind](benchmark, experiment, config, splits, keep)
 
 
-def _run_ranking(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
+def _run_ranking(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
     from onerec_hf.baselines import ItemKNNBaseline, PopularityBaseline
 
-    baseline = PopularityBaseline() if row.settings["model"] == "popularity" else ItemKNNBaseline()
-    baseline.fit(contest.data.train_rows(), len(contest.data.item_ids))
-    return contest.judged(lambda histories: baseline.recommend(histories, 10, contest.exclude_seen), splits)
+    models = {"popularity": PopularityBaseline, "item_knn": ItemKNNBaseline}
+    model = models[experiment.settings["model"]]()
+    model.fit(benchmark.data.train_rows(), len(benchmark.data.item_ids))
+    return benchmark.evaluate(lambda histories: model.recommend(histories, 10, benchmark.exclude_seen), splits)
 
 
-def _run_sequence(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
-    import torch
+def _run_sequential(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
+    from onerec_hf.trainers import fit_sequential
+    from onerec_hf.workflows.semantic_ids import embed_items
 
-    from benchmarks.quality.budget_trainer import BudgetSequentialTrainer
-    from onerec_hf.baselines import SequentialRecommender
-    from onerec_hf.trainers import SequentialTrainingArguments
-    from onerec_hf.workflows.steps import embed_items
-
-    data_args, id_args, *_ = parsed(config, {})
-    settings = {"epochs": 10_000 if minutes else EPOCHS, "patience": PATIENCE, **row.settings}
-    features, bf16 = None, {"float32": False, "bfloat16": True}[settings.pop("precision", "float32")]
+    data, (data_args, id_args, *_) = benchmark.data, parsed(config, {})
+    settings = {**experiment.settings, **({"num_train_epochs": 1} if benchmark.quick else {})}
+    features, ended = None, _StateAtEnd()
     if "features" in settings:
-        id_args.embedding, id_args.semantic_id_seed = settings.pop("features"), contest.seed
-        features = embed_items(contest.data, id_args)[0]
-    named = {SEQUENCE_SETTINGS[name]: value for name, value in settings.items()}
-    of_training = {name for name in named if name in SequentialTrainingArguments.__dataclass_fields__}
-    training = {name: named.pop(name) for name in of_training}
-    torch.manual_seed(contest.seed)
-    # As much history as the generators read.
-    model = SequentialRecommender.from_items(
-        contest.data.item_ids, features, **{"max_history": data_args.max_history, **named}
-    )
-    asked = contest.examples("validation", contest.asked) if contest.judged_users else None
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        args = SequentialTrainingArguments(
-            scratch,
-            save_strategy="best",
-            save_only_model=True,
-            eval_exclude_seen=contest.exclude_seen,
-            seed=contest.seed,
-            bf16=bf16,
-            report_to="none",
-            disable_tqdm=True,
-            **training,
+        id_args.embedding, id_args.semantic_id_seed = settings.pop("features"), benchmark.seed
+        features = embed_items(data, id_args)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        model = fit_sequential(
+            benchmark.sequences(),
+            benchmark.selection,
+            item_ids=data.item_ids,
+            features=features,
+            max_history=data_args.max_history,  # the generators read as much history
+            eval_exclude_seen=benchmark.exclude_seen,
+            seed=benchmark.seed,
+            callbacks=[ended],
+            **settings,
         )
-        budget = Budget(minutes)
-        sequences = contest.data.split.train_sequences
-        trainer = BudgetSequentialTrainer(model, args, sequences, asked, budget=budget)
-        trainer.train()
-    more = {} if asked is None else {"chosen": trainer.state.best_metric}
-    seconds = budget.wall_seconds()
-    found = contest.judged(lambda histories: model.rank(histories, DEPTH, contest.exclude_seen), splits, keep)
-    return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
+    found = benchmark.evaluate(lambda histories: model.rank(histories, DEPTH, benchmark.exclude_seen), splits, keep)
+    return {**found, **_training_metrics(ended.state), "parameters": model.num_parameters()}
 
 
-def _run_onerec(contest: Contest, row: Row, config: list[str], minutes: float | None, splits: Sequence[str], keep):
+class _StateAtEnd(TrainerCallback):
+    """Holds the trainer's state at the end of training."""
+
+    state: Any = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.state = state
+
+
+def _training_metrics(state) -> Measured:
+    """`train_seconds` without the evaluations, and `chosen` if a checkpoint was selected."""
+    seconds = sum(entry.get("train_runtime", 0.0) - entry.get("eval_runtime", 0.0) for entry in state.log_history)
+    return {"train_seconds": seconds, **({} if state.best_metric is None else {"chosen": state.best_metric})}
+
+
+def _run_onerec(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
     from transformers import set_seed
 
-    from benchmarks.quality.budget_trainer import BudgetTrainer
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows.steps import fit_catalogue, new_model
+    from onerec_hf import OneRecProcessor
+    from onerec_hf.trainers import OneRecTrainer
+    from onerec_hf.workflows.artefact import new_model
+    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
-    settings = dict(row.settings)
-    weights = [float(weight) for weight in _listed(settings.pop("item_score_weights", ()))]
-    alignment = settings.pop("alignment", None)
-    averaged, least = settings.pop("averaged", None), float(settings.pop("least_learning_rate", 0))
+    settings = {**experiment.settings, **(SELECTION if benchmark.selection_users else {"save_strategy": "no"})}
+    if benchmark.quick:
+        settings |= {**QUICK, **(QUICK_SELECTION if benchmark.selection_users else {})}
     data_args, id_args, model_args, run_args, training_args = parsed(config, settings)
-    data = with_windows(contest.data, data_args, run_args.train_on)
-    set_seed(contest.seed)
-    id_args.semantic_id_seed = training_args.seed = contest.seed
+    data = with_windows(benchmark.data, data_args, run_args.train_on)
+    set_seed(benchmark.seed)
+    id_args.semantic_id_seed = training_args.seed = benchmark.seed
     fitted = fit_catalogue(data, id_args)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=data_args.max_history)
     model = new_model(model_args, processor, data_args.session_length)
-    say(f"{model.num_parameters():,} parameters, {len(data.split.train):,} examples")
-    with _unsaved(training_args):
-        if minutes:
-            training_args.num_train_epochs, training_args.max_steps = 10_000, -1
-        asked = contest.examples("validation", contest.asked) if contest.judged_users else None
-        budget = Budget(minutes)
-        trainer = BudgetTrainer(
-            model,
-            training_args,
-            train_dataset=data.split.train,
-            processing_class=processor,
-            asked=asked,
-            budget=budget,
-            least_learning_rate=least,
-            averaged=averaged and float(averaged),
+    say(f"{model.num_parameters():,} parameters, {len(data.train):,} examples")
+    with _scratch(training_args):
+        trainer = OneRecTrainer(
+            model, training_args, train_dataset=data.train, eval_dataset=benchmark.selection, processing_class=processor
         )
         trainer.train()
-        seconds, state, more = budget.wall_seconds(), trainer.state, {}
-        say(f"{state.global_step} steps, {state.epoch:.2f} epochs")
-        if asked is not None:
-            more["chosen"] = trainer.restore_best()
-            if weights:
-                more = dict(zip(("chosen", "item_score_weight"), trainer.best_item_score_weight(weights), strict=True))
-        if alignment is not None:
-            seconds += _aligned(model, processor, contest, data_args, alignment)
+        say(f"{trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs")
+        measured = _training_metrics(trainer.state)
+        if experiment.alignment is not None:
+            measured["train_seconds"] += _aligned(model, processor, benchmark, data_args, experiment.alignment)
         if keep is not None:
             trainer.save_model(keep)
-        found = _judged_generator(trainer, contest, splits, keep)
-    return {**found, **more, "train_seconds": seconds, "parameters": model.num_parameters()}
+        found = _evaluate_generator(trainer, benchmark, splits, keep)
+    return {**found, **measured, "parameters": model.num_parameters()}
 
 
 @contextlib.contextmanager
-def _unsaved(training_args) -> Iterator[None]:
-    """A trainer of these arguments leaves no files behind, and what it prints stays out of the table."""
+def _scratch(training_args) -> Iterator[None]:
+    """A trainer with these arguments leaves no files, and its prints stay out of the table."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        training_args.output_dir, training_args.save_strategy, training_args.disable_tqdm = scratch, "no", True
+        training_args.output_dir, training_args.disable_tqdm = scratch, True
         yield
 
 
-def _aligned(model, processor, contest: Contest, data_args, settings: dict[str, Any]) -> float:
-    """Goes on training `model` ([`align`]); the seconds it took."""
-    windows, began = with_windows(contest.data, data_args, "windows").split.train, time.perf_counter()
-    align(model, processor, contest, windows, settings)
+def _aligned(model, processor, benchmark: Benchmark, data_args, settings: dict[str, Any]) -> float:
+    """Trains `model` on by preference alignment; the seconds that took."""
+    windows, began = with_windows(benchmark.data, data_args, "windows").train, time.perf_counter()
+    align(model, processor, benchmark, windows, settings)
     return time.perf_counter() - began
 
 
-def judge_kept(
-    contest: Contest,
+def evaluate_folder(
+    benchmark: Benchmark,
     folder: str,
     settings: dict[str, Any],
     config: list[str],
@@ -281,47 +249,46 @@ def judge_kept(
     alignment: dict[str, Any] | None = None,
 ) -> Measured:
     """
-    The metrics of a generator that a run kept, asked otherwise or aligned first (which takes `align_seconds`).
+    The metrics of a saved generator, with other evaluation settings or after alignment (then with `align_seconds`).
 
     Args:
-        folder: what `run_row` was given as `keep`.
-        settings: some of ASKED.
-        keep: its rankings are kept in files whose names begin so, and in a folder of that name what alignment made of it.
+        folder: the `keep` of [`run_experiment`].
+        settings: some of EVALUATION.
+        keep: its rankings are saved into files whose names begin with it, and the aligned generator into a folder of that name.
         alignment: settings of [`align`].
     """
-    from onerec_hf import OneRecForConditionalGeneration
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer
 
-    data_args, _, model_args, _, training_args = parsed(config, settings)
+    data_args, _, model_args, _, training_args = parsed(config, {**settings, "save_strategy": "no"})
     processor = OneRecProcessor.from_pretrained(folder, max_history=data_args.max_history)
     model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     if "item_score_weight" in settings:
-        model.config.item_score_weight = model_args.item_score_weight
-    with _unsaved(training_args):
+        model.generation_config.item_score_weight = model_args.item_score_weight
+    with _scratch(training_args):
         more = {}
         if alignment is not None:
             data_args.session_length = model.config.session_length
-            more["align_seconds"] = _aligned(model, processor, contest, data_args, alignment)
+            more["align_seconds"] = _aligned(model, processor, benchmark, data_args, alignment)
         trainer = OneRecTrainer(
-            model, training_args, train_dataset=contest.data.split.train, processing_class=processor
+            model, training_args, train_dataset=benchmark.data.train, processing_class=processor
         )
         if keep is not None and alignment is not None:
             trainer.save_model(keep)
-        return {**_judged_generator(trainer, contest, splits, keep), **more}
+        return {**_evaluate_generator(trainer, benchmark, splits, keep), **more}
 
 
-def _judged_generator(trainer, contest: Contest, splits: Sequence[str], keep: str | None) -> Measured:
-    found = {split: trainer.evaluate(contest.examples(split), metric_key_prefix="") for split in splits}
+def _evaluate_generator(trainer, benchmark: Benchmark, splits: Sequence[str], keep: str | None) -> Measured:
+    found = {split: trainer.evaluate(benchmark.examples(split), metric_key_prefix="") for split in splits}
     if keep is not None:
         for split in splits:
-            save_rankings(f"{keep}-{split}.npz", trainer, contest.examples(split))
-    names = ("invalid_id_rate", *METRICS)
-    return {f"{split}/{name}": values[f"_{name}"] for split, values in found.items() for name in names}
+            save_rankings(f"{keep}-{split}.npz", trainer, benchmark.examples(split))
+    metrics = ("invalid_id_rate", *METRICS)
+    return {named(split, metric): values[f"_{metric}"] for split, values in found.items() for metric in metrics}
 
 
 def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
-    """Rows of the `depth` items that are ranked best for each user, and their scores, best first."""
+    """Saves each user's `depth` best item indices and their scores, best first."""
     rows, scores = [], []
     processor, model = trainer.processing_class, trainer.model
     trainer.args.train_sampling_strategy = "random"  # users in their order
@@ -337,39 +304,36 @@ def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
     np.savez_compressed(path, rows=np.concatenate(rows), scores=np.concatenate(scores))
 
 
-def fused(contest: Contest, files: Sequence[str], splits: Sequence[str], rescored: bool = False) -> Measured:
+def ensemble(benchmark: Benchmark, files: Sequence[str], splits: Sequence[str]) -> Measured:
     """
-    Metrics of several models' rankings as one: an item's score is the sum of 1 / (60 + rank) over the models that rank it (reciprocal rank
-    fusion, Cormack et al., SIGIR 2009).
+    Metrics of an ensemble by reciprocal rank fusion (Cormack et al., SIGIR 2009): an item's score is the sum of 1 / (60 + rank) over the models
+    that rank it.
 
     Args:
-        files: what `run_row` was given as `keep`.
-        rescored: no items but those that the first of them ranks: its beams, put in another order by the others.
+        files: the `keep` of [`run_experiment`], one for each model.
     """
     found = {}
     for split in splits:
         rankings = [np.load(f"{file}-{split}.npz")["rows"] for file in files]
-        items, users = len(contest.data.item_ids), len(rankings[0])
-        ranked = np.empty((users, max(KS)), dtype=np.int64)
+        items, users = len(benchmark.data.item_ids), len(rankings[0])
+        ranked = np.empty((users, 10), dtype=np.int64)
         for user in range(users):
-            scores = np.zeros(items + 1)  # the last one is of places without an item
+            scores = np.zeros(items + 1)  # the last one belongs to beams without an item
             for rows in rankings:
                 scores[rows[user]] += 1 / (60 + np.arange(1, rows.shape[1] + 1))
-            if rescored:
-                scores[np.setdiff1d(np.arange(items), rankings[0][user])] = 0
-            ranked[user] = np.argsort(-scores[:items], kind="stable")[: max(KS)]
-        metrics = contest.metrics(ranked, contest.examples(split))
-        found |= {f"{split}/{name}": metrics[name] for name in METRICS}
+            ranked[user] = np.argsort(-scores[:items], kind="stable")[:10]
+        metrics = benchmark.metrics(ranked, benchmark.examples(split))
+        found |= {named(split, name): metrics[name] for name in METRICS}
     return found
 
 
 def parsed(config: list[str], settings: dict[str, Any]) -> tuple[Any, ...]:
-    """`onerec-hf train`'s arguments of a configuration, with settings over it."""
-    from onerec_hf.cli.arguments import DataArguments, ModelArguments, SemanticIDArguments, parse
-    from onerec_hf.cli.train import TrainArguments
+    """The settings of `onerec-hf train` (data, semantic IDs, model, training) from a configuration, with settings over it."""
+    from onerec_hf.cli.arguments import parse
     from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows import DataSettings, ModelSettings, SemanticIDSettings, TrainSettings
 
-    kinds = (DataArguments, SemanticIDArguments, ModelArguments, TrainArguments, OneRecTrainingArguments)
+    kinds = (DataSettings, SemanticIDSettings, ModelSettings, TrainSettings, OneRecTrainingArguments)
     over = [str(part) for name, value in settings.items() for part in (f"--{name}", *_listed(value))]
     return parse(kinds, [*config, *over], "train")
 
@@ -378,13 +342,15 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def with_windows(data, args, train_on: str):
-    """The data with training examples of these lengths; validation and test stay the contest's."""
-    from onerec_hf.cli.train import on_prefixes
+def with_windows(data, settings, train_on: str):
+    """The data set with training examples of these lengths; validation and test users stay those of the benchmark."""
     from onerec_hf.data import leave_one_out
 
     split = leave_one_out(
-        data.sequences, session_length=args.session_length, max_history=args.max_history, stride=args.stride
+        data.sequences,
+        session_length=settings.session_length,
+        max_history=settings.max_history,
+        stride=settings.stride,
     )
-    data = replace(data, split=replace(data.split, train=split.train))
-    return on_prefixes(data, args) if train_on == "prefixes" else data
+    data = replace(data, split=replace(data.split, train=split.train), settings=settings)
+    return data.on_prefixes() if train_on == "prefixes" else data

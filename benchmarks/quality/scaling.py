@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/scaling.py`
+
 from benchmarks.harness import cpu_seconds, dataset_options, finish, one_thread, parser, recipe_and_folder, say
 
 KINDS = {"dense": 1, "experts": 8}

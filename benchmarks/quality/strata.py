@@ -1,31 +1,33 @@
 """
-What the rankings say that quality.py --keep wrote, means over the files of a row: NDCG@10 by how often the target was bought in training and by whether
-training has seen it follow the item before it, and the difference to another row, user by user.
+Which users a model ranks well: NDCG@10 by how often the target occurs in training and by whether training has it directly after the item before it,
+and the difference to another model user by user. Reads the rankings that benchmarks/quality/run.py --keep saved; means over the files of a model.
 
-    python benchmarks/quality/strata.py --data_dir ../shared/data/amazon_beauty --row kept/onerec_items_dropout-[012]-test.npz \\
-        --against kept/sasrec_ce-[012]-test.npz
+    python benchmarks/quality/strata.py --row kept/onerec-[012]-test.npz --against kept/sasrec_text-[012]-test.npz
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import one_thread
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/strata.py`
+
+from benchmarks.harness import dataset_options, finish, one_thread, parser, recipe_and_folder
 from benchmarks.quality.runs import parsed
 
 COUNTS = {"10 times or fewer": (0, 10), "11 to 30": (11, 30), "31 and more": (31, 10**9)}
 
 
 def last_rows(data, split: str, column: str) -> np.ndarray:
-    """(users,) positions in `data.item_ids` of each user's last item in this column."""
-    examples = getattr(data.split, split).with_format(None)
+    """(users,) index of each user's last item in this column."""
+    examples = getattr(data, split).with_format(None)
     return np.searchsorted(data.item_ids, [items[-1] for items in examples[column]])
 
 
 def strata(data, split: str) -> dict[str, np.ndarray]:
-    """Which users belong to each, by their targets."""
+    """(users,) masks by the users' targets."""
     rows = data.train_rows()
     counts = np.bincount(np.concatenate(rows), minlength=len(data.item_ids))
     followed = {pair for row in rows for pair in zip(row[:-1].tolist(), row[1:].tolist(), strict=True)}
@@ -33,10 +35,10 @@ def strata(data, split: str) -> dict[str, np.ndarray]:
     seen = np.array([pair in followed for pair in zip(before.tolist(), target.tolist(), strict=True)])
     of = counts[target]
     by_count = {name: (of >= low) & (of <= high) for name, (low, high) in COUNTS.items()}
-    return {"all": np.ones_like(seen), **by_count, "seen to follow": seen, "not seen": ~seen}
+    return {"all": np.ones_like(seen), **by_count, "pair in training": seen, "pair not in training": ~seen}
 
 
-def found(files: list[str], target: np.ndarray) -> dict[str, np.ndarray]:
+def per_user(files: list[str], target: np.ndarray) -> dict[str, np.ndarray]:
     """(users,) recall@10 and NDCG@10, means over files."""
     from onerec_hf.evaluation.metrics import ndcg_at_k, recall_at_k
 
@@ -49,27 +51,49 @@ def found(files: list[str], target: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data_dir", required=True)
-    options.add_argument("--dataset", default="amazon-beauty")
-    options.add_argument("--row", nargs="+", required=True, metavar="NPZ")
-    options.add_argument("--against", nargs="+", default=[], metavar="NPZ")
+    options = parser(__doc__)
+    dataset_options(options)
+    options.add_argument("--row", nargs="+", metavar="NPZ", help="rankings of a model; with --quick of popularity")
+    options.add_argument("--against", nargs="+", default=[], metavar="NPZ", help="rankings of another model")
     asked = options.parse_args()
+    if not asked.row and not asked.quick:
+        options.error("pass the rankings of a model: --row FILES, from benchmarks/quality/run.py --keep")
+    one_thread()
+    from onerec_hf.evaluation.results import result_row
     from onerec_hf.workflows import load_in_memory
 
-    data = load_in_memory(
-        parsed(["--dataset", asked.dataset, "--data_dir", asked.data_dir, "--output_dir", "-"], {})[0]
-    )
-    split = asked.row[0].removesuffix(".npz").rsplit("-", 1)[1]
-    target, users = last_rows(data, split, "session"), strata(data, split)
-    rows = [found(files, target) for files in (asked.row, asked.against) if files]
+    recipe, folder = recipe_and_folder(asked)
+    data = load_in_memory(parsed(["--config", str(recipe), "--data_dir", folder], {})[0])
+    split = asked.row[0].removesuffix(".npz").rsplit("-", 1)[1] if asked.row else "test"
+    target, users, rows = last_rows(data, split, "session"), strata(data, split), []
+    files = {"model": asked.row, "other": asked.against}
+    measured = {name: per_user(some, target) for name, some in files.items() if some}
+    measured = measured or {"model": popularity(data, split, target)}
     for name, share in users.items():
-        print(f"{name:18s} {share.mean():6.1%}", *(f"{row['ndcg@10'][share].mean():.4f}" for row in rows), sep="  ")
-    for metric in rows[0] if asked.against else ():
-        more = rows[0][metric] - rows[1][metric]
-        print(f"{metric}: {more.mean():+.4f}, standard error {more.std() / len(more) ** 0.5:.4f}")
+        rows.append(result_row(f"{name}/users", share.mean(), "share"))
+        for model, metrics in measured.items():
+            rows.append(result_row(f"{name}/{model}/ndcg@10", metrics["ndcg@10"][share].mean(), "share"))
+    if "other" in measured:
+        for metric, values in measured["model"].items():
+            more = values - measured["other"][metric]
+            rows.append(result_row(f"difference/{metric}", more.mean(), "share", against="other"))
+            rows.append(result_row(f"difference/{metric}/standard_error", more.std() / len(more) ** 0.5, "share"))
+    finish(rows, asked.json, split=split, files=files, protocol=data.split.description)
+
+
+def popularity(data, split: str, target: np.ndarray) -> dict[str, np.ndarray]:
+    """[`per_user`] of the popularity baseline, which needs no saved rankings."""
+    from onerec_hf.baselines import PopularityBaseline
+    from onerec_hf.evaluation.metrics import ndcg_at_k, recall_at_k
+
+    model = PopularityBaseline()
+    model.fit(data.train_rows(), len(data.item_ids))
+    examples = getattr(data, split).with_format(None)
+    histories = [np.searchsorted(data.item_ids, items) for items in examples["history"]]
+    ranked = model.recommend(histories, 10, True)
+    metrics = {"recall@10": recall_at_k, "ndcg@10": ndcg_at_k}
+    return {name: np.asarray(metric(ranked, target[:, None], 10, per_row=True)) for name, metric in metrics.items()}
 
 
 if __name__ == "__main__":
-    one_thread()
     main()

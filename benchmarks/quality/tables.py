@@ -1,98 +1,124 @@
 """
-The tables of the contest, made from the results of benchmarks/quality/run.py: README's, with the numbers of others' papers beside ours, and the
-ablations of docs/contest.md.
+The generated tables of README.md, docs/benchmarks.md and NOTES.md, from benchmarks/results/quality*.json.
 
     python benchmarks/quality/tables.py           writes them into their pages
-    python benchmarks/quality/tables.py --check   exits with status 1 where a page has another one
+    python benchmarks/quality/tables.py --check   exits with status 1 where a page differs
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.quality.experiments import ROWS
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/tables.py`
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"contest": ROOT / "README.md", "ablations": ROOT / "docs" / "contest.md"}
-RESULTS = {
-    "contest": ROOT / "benchmarks" / "results" / "quality.json",
-    "ablations": ROOT / "benchmarks" / "results" / "quality_ablations.json",
+from benchmarks.quality.experiment import load
+from benchmarks.quality.search import METRIC, searched, trial_name
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE, NOTES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", Path(__file__).with_name("NOTES.md")
+DATASET = "amazon-beauty"
+MAIN = ("popularity", "item_knn", "tiger", "hstu", "sasrec", "sasrec_text", "onerec_search", "onerec")
+# Recall@10 / NDCG@10 on Beauty with the same split, and where they were published.
+PUBLISHED = {
+    "tiger": ".0648 / .0384 (TIGER paper)",
+    "hstu": ".0704 / .0389 (ActionPiece paper)",
+    "sasrec": ".0859 / .0503 (a replication)",
 }
-BEGIN, END = "<!-- quality table: benchmarks/quality/tables.py -->\n", "<!-- end of the quality table -->\n"
-
-# What stands in a row, and what was published for Beauty with the same split: recall@10, NDCG@10, where.
-CONTEST = {
-    "popularity": ("Popularity", ""),
-    "item_knn": ("Item-kNN", ""),
-    "gru4rec": ("GRU4Rec, full cross-entropy", ".0283 / .0137 (TIGER's paper)"),
-    "gru4rec_smoothed": ("tuned further: labels smoothed, wider, larger steps", ""),
-    "searched_gru4rec": ("the best of 16 settings drawn at random", ""),
-    "sasrec_bce": ("SASRec, one random negative", ".0605 / .0318 (TIGER's paper)"),
-    "sasrec_ce": ("SASRec, full cross-entropy", ".0859 / .0503 (a replication)"),
-    "sasrec_ce_smoothed": ("tuned further: labels smoothed, larger steps", ""),
-    "sasrec_ce_smoothed_fused": ("its three seeds, fused by rank", ""),
-    "searched_sasrec": ("SASRec, the best of 16 settings drawn at random", ""),
-    "sasrec_ce_text": ("SASRec that reads items' texts too, labels smoothed", ""),
-    "sasrec_ce_text_fused": ("its three seeds, fused by rank", ""),
-    "searched_sasrec_text": ("SASRec that reads items' texts too, the best of 16 settings drawn at random", ""),
-    "searched_sasrec_text_fused": ("its three seeds, fused by rank", ""),
-    "hstu": ("HSTU, full cross-entropy", ".0704 / .0389 (ActionPiece's paper)"),
-    "hstu_smoothed": ("tuned further: labels smoothed, larger batches", ""),
-    "hstu_smoothed_fused": ("its three seeds, fused by rank", ""),
-    "searched_hstu": ("HSTU, the best of 16 settings drawn at random", ""),
-    "tiger": ("TIGER of our parts", ".0648 / .0384 (TIGER's paper)"),
-    "searched_tiger": ("the best of 16 settings drawn at random", ""),
-    "codes_text": ("*of 0.2 million weights, 2 minutes of a CPU:* OneRec, one item a session, IDs of texts", ""),
-    "codes": ("+ aligned IDs", ""),
-    "codes_m5": ("+ sessions of five, 6 to 8 minutes", ""),
-    "codes_ntp": ("aligned IDs, one item, as many steps more as alignment takes, without preferences", ""),
-    "codes_ipa": ("the same steps with preference alignment", ""),
-    "onerec_pointwise": ("*larger:* OneRec, one item a session", ""),
-    "onerec_items_scaled_cpu": ("*on a CPU in 15 minutes:* one place per item, scaled, beams guided", ""),
-    "onerec_items_coded_cpu": ("and items named by their codes too, 15 minutes", ""),
-    "onerec_items_dropout": ("and item vectors left out at random, more dropout, 12 minutes of a CPU", ""),
-    "onerec_items_smoothed": ("and labels smoothed, item scores weighing more, 12 minutes of a CPU", ""),
-    "onerec_items_smoothed_fused": ("its three seeds, fused by rank", ""),
-    "searched_onerec": ("OneRec, the best of 16 settings drawn at random", ""),
-    "searched_onerec_fused": ("its three seeds, fused by rank", ""),
-    "onerec_sasrec_fused": ("*two models fused by rank:* the OneRec and the SASRec tuned further by hand", ""),
-    "onerec_sasrec_text_fused": ("the OneRec and the SASRec that reads texts, tuned by hand", ""),
-    "searched_onerec_sasrec_text_fused": ("the OneRec and the SASRec that reads texts, of 16 settings each", ""),
-    "searched_sasrec_text_pair_fused": ("two seeds of that SASRec", ""),
-    "searched_sasrec_both_fused": ("that SASRec and the one without texts, of 16 settings each", ""),
-    "searched_hstu_sasrec_text_fused": ("that SASRec and the HSTU of 16 settings", ""),
-    "onerec_sasrec_text_six_fused": (
-        "*three and three:* the OneRec and the SASRec that reads texts, tuned by hand",
-        "",
-    ),
-    "searched_onerec_sasrec_text_six_fused": ("the OneRec and the SASRec that reads texts, of 16 settings each", ""),
-    "searched_sasrec_six_fused": ("the SASRecs with texts and without, of 16 settings each", ""),
-}
+TAUGHT = (
+    "small",
+    "small_kmeans",
+    "small_rq_vae",
+    "small_text",
+    "small_digit",
+    "small_24_experts",
+    "small_item_vectors",
+    "small_wide",
+)
+FEWER = (1, 2, 4, 8)  # trials
 
 
-def table(which: str, results: dict, dataset: str = "amazon-beauty") -> str:
+def main_table(results: dict[str, Any], published: bool = False) -> str:
+    """Recall and NDCG on test of the models in MAIN."""
+    rows, lines = _by_name(results), []
+    for name in MAIN:
+        recall, ndcg = (spread(rows[f"{DATASET}/{name}/{metric}"]) for metric in ("recall@10", "ndcg@10"))
+        lines.append([load(name).description, recall, ndcg, *([PUBLISHED.get(name, "")] if published else [])])
+    return markdown(["Amazon Beauty, test", "Recall@10", "NDCG@10", *(["published"] if published else [])], lines)
+
+
+def ablation_table(results: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """Recall and NDCG on validation of these ablations, of all in the results by default."""
+    rows, lines = _by_name(results), []
+    for name in names or [experiment.split("/")[1] for experiment in results["experiments"]]:
+        metrics = (spread(rows[f"{DATASET}/{name}/validation/{metric}"]) for metric in ("recall@10", "ndcg@10"))
+        lines.append([load(name).description, *metrics, f"{rows[f'{DATASET}/{name}/parameters']['value']:,.0f}"])
+    return markdown(["Amazon Beauty, validation", "Recall@10", "NDCG@10", "parameters"], lines)
+
+
+def search_table(search: dict[str, Any], results: dict[str, Any]) -> str:
     """
-    The Markdown table.
+    Per model the expected best NDCG@10 on validation after fewer trials, the best of all, and the winner with three seeds.
 
     Args:
-        which: `contest` or `ablations`.
-        results: the JSON's content.
+        search: results of the trials.
+        results: results of the winners.
+
+    Raises:
+        ValueError: the models have different numbers of trials.
     """
-    rows = {row["name"]: row for row in results["rows"]}
-    split, last = ("test", "published") if which == "contest" else ("validation", "weights")
-    named = CONTEST if which == "contest" else {name: (row.says, "") for name, row in ROWS.items()}
-    lines = [f"| Beauty, {split} | recall@10 | NDCG@10 | seeds | {last} |", "|---|---|---|---|---|"]
-    for name, (says, published) in named.items():
-        row = f"{dataset}/{name}"
-        if f"{row}/{split}/recall@10" not in rows:
-            continue
-        recall, ndcg = (rows[f"{row}/{split}/{metric}@10"] for metric in ("recall", "ndcg"))
-        end = published if which == "contest" else f"{rows[f'{row}/parameters']['value']:,.0f}"
-        lines.append(f"| {says} | {spread(recall)} | {spread(ndcg)} | {len(recall['seeds'])} | {end} |")
-    return "\n".join(lines) + "\n"
+    rows, lines = _by_name(results), []
+    values = {name: trial_values(search, name) for name in searched()}
+    trials = {name: len(some) for name, some in values.items()}
+    if len(set(trials.values())) > 1:
+        raise ValueError(f"the models have different numbers of trials, {trials}. Run search.py for the others")
+    for name, some in values.items():
+        fewer = [number(expected_best(some, count)) for count in FEWER]
+        seeds = [spread(rows[f"{DATASET}/{name}/{metric}"]) for metric in (METRIC, "ndcg@10", "recall@10")]
+        lines.append([load(name).description, *fewer, number(max(some)), *seeds])
+    best_of = [f"best of {count}" for count in FEWER]
+    head = [
+        "NDCG@10, validation",
+        *best_of,
+        f"best of {max(trials.values())}",
+        "three seeds",
+        "test",
+        "test Recall@10",
+    ]
+    return markdown(head, lines)
+
+
+def expected_best(values: Sequence[float], trials: int) -> float:
+    """
+    The mean of the best value over all choices of `trials` of these values (expected validation performance, Dodge et al., arXiv 1909.03004,
+    without replacement).
+
+    Example:
+        >>> expected_best([0.1, 0.2, 0.4], 2)  # of .1 .2, .1 .4, .2 .4
+        0.3333333333333333
+    """
+    ordered = sorted(values)
+    choices = (math.comb(rank, trials - 1) for rank in range(len(ordered)))  # in which this one is the best
+    return sum(value * count for value, count in zip(ordered, choices, strict=True)) / math.comb(len(ordered), trials)
+
+
+def trial_values(search: dict[str, Any], experiment: str) -> list[float]:
+    """NDCG@10 on all validation users, a value per trial, in their order."""
+    rows, values = _by_name(search), []
+    while (name := f"{DATASET}/{trial_name(experiment, len(values))}/{METRIC}") in rows:
+        values.append(rows[name]["value"])
+    return values
+
+
+def _by_name(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in results["rows"]}
 
 
 def number(value: float) -> str:
@@ -100,46 +126,69 @@ def number(value: float) -> str:
     return f"{value:.4f}".lstrip("0")
 
 
-def spread(row: dict) -> str:
+def spread(row: dict[str, Any]) -> str:
     """`.0726 ± .0015`: mean and standard deviation over seeds."""
-    text = number(row["value"])
-    return text if row["deviation"] is None else f"{text} ± {row['deviation']:.4f}".replace("± 0", "± ")
+    seeds = list(row["seeds"].values())
+    return number(row["value"]) + (f" ± {number(statistics.stdev(seeds))}" if len(seeds) > 1 else "")
 
 
-def replaced(page: str, new: str, begin: str = BEGIN, end: str = END) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    first, *rest = (f"| {' | '.join(cells)} |\n" for cells in (head, *lines))
+    return first + "|---" * len(head) + "|\n" + "".join(rest)
+
+
+def tables(read: dict[str, dict[str, Any]]) -> dict[Path, dict[str, str]]:
+    """Per page its tables by name, from the content of `quality`, `quality_ablations` and `quality_search`."""
+    results, ablations, search = (read[name] for name in ("quality", "quality_ablations", "quality_search"))
+    return {
+        README: {"quality": main_table(results)},
+        PAGE: {"quality": main_table(results, published=True), "ablation": ablation_table(ablations, TAUGHT)},
+        NOTES: {"ablation": ablation_table(ablations), "search": search_table(search, results)},
+    }
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """The content of the result files by name."""
+    return {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("quality*.json")}
+
+
+def replaced(page: str, name: str, table: str) -> str:
     """
-    The page with this table in place of its own.
+    The page with this table between its two marker comments.
 
     Raises:
-        ValueError: the page has no place for it.
+        ValueError: the page lacks the markers.
     """
+    begin, end = f"<!-- {name} table: benchmarks/quality/tables.py -->\n", f"<!-- end of the {name} table -->\n"
     before, found, rest = page.partition(begin)
     _, ends, after = rest.partition(end)
     if not (found and ends):
-        raise ValueError(f"a page of the quality tables lacks the lines {begin.strip()} and {end.strip()}")
-    return before + begin + new + end + after
+        raise ValueError(f"a page lacks the lines {begin.strip()} and {end.strip()}. Add them where the table belongs")
+    return before + begin + table + end + after
 
 
-def write_or_check(pages: dict[Path, str], description: str | None) -> int:
-    """Writes pages as they should be, or with `--check` says which are not; the exit status."""
-    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="write nothing")
-    check, differ = arguments.parse_args().check, 0
-    for path, new in pages.items():
-        if not check:
-            path.write_text(new, encoding="utf-8")
-        elif new != path.read_text(encoding="utf-8"):
-            print(f"{path} has another table than the results give: run {Path(sys.argv[0]).name}", file=sys.stderr)
-            differ = 1
-    return differ
+def pages(read: dict[str, dict[str, Any]]) -> dict[Path, str]:
+    """Per page its text with the tables of these results."""
+    new = {}
+    for path, made in tables(read).items():
+        new[path] = path.read_text(encoding="utf-8")
+        for name, table in made.items():
+            new[path] = replaced(new[path], name, table)
+    return new
 
 
 def main() -> int:
-    pages = {}
-    for which, path in PAGES.items():
-        results = json.loads(RESULTS[which].read_text())
-        pages[path] = replaced(path.read_text(encoding="utf-8"), table(which, results))
-    return write_or_check(pages, __doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--check", action="store_true", help="write nothing")
+    check, status = options.parse_args().check, 0
+    for path, text in pages(read_results()).items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif text != path.read_text(encoding="utf-8"):
+            print(f"{path} differs from the results. Run {Path(__file__).name}", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/robustness/fuzz.py`
+
 from benchmarks.harness import finish, parser, say
 from benchmarks.robustness.fuzzing import Report, fuzz
 from benchmarks.robustness.parsers import PARSERS

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LONGEST_MESSAGE = 3_000  # characters; a message that repeats the file is none
 CHUNK = 500  # inputs per process: what one of them leaves behind does not pile up
 _SEEDS_KEPT = 256

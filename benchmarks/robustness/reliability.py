@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/robustness/reliability.py`
 
 PHASES = ("train", "align", "fit", "save", "push")
 KILLS, QUICK_KILLS = 20, 1

@@ -12,17 +12,21 @@ k-means; first_code_chance: that share if held-out items were dealt to users at 
 from __future__ import annotations
 
 import statistics
+import sys
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import cpu_seconds, finish, parser, say
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/embeddings.py`
+
+from benchmarks.harness import DATA, cpu_seconds, finish, parser, say
 
 CODES = 256
 
 
 def arguments():
-    options = parser("what aligning content embeddings with behaviour is worth")
-    options.add_argument("--data_dir", default="../shared/data/amazon_beauty", help="folder of Amazon Beauty's files")
+    options = parser(__doc__)
+    options.add_argument("--data_dir", default=f"{DATA}/amazon_beauty", help="folder of Amazon Beauty's files")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument(
         "--split", default="test", choices=("test", "validation"), help="validation to choose settings"

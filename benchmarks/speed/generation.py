@@ -18,11 +18,15 @@ import copy
 import itertools
 import multiprocessing
 import statistics
+import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/generation.py`
 
 from benchmarks.harness import cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from multiprocessing import get_context
@@ -26,6 +27,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/prepare.py`
 
 from benchmarks.harness import cpu_seconds, finish, parser, peak_gib, say
 from onerec_hf.evaluation.results import result_row

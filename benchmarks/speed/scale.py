@@ -27,7 +27,7 @@ from onerec_hf.planning import (
 )
 from onerec_hf.planning.plan import gib, gigabytes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "scale.md"
 BEGIN, END = "<!-- begin: benchmarks/speed/scale.py -->\n", "<!-- end: benchmarks/speed/scale.py -->\n"
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)

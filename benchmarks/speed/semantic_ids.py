@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/semantic_ids.py`
 
 from benchmarks.harness import cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
 from onerec_hf import ItemCatalogue

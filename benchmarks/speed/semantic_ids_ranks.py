@@ -14,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/semantic_ids_ranks.py`
 
 from benchmarks.harness import cpu_seconds, finish, parser, peak_gib, ratio_row, say
 from benchmarks.speed.semantic_ids import clustered

@@ -38,6 +38,8 @@ from typing import Annotated, Any
 
 from fastapi import Body
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/serving.py`
+
 from benchmarks.harness import finish, parser, say
 
 ITEMS, CODES = 12_000, 256

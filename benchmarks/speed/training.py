@@ -36,12 +36,16 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/speed/training.py`
+
+from benchmarks.harness import DATA, cpu_seconds, finish, interleaved, one_thread, parser, peak_gib, ratio_row, say
 
 MAX_HISTORY, PACKING_LENGTH = 20, 32
 HEADS, HEAD_DIM, INNER, CODES = 6, 64, 1024, [256, 256, 256]
@@ -53,7 +57,7 @@ WITH_PEAK = ("t5", "windows", "packed windows", "packed")
 
 def arguments():
     options = parser(__doc__)
-    options.add_argument("--data_dir", default="../shared/data/amazon_beauty", help="folder of Beauty's files")
+    options.add_argument("--data_dir", default=f"{DATA}/amazon_beauty", help="folder of Beauty's files")
     return options.parse_args()
 
 

@@ -80,8 +80,22 @@ def write_results(
         **more,
     }
     with replacing(path) as temporary, open(temporary, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(_text(content))
+
+
+def _text(content: dict[str, Any]) -> str:
+    """JSON with one line per row, and per entry of a mapping of mappings."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = [json.dumps(row) for row in value]
+            parts.append(f"{json.dumps(key)}: [\n  " + ",\n  ".join(lines) + "\n ]")
+        elif isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
+            lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]
+            parts.append(f"{json.dumps(key)}: {{\n  " + ",\n  ".join(lines) + "\n }")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

@@ -11,7 +11,7 @@ from onerec_hf.data.sequences import UserSequences
 
 
 @pytest.fixture(scope="module")
-def pieces(benchmarks):
+def pieces():
     from benchmarks.quality._sequence_training import pieces
 
     return pieces
@@ -38,7 +38,7 @@ def test_sequence_models_read_what_generators_read(pieces, length, longest):
     assert found == expected
 
 
-def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
+def test_training_reaches_the_oldest_items_of_long_sequences():
     import torch
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
@@ -51,7 +51,7 @@ def test_training_reaches_the_oldest_items_of_long_sequences(benchmarks):
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec", "hstu"])
-def test_items_of_the_same_features_are_read_and_named_alike(benchmarks, name):
+def test_items_of_the_same_features_are_read_and_named_alike(name):
     import torch
     from benchmarks.quality._sequence_models import SEQUENCE_MODELS
     from benchmarks.quality._sequence_training import train_sequence_model
@@ -88,7 +88,7 @@ def rates(monkeypatch):
     return found
 
 
-def test_a_cosine_ends_with_no_learning_rate(benchmarks, rates):
+def test_a_cosine_ends_with_no_learning_rate(rates):
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import learning_rate_factor, train_sequence_model
 
@@ -100,7 +100,7 @@ def test_a_cosine_ends_with_no_learning_rate(benchmarks, rates):
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
-def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
+def test_a_cosine_ends_with_the_budget_where_that_ends_first(rates):
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import learning_rate_factor, train_sequence_model
 
@@ -112,7 +112,7 @@ def test_a_cosine_ends_with_the_budget_where_that_ends_first(benchmarks, rates):
     assert rates == [0.5 * learning_rate_factor(share) for share in (1 / 100, 1 / 4, 2 / 4, 3 / 4)]
 
 
-def test_sequence_models_learn_in_bfloat16_too(benchmarks):
+def test_sequence_models_learn_in_bfloat16_too():
     import torch
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
@@ -129,7 +129,7 @@ def test_sequence_models_learn_in_bfloat16_too(benchmarks):
 
 
 @pytest.mark.parametrize("wrong", [{"schedule": "cosin"}, {"precision": "float16"}])
-def test_other_schedules_and_precisions_are_refused(benchmarks, wrong):
+def test_other_schedules_and_precisions_are_refused(wrong):
     from benchmarks.quality._sequence_models import SASRec
     from benchmarks.quality._sequence_training import train_sequence_model
 
