@@ -211,7 +211,11 @@ def _run_onerec(benchmark: Benchmark, experiment: Experiment, config: list[str],
     say(f"{model.num_parameters():,} parameters, {len(data.train):,} examples")
     with _scratch(training_args):
         trainer = OneRecTrainer(
-            model, training_args, train_dataset=data.train, eval_dataset=benchmark.selection, processing_class=processor
+            model,
+            training_args,
+            train_dataset=data.train,
+            eval_dataset=benchmark.selection,
+            processing_class=processor,
         )
         trainer.train()
         say(f"{trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs")
@@ -270,9 +274,7 @@ def evaluate_folder(
         if alignment is not None:
             data_args.session_length = model.config.session_length
             more["align_seconds"] = _aligned(model, processor, benchmark, data_args, alignment)
-        trainer = OneRecTrainer(
-            model, training_args, train_dataset=benchmark.data.train, processing_class=processor
-        )
+        trainer = OneRecTrainer(model, training_args, train_dataset=benchmark.data.train, processing_class=processor)
         if keep is not None and alignment is not None:
             trainer.save_model(keep)
         return {**_evaluate_generator(trainer, benchmark, splits, keep), **more}
