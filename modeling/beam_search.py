@@ -22,7 +22,7 @@ from .layers_onerec import history_positions, rotate
 
 class BeamDecoder:
     """
-    Decodes sessions incrementally: `step` feeds the next tokens of every beam, `reorder` says which beam each one continues.
+    Decodes sessions incrementally: `step` feeds the next tokens of every beam, `reorder` selects the beam that each one continues.
 
     Dropout is off. Adapters work: projections and experts are called as modules.
 
@@ -90,7 +90,7 @@ class BeamDecoder:
         return self.forward(tokens, slice(start, self.length))
 
     def forward(self, tokens: torch.Tensor, places: slice | torch.Tensor) -> torch.Tensor:
-        """One step, whose tokens stand at `places` of the session: a slice, or int64 indices when static."""
+        """One step for tokens at the positions `places` of the session: a slice, or int64 indices when static."""
         buffer = self.buffer[: len(tokens)]
         rope, cross_rope, visible = self._at(places)
         if isinstance(places, slice):
@@ -201,8 +201,7 @@ def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
         values, places = scores.sort(dim=1, descending=True, stable=True)
         return values, places
     if n > 16 * k * _BLOCK:
-        # The k best stand in the k blocks with the best maxima: of a block that is left out, k others hold something better (or equal
-        # and before it).
+        # The k best are in the k blocks with the best maxima: for any other block, k blocks hold a better value (or an equal one before it).
         blocks = F.pad(scores, (0, -n % _BLOCK), value=float("-inf")).view(rows, -1, _BLOCK)
         _, chosen = top_candidates(blocks.amax(2), k)
         chosen = chosen.sort(dim=1).values  # in order of places, for the ties
@@ -234,14 +233,14 @@ def beam_search(
     Scores are log-probabilities under the softmax over the full vocabulary, as in training; BOS between two items is given and adds
     nothing. Equal scores keep the order of their beams, then of their codes.
 
-    Sampling draws from the model held to what is legal: at each level, softmax over the legal children of `logits / temperature`. A
+    Sampling draws from the model restricted to legal items: at each level, softmax over the legal children of `logits / temperature`. A
     session's key is its log-probability plus Gumbel noise, drawn top-down so that the largest keys below a node are found without
     looking at all of its sessions (Kool et al., algorithm 1).
 
     Args:
         decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
-        generator: of the Gumbel noise, on the device of the model; or one per user, whose sessions then depend on nobody else's.
+        generator: of the Gumbel noise, on the device of the model; or one per user, so that sessions do not depend on the other users of the batch.
         guide: per level (users, nodes) floats ([`~item_head.node_scores`]), added to the scores of beams at these nodes of their first item; a whole
             session keeps the score of its first item. Sampling adds the increments to the logits.
     """

@@ -19,8 +19,8 @@ from .item_ids import check_codes, check_popularity, decode_ids, encode_ids, fin
 
 class CatalogueTable:
     """
-    The arrays of an [`ItemCatalogue`] and what is looked up in them. They may lie in a mapped file: nothing here writes to them, and
-    every lookup takes many items at once.
+    The arrays of an [`ItemCatalogue`] and the lookups in them. They may be mapped from a file and are never written to. Every lookup takes many
+    items at once.
 
     Args:
         item_ids, codes, codebook_sizes, popularity: as for [`ItemCatalogue`].
@@ -80,11 +80,11 @@ class CatalogueTable:
 
         Args:
             item_ids: integers or strings, as the catalogue holds them.
-            unknown: "error" raises on an id that the catalogue does not hold; "mask" gives -1 for it.
+            unknown: "error" raises on an id that is not in the catalogue; "mask" returns -1 for it.
 
         Raises:
             KeyError: unknown ids (how many, the first three).
-            TypeError: ids of the other type (a string asked of integer ids, say).
+            TypeError: ids of the other type (strings where the catalogue has integers).
         """
         wanted = self._encode(item_ids)
         rows = find_keys(self._keys, self._id_order, wanted)
@@ -181,8 +181,8 @@ class ItemCatalogue(CatalogueTable):
     """
     Item ids and their semantic IDs: N distinct ids, N distinct code tuples, in a fixed row order.
 
-    Ids are integers or strings, and come back exactly as they went in. Rows (int64, 0..N-1) are what the rest of the code computes
-    with; -1 stands for "no item".
+    Ids are integers or strings and are returned exactly as given. The rest of the code computes with item indices (int64, 0..N-1); -1 means
+    "no item".
 
     A catalogue never changes: [`add`], [`retire`] and [`restore`] return a new one, its `version` one higher and this one's hash at
     the end of its `lineage`. A model takes any catalogue that descends from its own, without training. A retired item keeps its row

@@ -68,7 +68,7 @@ class OneRecConfig(PreTrainedConfig):
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
-            The checkpoint format; a config in a newer one than the code knows is refused.
+            The checkpoint format; a newer format than the code's is refused.
 
     Example:
         >>> from onerec_hf import OneRecConfig

@@ -16,9 +16,9 @@ class OneRecRewardConfig(PreTrainedConfig):
 
     Args:
         num_items (`int`, defaults to 1):
-            Items that the model knows.
+            Number of items.
         item_feature_dim (`int`, defaults to 0):
-            Width of the fixed item features that stand beside the learned item embeddings; 0 for none.
+            Width of the fixed item features beside the learned item embeddings; 0 for none.
         objectives (`list[str]`, defaults to `["swt", "vtr", "wtr", "ltr"]`):
             One sigmoid tower each: session watch time, view, follow and like rates (equation 6). They become `id2label`.
         base_rates (`list[float]`, *optional*):
@@ -28,7 +28,7 @@ class OneRecRewardConfig(PreTrainedConfig):
             Weight of each objective in `score()`; objectives that are left out count nothing, and every one counts 1 when not given.
         score_fusion (`str`, defaults to `"lift"`):
             `"lift"`: the weighted mean of `r_k / base_rate_k`, so that a session like the average one scores 1 and rare objectives count
-            as much as common ones; `"probability"`: the weighted mean of `r_k`. The paper does not say how it fuses them.
+            as much as common ones; `"probability"`: the weighted mean of `r_k`. The paper leaves the fusion open.
         pooling (`str`, defaults to `"sum"`):
             How a session's items are pooled before the towers: `"sum"` (equation 6) or `"mean"`.
         hidden_size, num_attention_heads, intermediate_size:
@@ -44,7 +44,7 @@ class OneRecRewardConfig(PreTrainedConfig):
         feature_fingerprint (`str`, *optional*):
             Names the item features, for the record (`onerec_hf.semantic_ids.embedding_fingerprint`).
         format_version (`int`):
-            The checkpoint format; a config in a newer one than the code knows is refused.
+            The checkpoint format; a newer format than the code's is refused.
 
     Example:
         >>> from onerec_hf import OneRecRewardConfig

@@ -143,12 +143,12 @@ class CatalogueConstraint:
         trie: the catalogue's semantic IDs, on the device of the scores.
         excluded: (users, e) int64 leaves that a user must not get, padded with -1.
         allowed: (users, a) int64 leaves, the only ones that a user may get, padded with -1; all where not given.
-        distinct: whether an item may stand only once in a session.
+        distinct: whether an item may occur only once in a session.
 
     `users` is their number, None where the request names no items.
 
     Raises:
-        ValueError: a user who is left no item.
+        ValueError: no item is left for a user.
 
     Example:
         >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])
@@ -166,7 +166,7 @@ class CatalogueConstraint:
         distinct: bool = True,
     ):
         self.trie, self.distinct = trie, distinct
-        # One of the two lists at most is kept, sorted: what is allowed (less what is excluded), or else what is excluded.
+        # At most one of the two lists is kept, sorted: the allowed items less the excluded ones, or the excluded ones.
         self.allowed, self.excluded, self.users = None, None, None
         has_excluded = excluded is not None and excluded.shape[1] > 0
         excluded = _sorted_distinct(excluded, trie.num_leaves) if has_excluded else None
@@ -210,7 +210,7 @@ class CatalogueConstraint:
         named = self.allowed if self.allowed is not None else self.excluded
         if named is None:
             return None
-        # What pads the rows goes into a column of its own.
+        # Padding goes into an extra column.
         legal = torch.full((len(named), self.trie.num_leaves + 1), self.allowed is None, device=named.device)
         return legal.scatter_(1, named, self.allowed is not None)[:, :-1]
 
@@ -283,7 +283,7 @@ def _sorted_distinct(leaves: torch.Tensor, sentinel: int) -> torch.Tensor:
 
 
 def _contains(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Whether each `wanted` (users, w) stands in its user's sorted row (users, n)."""
+    """Whether each `wanted` (users, w) is in its user's sorted row (users, n)."""
     if not rows.shape[1]:
         return torch.zeros_like(wanted, dtype=torch.bool)
     position = torch.searchsorted(rows, wanted.contiguous()).clamp_(max=rows.shape[1] - 1)

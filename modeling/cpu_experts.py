@@ -1,6 +1,6 @@
 """
-How the experts are computed where speed counts: the implementation "onerec" of transformers' experts interface, which the model takes
-unless it is told another (`experts_implementation=` of `from_pretrained`).
+How the experts are computed where speed counts: the implementation "onerec" of transformers' experts interface, the model's default
+(`experts_implementation=` of `from_pretrained` selects another one).
 
 On accelerators, in other types than float32, under `torch.compile`, autocast and expert parallelism it is transformers' "grouped_mm". On a CPU
 the tokens are sorted by expert and each expert's few tokens go through it at once, forward and backward, so that what lies between its two
@@ -94,7 +94,7 @@ class SegmentedExperts(torch.autograd.Function):
 
 
 def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """The experts that have tokens, and where these stand among the sorted ones."""
+    """The experts that have tokens, and the range of their tokens in sorted order."""
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -105,7 +105,7 @@ def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
 @dataclass
 class PackedExperts:
     """
-    A layer's expert weights in the layout that oneDNN multiplies with, one tensor per expert, and what they were made of.
+    A layer's expert weights in oneDNN's layout, one tensor per expert, and their sources.
 
     Args:
         sources: the parameters `gate_up_proj` and `down_proj`.
@@ -147,7 +147,7 @@ def packed(layers: list) -> Iterator[None]:
 
 
 def onerec_experts_forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-    """The experts interface's function: what this file's head says."""
+    """The function of the experts interface (see the head of this file)."""
     gate_up, down = self.gate_up_proj, self.down_proj
     if (
         hidden_states.device.type != "cpu"

@@ -47,7 +47,7 @@ def listed(names: Iterable) -> str:
 @contextmanager
 def refusing(where: str | os.PathLike, cure: str = "copy or download it again") -> Iterator[None]:
     """
-    Errors of a library that reads `where` become one that says so.
+    Turns errors of a library that reads `where` into one that names it.
 
     Raises:
         ValueError: in place of those.
@@ -86,7 +86,7 @@ def map_npy(path: str | os.PathLike) -> np.memmap:
     try:
         with open(path, "rb") as file:
             start = file.read(12)
-            # Of its header's length NumPy believes what the file says, and makes room for it.
+            # NumPy trusts the header length in the file and allocates it.
             if start[6:7] > b"\1" and int.from_bytes(start[8:12], "little") > os.fstat(file.fileno()).st_size:
                 raise ValueError("its header would be longer than the file")
         return np.lib.format.open_memmap(path, mode="r")
@@ -143,7 +143,7 @@ _CURES = {
     errno.EIO: "the disk fails: name a folder on another one",
 }
 _READING_TOO = (errno.EACCES, errno.EPERM, errno.EIO)
-# What torch.save says of a full disk.
+# Parts of torch.save's errors on a full disk.
 _TORCH_SAVE_FAILED = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -151,8 +151,8 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """
-    Gives a temporary name beside `path` to write to, which takes the place of `path` when the block ends. Where the block fails, what
-    stood at `path` stays, and nothing is left beside it.
+    Yields a temporary name beside `path` to write to, and renames it to `path` when the block ends. If the block fails, `path` stays as it was
+    and no temporary file is left.
 
     Raises:
         OSError: the disk is full, read-only or fails; the message says what could not be written, where, and what to do.
@@ -182,16 +182,16 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 @contextmanager
 def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, ...] = ()) -> Iterator[str]:
     """
-    Gives a temporary folder to write files to, which take their places in `folder` when the block ends: `last` as the last one, and what
-    had its name goes first. Whoever finds `last` finds all of the others, and of one writing, however that ended: killed, on a full disk.
+    Yields a temporary folder to write files to, and moves them into `folder` when the block ends. A former `last` is removed first and the new one
+    moved last: a folder that holds `last` holds all files of one save, even after a kill or on a full disk.
 
     Args:
         folder: made where there is none, with the parents that it lacks.
-        last: a file without which nobody takes the others for complete.
-        replaces: patterns of files that give way, where the block writes none of their names.
+        last: the file that marks the others as complete.
+        replaces: patterns of files to remove, unless the block writes them.
 
     Raises:
-        OSError: as `replacing`; what stood in `folder` stays.
+        OSError: as `replacing`; `folder` stays as it was.
 
     Example:
         >>> import tempfile
@@ -236,7 +236,7 @@ def _files_in(folder: str) -> Iterator[str]:
 
 
 def remove_whole(folder: str | os.PathLike) -> None:
-    """Removes a folder, first of all its name: one that is half removed when the process ends is not taken for what it was."""
+    """Renames a folder, then removes it: a kill in between leaves no half-removed folder under its name."""
     parent, name = os.path.split(os.path.normpath(os.fspath(folder)))
     doomed = os.path.join(parent, f"_removed-{name}")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -247,14 +247,14 @@ def remove_whole(folder: str | os.PathLike) -> None:
 
 def cannot_write(path: str | os.PathLike, error: Exception) -> OSError | None:
     """
-    The error that says what could not be written, why, and what to do about it; None for an error that is about something else.
+    An error that names the file, the reason and the fix; None if `error` is not about writing.
 
     Example:
         >>> print(cannot_write("out/results.json", OSError(errno.ENOSPC, "No space left on device")))
         cannot write out/results.json: No space left on device; make room there, or name a folder on another disk
     """
     code = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError):  # which knows the number as text alone
+    if isinstance(error, SafetensorError):  # it has the number only as text
         code = next((code for code in _CURES if f"(os error {code})" in str(error)), None)
     elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_SAVE_FAILED):
         code = errno.ENOSPC
@@ -289,7 +289,7 @@ def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
     Raises:
         OSError: whether it holds one cannot be known: no such repository or revision, no access, no connection.
     """
-    from transformers.utils.hub import cached_file  # slow, and those who only write files do without it
+    from transformers.utils.hub import cached_file  # slow, and not needed to write files
 
     hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
     try:
@@ -302,7 +302,7 @@ def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
 
 
 def pinned(repo: str | os.PathLike, kwargs: dict) -> dict:
-    """`from_pretrained`'s arguments with the commit that the revision stands for now, so that all files come from the same one."""
+    """`from_pretrained`'s arguments with the revision resolved to a commit, so that all files come from the same one."""
     from transformers.utils.hub import resolve_revision
 
     names = ("token", "local_files_only", "cache_dir")

@@ -25,7 +25,7 @@ from .item_head import ItemScores, history_states
 from .layers_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024
-# What generate() hands to its search and the fast path understands, or may ignore.
+# Arguments that generate() passes to its search and that the fast path uses, or may ignore.
 _FAST_INPUTS = {
     "encoder_outputs",
     "attention_mask",
@@ -47,7 +47,7 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
     become -inf.
 
     Args:
-        constraint: what is legal, on the device of the scores; rows of `input_ids` belong to its users in order, equally many each.
+        constraint: the legal items, on the device of the scores. Each user has the same number of rows of `input_ids`, in order.
         level_offsets: token id of code 0 of each level.
         bos_token_id: the token that opens an item.
         item_scores: the item head's scores, added to the scores of a session's first item.
@@ -100,8 +100,8 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
 
 class OneRecGenerationMixin(GenerationMixin):
     """
-    `generate()` and `recommend()` of a OneRec model. A model that knows its catalogue (it is loaded with the checkpoint, or given by
-    [`set_catalogue`]) generates nothing but its items.
+    `generate()` and `recommend()` of a OneRec model. A model with a catalogue (loaded with the checkpoint, or set by
+    [`set_catalogue`]) generates only its items.
     """
 
     catalogue: ItemCatalogue | None = None
@@ -144,7 +144,7 @@ class OneRecGenerationMixin(GenerationMixin):
         self.catalogue = catalogue
 
     def history_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Catalogue rows of encoder inputs `SEP a b c ...`: (users, t) tokens give (users, t / (levels + 1)) rows, -1 for padding."""
+        """Item indices of encoder inputs `SEP a b c ...`: (users, t) tokens to (users, t / (levels + 1)) indices, -1 for padding."""
         items = input_ids.view(len(input_ids), -1, self.config.tokens_per_item)[..., 1:]
         return self.catalogue.rows_of_codes(items - torch.tensor(self.config.level_offsets, device=input_ids.device))
 
@@ -166,8 +166,8 @@ class OneRecGenerationMixin(GenerationMixin):
 
         Args:
             constrained: whether only items of the catalogue may be generated; by default wherever the model has a catalogue.
-            exclude: (users, e) int64 catalogue rows that a user must not get, padded with -1.
-            allow: (users, a) int64 catalogue rows, the only ones that a user may get, padded with -1.
+            exclude: (users, e) int64 item indices to leave out per user, padded with -1.
+            allow: (users, a) int64 item indices, the only items to choose from per user, padded with -1.
             distinct: whether an item may occur only once in a session.
             item_score_weight: weight of the item head's log-probability of the first item, beside the decoder's; see [`recommend`].
 
@@ -207,8 +207,7 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _fast_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         """
-        What `generate` returns for greedy and beam search by [`beam_search`], or None where the request asks for more than that
-        knows: other logits processors or stopping criteria, sampling, sessions that end inside an item, scores or states of each
+        `generate`'s result for greedy and beam search by [`beam_search`], or None for requests that it does not support: other logits processors or stopping criteria, sampling, sessions that end inside an item, scores or states of each
         step, a prompt, dropout, ranks that wait for each other.
         """
         if len(logits_processor) != 1 or not isinstance(logits_processor[0], SemanticIDLogitsProcessor):
@@ -281,7 +280,7 @@ class OneRecGenerationMixin(GenerationMixin):
             num_beams: beams per user.
             num_return_sequences: sessions returned per user, at most `num_beams`.
             exclude_seen: leave out the items of `input_ids`.
-            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 catalogue rows padded with -1.
+            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1.
             allow: the only items to choose from, in the same forms (a category, what is in stock); one row holds for all users.
             distinct: whether an item may occur only once in a session.
             item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own. It guides the beams
@@ -290,14 +289,14 @@ class OneRecGenerationMixin(GenerationMixin):
                 ones. The distribution is the model's (and the item head's) at this `temperature`, over the legal items at each code.
             temperature: divides the logits that are sampled from; scores are those of the model itself.
             generator: random numbers for `do_sample`, on the model's device; or a list of generators, one per user, with which a user's
-                sessions do not depend on who else is asked for.
+                sessions do not depend on the other users of the batch.
             return_dict_in_generate: return `sequences` and `sequences_scores` (log-probability of a session, full vocabulary, and
                 `item_score_weight` times its first item's); with `do_sample` also `sampling_keys` (the perturbed log-probabilities that the sessions are sorted by) and
                 `sampling_scores` (log-probabilities under the distribution that was sampled from).
 
         Returns:
             (users * num_return_sequences, 1 + new tokens) int64 tokens, best first per user, for `processor.batch_decode`. Where fewer
-            legal sessions exist than were asked for, the missing ones are BOS and padding, with score -inf.
+            legal sessions exist than requested, the missing ones are BOS and padding, with score -inf.
 
         Raises:
             ValueError: no catalogue, an `item_score_weight` for a model without item scores, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
@@ -361,7 +360,7 @@ class OneRecGenerationMixin(GenerationMixin):
             ...     for histories in batches:
             ...         sessions = model.recommend(**processor(histories))
         """
-        # An adapter may stand around the experts; they are recognised by the place that they have for it.
+        # An adapter may wrap the experts; the `packed` attribute identifies them.
         modules = (module for module in self.get_decoder().modules() if "packed" in vars(module))
         with packed(list(modules)):
             yield
@@ -452,8 +451,8 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _constraint(self, exclude, allow, distinct: bool) -> CatalogueConstraint:
         """
-        The catalogue's constraint on the model's device: its active items. `exclude` and `allow` (users, e) hold catalogue rows, padded
-        with -1; retired ones among them have no leaf.
+        The constraint to the catalogue's active items, on the model's device. `exclude` and `allow` (users, e) are item indices padded with -1;
+        retired items have no leaf.
         """
         if self.catalogue is None:
             raise ValueError(
@@ -470,7 +469,7 @@ class OneRecGenerationMixin(GenerationMixin):
         return CatalogueConstraint(trie, *leaves, distinct=distinct)
 
     def _rows_per_user(self, items: torch.Tensor | Sequence[Sequence], what: str, users: int) -> torch.Tensor:
-        """Catalogue rows (users, e), padded with -1, of lists of item ids or of such rows already; one list holds for all users."""
+        """(users, e) item indices, padded with -1, from lists of item ids or from indices; one list holds for all users."""
         if isinstance(items, torch.Tensor):
             rows = items.to(self.device)
         else:

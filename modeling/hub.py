@@ -30,7 +30,7 @@ _KINDS = {
         ),
     ),
     "OneRecForSessionReward": (
-        f"A OneRec session reward model ({_PAPER}, section 3.3): it says at which rates a user would respond to a session of items.",
+        f"A OneRec session reward model ({_PAPER}, section 3.3): it predicts the rates at which a user responds to a session of items.",
         "AutoModelForSequenceClassification",
         ("objectives", "base_rates", "score_fusion", "score_weights", "num_items", "item_feature_dim", "items_hash"),
     ),
@@ -45,7 +45,7 @@ def replace_template(path: str | os.PathLike, repo_id: str, saved: Any) -> None:
     Args:
         path: `README.md` as it is about to be uploaded; it need not exist.
         repo_id: the repository, for the snippet.
-        saved: what is pushed.
+        saved: the model, processor or adapter that is pushed.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,13 +80,13 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained({repo_id!r})
 ```
 
-What its configuration says:
+Configuration:
 
 ```json
 {json.dumps(facts, indent=1)}
 ```
 
-How it was trained, on which data, and how well it does, this card does not know.
+Training data, settings and results were not recorded.
 """
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -105,10 +105,10 @@ _FORMER_WEIGHTS = ("*_onerec.py", _WEIGHTS, "model-?????-of-?????.safetensors", 
 
 def checked_format(config: dict) -> dict:
     """
-    A config.json's content, for a config class's `from_dict`: what is read is understood, and will be written in today's format.
+    Checks the content of a config.json for a config class's `from_dict`, and sets today's format version.
 
     Raises:
-        ValueError: a newer onerec_hf wrote it, or it names a weights file of its own.
+        ValueError: a newer onerec_hf wrote it, or it names another weights file.
 
     Example:
         >>> checked_format({"hidden_size": 32})
@@ -120,7 +120,7 @@ def checked_format(config: dict) -> dict:
             f"this checkpoint is written in format version {version!r:.40}, and this onerec_hf reads up to version {FORMAT_VERSION}: "
             "upgrade it (pip install -U onerec-hf)"
         )
-    if config.get("transformers_weights") is not None:  # the library's way round the names that `check_weights` knows
+    if config.get("transformers_weights") is not None:  # would bypass `check_weights`
         raise ValueError(
             f"config.json names the weights file {config['transformers_weights']!r:.80}; a OneRec repository's weights are "
             f"{_WEIGHTS}, whole or in shards"
@@ -170,10 +170,10 @@ def check_sizes(config, sizes: str, layers: str) -> None:
 
 def check_complete(loaded: dict) -> None:
     """
-    Refuses a checkpoint that lacks weights: the library makes them up, and says so in its log only.
+    Refuses a checkpoint that lacks weights: transformers initialises them at random, with a log line only.
 
     Args:
-        loaded: what `from_pretrained(..., output_loading_info=True)` says.
+        loaded: the loading info of `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
         ValueError: how many, and the first.
@@ -189,7 +189,7 @@ def check_weights(
     repo: str | os.PathLike, variant: str | None = None, _adapters: int = 0, **kwargs
 ) -> str | os.PathLike:
     """
-    Refuses weights that would be unpickled, or that stand outside the repository. Takes `from_pretrained`'s hub arguments.
+    Refuses weights that would be unpickled, or that are outside the repository. Takes `from_pretrained`'s hub arguments.
 
     Returns:
         The repository that holds the weights: `repo`, or the base model of an adapter.
@@ -240,20 +240,20 @@ def _pickled(repo: str | os.PathLike, name: str, wanted: str) -> ValueError:
 
 class CarriesCode:
     """
-    Mixin of what is saved with the code that defines it, so that a repository loads with `trust_remote_code=True` where onerec_hf is
-    not installed. Where it is, the package's classes are used, whatever the repository carries.
+    Mixin of classes that are saved with their code, so that a repository loads with `trust_remote_code=True` where onerec_hf is not installed.
+    Where it is installed, the package's classes are used.
     """
 
-    #: Whether `save_pretrained` and `push_to_hub` write the code too, where they are not told. Trainers save what they train by
-    #: themselves: set it on model and processor for `push_to_hub=True` in training arguments.
+    #: Default of `include_code` in `save_pretrained` and `push_to_hub`. Trainers call them without it: set it on model and processor for
+    #: `push_to_hub=True` in training arguments.
     include_code: bool = True
-    #: Files beside the weights that are written before the library notes what stands in a folder.
+    #: Files beside the weights that are written before the library lists a folder.
     _files_beside: tuple[str, ...] = ()
 
     def push_to_hub(self, repo_id: str, *, include_code: bool | None = None, **kwargs):
         """
         Uploads to the Hub everything that [`save_pretrained`] writes: the item catalogue too, with the model as with the processor.
-        Both go into one repository, which then is complete (a model's alone gives a processor that knows no `max_history`):
+        Push both into one repository (a processor made from a model's repository alone has no `max_history`):
 
             model.push_to_hub("me/onerec-movies")
             processor.push_to_hub("me/onerec-movies")
@@ -261,7 +261,7 @@ class CarriesCode:
         Args:
             repo_id: "name" or "owner/name"; made where there is none.
             include_code: upload the code as well (290 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
-                is not installed. `False` is for those who rely on the package. [`include_code`] when not given: `True`.
+                is not installed. The attribute [`include_code`], `True` unless changed, when not given.
             kwargs: as for `transformers.PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `max_shard_size`, `tags`.
         """
@@ -273,7 +273,7 @@ class CarriesCode:
             self.include_code = before
 
     def _get_files_timestamps(self, working_dir):
-        # `save_pretrained(push_to_hub=True)` uploads what is newer than these: our own files were written just before.
+        # `save_pretrained(push_to_hub=True)` uploads files that are newer than these. Ours were written just before.
         times = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: time for name, time in times.items() if name != CODE_FOLDER and name not in self._files_beside}
 
@@ -321,16 +321,16 @@ class HubModel(CarriesCode):
         self, save_directory, *args, is_main_process: bool = True, include_code: bool | None = None, **kwargs
     ):
         """
-        Writes weights (safetensors), configs, the item catalogue and the code. They take their places when all of them are written,
-        `config.json` as the last one: a folder whose writing was cut short is no model.
+        Writes weights (safetensors), configs, the item catalogue and the code. They are moved into the folder when all of them are written,
+        `config.json` last: an interrupted save leaves no half-written model.
 
         Args:
             save_directory: the folder.
-            include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
+            include_code: write the code, as for [`push_to_hub`].
             args, is_main_process, kwargs: as for `transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
-            OSError: a full or read-only disk; what stood in the folder stays.
+            OSError: a full or read-only disk; the folder stays as it was.
         """
         saves = self.should_save_on_this_rank(is_main_process)  # type: ignore[attr-defined]
         if not saves or kwargs.get("distributed_checkpoint"):  # which all ranks write, each its part
@@ -382,7 +382,7 @@ class HubModel(CarriesCode):
             places: list[tuple[str | os.PathLike | None, dict]] = [
                 (source, kwargs if source == repo else {**kwargs, "revision": None})
             ]
-            # An adapter may bring what its base has grown to. The Auto classes name the base here, and the adapter beside it.
+            # An adapter may come with a later catalogue than its base. The Auto classes pass the base here, and the adapter in `adapter_kwargs`.
             adapter = kwargs.get("adapter_kwargs") or {}
             if source != repo:
                 places.append((repo, kwargs))

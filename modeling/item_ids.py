@@ -62,7 +62,7 @@ def sorted_orders(keys: np.ndarray, codes: np.ndarray, codebook_sizes: Sequence[
     ordered = keys.take(id_order)
     if (repeated := ordered[1:] == ordered[:-1]).any():
         first = decode_ids(ordered[1:][repeated][:1])[0]
-        raise ValueError(f"{int(repeated.sum())} item ids repeat, e.g. {first!r}; every item stands in one row")
+        raise ValueError(f"{int(repeated.sum())} item ids repeat, e.g. {first!r}; give every item one row")
     if prod(codebook_sizes) < 2**63:  # one number per tuple sorts ten times as fast as the columns
         packed = np.zeros(len(codes), dtype=np.int64)
         for level, size in enumerate(codebook_sizes):
@@ -88,14 +88,14 @@ def _argsort(values: np.ndarray) -> np.ndarray:
 
 def find_keys(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """
-    Where each of `wanted` stands in `keys`, (n,) int64; -1 where it does not.
+    Positions of `wanted` in `keys`, (n,) int64; -1 where absent.
 
     Args:
         keys: (N,) distinct ids as [`encode_ids`] makes them.
         order: (N,) the positions in the order of their keys.
         wanted: (n,) ids of the same type.
     """
-    fitted = wanted.astype(keys.dtype)  # a longer string is cut here, and told apart below
+    fitted = wanted.astype(keys.dtype)  # a longer string is cut here; the comparison below finds it
     # Wanted in order, neighbours are read one after the other: with 10 million keys a fifth of the time.
     by_value = np.argsort(fitted)
     position = np.empty(len(wanted), dtype=np.int64)
@@ -106,8 +106,8 @@ def find_keys(keys: np.ndarray, order: np.ndarray, wanted: np.ndarray) -> np.nda
 
 def lower_bound(codes: np.ndarray, order: np.ndarray, wanted: np.ndarray, after: bool = False) -> np.ndarray:
     """
-    Where prefixes stand among sorted code tuples, (n,) int64: how many tuples come before them. A binary search for all prefixes at
-    once, over the catalogue's arrays as they lie in the file: nothing is built first, and no code space is too large.
+    Positions of prefixes among sorted code tuples, (n,) int64: the number of tuples before them. One binary search for all prefixes, over the
+    catalogue's arrays as they are in the file: no index is built, and the code space may have any size.
 
     Args:
         codes: (N, L) code tuples.

@@ -404,7 +404,7 @@ class OneRecOutput(Seq2SeqLMOutput):
 @auto_docstring
 class OneRecModel(OneRecPreTrainedModel):
     _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-    _fsdp_plan = {"encoder": "free_full_weight"}  # a group of its own: generate() calls it outside the root forward
+    _fsdp_plan = {"encoder": "free_full_weight"}  # its own group: generate() calls it outside the root forward
 
     def __init__(self, config: OneRecConfig):
         super().__init__(config)
@@ -447,11 +447,11 @@ class OneRecModel(OneRecPreTrainedModel):
             Mask of `encoder_input_ids`.
         segment_ids (`torch.LongTensor` of shape `(rows, t)`, *optional*):
             Which of several histories packed into a row of `input_ids` a token belongs to: 1, 2, ... for runs of tokens, 0 for padding.
-            It takes the place of `attention_mask`.
+            Replaces `attention_mask`.
         history_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
             The decoder has `rows * P` rows, and row `b * P + p` reads the encoder's tokens from `history_ranges[b, p, 0]` up to
             `history_ranges[b, p, 1]` of row b. A range lies inside one segment, and with a fully visible encoder it ends where its
-            segment ends: what stands behind it would leak. Sessions are padded on the right; a slot without a session has labels -100,
+            segment ends: later tokens would leak. Sessions are padded on the right; a slot without a session has labels -100,
             a `decoder_attention_mask` of 0 and any range of one token.
         labels (`torch.LongTensor` of shape `(rows, t)`, *optional*):
             Code tokens of the sessions, for the item head's loss alone.

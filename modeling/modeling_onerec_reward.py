@@ -60,7 +60,7 @@ def masked_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class OneRecRewardLogit(nn.Linear):
-    """A tower's last layer. A class of its own, so that a new one starts from predicting its objective's base rate."""
+    """A tower's last layer. It is a class so that `_init_weights` can initialise it to the objective's base rate."""
 
     def __init__(self, in_features: int, objective: int):
         super().__init__(in_features, 1)
@@ -69,8 +69,8 @@ class OneRecRewardLogit(nn.Linear):
 
 class OneRecRewardItemEmbedding(nn.Embedding):
     """
-    Learned item embeddings. Beside item features they start at zero: an item that training hardly saw is then what its features say, where
-    random vectors would be noise for it.
+    Learned item embeddings. With item features they start at zero: a rare item is then represented by its features, where a random vector
+    would be noise.
     """
 
 
@@ -310,7 +310,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
             (sessions, objectives) float32, on the CPU.
 
         Raises:
-            ValueError: a model without items, unequal numbers, empty sessions. KeyError: items that it does not know.
+            ValueError: a model without items, unequal numbers, empty sessions. KeyError: unknown items.
         """
         if self.items is None:
             raise ValueError("this reward model has no item ids; give it some with set_items(RewardItems(...))")

@@ -223,22 +223,22 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def to_dict(self):
         output = super().to_dict()
-        output.pop("catalogue", None)  # it has a file of its own
+        output.pop("catalogue", None)  # saved in its file
         output.pop("include_code", None)  # what to save, not how to read
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """
-        Writes the tokenizer's and the processor's configs, the item catalogue and the code. They take their places when all of them
-        are written, the catalogue as the last one: a folder whose writing was cut short is no processor that can be used.
+        Writes the tokenizer's and the processor's configs, the item catalogue and the code. They are moved into the folder when all of
+        them are written, the catalogue last: an interrupted save leaves no half-written processor.
 
         Args:
             save_directory: the folder.
             push_to_hub, kwargs: as for `transformers.ProcessorMixin.save_pretrained`.
-            include_code: write the code, as [`push_to_hub`] says; [`include_code`] when not given.
+            include_code: write the code, as for [`push_to_hub`].
 
         Raises:
-            OSError: a full or read-only disk; what stood in the folder stays.
+            OSError: a full or read-only disk; the folder stays as it was.
         """
         if push_to_hub:
             kwargs.setdefault("repo_id", Path(save_directory).name)  # the library would take the temporary folder's

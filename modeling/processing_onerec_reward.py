@@ -1,4 +1,4 @@
-"""The items that a reward model knows: item ids to input ids. It travels with the checkpoint as `reward_items.safetensors`."""
+"""The items of a reward model: item ids to input ids. It travels with the checkpoint as `reward_items.safetensors`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RewardItems:
         ordered = self._keys[self._order]
         if (repeated := ordered[1:] == ordered[:-1]).any():
             first = decode_ids(ordered[1:][repeated][:1])[0]
-            raise ValueError(f"{int(repeated.sum())} item ids repeat, e.g. {first!r}; every item stands in one row")
+            raise ValueError(f"{int(repeated.sum())} item ids repeat, e.g. {first!r}; give every item one row")
         self.hash = hashlib.sha256(f"{_FORMAT}/{self.id_type}/".encode() + self._keys.tobytes()).hexdigest()
 
     def __len__(self) -> int:
