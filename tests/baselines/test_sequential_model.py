@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from onerec_hf.baselines import PopularityBaseline, SequentialConfig, SequentialRecommender
-from onerec_hf.baselines.modeling_sequential import draw_negatives
-from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.next_items import draw_negatives, pad_left
 
 ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
 IDS = [f"m{i}" for i in range(12)]
@@ -228,6 +227,9 @@ def test_damaged_folders_are_refused(tmp_path):
     make().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "positions" not in name}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of the weights are .* \(first: encoder.positions.weight\)"):
+        AutoModel.from_pretrained(tmp_path)
     save_file({**tensors, "item_keys": torch.full_like(tensors["item_keys"], 255)}, weights, {"format": "pt"})
     with pytest.raises(ValueError, match=str(tmp_path)):
         AutoModel.from_pretrained(tmp_path)

@@ -141,6 +141,21 @@ def test_a_resumed_training_equals_one_without_an_interruption(loss, tmp_path):
         torch.testing.assert_close(second.model.state_dict()[name], weight, rtol=0, atol=0, msg=name)
 
 
+def test_a_cosine_rises_and_ends_with_no_learning_rate(monkeypatch, tmp_path):
+    rates, step = [], torch.optim.AdamW.step
+
+    def seen(optimizer, *arguments, **more):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    settings = {"num_train_epochs": 10, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine"}
+    args = arguments(tmp_path, learning_rate=0.5, warmup_steps=0.1, **settings)
+    SequentialTrainer(make(), args, [[0, 2, 4, 6]] * 5).train()
+    expected = [0, 1 / 3, 2 / 3, *((1 + np.cos(np.pi * done / 27)) / 2 for done in range(27))]
+    assert rates == pytest.approx([0.5 * factor for factor in expected])
+
+
 def test_smoothing_reaches_the_loss(tmp_path):
     model = make()
     trainer = SequentialTrainer(model, arguments(tmp_path, label_smoothing_factor=0.3), [range(5)])
