@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -44,7 +43,7 @@ class SequentialOutput(ModelOutput):
 class SequentialRecommender(HubModel, PreTrainedModel):
     """
     A sequence model of one of three architectures (`config.architecture`), with the ids of its items and, optionally, fixed item features. Saved
-    in safetensors and loaded like any transformers model; registered for `AutoConfig` and `AutoModel` when this module is imported.
+    in safetensors and loaded like any transformers model, also by `AutoModel`.
 
     Example:
         >>> from onerec_hf.baselines import SequentialRecommender
@@ -374,8 +373,5 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     def _load_beside(self, repo, **kwargs):
         _ = self.items  # damaged ids are an error of loading
 
-
-AutoConfig.register(SequentialConfig.model_type, SequentialConfig, exist_ok=True)
-AutoModel.register(SequentialConfig, SequentialRecommender, exist_ok=True)
 
 __all__ = ["SequentialOutput", "SequentialRecommender"]
