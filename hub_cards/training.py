@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.hub_cards.adapter import write_adapter_card
+from onerec_hf.hub_cards.baseline import write_baseline_card
 from onerec_hf.hub_cards.common import hub_id, names, write_card
 from onerec_hf.hub_cards.facts import Training
 from onerec_hf.hub_cards.generator import write_generator_card
@@ -56,6 +58,8 @@ def write_trainer_card(
     os.makedirs(folder, exist_ok=True)  # TRL asks for a card before the first checkpoint makes it
     if isinstance(base, OneRecForSessionReward):
         write_reward_card(folder, base, **shared)
+    elif isinstance(base, SequentialRecommender):
+        write_baseline_card(folder, base, **shared)
     elif not isinstance(base, OneRecForConditionalGeneration):
         write_text_card(folder, base, alignment=alignment, **shared)
     elif base is not model:

@@ -21,7 +21,8 @@ _PACKAGES = ("transformers", "onerec_hf")
 def register_auto_classes() -> None:
     """
     Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, its reward model with AutoConfig and
-    AutoModelForSequenceClassification, and the task "generative-recommendation" with `pipeline()`. Repeated calls change nothing.
+    AutoModelForSequenceClassification, the sequence models with AutoConfig and AutoModel, and the task "generative-recommendation" with
+    `pipeline()`. Repeated calls change nothing.
     """
     from transformers import (
         AutoConfig,
@@ -33,6 +34,8 @@ def register_auto_classes() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from onerec_hf.baselines.configuration_sequential import SequentialConfig
+    from onerec_hf.baselines.modeling_sequential import SequentialRecommender
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
@@ -48,6 +51,8 @@ def register_auto_classes() -> None:
     AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
     AutoConfig.register("onerec_reward", OneRecRewardConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(OneRecRewardConfig, OneRecForSessionReward, exist_ok=True)
+    AutoConfig.register("onerec_baseline", SequentialConfig, exist_ok=True)
+    AutoModel.register(SequentialConfig, SequentialRecommender, exist_ok=True)
     task = "generative-recommendation"
     if task not in PIPELINE_REGISTRY.supported_tasks:  # a second registration would warn
         PIPELINE_REGISTRY.register_pipeline(task, GenerativeRecommendationPipeline, AutoModelForSeq2SeqLM)

@@ -136,7 +136,7 @@ class StepFaults(Trainer):
             return None
         os.makedirs(str(self.args.output_dir), exist_ok=True)
         path = os.path.join(str(self.args.output_dir), f"nonfinite-step-{step}-rank-{rank}.jsonl")
-        items = getattr(self.accelerator.unwrap_model(self.model), "items", None)  # a reward model's
+        items = getattr(self.accelerator.unwrap_model(self.model), "items", None)  # of a reward or sequence model
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for place, loss, batch in batches:
                 for example in batch_examples(batch, self.processing_class, items):
@@ -237,12 +237,12 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
     The examples of a batch, as far as the model reads them (histories are cut to what the encoder gets).
 
     Args:
-        batch: what a collator of this package made: windows, packed rows, prefixes, preferences, alignment, reward.
+        batch: what a collator of this package made: windows, packed rows, prefixes, preferences, alignment, reward, next items.
         processing_class: the [`OneRecProcessor`], or the tokenizer of a text model.
-        items: the [`RewardItems`] of a reward model.
+        items: the item ids of a reward model or a sequence model.
 
     Returns:
-        per example `history` and `session` (or `chosen` and `rejected`), lists of item ids, None for tokens that name no item; of a
+        per example `history` and `session` (or `chosen` and `rejected`, or `targets`), lists of item ids, None for tokens that name no item; of a
         text model's batch the token ids.
 
     Example:
@@ -260,6 +260,11 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
         return [
             {"history": _ids(history, items), "session": _ids(session, items)}
             for history, session in zip(batch["input_ids"].tolist(), batch["session_input_ids"].tolist(), strict=True)
+        ]
+    if items is not None:
+        return [
+            {"history": _ids(history, items), "targets": _ids(targets, items)}
+            for history, targets in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
         ]
     if "encoder_input_ids" in batch:
         return _preferences(batch, processing_class)
@@ -289,7 +294,8 @@ def _histories(tokens: torch.Tensor, processor: OneRecProcessor) -> list[list]:
 
 
 def _ids(rows: list[int], items) -> list:
-    return [items.item_ids[row - 1] for row in rows if row > 0]
+    item_ids = items.item_ids
+    return [item_ids[row - 1] for row in rows if row > 0]
 
 
 def _preferences(batch: dict[str, torch.Tensor], processing_class: Any) -> list[dict[str, list]]:

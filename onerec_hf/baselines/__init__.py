@@ -1,18 +1,10 @@
 """Baselines: popularity, item-kNN, and the sequence models SASRec, HSTU and GRU4Rec. Names are imported on first use."""
 
-from __future__ import annotations
-
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .configuration_sequential import SequentialConfig
-    from .item_index import ItemIndex
-    from .memory import ItemKNNBaseline, PopularityBaseline
-    from .modeling_sequential import SequentialRecommender
-    from .next_items import NextItemCollator, NextItemDataset
+from onerec_hf._lazy import lazy_exports
 
-_MODULE_OF = {
+_PUBLIC = {
     "ItemIndex": "item_index",
     "ItemKNNBaseline": "memory",
     "NextItemCollator": "next_items",
@@ -22,14 +14,13 @@ _MODULE_OF = {
     "SequentialRecommender": "modeling_sequential",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(_PUBLIC)
 
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+if TYPE_CHECKING:
+    from onerec_hf.baselines.configuration_sequential import SequentialConfig
+    from onerec_hf.baselines.item_index import ItemIndex
+    from onerec_hf.baselines.memory import ItemKNNBaseline, PopularityBaseline
+    from onerec_hf.baselines.modeling_sequential import SequentialRecommender
+    from onerec_hf.baselines.next_items import NextItemCollator, NextItemDataset
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -1,4 +1,4 @@
-"""Two baselines that any recommender should be read against: popularity and item-to-item nearest neighbours."""
+"""Baselines without trained weights: popularity and item-to-item nearest neighbours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_ENTRIES = 2**22
 
 class RankingBaseline(ABC):
     """
-    Scores every item for every history and ranks them. Ties go to the more popular item, then to the lower row.
+    Scores every item for every history and ranks them. Ties go to the more popular item, then to the lower index.
 
     Subclasses see items numbered by that order ("ranks": 0 is the most popular), so that a tie goes to the lower rank.
 
@@ -35,17 +35,17 @@ class RankingBaseline(ABC):
 
     def fit(self, sequences: Sequence, num_items: int) -> Self:
         """
-        Learns from the training interactions.
+        Fits the training interactions.
 
         Args:
-            sequences: one 1-D integer array of catalogue rows per user, oldest first.
+            sequences: one 1-D integer array of item indices per user, oldest first.
             num_items: size of the catalogue.
 
         Returns:
-            The baseline itself.
+            The baseline.
 
         Raises:
-            ValueError: no sequences, an empty one, or a row outside `0..num_items - 1`.
+            ValueError: no sequences, an empty one, or an index outside `0..num_items - 1`.
 
         Example:
             >>> PopularityBaseline().fit([[0, 2], [2]], num_items=4).popularity
@@ -53,7 +53,7 @@ class RankingBaseline(ABC):
         """
         rows, lengths = _flatten(sequences, "sequences", num_items)
         if len(lengths) == 0:
-            raise ValueError("sequences is empty: there is nothing to fit")
+            raise ValueError("sequences is empty: pass at least one")
         if (lengths == 0).any():
             raise ValueError(
                 f"sequences[{np.argmin(lengths)}] is empty ({np.sum(lengths == 0)} such of {len(lengths)}): drop these users"
@@ -71,16 +71,16 @@ class RankingBaseline(ABC):
         The k best items for each history. Memory stays bounded: users are scored in blocks.
 
         Args:
-            histories: n 1-D integer arrays of catalogue rows, oldest first. An empty history gets the most popular items.
+            histories: n 1-D integer arrays of item indices, oldest first. An empty history gets the most popular items.
             k: items per history, at least 1.
             exclude_seen: leave out every item of the history.
 
         Returns:
-            (n, k) int64 catalogue rows, best first, -1 where fewer than k items remain.
+            (n, k) int64 item indices, best first, -1 where fewer than k items remain.
 
         Raises:
             RuntimeError: before `fit`.
-            ValueError: k < 1, or a row outside the catalogue.
+            ValueError: k < 1, or an index outside the catalogue.
 
         Example:
             >>> baseline = PopularityBaseline().fit([[0, 2], [2], [2, 0, 1]], num_items=3)
@@ -116,7 +116,7 @@ class RankingBaseline(ABC):
 
     @abstractmethod
     def _score(self, ranks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Fresh (users, items by rank) float64 scores; the users' histories stand in `ranks` one after the other."""
+        """Fresh (users, items by rank) float64 scores; `ranks` holds the users' histories one after the other."""
 
     def _user_items(self, ranks: np.ndarray, lengths: np.ndarray) -> scipy.sparse.csr_array:
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -149,13 +149,13 @@ class ItemKNNBaseline(RankingBaseline):
     """
     Item-to-item nearest neighbours over the binary user-item matrix: an item's score is the sum of its similarities to the
     distinct items of the history. With c_ij users in common and n_i users of item i, cosine is c_ij / (sqrt(n_i n_j) + shrinkage).
-    Items that resemble nothing in the history score 0 and follow by popularity.
+    Items without a similarity to the history score 0 and follow by popularity.
 
     Args:
-        num_neighbors: how many neighbours each history item votes for (its most similar ones); None keeps all.
+        num_neighbors: most similar items of each history item that count; None counts all.
         similarity: `"cosine"`.
-        shrinkage: added to the denominator; damps similarities that rest on few users.
-        last_n: only the last n interactions of a history vote (all of them are still excluded as seen); None takes all.
+        shrinkage: added to the denominator; damps similarities of few common users.
+        last_n: latest interactions of a history that count (all are still excluded as seen); None counts all.
 
     Raises:
         ValueError: an unknown similarity, `num_neighbors` or `last_n` below 1, a negative shrinkage.
@@ -212,7 +212,7 @@ class ItemKNNBaseline(RankingBaseline):
             from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ranks))
             ranks, lengths = ranks[from_end <= self.last_n], np.minimum(lengths, self.last_n)
         scores = self._user_items(ranks, lengths) @ self._similarities
-        # Equal sums taken in another order differ in the last bits; rounded, they are the ties they should be.
+        # Equal sums in another order differ in the last bits: rounding makes them ties again.
         return scipy.sparse.csr_array(scores).toarray().round(12)
 
 
@@ -227,12 +227,12 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _flatten(sequences: Sequence, name: str, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows one after the other (int64), and the length of each sequence."""
+    """All indices one after the other (int64), and the length of each sequence."""
     arrays = [np.asarray(sequence) for sequence in sequences]
     for number, array in enumerate(arrays):
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(
-                f"{name}[{number}]: expected a 1-D integer array of catalogue rows, got shape {array.shape} of {array.dtype}"
+                f"{name}[{number}]: expected a 1-D integer array of item indices, got shape {array.shape} of {array.dtype}"
             )
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(array.astype(np.int64) for array in arrays)])
@@ -240,7 +240,7 @@ def _flatten(sequences: Sequence, name: str, num_items: int) -> tuple[np.ndarray
     if len(outside):
         number = np.searchsorted(np.cumsum(lengths), outside[0], side="right")
         raise ValueError(
-            f"{name}[{number}] holds row {rows[outside[0]]}, outside 0..{num_items - 1} "
+            f"{name}[{number}] holds index {rows[outside[0]]}, outside 0..{num_items - 1} "
             f"({len(outside)} such entries of {len(rows)}): num_items must be the size of the catalogue"
         )
     return rows, lengths

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
 from onerec_hf.baselines.item_index import ItemIndex
-from onerec_hf.baselines.next_items import IGNORED, pad_left
+from onerec_hf.baselines.next_items import IGNORED, draw_negatives, pad_left
 from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
-from onerec_hf.modeling.hub import HubModel
+from onerec_hf.modeling.hub import HubModel, check_complete
 
 
 @dataclass
@@ -44,7 +43,7 @@ class SequentialOutput(ModelOutput):
 class SequentialRecommender(HubModel, PreTrainedModel):
     """
     A sequence model of one of three architectures (`config.architecture`), with the ids of its items and, optionally, fixed item features. Saved
-    in safetensors and loaded like any transformers model; registered for `AutoConfig` and `AutoModel` when this module is imported.
+    in safetensors and loaded like any transformers model, also by `AutoModel`.
 
     Example:
         >>> from onerec_hf.baselines import SequentialRecommender
@@ -106,6 +105,22 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         model = cls(SequentialConfig(num_items=len(items), item_feature_dim=width, **config))
         model.set_items(items, features)
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        Loads a model from a folder or a Hub repository; arguments as for `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: pickled, damaged or missing weights, a newer checkpoint format.
+            OSError: no such folder or repository.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        check_complete(info)
+        return (model, info) if with_info else model
 
     @property
     def items(self) -> ItemIndex | None:
@@ -359,37 +374,4 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         _ = self.items  # damaged ids are an error of loading
 
 
-def draw_negatives(seen_ids: torch.Tensor, rows: torch.Tensor, num_items: int) -> torch.Tensor:
-    """
-    One random item for each target, none that its user has seen.
-
-    Args:
-        seen_ids: (users, s) input ids, padded with 0.
-        rows: (targets,) the user of each target.
-        num_items: size of the catalogue.
-
-    Returns:
-        (targets,) input ids.
-
-    Raises:
-        ValueError: a user has seen all items.
-
-    Example:
-        >>> draw_negatives(torch.tensor([[1, 3], [0, 2]]), torch.tensor([0, 0]), num_items=3).tolist()
-        [2, 2]
-    """
-    if seen_ids.shape[1] >= num_items:
-        ordered = F.pad(seen_ids, (1, 0)).sort(dim=1).values
-        if ((ordered[:, 1:] > ordered[:, :-1]).sum(1) >= num_items).any():
-            raise ValueError(f'loss="bce" draws unseen items, and a user has seen all {num_items}. Use loss="ce"')
-    drawn = torch.randint(1, num_items + 1, rows.shape, device=rows.device)
-    seen = seen_ids[rows]
-    while (again := (drawn[:, None] == seen).any(1)).any():
-        drawn[again] = torch.randint(1, num_items + 1, (int(again.sum()),), device=rows.device)
-    return drawn
-
-
-AutoConfig.register(SequentialConfig.model_type, SequentialConfig, exist_ok=True)
-AutoModel.register(SequentialConfig, SequentialRecommender, exist_ok=True)
-
-__all__ = ["SequentialOutput", "SequentialRecommender", "draw_negatives"]
+__all__ = ["SequentialOutput", "SequentialRecommender"]

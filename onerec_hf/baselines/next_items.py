@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 IGNORED = -100
@@ -113,3 +114,33 @@ def pad_left(rows: Sequence[np.ndarray], longest: int | None = None) -> torch.Te
         latest = np.asarray(items)[-width:] + 1
         row[width - len(latest) :] = latest
     return torch.from_numpy(ids)
+
+
+def draw_negatives(seen_ids: torch.Tensor, rows: torch.Tensor, num_items: int) -> torch.Tensor:
+    """
+    One random item for each target, none that its user has seen.
+
+    Args:
+        seen_ids: (users, s) input ids, padded with 0.
+        rows: (targets,) the user of each target.
+        num_items: size of the catalogue.
+
+    Returns:
+        (targets,) input ids.
+
+    Raises:
+        ValueError: a user has seen all items.
+
+    Example:
+        >>> draw_negatives(torch.tensor([[1, 3], [0, 2]]), torch.tensor([0, 0]), num_items=3).tolist()
+        [2, 2]
+    """
+    if seen_ids.shape[1] >= num_items:
+        ordered = F.pad(seen_ids, (1, 0)).sort(dim=1).values
+        if ((ordered[:, 1:] > ordered[:, :-1]).sum(1) >= num_items).any():
+            raise ValueError(f'loss="bce" draws unseen items, and a user has seen all {num_items}. Use loss="ce"')
+    drawn = torch.randint(1, num_items + 1, rows.shape, device=rows.device)
+    seen = seen_ids[rows]
+    while (again := (drawn[:, None] == seen).any(1)).any():
+        drawn[again] = torch.randint(1, num_items + 1, (int(again.sum()),), device=rows.device)
+    return drawn

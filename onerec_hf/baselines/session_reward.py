@@ -1,4 +1,4 @@
-"""What a reward model has to beat: logistic regression on the same item features, and the base rate."""
+"""Baselines of the reward model: logistic regression on the same item features, and the base rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def session_features(
 
     Args:
         features: (N, d) item features.
-        histories, sessions: item rows; a history may be empty (zeros).
+        histories, sessions: item indices; a history may be empty (zeros).
 
     Returns:
         (sessions, 3 * d + 2) float32.
@@ -60,7 +60,7 @@ def predict_baseline(
         [[0.5]]
     """
     if kind not in ("base_rate", "logistic_regression"):
-        raise ValueError(f"unknown baseline {kind!r}; there are base_rate, logistic_regression")
+        raise ValueError(f"kind must be base_rate or logistic_regression; got {kind!r}")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

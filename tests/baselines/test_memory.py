@@ -111,12 +111,12 @@ def test_errors(baseline):
         baseline.fit([], 3)
     with pytest.raises(ValueError, match=r"sequences\[1\] is empty \(2 such of 3\)"):
         baseline.fit([[0], [], []], 3)
-    with pytest.raises(ValueError, match=r"sequences\[2\] holds row 3, outside 0\.\.2 \(2 such entries of 5\)"):
+    with pytest.raises(ValueError, match=r"sequences\[2\] holds index 3, outside 0\.\.2 \(2 such entries of 5\)"):
         baseline.fit([[0], [1], [2, 3, 7]], 3)
     with pytest.raises(ValueError, match=r"sequences\[0\]: expected a 1-D integer array .* float64"):
         baseline.fit([[0.5]], 3)
     baseline.fit([[0]], 3)
-    with pytest.raises(ValueError, match=r"histories\[1\] holds row -1, outside 0\.\.2"):
+    with pytest.raises(ValueError, match=r"histories\[1\] holds index -1, outside 0\.\.2"):
         baseline.recommend([[0], [-1]], 1)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         baseline.recommend([[0]], 0)

@@ -154,7 +154,7 @@ def test_logistic_regression_on_soft_labels_is_calibrated_and_ranks():
     assert concordance(labels[:, 0], predicted[:, 0]) > 0.75
     assert predicted[:, 0].mean() == pytest.approx(labels[:, 0].mean(), abs=1e-3)
     assert not predicted[:, 1].any()
-    with pytest.raises(ValueError, match="unknown baseline"):
+    with pytest.raises(ValueError, match="kind must be base_rate or logistic_regression"):
         predict_baseline("forest", x, labels, x)
 
 
