@@ -67,9 +67,8 @@ def test_lists_among_integers_in_a_column(tmp_path):
 
 
 def test_a_list_among_the_lines(tmp_path):
-    """pandas takes pairs for a row, whose columns may then be named by numbers."""
     path = lines(tmp_path / "clicks.jsonl", ROW, [[7, [1]]])
-    with pytest.raises(ValueError, match=r"clicks\.jsonl: column 'user_id': 1 of 2 ids are null"):
+    with pytest.raises(ValueError, match=r"clicks\.jsonl: cannot be read as jsonl: line 2 is not a JSON object"):
         read_interactions(path)
 
 

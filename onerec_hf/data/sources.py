@@ -160,7 +160,7 @@ def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> It
 
 def _join(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
     """The columns as "a | b", nulls and empty strings left out."""
-    rows = zip(*(column_of(frame, column).fillna("").astype(str) for column in columns), strict=True)
+    rows = zip(*(column_of(frame, column).astype(object).fillna("").astype(str) for column in columns), strict=True)
     return pd.Series([" | ".join(filter(None, row)) for row in rows], index=frame.index, dtype=object)
 
 

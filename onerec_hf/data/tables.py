@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -60,6 +61,16 @@ def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -
     return table
 
 
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    """A JSON object per line. pandas' reader makes a date of any column called "timestamp", and its switch against that is deprecated."""
+    with open(path, encoding="utf-8-sig") as file:
+        rows = {number: json.loads(line) for number, line in enumerate(file, start=1) if line.strip()}
+    for number, row in rows.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+    return pd.DataFrame(list(rows.values()))
+
+
 def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame:
     if path.is_dir():
         raise DataError(f"{path} is a folder: pass one file ({', '.join(SUFFIXES)}), or a DataFrame of all of them.")
@@ -73,8 +84,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
         if path.suffix.lower() == ".parquet":
             return read_parquet(path)
         if path.suffix.lower() == ".jsonl":
-            # pandas would turn "00123" into 123 and anything called "timestamp" into a date.
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)  # pyright: ignore[reportArgumentType]
+            return _read_json_lines(path)
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
         columns = pd.read_csv(path, sep=separator, nrows=0, encoding="utf-8-sig", index_col=False).columns
         check_width(len(columns), path)

@@ -205,7 +205,7 @@ class TestWrite:
         back = read_recbole(folder / "r.inter").interactions
         for name in ("user_id", "item_id", "timestamp", "rating", "like"):
             assert back[name].tolist() == interactions[name].tolist()
-        reviews = [str(value).split() for value in back["review"].fillna("")]
+        reviews = [str(value).split() for value in back["review"].astype(object).fillna("")]
         assert reviews == [(value or "").split() for value in interactions["review"]]
 
     def test_what_recbole_sees(self, tmp_path):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecConfig, OneRecProcessor
-from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack, windows_of
 from tests.rounding import assert_close
@@ -64,8 +63,6 @@ def test_it_is_saved_and_recommends(tmp_path):
     assert not torch.equal(make_model(CATALOGUE).recommend(**inputs), model.recommend(**inputs))
 
 
-def test_other_names_and_plans_are_refused():
+def test_other_names_are_refused():
     with pytest.raises(Exception, match="choose softmax or pointwise"):
         OneRecConfig(encoder_attention="linear")
-    with pytest.raises(ValueError, match="not planned for"):
-        count_parameters(OneRecConfig(encoder_attention="pointwise"))

@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf import OneRecProcessor
 from onerec_hf.cli.export import export_onnx
-from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.test_packing import PREFIXES, assert_equal_to_windows, pack, windows_of
 from tests.rounding import assert_close
@@ -118,8 +117,6 @@ def test_it_is_exported(tmp_path):
     assert states.shape == (2, 3, 32)
 
 
-def test_half_an_item_and_plans_are_refused():
+def test_half_an_item_is_refused():
     with pytest.raises(ValueError, match="whole items, 4 tokens each; got 6 tokens"):
         make()(inputs_embeds=torch.zeros(1, 6, 32), labels=torch.tensor([[5, 9, 13]]))
-    with pytest.raises(ValueError, match="not planned for"):
-        count_parameters(OneRecConfig(encoder_pools_items=True))
