@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """
-Builds wheel and sdist into dist/ and checks both in new virtual environments, for every Python that the package supports. Uploads nothing.
+Builds wheel and sdist into dist/ and checks both in new virtual environments for Python 3.10 to 3.13. Uploads nothing.
 
     python3 .ci/release.py                   # wheel with all dependencies, sdist, on each Python found here
     python3 .ci/release.py --bare            # without dependencies: installation, import, command line; gigabytes and minutes less
     python3 .ci/release.py --environment .venv   # the same, but on that environment's Python with its packages
     python3 .ci/release.py --python 3.12
 
-A Python that is not on this machine is reported as "not checked". The exit status is 1 if a check failed.
+A Python that is not on this machine is reported as "not checked". On one that is older than `requires-python`, pip must refuse the package. The exit
+status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -75,11 +76,20 @@ def find_python(version: str) -> str | None:
     return None
 
 
-def version_of_the_source() -> str:
-    found = re.search(r'^__version__ = "([^"]+)"', (ROOT / "onerec_hf" / "__init__.py").read_text(), re.MULTILINE)
+def read(file: str, pattern: str) -> str:
+    """The first group of a pattern in a file of the source."""
+    found = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
     if found is None:
-        raise RuntimeError("onerec_hf/__init__.py: no __version__")
+        raise RuntimeError(f"{file}: no line {pattern}")
     return found[1]
+
+
+def version_of_the_source() -> str:
+    return read("onerec_hf/__init__.py", r'^__version__ = "([^"]+)"')
+
+
+def oldest_python() -> str:
+    return read("pyproject.toml", r'^requires-python = ">=([\d.]+)"')
 
 
 def build(folder: Path) -> tuple[Path, Path]:
@@ -109,6 +119,13 @@ def check(interpreter: str, distribution: Path, version: str, folder: Path, opti
         RuntimeError, AssertionError: what failed.
     """
     run(interpreter, "-m", "venv", folder)
+    name = run(interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    if PYTHONS.index(name) < PYTHONS.index(oldest_python()):
+        install = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", distribution]
+        refused = subprocess.run([str(part) for part in install], capture_output=True, text=True)
+        assert refused.returncode, "pip installed it on a Python that is not supported"
+        assert "requires a different Python" in refused.stderr, refused.stderr
+        return f"as unsupported: pip refuses it, Python {oldest_python()} is required"
     python, command = folder / "bin" / "python", folder / "bin" / "onerec-hf"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONPATH", None)

@@ -11,6 +11,7 @@ import sys
 import threading
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 # Every Auto class imports this module.
 _AUTO_CLASSES = "transformers.models.auto.configuration_auto"
@@ -99,7 +100,7 @@ class _CountingLoader(Loader):
     def create_module(self, spec: ModuleSpec):
         return self.loader.create_module(spec)
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         imports = self.finder.imports
         outer = getattr(imports, "depth", 0)

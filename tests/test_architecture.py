@@ -177,3 +177,36 @@ def test_saved_folder_loads_in_a_fresh_process(model, processor, tmp_path):
     )
     done = run("-c", code, str(tmp_path))
     assert json.loads(done.stdout) == wanted, done.stderr
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_model_is_read_in_one_sitting():
+    assert len(list(ROOMS["modeling"].glob("*.py"))) <= 22
+    assert sum(lines(ROOMS["modeling"] / name) for name in ("modeling_onerec.py", "layers_onerec.py")) <= 1200
+
+
+def test_files_are_short():
+    assert {name: lines(file) for name, file in FILES.items() if lines(file) > 700} == {}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
+
+
+def test_result_files_are_small():
+    assert sum(file.stat().st_size for file in (ROOT / "benchmarks" / "results").rglob("*.*")) <= 500_000
+
+
+def test_no_test_changes_the_import_path():
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                changed = ast.unparse(node)
+                assert node.attr != "syspath_prepend", file
+                assert changed not in ("sys.path.insert", "sys.path.append", "sys.path.extend"), file
+            if isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
+                targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+                assert not any(ast.unparse(target).startswith("sys.path") for target in targets), file

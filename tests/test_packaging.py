@@ -1,5 +1,6 @@
 """Wheel, sdist and container: complete, with one version, importable from a bare virtual environment, and a server that starts."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,11 +11,13 @@ import sys
 import sysconfig
 import tarfile
 import time
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import onerec_hf
 
@@ -196,6 +199,17 @@ def test_the_container_starts_a_server(distributions, bare, model, processor, tm
     assert server.returncode == 0, output
 
 
+def test_every_supported_python_can_install_the_pinned_dependencies():
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest = metadata["requires-python"].removeprefix(">=")
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    for name in (line.split("==")[0] for line in pinned):
+        required = importlib.metadata.metadata(name)["Requires-Python"]
+        assert SpecifierSet(required).contains(oldest), f"{name} needs Python {required}"
+    named = [line.rsplit(" ", 1)[-1] for line in metadata["classifiers"] if " :: 3." in line]
+    assert named[0] == oldest
+
+
 def test_the_release_script_reads_the_version_and_reports_a_missing_python():
     spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
     script = importlib.util.module_from_spec(spec)
@@ -204,3 +218,4 @@ def test_the_release_script_reads_the_version_and_reports_a_missing_python():
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert run(script.find_python(here), "--version").startswith(f"Python {here}.")
     assert script.find_python("3.99") is None
+    assert script.oldest_python() in script.PYTHONS

@@ -200,7 +200,7 @@ async def client(port: int, end: float, rng: random.Random, seconds: list[float]
             writer.write(head.encode() + body)
             answer = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode().lower()
             content = await reader.readexactly(int(answer.split("content-length:")[1].split("\r\n")[0]))
-        except (OSError, EOFError, asyncio.TimeoutError) as error:
+        except (TimeoutError, OSError, EOFError) as error:
             lost.append(repr(error))
             writer = None
             continue

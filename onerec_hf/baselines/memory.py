@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # Entries of one dense (users, items) or (items, items) block; 2**22 float64 are 32 MiB.
 _BLOCK_ENTRIES = 2**22

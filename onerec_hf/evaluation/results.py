@@ -74,7 +74,7 @@ def write_results(
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": command or shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "rows": rows,
         **more,

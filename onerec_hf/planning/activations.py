@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onerec_hf.planning.parameters import attention_widths, is_pointwise, scored_items
+from onerec_hf.planning.parameters import attention_widths, is_pointwise, item_head, scored_items
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -141,7 +141,7 @@ class _Counter:
         The vectors' indices; for the loss, the ends of the histories, a mask of sessions, states and targets; with `score_codes` the summed vectors of
         all items and the indices of `embedding_bag`.
         """
-        head = self.config.item_head
+        head = item_head(self.config)
         if head is None:
             return 0
         read = 8 * users * history_items

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
 Shape = tuple[int, ...]
@@ -66,10 +67,20 @@ def is_pointwise(config: OneRecConfig) -> bool:
     return config.encoder_attention == "pointwise"
 
 
+def item_head(config: OneRecConfig) -> ItemHeadConfig | None:
+    return cast("ItemHeadConfig | None", config.item_head)  # the config turns a dict into one
+
+
+def item_vectors(config: OneRecConfig) -> int:
+    """Items with a vector; 0 without an item head."""
+    head = item_head(config)
+    return 0 if head is None else head.num_items or 0
+
+
 def scored_items(config: OneRecConfig) -> int:
     """Classes of the item head's loss: the items of the catalogue, 0 without that loss."""
-    head = config.item_head
-    return head.num_items if head is not None and head.loss_weight else 0
+    head = item_head(config)
+    return item_vectors(config) if head is not None and head.loss_weight else 0
 
 
 def _feed_forward(config: OneRecConfig) -> list[Shape]:
@@ -101,7 +112,7 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     decoder = [*_attention(config), *_attention(config), *router, norm, norm, norm]
     separate = expert_parallel and bool(experts)
     # One vector more than items, for those that have none.
-    items = [] if config.item_head is None else [(config.item_head.num_items + 1, width)]
+    items = [(item_vectors(config) + 1, width)] if item_vectors(config) else []
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
         Unit("encoder", (vocabulary, *items, norm)),
@@ -159,8 +170,9 @@ def matrix_parameters(config: OneRecConfig) -> int:
 
 def autocast_parameters(config: OneRecConfig) -> int:
     """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
-    direct = config.item_head is not None and not config.item_head.score_codes
-    return matrix_parameters(config) + (scored_items(config) * config.hidden_size if direct else 0)
+    head = item_head(config)
+    direct = scored_items(config) if head is not None and not head.score_codes else 0
+    return matrix_parameters(config) + direct * config.hidden_size
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
@@ -169,5 +181,4 @@ def buffer_bytes(config: OneRecConfig) -> int:
     keys.
     """
     biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
-    keys = 0 if config.item_head is None else config.item_head.num_items
-    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + 8 * keys
+    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + 8 * item_vectors(config)

@@ -18,7 +18,7 @@ from onerec_hf.semantic_ids.balanced_assignment import ROWS
 from onerec_hf.semantic_ids.process_group import ALONE, Alone
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _FORMAT, _VERSION = "onerec-quantizer", "1"
 # method -> module and class: importing the room costs nothing until a method is used.

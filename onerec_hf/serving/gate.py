@@ -82,7 +82,7 @@ class Gate:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise HTTPException(408, f"the request did not arrive within {settings.timeout:g} seconds") from None
             total += len(message.get("body", b""))
             if total > settings.max_body_bytes:

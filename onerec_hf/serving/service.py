@@ -100,7 +100,7 @@ class RecommendationService:
         self._users[model] = self._users.get(model, 0) + 1
         try:
             return await asyncio.wait_for(asyncio.gather(*futures), self.settings.timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Refused(
                 504, f"no answer within {self.settings.timeout:g} seconds", self.batcher.seconds_ahead
             ) from None
