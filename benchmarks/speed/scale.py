@@ -1,8 +1,8 @@
 """
-The tables of docs/scale.md: memory per GPU and bytes sent per step, computed by onerec_hf.planning from recipes/scale/*.yaml.
+Memory per GPU and bytes sent per step for recipes/scale/*.yaml, computed by onerec_hf.planning.
 
-    python benchmarks/speed/scale.py            # prints them
-    python benchmarks/speed/scale.py --write    # puts them into docs/scale.md
+    python benchmarks/speed/scale.py            # prints a table per size: every strategy on 1 to 128 GPUs
+    python benchmarks/speed/scale.py --write    # writes the summary into docs/explanation/scale.md
 
 Nothing is measured here; tests/planning holds the computation against real steps.
 """
@@ -28,7 +28,7 @@ from onerec_hf.planning import (
 from onerec_hf.planning.plan import gib, gigabytes
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "scale.md"
+PAGE = ROOT / "docs" / "explanation" / "scale.md"
 BEGIN, END = "<!-- begin: benchmarks/speed/scale.py -->\n", "<!-- end: benchmarks/speed/scale.py -->\n"
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 USERS = 64
@@ -53,7 +53,7 @@ def models() -> str:
     """A row per recipe."""
     rows = [
         [
-            f"[{name}](../recipes/scale/{name}.yaml)",
+            name,
             f"{count_parameters(config) / 1e9:.3f}",
             f"{active_parameters(config) / 1e9:.3f}",
             str(config.hidden_size),
@@ -95,8 +95,25 @@ def size_table(config: OneRecConfig, batch: Batch) -> str:
     return markdown(["GPUs", *STRATEGIES, "to start with"], rows)
 
 
+def summary() -> str:
+    """A row per size, a column per number of GPUs: the simplest strategy that fits."""
+    shown = (1, 4, 8, 16, 64)
+    rows = []
+    for name, (config, batch) in sizes().items():
+        row = [name]
+        for gpus in shown:
+            choice = best(make_plans(config, layouts(config, gpus), batch))
+            if choice is None:
+                row.append("none fits")
+                continue
+            step = f"{1000 * choice.step_seconds:.3g} ms"
+            row.append(f"{choice.layout.strategy}: {cell(choice)}, {step}")
+        rows.append(row)
+    return markdown(["recipe", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in shown)], rows)
+
+
 def tables() -> str:
-    """Everything between the marks of docs/scale.md."""
+    """Every size on every number of GPUs."""
     parts = [models()]
     for name, (config, batch) in sizes().items():
         parts.append(f"### {name}\n\n{size_table(config, batch)}")
@@ -104,15 +121,15 @@ def tables() -> str:
 
 
 def page() -> str:
-    """docs/scale.md with the tables as they are computed now."""
+    """The page with the tables as they are computed now."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{tables()}{END}{after}"
+    return f"{before}{BEGIN}\n{models()}\n{summary()}\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the summary into docs/explanation/scale.md")
     if parser.parse_args().write:
         PAGE.write_text(page(), encoding="utf-8")
     else:
