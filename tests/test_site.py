@@ -34,5 +34,6 @@ def test_the_site_builds_and_its_reference_is_whole(tmp_path):
     }
     public = {*onerec_hf.__all__, *onerec_hf.trainers.__all__} - {"register_auto_classes"}
     assert public <= anchors, public - anchors
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.stem == "index" or page.stem in pages
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        assert (name if name != "index" else ".") in pages
