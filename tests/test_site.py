@@ -1,7 +1,9 @@
 """The documentation builds as a site, and its reference holds what is public."""
 
+import doctest
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,18 @@ import onerec_hf.trainers
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_docstrings_become_readable():
+    readable = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["readable"]
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(readable, "readable", globs={"readable": readable}):
+        runner.run(example)
+    assert runner.summarize() == (0, 1)
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_its_reference_is_whole(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)],
+    done = subprocess.run(  # without -q, under which --strict counts no warning
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -25,6 +35,7 @@ def test_the_site_builds_and_its_reference_is_whole(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
     pages = {
         path.parent.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8")
         for path in tmp_path.rglob("index.html")
