@@ -21,6 +21,7 @@ from onerec_hf.cli.main import main as onerec_hf_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md"))]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -258,7 +259,7 @@ def test_make_targets_and_extras_that_pages_name_exist():
                     assert all((ROOT / name).exists() for name in re.findall(r"-c (\S+)", line)), where
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page_id(page)) for page in [*PAGES, ROOT / "CHANGELOG.md"]])
+@pytest.mark.parametrize("page", [pytest.param(page, id=page_id(page)) for page in LINKED])
 def test_links_between_pages_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
