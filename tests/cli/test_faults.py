@@ -173,7 +173,14 @@ def test_bad_batches_end_in_one_message(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_real_kills(tmp_path):
     """Two of each phase; benchmarks/robustness/reliability.py does twenty."""
-    script = [sys.executable, ROOT / "benchmarks" / "robustness" / "reliability.py", "--kills", "2", "--json", tmp_path / "rows.json"]
+    script = [
+        sys.executable,
+        ROOT / "benchmarks" / "robustness" / "reliability.py",
+        "--kills",
+        "2",
+        "--json",
+        tmp_path / "rows.json",
+    ]
     done = subprocess.run([*map(str, script), "--seed", "7"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
