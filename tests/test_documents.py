@@ -205,7 +205,7 @@ def test_commands_have_the_options_that_pages_name(path):
     everywhere = frozenset().union(*map(options_of, COMMAND_NAMES))
     sections = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
     for heading, section in zip(["", *sections[1::2]], sections[::2], strict=True):
-        named = set(re.findall(r"`(--\w[\w-]*)", section)) - {"--help"}
+        named = set(re.findall(r"`(--\w[\w-]*)", section)) - {"--help", "--quick"}  # --quick is the benchmarks'
         if heading == "Options about data":
             known = options_of("semantic-ids fit") & options_of("train") & options_of("evaluate")
         else:
@@ -425,6 +425,22 @@ def test_recipes_for_accelerate_say_their_command_and_name_parts_of_the_model(re
     named = settings.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "")
     named += "," + settings.deepspeed_config.get("deepspeed_moe_layer_cls_names", "")
     assert {name for name in named.split(",") if name} <= classes
+
+
+def test_the_table_of_alignment_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "alignment.json").read_text(encoding="utf-8"))["rows"]
+    values = {row["name"]: row["value"] for row in results}
+    page = (ROOT / "docs" / "explanation" / "alignment.md").read_text(encoding="utf-8")
+    variants = ("sasrec", "onerec", "onerec_ntp", "dpo", "s_dpo", "ipa_2_percent", "ipa")
+    rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)[1:]
+    for variant, row in zip(variants, rows, strict=True):
+        _, watch_time, views, likes, observed, recall, items = row.split(" | ")
+        told = {"heldout/swt_mean": watch_time, "heldout/vtr_mean": views, "heldout/ltr_mean": likes}
+        for metric, text in {**told, "observed/vtr": observed, "recall@10": recall, "items": items}.items():
+            shown = [float(part) for part in text.split(" ± ")]
+            exact = [values[f"{variant}/{metric}"], values[f"{variant}/{metric}/std"]]
+            digits = len(text.split(" ")[0].partition(".")[2])
+            assert shown == [round(value, digits) for value in exact[: len(shown)]], f"{variant}/{metric}"
 
 
 def test_these_recipes_are_there():

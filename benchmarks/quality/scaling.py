@@ -3,7 +3,7 @@ Loss against size: generators of several widths, dense and with sparse experts a
 feed-forward layer; two of them here are as wide as the dense layer), trained on the same examples for the same steps.
 
     python benchmarks/quality/scaling.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --json benchmarks/results/scaling.json \\
-        --plot benchmarks/results/scaling.png
+        --plot docs/images/scaling.png
 
 Rows `DATASET/KIND-WIDTH/METRIC`: `loss`, nats that the codes of a validation user's next item cost (the sum over its levels, a mean over users;
 of the whole vocabulary), `active`, `weights`, and `cpu_seconds` of training. Learning rates fall with the root of the width; nothing else is tuned.

@@ -1,4 +1,4 @@
-"""docs/scale.md holds the tables that benchmarks/speed/scale.py computes."""
+"""docs/explanation/scale.md holds the tables that benchmarks/speed/scale.py computes."""
 
 from benchmarks.speed import scale
 
@@ -6,4 +6,5 @@ from benchmarks.speed import scale
 def test_the_page_has_the_computed_tables():
     page = scale.PAGE.read_text(encoding="utf-8")
     assert scale.page() == page, "python benchmarks/speed/scale.py --write"
-    assert page.count("\n### ") == len(scale.sizes())
+    assert all(f"\n| {name} |" in page for name in scale.sizes())
+    assert scale.tables().count("\n### ") == len(scale.sizes())
