@@ -395,17 +395,24 @@ def _histories() -> list[bytes]:
 
 
 def _read_histories(path: Path) -> None:
-    from onerec_hf.cli.recommend import known_items, naming_file, read_file
+    from onerec_hf.cli.recommend import RecommendArguments, naming_file, read_file, resolve_line
 
+    args = RecommendArguments(unknown="skip")
     with naming_file(str(path)):
         for number, request in read_file(path):
-            known_items(_catalogue_once(), number, request["history"], "skip", True)
+            resolve_line(_recommender(), number, request, args)
             json.dumps(request, ensure_ascii=False).encode()
 
 
 @cache
-def _catalogue_once():
-    return _catalogue()
+def _recommender():
+    from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+    from onerec_hf.modeling.requests import Recommender
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "encoder_layers": 1, "decoder_layers": 1, "num_experts": 1}
+    model = OneRecForConditionalGeneration(OneRecConfig(codebook_sizes=[2, 2, 4], num_attention_heads=1, **sizes))
+    model.set_catalogue(_catalogue())
+    return Recommender(model, _processor())
 
 
 @cache

@@ -219,8 +219,8 @@ def shown_values(values: pd.Series) -> pd.Series:
     pandas holds as floats because some are missing become integers again; dates and mixed values become text.
 
     Example:
-        >>> shown_values(pd.Series([1979.0, None])).tolist(), shown_values(pd.Series(["", "Heat"])).tolist()
-        ([1979, <NA>], [None, 'Heat'])
+        >>> shown_values(pd.Series([1979.0, None])).dropna().tolist(), shown_values(pd.Series(["", "Heat"])).dropna().tolist()
+        ([1979], ['Heat'])
     """
     kind = pd.api.types.infer_dtype(values, skipna=True)
     if kind == "categorical":
@@ -241,8 +241,8 @@ def shown_values(values: pd.Series) -> pd.Series:
 def _joins(text: pd.Series, others: list[pd.Series]) -> bool:
     """Whether each text is made of the other columns' values, as `with_text` joins them."""
     for joined, *parts in zip(text, *others, strict=True):
-        wanted = set() if joined is None else set(joined.split(" | "))
-        if not wanted <= {piece for part in parts if part is not None for piece in str(part).split(" | ")}:
+        wanted = set() if pd.isna(joined) else set(joined.split(" | "))
+        if not wanted <= {piece for part in parts if not pd.isna(part) for piece in str(part).split(" | ")}:
             return False
     return True
 
