@@ -99,10 +99,6 @@ class Request:
     Example:
         >>> Request(["m4"], top_k=80).beams
         80
-        >>> Request(["m4"], top_k=5, num_beams=2)
-        Traceback (most recent call last):
-        ...
-        onerec_hf.modeling.requests.RequestError: top_k=5 exceeds num_beams=2; raise num_beams
     """
 
     history: Any
@@ -377,18 +373,19 @@ class Recommender:
         Raises:
             ValueError: scores that are not finite.
         """
+        batches: dict[BatchKind, list[int]] = defaultdict(list)
         answers = [Answer(request, fields=None if self.items is None else []) for request in requests]
-        batches: dict[BatchKind, list[Answer]] = defaultdict(list)
-        for answer in answers:
-            if answer.request.is_answerable:
-                batches[answer.request.kind].append(answer)
-        for kind, batch in batches.items():
-            self._search(kind, batch)
+        for place, request in enumerate(requests):
+            if request.is_answerable:
+                batches[request.kind].append(place)
+        for kind, places in batches.items():
+            found = self.search(kind, [requests[place] for place in places])
+            for place, answer in zip(places, found, strict=True):
+                answers[place] = answer
         return answers
 
-    def _search(self, kind: BatchKind, answers: list[Answer]) -> None:
-        """Fills the answers to requests of one kind."""
-        requests = [answer.request for answer in answers]
+    def search(self, kind: BatchKind, requests: Sequence[ResolvedRequest]) -> list[Answer]:
+        """As [`answer`], for requests of one kind that are answerable: one batch."""
         most = max(resolved.request.top_k for resolved in requests)
         histories = [resolved.history for resolved in requests]  # cut already
         output: Any = self.model.recommend(
@@ -401,15 +398,18 @@ class Recommender:
             return_dict_in_generate=True,
         )
         sessions, scores = self.processor.batch_decode(output), output.sequences_scores.tolist()
-        for place, answer in enumerate(answers):
-            mine = slice(place * most, place * most + answer.request.request.top_k)
+        answers = []
+        for place, resolved in enumerate(requests):
+            mine = slice(place * most, place * most + resolved.request.top_k)
             # A beam that found no session is empty.
             found = [pair for pair in zip(sessions[mine], scores[mine], strict=True) if pair[0]]
-            answer.sessions, answer.scores = [session for session, _ in found], [score for _, score in found]
+            answer = Answer(resolved, [session for session, _ in found], [score for _, score in found])
             if not all(map(math.isfinite, answer.scores)):
                 raise ValueError("the model's scores are not finite numbers: its weights are damaged")
             if self.items is not None:
                 answer.fields = [[dict(self.items.get(item, {})) for item in session] for session in answer.sessions]
+            answers.append(answer)
+        return answers
 
 
 def _padded(lists: list[np.ndarray]) -> torch.Tensor | None:
@@ -528,7 +528,9 @@ def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue, **kwargs) -> 
     try:
         path = find_file(repo, ITEMS_NAME, **kwargs)
     except OSError as error:  # titles are optional: an unreachable Hub does not stop a model that is loaded
-        logger.warning_once(f"cannot look for {ITEMS_NAME} in {os.fspath(repo)}, answers show no titles: {error!s:.200}")
+        logger.warning_once(
+            f"cannot look for {ITEMS_NAME} in {os.fspath(repo)}, answers show no titles: {error!s:.200}"
+        )
         return None
     if path is None:
         return None

@@ -89,8 +89,8 @@ def save_items_table(
 ) -> str:
     """
     Writes `items.parquet` into a folder: a row per item of the catalogue, in its order, with the columns that answers can show. Left out are
-    vectors and other nested values, texts of more than 2,000 characters on average, columns without any value, columns named "item", "items"
-    or "score", and a column `text` that only joins the others.
+    vectors and other nested values, texts of more than 2,000 characters on average, columns without any value, and columns named "item",
+    "items" or "score". A column `text` that only joins the others is left out too, without a note.
 
     Args:
         items: the items table, or its source (see [`read_items`]). Items that the catalogue does not hold are left out.
@@ -196,7 +196,9 @@ def _shown_columns(frame: pd.DataFrame) -> tuple[dict[str, pd.Series], dict[str,
             left_out[name] = "answers use this name"
             continue
         kind = pd.api.types.infer_dtype(values, skipna=True)
-        if kind.startswith("mixed") and any(not isinstance(v, str | int | float | np.generic) for v in values.dropna()):
+        if kind.startswith("mixed") and any(
+            not isinstance(v, str | int | float | np.generic) for v in values.dropna()
+        ):
             left_out[name] = "nested values"
             continue
         shown = shown_values(values)
@@ -207,9 +209,12 @@ def _shown_columns(frame: pd.DataFrame) -> tuple[dict[str, pd.Series], dict[str,
             left_out[name] = f"{length:,.0f} characters on average"
         else:
             columns[name] = shown
-    if "text" in columns and len(columns) > 1 and _joins(columns["text"], [columns[n] for n in columns if n != "text"]):
-        left_out["text"] = "joins the others"
-        del columns["text"]
+    if (
+        "text" in columns
+        and len(columns) > 1
+        and _joins(columns["text"], [columns[n] for n in columns if n != "text"])
+    ):
+        del columns["text"]  # nothing is lost
     return columns, left_out
 
 
@@ -228,7 +233,9 @@ def shown_values(values: pd.Series) -> pd.Series:
     if kind in ("floating", "mixed-integer-float"):
         numbers = values.astype("Float64")
         numbers = numbers.where(np.isfinite(numbers.to_numpy(dtype=np.float64, na_value=np.nan)))
-        whole = numbers.isna().any() and bool((numbers.dropna() % 1 == 0).all()) and bool((numbers.abs() < 2**53).all())
+        whole = (
+            numbers.isna().any() and bool((numbers.dropna() % 1 == 0).all()) and bool((numbers.abs() < 2**53).all())
+        )
         return numbers.astype("Int64" if whole else "Float64")
     if kind == "integer":
         return values.astype("Int64")
