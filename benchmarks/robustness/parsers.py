@@ -79,6 +79,23 @@ def _read_items(path: Path, **arguments: Any) -> None:
         with_text(items).frame["text"].map(len)
 
 
+def _read_saved_items(path: Path) -> None:
+    from onerec_hf.data.item_fields import read_items_file
+
+    for item, fields in read_items_file(path, _catalogue()).items():
+        json.dumps([item, fields], allow_nan=False)
+
+
+def _saved_items() -> list[bytes]:
+    import pandas as pd
+
+    from onerec_hf.data.item_fields import save_items_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_items_table(folder, pd.DataFrame(_products()), _catalogue())
+        return [Path(folder, "items.parquet").read_bytes(), _parquet(_products())]
+
+
 def _read_impressions(path: Path) -> None:
     from onerec_hf.data.feedback.impressions import load_impressions
 
@@ -406,13 +423,9 @@ def _read_histories(path: Path) -> None:
 
 @cache
 def _recommender():
-    from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
     from onerec_hf.modeling.requests import Recommender
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "encoder_layers": 1, "decoder_layers": 1, "num_experts": 1}
-    model = OneRecForConditionalGeneration(OneRecConfig(codebook_sizes=[2, 2, 4], num_attention_heads=1, **sizes))
-    model.set_catalogue(_catalogue())
-    return Recommender(model, _processor())
+    return Recommender(_model(), _processor())
 
 
 @cache
@@ -486,6 +499,7 @@ PARSERS: dict[str, Parser] = {
             lambda: [_parquet(_products())],
             formats.parquet_file,
         ),
+        Parser("saved-items", "items.parquet", _read_saved_items, _saved_items, formats.parquet_file),
         Parser(
             "items-item",
             "products.item",

@@ -13,6 +13,7 @@ name = os.environ.get("ONEREC_MODEL")
 if not name:
     raise SystemExit("set ONEREC_MODEL: the folder or Hub id of a trained OneRec (in a Space: Settings, Variables)")
 processor = load_processor("ONEREC_MODEL", name)
+assert processor.catalogue is not None
 items = DemoArguments(items=os.environ.get("ONEREC_ITEMS") or None).load(name, processor.catalogue)
 recommender = DemoRecommender(load_model("ONEREC_MODEL", name), processor, items)
 app = build_app(recommender, name=name.rstrip("/").split("/")[-1])

@@ -130,7 +130,7 @@ def save_items_table(
         old = before.frame.drop(columns="item_id").set_index(_rows(before, catalogue))
         old = old[(old.index >= 0) & ~old.index.isin(frame.index)]
         frame = pd.concat([old, frame]) if len(old) else frame
-    frame = frame.reindex(np.arange(len(catalogue)))
+    frame = pd.DataFrame(frame.reindex(np.arange(len(catalogue))))
     ids = pd.Series(catalogue.item_ids)
     table = {"item_id": pa.array(ids)} | {name: pa.array(shown_values(column_of(frame, name))) for name in frame}
     metadata = {_CATALOGUE_KEY: catalogue.hash.encode()}
