@@ -38,6 +38,7 @@ from onerec_hf.semantic_ids.report import SemanticIDReport
 from onerec_hf.workflows.artefact import load_model, load_processor
 from onerec_hf.workflows.preferences import read_preferences
 from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
+from tests.conftest import make_model
 
 ROW = {"user_id": "u1", "item_id": "m1", "timestamp": 1}
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.columns import DataError, column_of
 from onerec_hf.data.interactions import ItemTable, read_items
-from onerec_hf.data.tables import DataError, column_of
 from onerec_hf.modeling.requests import ITEMS_NAME, RESERVED_FIELDS
 
 if TYPE_CHECKING:
