@@ -1,37 +1,462 @@
-"""What people know items by: their ids in a catalogue, checked with an error that says where, and titles and other fields."""
+"""
+One path for a request. A [`Request`] holds item ids and options; a [`Recommender`] resolves it against the catalogue, searches a batch, and gives
+an [`Answer`] with ids, scores and the items' fields. The pipeline, `onerec-hf recommend`, the server and the demo all call it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from transformers.utils import logging
+
+from .files import find_file
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
+    from .processing_onerec import OneRecProcessor
+
+logger = logging.get_logger(__name__)
+
+#: Titles and other columns of the items, beside the catalogue.
+ITEMS_NAME = "items.parquet"
+DEFAULT_BEAMS = 50
+_COUNTS = ("top_k", "num_beams", "session_length", "max_history")
+_NO_ITEMS = np.empty(0, dtype=np.int64)
 
 
-def known_rows(catalogue: ItemCatalogue, ids, name: str, unknown: str) -> tuple[np.ndarray, int]:
-    """Catalogue rows of those of `ids` that it holds, in order, and how many it lacks; errors begin with `name`."""
+def spell_argument(option: str, value: Any) -> str:
+    """An option as Python spells it: `unknown="skip"`."""
+    return f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
+
+
+class RequestError(ValueError):
+    """
+    A request that cannot be answered.
+
+    Args:
+        reason: what is wrong, and in which list of the request.
+        fix: an option, its value, and what it does, where one helps.
+
+    Example:
+        >>> error = RequestError("the history is empty: there is nothing to read", ("unknown", "skip", "for an empty answer"))
+        >>> str(error)
+        'the history is empty: there is nothing to read; pass unknown="skip" for an empty answer'
+        >>> error.message(lambda option, value: f"--{option} {value}")
+        'the history is empty: there is nothing to read; pass --unknown skip for an empty answer'
+    """
+
+    def __init__(self, reason: str, fix: tuple[str, Any, str] | None = None):
+        super().__init__(reason)
+        self.reason, self.fix = reason, fix
+
+    def message(self, spell: Callable[[str, Any], str] = spell_argument) -> str:
+        """Reason and fix; `spell` writes an option and its value as the caller passes them."""
+        if self.fix is None:
+            return self.reason
+        option, value, purpose = self.fix
+        return f"{self.reason}; pass {spell(option, value)} {purpose}"
+
+    def __str__(self) -> str:
+        return self.message()
+
+
+class UnknownItemError(RequestError, KeyError):
+    """Items that the catalogue does not hold, where `unknown="error"`."""
+
+
+class ItemIdTypeError(RequestError, TypeError):
+    """Item ids of another type than the catalogue's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """
+    One history and the options of its recommendation.
+
+    Args:
+        history: item ids, oldest first.
+        exclude: more items to leave out.
+        allow: the only items to choose from (a category, what is in stock); all when not given.
+        top_k: items (or sessions) to return, best first.
+        session_length: with 1, a ranked list of items; with more, sessions of so many items each.
+        num_beams: beam width; 50, or `top_k` where that is more, when not given.
+        exclude_seen: leave out all items of the history, those that are too old to be read as well.
+        unknown: "skip" leaves out and counts ids that the catalogue does not hold, "error" raises.
+        max_history: the latest items of the history that the model reads; the processor's when not given.
+        name: of the history in messages.
+
+    Raises:
+        RequestError: a count below 1, `top_k > num_beams`, or another value of `unknown`.
+
+    Example:
+        >>> Request(["m4"], top_k=80).beams
+        80
+    """
+
+    history: Any
+    exclude: Any = None
+    allow: Any = None
+    top_k: int = 10
+    session_length: int = 1
+    num_beams: int | None = None
+    exclude_seen: bool = True
+    unknown: str = "skip"
+    max_history: int | None = None
+    name: str = "the history"
+
+    def __post_init__(self):
+        for option in _COUNTS:
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise RequestError(f"{option} must be at least 1; got {value}")
+        if self.unknown not in ("skip", "error"):
+            raise RequestError(f'unknown must be "skip" or "error"; got {self.unknown!r:.40}')
+        if self.top_k > self.beams:
+            raise RequestError(f"top_k={self.top_k} exceeds num_beams={self.num_beams}; raise num_beams")
+
+    @property
+    def beams(self) -> int:
+        """The beam width."""
+        return max(DEFAULT_BEAMS, self.top_k) if self.num_beams is None else self.num_beams
+
+
+class BatchKind(NamedTuple):
+    """What requests of one search have in common."""
+
+    session_length: int
+    num_beams: int
+    has_allow: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedRequest:
+    """
+    A request against a catalogue.
+
+    Args:
+        request: as it came.
+        history: the ids that the model reads.
+        exclude, allow: distinct item indices. With `allow`, the exclusions are taken from it already.
+        candidates: active items that are left to choose from.
+        length: ids of the history as it came.
+        skipped: ids of the request that the catalogue does not hold.
+        cut: whether the history is longer than what the model reads.
+    """
+
+    request: Request
+    history: list
+    exclude: np.ndarray
+    allow: np.ndarray | None
+    candidates: int
+    length: int
+    skipped: int
+    cut: bool
+
+    @property
+    def kind(self) -> BatchKind:
+        """Requests of one kind are searched together."""
+        return BatchKind(self.request.session_length, self.request.beams, self.allow is not None)
+
+    @property
+    def is_answerable(self) -> bool:
+        """Whether there is something to read, and enough to choose from."""
+        return bool(self.history) and self.candidates >= self.request.session_length
+
+
+@dataclass
+class Answer:
+    """
+    The sessions of a request, best first; none where the request leaves nothing to read or to recommend.
+
+    Args:
+        request: what it answers.
+        sessions: lists of item ids, at most `top_k`.
+        scores: log-probabilities of the sessions.
+        fields: per session, the fields of each item; None where the recommender has no items table.
+
+    Example:
+        >>> request = ResolvedRequest(Request(["m4"]), ["m4"], _NO_ITEMS, None, 2, 1, 0, False)
+        >>> answer = Answer(request, [["m7"]], [-1.5], [[{"title": "Heat"}]])
+        >>> answer.rows()
+        [{'item': 'm7', 'score': -1.5, 'title': 'Heat'}]
+        >>> answer.columns()
+        {'items': ['m7'], 'scores': [-1.5], 'fields': [{'title': 'Heat'}]}
+    """
+
+    request: ResolvedRequest
+    sessions: list[list] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    fields: list[list[dict]] | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """
+        A dictionary per item: `item`, `score` and its fields. For longer sessions a dictionary per session: `items`, which holds such
+        dictionaries without a score, and `score`.
+        """
+        fields = self.fields or [[{}] * len(session) for session in self.sessions]
+        if self.request.request.session_length == 1:
+            return [
+                {"item": item, "score": score, **of_item}
+                for (item,), score, (of_item,) in zip(self.sessions, self.scores, fields, strict=True)
+            ]
+        return [
+            {
+                "items": [{"item": item, **of_item} for item, of_item in zip(session, of_items, strict=True)],
+                "score": score,
+            }
+            for session, score, of_items in zip(self.sessions, self.scores, fields, strict=True)
+        ]
+
+    def columns(self) -> dict[str, Any]:
+        """Parallel lists: `items` (`sessions` where they are longer than one item), `scores`, and `fields` where there is an items table."""
+        single = self.request.request.session_length == 1
+        answer: dict[str, Any] = {
+            "items" if single else "sessions": [session[0] if single else session for session in self.sessions],
+            "scores": self.scores,
+        }
+        if self.fields is not None:
+            answer["fields"] = [of_items[0] if single else of_items for of_items in self.fields]
+        return answer
+
+
+@dataclass
+class AnswerCounts:
+    """
+    What was left out of many answers.
+
+    Example:
+        >>> counts = AnswerCounts()
+        >>> counts.add(Answer(ResolvedRequest(Request([9]), [], _NO_ITEMS, None, 2, 1, skipped=1, cut=False)))
+        >>> str(counts)
+        'left out 1 items that are not in the catalogue; 1 of 1 histories hold no known item: an empty answer'
+    """
+
+    histories: int = 0
+    skipped: int = 0
+    empty: int = 0
+    exhausted: int = 0
+    cut: int = 0
+
+    def add(self, answer: Answer) -> None:
+        request = answer.request
+        self.histories += 1
+        self.skipped += request.skipped
+        self.cut += request.cut
+        self.empty += not request.history
+        self.exhausted += bool(request.history) and not answer.sessions
+
+    def __iadd__(self, other: AnswerCounts) -> AnswerCounts:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+        return self
+
+    def __str__(self) -> str:
+        notes = {
+            f"left out {self.skipped} items that are not in the catalogue": self.skipped,
+            f"{self.empty} of {self.histories} histories hold no known item: an empty answer": self.empty,
+            f"{self.exhausted} of {self.histories} histories leave nothing to recommend: an empty answer": self.exhausted,
+            f"read only the latest items of {self.cut} of {self.histories} histories, which are longer than max_history": self.cut,
+        }
+        return "; ".join(note for note, count in notes.items() if count)
+
+
+class Recommender:
+    """
+    A model with its processor and the items' fields, for many requests.
+
+    Args:
+        model: a `OneRecForConditionalGeneration`, or one with a PEFT adapter around it.
+        processor: with the same catalogue.
+        items: fields by item id, as [`item_metadata`] or [`saved_items`] give them.
+
+    Raises:
+        ValueError: model and processor have different catalogues, or none.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+        >>> catalogue = ItemCatalogue(["m4", "m17", "m256"], codes=[[0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 2])
+        >>> config = OneRecConfig(codebook_sizes=[2, 2], hidden_size=16, encoder_layers=1, decoder_layers=1, num_experts=2)
+        >>> model = OneRecForConditionalGeneration(config).eval()
+        >>> model.set_catalogue(catalogue)
+        >>> recommender = Recommender(model, OneRecProcessor.from_catalogue(catalogue), {"m256": {"title": "Heat"}})
+        >>> (answer,) = recommender.recommend([Request(["m4", "m9"], exclude=["m17"], top_k=5)])
+        >>> answer.sessions, answer.fields, answer.request.skipped
+        ([['m256']], [[{'title': 'Heat'}]], 1)
+    """
+
+    def __init__(self, model: Any, processor: OneRecProcessor, items: Mapping[Any, Mapping] | None = None):
+        if model.catalogue is None or processor.catalogue is None:
+            raise ValueError(
+                f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); give it one with "
+                "set_catalogue(...)"
+            )
+        if model.catalogue.hash != processor.catalogue.hash:
+            raise ValueError(
+                f"the model has {model.catalogue}, the processor has {processor.catalogue}: give both the same one, e.g. "
+                "model.set_catalogue(processor.catalogue)"
+            )
+        self.model, self.processor, self.items = model, processor, items
+        self.catalogue: ItemCatalogue = processor.catalogue
+
+    @property
+    def max_history(self) -> int:
+        """Items of a history that the model reads: as many as the processor keeps, or as the model has positions for."""
+        config = self.model.config
+        return self.processor.max_history or config.max_position_embeddings // config.tokens_per_item
+
+    def resolve(
+        self, request: Request, exclude: np.ndarray = _NO_ITEMS, allow: np.ndarray | None = None
+    ) -> ResolvedRequest:
+        """
+        The request against the catalogue.
+
+        Args:
+            exclude: item indices to leave out of all requests, on top of the request's.
+            allow: item indices to choose from where the request has no `allow`.
+
+        Raises:
+            RequestError: a list that is none, or ids that cannot be item ids. [`ItemIdTypeError`] for ids of another type than the
+                catalogue's; with `unknown="error"` [`UnknownItemError`].
+        """
+        catalogue, name = self.catalogue, request.name
+        history, skipped = known_rows(catalogue, request.history, name, request.unknown)
+        length = len(history) + skipped
+        if request.exclude is not None:
+            more, unknown = known_rows(catalogue, request.exclude, f"exclude of {name}", request.unknown)
+            exclude, skipped = np.concatenate([exclude, more]), skipped + unknown
+        if request.allow is not None:
+            allow, unknown = known_rows(catalogue, request.allow, f"allow of {name}", request.unknown)
+            skipped += unknown
+        exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen else exclude)
+        if allow is None:
+            candidates = catalogue.num_active - int(catalogue.active[exclude].sum())
+        else:
+            allow, exclude = np.setdiff1d(allow, exclude), _NO_ITEMS
+            candidates = int(catalogue.active[allow].sum())
+        latest = catalogue.ids(history[-(request.max_history or self.max_history) :])
+        cut = len(latest) < len(history)
+        return ResolvedRequest(request, latest, exclude, allow, candidates, length, skipped, cut)
+
+    def problem(self, resolved: ResolvedRequest) -> RequestError | None:
+        """Why the answer is empty; None where it need not be."""
+        request, name = resolved.request, resolved.request.name
+        if not resolved.history:
+            reason = "holds no item of the catalogue" if resolved.length else "is empty"
+            return RequestError(
+                f"{name} {reason}: there is nothing to read", ("unknown", "skip", "for an empty answer")
+            )
+        if resolved.candidates < request.session_length:
+            seen = ("exclude_seen", False, "to recommend items of the history again") if request.exclude_seen else None
+            return RequestError(
+                f"{name}: its exclusions and allow list leave {resolved.candidates} of {self.catalogue.num_active} items, too few for a "
+                f"session of {request.session_length}",
+                seen,
+            )
+        return None
+
+    def recommend(self, requests: Iterable[Request]) -> list[Answer]:
+        """One answer per request, in order; raises as [`resolve`] and [`answer`] do."""
+        return self.answer([self.resolve(request) for request in requests])
+
+    def answer(self, requests: Sequence[ResolvedRequest]) -> list[Answer]:
+        """
+        One answer per request, in order. Requests of one kind are searched as one batch.
+
+        Raises:
+            ValueError: scores that are not finite.
+        """
+        batches: dict[BatchKind, list[int]] = defaultdict(list)
+        answers = [Answer(request, fields=None if self.items is None else []) for request in requests]
+        for place, request in enumerate(requests):
+            if request.is_answerable:
+                batches[request.kind].append(place)
+        for kind, places in batches.items():
+            found = self.search(kind, [requests[place] for place in places])
+            for place, answer in zip(places, found, strict=True):
+                answers[place] = answer
+        return answers
+
+    def search(self, kind: BatchKind, requests: Sequence[ResolvedRequest]) -> list[Answer]:
+        """As [`answer`], for requests of one kind that are answerable: one batch."""
+        most = max(resolved.request.top_k for resolved in requests)
+        histories = [resolved.history for resolved in requests]  # cut already
+        output: Any = self.model.recommend(
+            **self.processor(histories, max_history=max(map(len, histories))),
+            session_length=kind.session_length,
+            num_beams=kind.num_beams,
+            num_return_sequences=most,
+            exclude=_padded([resolved.exclude for resolved in requests]),
+            allow=_padded([resolved.allow for resolved in requests if resolved.allow is not None]),
+            return_dict_in_generate=True,
+        )
+        sessions, scores = self.processor.batch_decode(output), output.sequences_scores.tolist()
+        answers = []
+        for place, resolved in enumerate(requests):
+            mine = slice(place * most, place * most + resolved.request.top_k)
+            # A beam that found no session is empty.
+            found = [pair for pair in zip(sessions[mine], scores[mine], strict=True) if pair[0]]
+            answer = Answer(resolved, [session for session, _ in found], [score for _, score in found])
+            if not all(map(math.isfinite, answer.scores)):
+                raise ValueError("the model's scores are not finite numbers: its weights are damaged")
+            if self.items is not None:
+                answer.fields = [[dict(self.items.get(item, {})) for item in session] for session in answer.sessions]
+            answers.append(answer)
+        return answers
+
+
+def _padded(lists: list[np.ndarray]) -> torch.Tensor | None:
+    """(users, longest) int64 item indices, padded with -1; None without any."""
+    if not any(map(len, lists)):
+        return None
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, lists)), batch_first=True, padding_value=-1)
+
+
+def known_rows(catalogue: ItemCatalogue, ids: Any, name: str, unknown: str) -> tuple[np.ndarray, int]:
+    """
+    Item indices of those of `ids` that the catalogue holds, in order, and how many it does not hold.
+
+    Args:
+        name: of the list, which messages begin with.
+        unknown: "skip" or "error".
+
+    Raises:
+        RequestError: as [`Recommender.resolve`] says.
+    """
     if not isinstance(ids, Iterable) or isinstance(ids, str | bytes | Mapping):
-        raise ValueError(f'{name} must be a list of item ids, e.g. ["m17", "m4"]; got {ids!r:.60}')
+        raise RequestError(f'{name} must be a list of item ids, e.g. ["m17", "m4"]; got {ids!r:.60}')
+    ids = ids if isinstance(ids, list | np.ndarray | torch.Tensor) else list(ids)
     try:
-        rows = catalogue.rows(ids, unknown="mask" if unknown == "skip" else "error")
-    except (KeyError, TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error.args[0]}") from None
-    known = rows[rows >= 0]
-    return known, len(rows) - len(known)
+        rows = catalogue.rows(ids, unknown="mask")
+    except TypeError as error:
+        raise ItemIdTypeError(f"{name}: {error!s:.200}") from None
+    except ValueError as error:
+        raise RequestError(f"{name}: {error!s:.200}") from None
+    missing = np.flatnonzero(rows < 0)
+    if len(missing) and unknown == "error":
+        examples = [_plain(ids[place]) for place in missing[:3].tolist()]
+        raise UnknownItemError(
+            f"{name}: {len(missing)} of {len(rows)} items are not in the catalogue of {len(catalogue)} items, e.g. {examples!s:.100}",
+            ("unknown", "skip", "to leave them out"),
+        )
+    return (rows[rows >= 0] if len(missing) else rows), len(missing)
 
 
 def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
     """
-    What is known of items, as a dictionary of fields by item id.
+    The items' fields by item id.
 
     Args:
         items: a mapping from ids to titles or to dictionaries of fields, or a table with a column `item_id` (see
             [`GenerativeRecommendationPipeline`]). Empty values (`None`, NaN) are left out.
-        catalogue: what the ids have to be of.
+        catalogue: the one that holds the ids.
 
     Raises:
         ValueError: no column `item_id`, a field named "item", "items" or "score", or no item of the catalogue.
@@ -62,7 +487,7 @@ def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
             fields_of = {
                 item: fields if isinstance(fields, Mapping) else {"title": fields} for item, fields in table.items()
             }
-    taken = {"item", "items", "score"} & {name for fields in fields_of.values() for name in fields}
+    taken = RESERVED_FIELDS & {name for fields in fields_of.values() for name in fields}
     if taken:
         raise ValueError(f"items has a field {min(taken)!r}, which answers have themselves; rename it")
     rows, _ = known_rows(catalogue, list(fields_of), "items", "skip")
@@ -77,12 +502,60 @@ def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
     }
 
 
+#: What answers say of an item beside its fields.
+RESERVED_FIELDS = frozenset({"item", "items", "score"})
+
+
 def _plain(value):
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if isinstance(value, np.generic | torch.Tensor) else value
 
 
 def _is_empty(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-__all__ = ["item_metadata", "known_rows"]
+def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue, **kwargs) -> Mapping[Any, Mapping] | None:
+    """
+    The fields of the `items.parquet` in a local folder or Hub repository, by item id; None where it holds none. The package onerec_hf reads
+    it: code that was loaded with `trust_remote_code=True`, without the package, gives None and logs it.
+
+    Args:
+        kwargs: `from_pretrained`'s hub arguments.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another catalogue.
+    """
+    try:
+        path = find_file(repo, ITEMS_NAME, **kwargs)
+    except OSError as error:  # titles are optional: an unreachable Hub does not stop a model that is loaded
+        logger.warning_once(
+            f"cannot look for {ITEMS_NAME} in {os.fspath(repo)}, answers show no titles: {error!s:.200}"
+        )
+        return None
+    if path is None:
+        return None
+    # Parquet needs pyarrow, which transformers does not install. The package has it, and its checks of untrusted files.
+    if __name__ != "onerec_hf.modeling.requests":
+        logger.warning_once(f"{ITEMS_NAME} is not read: pip install onerec-hf to show titles, or pass items=...")
+        return None
+    return import_module("onerec_hf.data.item_fields").read_items_file(path, catalogue)
+
+
+__all__ = [
+    "DEFAULT_BEAMS",
+    "ITEMS_NAME",
+    "RESERVED_FIELDS",
+    "Answer",
+    "AnswerCounts",
+    "BatchKind",
+    "ItemIdTypeError",
+    "Recommender",
+    "Request",
+    "RequestError",
+    "ResolvedRequest",
+    "UnknownItemError",
+    "item_metadata",
+    "known_rows",
+    "saved_items",
+    "spell_argument",
+]

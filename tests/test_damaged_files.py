@@ -26,17 +26,19 @@ from onerec_hf import (
 )
 from onerec_hf.cli.arguments import parse
 from onerec_hf.cli.plan import recipe_options
-from onerec_hf.cli.recommend import known_items, naming_file, read_file
+from onerec_hf.cli.recommend import RecommendArguments, naming_file, read_file, resolve_line
 from onerec_hf.data import read_interactions, read_items
 from onerec_hf.data.interactions import check_embeddings
 from onerec_hf.modeling.files import map_npy
 from onerec_hf.modeling.hub import check_weights
+from onerec_hf.modeling.requests import Recommender
 from onerec_hf.semantic_ids import ResidualQuantizer, fit_semantic_ids, read_grid_tensor, read_index_json
 from onerec_hf.semantic_ids.quantizer import Quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport
 from onerec_hf.workflows.artefact import load_model, load_processor
 from onerec_hf.workflows.preferences import read_preferences
 from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
+from tests.conftest import make_model
 
 ROW = {"user_id": "u1", "item_id": "m1", "timestamp": 1}
 
@@ -447,9 +449,10 @@ def test_pairs_that_are_no_lists_of_items(tmp_path, row):
 )
 def test_histories_that_are_none(tmp_path, line):
     catalogue = ItemCatalogue(["m1", "m2"], [[0], [1]], [2])
+    recommender = Recommender(make_model(catalogue), OneRecProcessor.from_catalogue(catalogue))
     path = lines(tmp_path / "histories.jsonl", '["m1"]', line)
     with pytest.raises(ValueError, match=r"histories\.jsonl: line 2") as refusal, naming_file(str(path)):
-        _ = [known_items(catalogue, number, request["history"], "error", True) for number, request in read_file(path)]
+        _ = [resolve_line(recommender, number, request, RecommendArguments()) for number, request in read_file(path)]
     assert len(str(refusal.value)) < 1_000
 
 

@@ -79,6 +79,23 @@ def _read_items(path: Path, **arguments: Any) -> None:
         with_text(items).frame["text"].map(len)
 
 
+def _read_saved_items(path: Path) -> None:
+    from onerec_hf.data.item_fields import read_items_file
+
+    for item, fields in read_items_file(path, _catalogue()).items():
+        json.dumps([item, fields], allow_nan=False)
+
+
+def _saved_items() -> list[bytes]:
+    import pandas as pd
+
+    from onerec_hf.data.item_fields import save_items_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_items_table(folder, pd.DataFrame(_products()), _catalogue())
+        return [Path(folder, "items.parquet").read_bytes(), _parquet(_products())]
+
+
 def _read_impressions(path: Path) -> None:
     from onerec_hf.data.feedback.impressions import load_impressions
 
@@ -395,17 +412,20 @@ def _histories() -> list[bytes]:
 
 
 def _read_histories(path: Path) -> None:
-    from onerec_hf.cli.recommend import known_items, naming_file, read_file
+    from onerec_hf.cli.recommend import RecommendArguments, naming_file, read_file, resolve_line
 
+    args = RecommendArguments(unknown="skip")
     with naming_file(str(path)):
         for number, request in read_file(path):
-            known_items(_catalogue_once(), number, request["history"], "skip", True)
+            resolve_line(_recommender(), number, request, args)
             json.dumps(request, ensure_ascii=False).encode()
 
 
 @cache
-def _catalogue_once():
-    return _catalogue()
+def _recommender():
+    from onerec_hf.modeling.requests import Recommender
+
+    return Recommender(_model(), _processor())
 
 
 @cache
@@ -479,6 +499,7 @@ PARSERS: dict[str, Parser] = {
             lambda: [_parquet(_products())],
             formats.parquet_file,
         ),
+        Parser("saved-items", "items.parquet", _read_saved_items, _saved_items, formats.parquet_file),
         Parser(
             "items-item",
             "products.item",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from onerec_hf.data.item_fields import ItemFields
+    from onerec_hf.modeling.catalogue import ItemCatalogue
 
 
 def parse(
@@ -35,3 +40,33 @@ def command_line(prog: str, argv: Sequence[str]) -> str:
         "onerec-hf train --output_dir 'my model'"
     """
     return shlex.join(["onerec-hf", *prog.split(), *argv])
+
+
+@dataclass
+class ShownItemArguments:
+    """What answers show of an item beside its id."""
+
+    items: str | None = field(
+        default=None,
+        metadata={"help": "Your items: item_id and the columns to show, in place of those saved with the model."},
+    )
+    show_fields: bool = field(default=True, metadata={"help": "Show titles and other columns of the items."})
+
+    def load(self, repo: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFields | None:
+        """
+        Fields by item id; None without a table.
+
+        Raises:
+            ValueError: a table that is damaged or belongs to another catalogue.
+        """
+        from onerec_hf.data import read_items
+        from onerec_hf.data.columns import about
+        from onerec_hf.data.item_fields import ItemFields
+        from onerec_hf.modeling.requests import saved_items
+
+        if not self.show_fields:
+            return None
+        if self.items is None:
+            return cast("ItemFields | None", saved_items(repo, catalogue))  # the package is here
+        with about(self.items):
+            return ItemFields(read_items(self.items), catalogue)

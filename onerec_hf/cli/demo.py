@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from onerec_hf.cli.arguments import parse
-from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.cli.arguments import ShownItemArguments, parse
+from onerec_hf.workflows.artefact import load_model, load_processor, naming
 from onerec_hf.workflows.distributed import say
+
+if TYPE_CHECKING:
+    from onerec_hf.data.item_fields import ItemFields
+    from onerec_hf.modeling.catalogue import ItemCatalogue
 
 
 @dataclass
-class DemoArguments:
-    """Which model, and where it is served."""
+class DemoArguments(ShownItemArguments):
+    """The model, and the page's address."""
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})
-    items: str | None = field(
-        default=None, metadata={"help": "Your items: item_id and the column of --title_column; else ids are shown."}
+    title_column: str = field(
+        default="title", metadata={"help": "The column that names an item; its id does where there is none."}
     )
-    title_column: str = field(default="title", metadata={"help": "Column of --items that is shown."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets others in."})
     port: int = field(default=7860, metadata={"help": "Port."})
+
+    def load(self, repo: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFields | None:
+        """
+        Fields by item id; None without a table.
+
+        Raises:
+            ValueError: a table that is damaged, belongs to another catalogue, or (of `--items`) has no column `--title_column`.
+        """
+        items = super().load(repo, catalogue)
+        if self.items is not None and items is not None and self.title_column not in items.columns:
+            raise ValueError(
+                f"--items {self.items}: no column {self.title_column!r} among {items.columns}; name another with --title_column"
+            )
+        return items
 
 
 def main(argv: list[str]) -> None:
@@ -30,27 +49,14 @@ def main(argv: list[str]) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise ImportError('the demo needs gradio: pip install "onerec-hf[demo]"') from None
-    from onerec_hf.cli.demo_app import Recommender, build_app
+    from onerec_hf.cli.demo_app import DemoRecommender, build_app
 
     processor, model = load_processor("--model", args.model), load_model("--model", args.model)
-    titles = None if args.items is None else titles_of(args.items, args.title_column)
-    app = build_app(Recommender(model, processor, titles), name=args.model.rstrip("/").split("/")[-1])
+    assert processor.catalogue is not None
+    with naming("--model", args.model):
+        items = args.load(args.model, processor.catalogue)
+    app = build_app(
+        DemoRecommender(model, processor, items, args.title_column), name=args.model.rstrip("/").split("/")[-1]
+    )
     say(f"http://{args.host}:{args.port}  (Ctrl-C ends it)")
     app.launch(server_name=args.host, server_port=args.port, quiet=True, show_error=True)
-
-
-def titles_of(items: str, column: str) -> dict:
-    """
-    Item id -> title.
-
-    Raises:
-        ValueError: no such column.
-    """
-    from onerec_hf.data import read_items
-
-    table = read_items(items)
-    if column not in table.frame:
-        raise ValueError(
-            f"--items {items}: no column {column!r} among {list(table.frame.columns)}; name another with --title_column"
-        )
-    return dict(zip(table.item_ids.tolist(), table.frame[column].astype(str), strict=True))

@@ -1,13 +1,15 @@
-"""The demo: a history goes in, generated sessions come out as lists, with what their semantic IDs share with the history."""
+"""The demo page: a history in, generated sessions out as lists, with the codes that their semantic IDs share with the history."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from onerec_hf.modeling.requests import Recommender, Request, RequestError, known_rows
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -22,7 +24,7 @@ _STYLE = """
 .onerec-score {opacity: .7}
 .onerec-code {font-family: monospace; border-radius: 4px; padding: 1px 5px; background: #8882}
 .onerec-shared {background: #2a78; font-weight: bold}
-.onerec-like {opacity: .7; font-size: 90%}
+.onerec-fields, .onerec-like {opacity: .7; font-size: 90%}
 </style>
 """
 
@@ -32,10 +34,11 @@ class GeneratedItem:
     """
     Args:
         item_id: as the catalogue has it.
-        title: what is shown for it.
+        title: its title, or its id.
         codes: its semantic ID.
-        shared: how many of its first codes it shares with the item of the history that is most like it.
+        shared: how many of its first codes it shares with the most similar item of the history.
         like: title of that item; None where no code is shared.
+        fields: its other fields.
     """
 
     item_id: Any
@@ -43,18 +46,20 @@ class GeneratedItem:
     codes: list[int]
     shared: int
     like: str | None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
-class Recommender:
+class DemoRecommender:
     """
-    A model, its processor and titles, as the demo asks them.
+    Sessions with titles and semantic IDs, for the page.
 
     Args:
         model, processor: as loaded from one folder.
-        titles: item id -> title; ids are shown where there is none.
+        items: fields by item id.
+        title_column: the field that names an item; its id does where there is none.
 
     Example:
-        >>> recommender = Recommender(model, processor, {"m17": "Alien"})  # doctest: +SKIP
+        >>> recommender = DemoRecommender(model, processor, {"m17": {"title": "Alien"}})  # doctest: +SKIP
         >>> recommender.sessions(["m17"], num_beams=8, session_length=3, count=1)  # doctest: +SKIP
     """
 
@@ -62,14 +67,18 @@ class Recommender:
         self,
         model: OneRecForConditionalGeneration,
         processor: OneRecProcessor,
-        titles: Mapping[Any, str] | None = None,
+        items: Mapping[Any, Mapping] | None = None,
+        title_column: str = "title",
     ):
-        self.model, self.processor, self.titles = model.eval(), processor, dict(titles or {})
-        assert processor.catalogue is not None
-        self.catalogue = processor.catalogue
+        self.recommender = Recommender(model.eval(), processor, items or {})
+        self.catalogue, self.title_column = self.recommender.catalogue, title_column
 
     def title(self, item_id: Any) -> str:
-        return str(self.titles.get(item_id, item_id))
+        return str(self._fields(item_id).get(self.title_column, item_id))
+
+    def _fields(self, item_id: Any) -> Mapping:
+        assert self.recommender.items is not None
+        return self.recommender.items.get(item_id, {})
 
     def choices(self) -> list[tuple[str, str]]:
         """(label, id as text), by label, of the items, or of the most popular 20,000; two items of one title are told apart by their ids."""
@@ -85,22 +94,18 @@ class Recommender:
 
     def ids_of(self, texts: Sequence[str]) -> list:
         """
-        Item ids from what was picked or typed.
+        Item ids of picked or typed texts.
 
         Raises:
-            ValueError: an item that the catalogue lacks, by name.
+            ValueError: items that the catalogue does not hold.
         """
         texts = [text.strip() for text in texts if text.strip()]
         integers = self.catalogue.id_type == "int"
-        unknown = [text for text in texts if integers and not text.lstrip("-").isdigit()]
-        ids: list = [] if unknown else [int(text) if integers else text for text in texts]
-        if ids:
-            rows = self.catalogue.rows(ids, unknown="mask")
-            unknown = [text for text, row in zip(texts, rows, strict=True) if row < 0]
-        if unknown:
-            raise ValueError(
-                f"not in this model's catalogue of {len(self.catalogue):,} items: {', '.join(unknown[:5])}"
-            )
+        ids = [int(text) if integers and text.removeprefix("-").isdecimal() else text for text in texts]
+        try:
+            known_rows(self.catalogue, ids, "the history", unknown="error")
+        except RequestError as error:
+            raise ValueError(error.reason) from None
         return ids
 
     def sessions(
@@ -114,23 +119,20 @@ class Recommender:
         """
         if not history:
             raise ValueError("pick or type at least one item: the model continues a history")
-        beams = max(num_beams, count)
-        out: Any = self.model.recommend(
-            **self.processor([history]),
-            num_beams=beams,
-            num_return_sequences=count,
+        request = Request(
+            history,
+            top_k=count,
+            num_beams=max(num_beams, count),
             session_length=session_length,
-            exclude=[history] if exclude_seen else None,
-            return_dict_in_generate=True,
+            exclude_seen=exclude_seen,
+            unknown="error",
         )
-        read = history if self.processor.max_history is None else history[-self.processor.max_history :]
+        (answer,) = self.recommender.recommend([request])
+        read = answer.request.history
         codes = self.catalogue.codes[self.catalogue.rows(read)]
         return [
             (score, [self._item(item, read, codes) for item in session])
-            for session, score in zip(
-                self.processor.batch_decode(out.sequences), out.sequences_scores.tolist(), strict=True
-            )
-            if session
+            for session, score in zip(answer.sessions, answer.scores, strict=True)
         ]
 
     def _item(self, item_id: Any, history: list, history_codes: np.ndarray) -> GeneratedItem:
@@ -138,12 +140,13 @@ class Recommender:
         shared = (np.asarray(history_codes) == codes).cumprod(1).sum(1)
         nearest = int(shared.argmax())
         like = self.title(history[nearest]) if shared[nearest] else None
-        return GeneratedItem(item_id, self.title(item_id), codes.tolist(), int(shared[nearest]), like)
+        others = {name: value for name, value in self._fields(item_id).items() if name != self.title_column}
+        return GeneratedItem(item_id, self.title(item_id), codes.tolist(), int(shared[nearest]), like, others)
 
 
 def render(sessions: list[tuple[float, list[GeneratedItem]]]) -> str:
     """
-    Sessions as HTML; whatever stands in a title or an id is text.
+    Sessions as HTML. Titles, ids and fields are escaped.
 
     Example:
         >>> item = GeneratedItem("m1", "<b>Alien</b>", [3, 1], 1, "Aliens & Co")
@@ -164,7 +167,9 @@ def render(sessions: list[tuple[float, list[GeneratedItem]]]) -> str:
             name = html.escape(item.title)
             if item.title != str(item.item_id):
                 name += f" <small>{html.escape(str(item.item_id))}</small>"
-            rows.append(f"<li>{name}<br>{codes}{like}</li>")
+            fields = html.escape(", ".join(f"{field}: {value}" for field, value in item.fields.items()))
+            fields = f'<br><span class="onerec-fields">{fields}</span>' if fields else ""
+            rows.append(f"<li>{name}{fields}<br>{codes}{like}</li>")
         parts.append(
             f'<div class="onerec-session"><b>Session {place}</b> <span class="onerec-score">log-probability {score:.2f}</span>'
             f"<ol>{''.join(rows)}</ol></div>"
@@ -172,7 +177,7 @@ def render(sessions: list[tuple[float, list[GeneratedItem]]]) -> str:
     return "".join(parts) if sessions else f"{_STYLE}<p>No legal session is left: loosen the settings.</p>"
 
 
-def build_app(recommender: Recommender, examples: Sequence[Sequence] = (), name: str = "OneRec") -> Any:
+def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), name: str = "OneRec") -> Any:
     """
     The Gradio app.
 

@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
-
-from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.arguments import ShownItemArguments, parse
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.artefact import load_model, load_processor
+from onerec_hf.workflows.artefact import load_model, load_processor, naming
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.catalogue import ItemCatalogue
+    from onerec_hf.modeling.requests import AnswerCounts, Recommender, ResolvedRequest
+
+_LISTS = ("history", "exclude", "allow")
 
 
 @dataclass
-class RecommendArguments:
-    """What is asked of the model."""
+class RecommendArguments(ShownItemArguments):
+    """The model, the histories and the options of a recommendation."""
 
     model: str | None = field(default=None, metadata={"help": "A saved OneRec: folder or Hub id."})
     histories: str = field(
         default="-",
         metadata={
-            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]} or a bare list of ids. "-" is stdin.'
+            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, which may hold "exclude" and "allow" too, or a bare list of ids. "-" is stdin.'
         },
     )
     session_length: int = field(default=1, metadata={"help": "Items per session; 1 gives a ranked list of items."})
@@ -45,49 +45,58 @@ class RecommendArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Users per batch."})
 
+    def options(self) -> dict[str, Any]:
+        """The options of every request, by the names of [`~onerec_hf.modeling.requests.Request`]."""
+        names = ("top_k", "session_length", "exclude_seen", "unknown")
+        return {name: getattr(self, name) for name in names} | {"num_beams": max(self.num_beams, self.top_k)}
+
 
 def main(argv: list[str]) -> None:
     (args,) = parse((RecommendArguments,), argv, "recommend")
     if args.model is None:
         raise ValueError("give --model: the folder or Hub id of a saved OneRec")
-    if args.unknown not in ("error", "skip"):
-        raise ValueError(f"--unknown is error or skip, not {args.unknown!r}")
-    for option in ("session_length", "top_k", "num_beams", "batch_size"):
+    for option in ("top_k", "num_beams", "batch_size"):  # of num_beams the request sees the larger one of both
         if getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")
     if args.histories != "-" and not os.path.isfile(args.histories):
         raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
     import torch
 
+    from onerec_hf.modeling.requests import AnswerCounts, Recommender, Request, RequestError
+
+    try:
+        Request([], **args.options())
+    except RequestError as error:
+        raise ValueError(f"--{error}") from None
     processor, model = load_processor("--model", args.model), load_model("--model", args.model).eval()
     if torch.accelerator.is_available():
         model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
-    catalogue = processor.catalogue
-    assert catalogue is not None
-    if args.session_length > catalogue.num_active:
+    assert processor.catalogue is not None
+    if args.session_length > processor.catalogue.num_active:
         raise ValueError(
-            f"--session_length {args.session_length}: the catalogue has only {catalogue.num_active} items"
+            f"--session_length {args.session_length}: the catalogue has only {processor.catalogue.num_active} items"
         )
+    with naming("--model", args.model):
+        items = args.load(args.model, processor.catalogue)
+    recommender = Recommender(model, processor, items)
     ranks = all_ranks()
-    left_out = np.zeros(2, dtype=np.int64)
+    counts = AnswerCounts()
     with model.packed_experts():
         for numbered in _batches(args, 1 if ranks is None else ranks.size):
             parts = []
             if ranks is None:
-                parts = [_recommended(model, processor, numbered, args)]
+                parts = [answer_lines(recommender, numbered, args)]
             elif numbered := ranks.gather_objects(numbered)[0]:  # the first rank reads, every rank answers its share
                 mine = numbered[ranks.share(len(numbered))]
-                parts = ranks.gather_objects(_recommended(model, processor, mine, args))
+                parts = ranks.gather_objects(answer_lines(recommender, mine, args))
             if not numbered:
                 break
-            for lines, unknown in parts:
-                left_out += unknown
+            for lines, of_part in parts:
+                counts += of_part
                 for line in lines if is_first() else ():
                     print(line, flush=True)
-    if left_out.any():
-        say(
-            f"left out {left_out[0]} items that are not in the catalogue; {left_out[1]} users without a known item got an empty answer"
-        )
+    if note := str(counts):
+        say(note)
 
 
 def _batches(args: RecommendArguments, batches: int) -> Iterator[list[tuple[int, dict[str, Any]]]]:
@@ -102,80 +111,54 @@ def _batches(args: RecommendArguments, batches: int) -> Iterator[list[tuple[int,
     yield []
 
 
-def _recommended(
-    model: Any, processor: Any, numbered: list[tuple[int, dict[str, Any]]], args: RecommendArguments
-) -> tuple[list[str], tuple[int, int]]:
-    """The lines that answer a batch of requests; how many items were unknown, and how many users without a known one."""
-    known = [
-        known_items(processor.catalogue, number, request["history"], args.unknown, args.exclude_seen)
-        for number, request in numbered
-    ]
-    histories = [items for items in known if items]
-    answers: Iterator[dict[str, Any]] = iter(())
-    if histories:
-        out: Any = model.recommend(
-            **processor(histories),
-            session_length=args.session_length,
-            num_beams=max(args.num_beams, args.top_k),
-            num_return_sequences=args.top_k,
-            exclude=histories if args.exclude_seen else None,
-            return_dict_in_generate=True,
-        )
-        answers = _answers(processor.batch_decode(out), out.sequences_scores.tolist(), args)
-    lines = []
-    for (_, request), items in zip(numbered, known, strict=True):
-        echoed = {key: value for key, value in request.items() if key != "history"}
-        answer = next(answers) if items else next(_answers([[]] * args.top_k, [0.0] * args.top_k, args))
-        lines.append(json.dumps(echoed | answer, ensure_ascii=False))
-    skipped = sum(len(request["history"]) for _, request in numbered) - sum(map(len, known))
-    return lines, (skipped, len(known) - len(histories))
-
-
-def _answers(sessions: list[list], scores: list[float], args: RecommendArguments) -> Iterator[dict[str, Any]]:
-    """Per user, what was found among the user's `top_k` beams; a beam that found no session is empty."""
-    for start in range(0, len(sessions), args.top_k):
-        mine = slice(start, start + args.top_k)
-        found = [(session, score) for session, score in zip(sessions[mine], scores[mine], strict=True) if session]
-        if args.session_length == 1:
-            answer: dict[str, Any] = {"items": [session[0] for session, _ in found]}
-        else:
-            answer = {"sessions": [session for session, _ in found]}
-        yield answer | {"scores": [round(score, 4) for _, score in found]}
-
-
-def known_items(catalogue: ItemCatalogue, number: int, history: list, unknown: str, exclude_seen: bool) -> list:
+def answer_lines(
+    recommender: Recommender, numbered: list[tuple[int, dict[str, Any]]], args: RecommendArguments
+) -> tuple[list[str], AnswerCounts]:
     """
-    The items of a history that the catalogue holds.
+    The lines that answer a batch of requests, and what was left out of them.
 
     Args:
-        number: the line that the history stands in.
-        unknown: "error" or "skip".
-        exclude_seen: whether items of the history are to be left out of the answer.
+        numbered: line numbers and requests, as `read_requests` gives them.
 
     Raises:
-        ValueError: ids of the wrong type, with "error" an unknown item or an empty history, or a history that leaves nothing to recommend.
+        ValueError: as `resolve_line`.
     """
+    from onerec_hf.modeling.requests import AnswerCounts
+
+    resolved = [resolve_line(recommender, number, request, args) for number, request in numbered]
+    lines, counts = [], AnswerCounts()
+    for (_, request), answer in zip(numbered, recommender.answer(resolved), strict=True):
+        counts.add(answer)
+        answer.scores = [round(score, 4) for score in answer.scores]
+        echoed = {key: value for key, value in request.items() if key not in _LISTS}
+        lines.append(json.dumps(echoed | answer.columns(), ensure_ascii=False))
+    return lines, counts
+
+
+def resolve_line(
+    recommender: Recommender, number: int, request: dict[str, Any], args: RecommendArguments
+) -> ResolvedRequest:
+    """
+    A line's request against the catalogue.
+
+    Raises:
+        ValueError: ids of the wrong type, with `--unknown error` an unknown item or an empty history, or a request that leaves nothing to
+            recommend; the message names the line.
+    """
+    from onerec_hf.modeling.requests import Request, RequestError
+
     try:
-        rows = catalogue.rows(history, unknown="mask")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"line {number}: {short(error, 500)}") from None
-    known = [item for item, row in zip(history, rows, strict=True) if row >= 0]
-    if unknown == "error" and len(known) < len(history):
-        examples = [item for item, row in zip(history, rows, strict=True) if row < 0][:3]
-        raise ValueError(
-            f"line {number}: {len(history) - len(known)} of {len(history)} items are not in the catalogue of {len(catalogue)} items, e.g. "
-            f"{short(examples)}; pass --unknown skip to leave them out"
-        )
-    if unknown == "error" and not known:
-        raise ValueError(
-            f"line {number}: the history is empty, there is nothing to read; leave the line out, or pass --unknown skip for an empty answer"
-        )
-    seen = np.unique(rows[rows >= 0])
-    if exclude_seen and catalogue.active[seen].sum() == catalogue.num_active:
-        raise ValueError(
-            f"line {number}: the history holds every item of the catalogue; pass --no_exclude_seen to recommend them again"
-        )
-    return known
+        resolved = recommender.resolve(Request(**{key: request.get(key) for key in _LISTS}, **args.options()))
+        problem = recommender.problem(resolved)
+        if problem and (not resolved.candidates or (not resolved.history and args.unknown == "error")):
+            raise problem
+    except RequestError as error:
+        raise ValueError(f"line {number}: {error.message(_spell_option)}") from None
+    return resolved
+
+
+def _spell_option(option: str, value: Any) -> str:
+    return f"--no_{option}" if value is False else f"--{option} {value}"
 
 
 @contextlib.contextmanager

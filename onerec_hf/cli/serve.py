@@ -6,14 +6,14 @@ import logging
 import sys
 from dataclasses import dataclass, field, fields
 
-from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.arguments import ShownItemArguments, parse
 from onerec_hf.workflows.artefact import naming
 from onerec_hf.workflows.distributed import say
 
 
 @dataclass
-class ServeArguments:
-    """Which model, where, and within which limits."""
+class ServeArguments(ShownItemArguments):
+    """The model, the address and the limits."""
 
     model: str = field(default="", metadata={"help": "A saved OneRec: folder or Hub id."})
     host: str = field(
@@ -88,12 +88,15 @@ def main(argv: list[str]) -> None:
 
             torch.set_num_threads(args.threads)
         with naming("--model", args.model):
-            model = ServedModel.load(args.model)
+            model = ServedModel.load(args.model, load_items=args.load)
         assert model is not None
         logging.basicConfig(stream=sys.stderr, format="onerec-hf serve: %(message)s")
         logging.getLogger("onerec_hf.serving").setLevel(logging.INFO)
         service = RecommendationService(
-            model, settings, load=lambda version: ServedModel.load(args.model, unless=version), unknown=args.unknown
+            model,
+            settings,
+            load=lambda version: ServedModel.load(args.model, unless=version, load_items=args.load),
+            unknown=args.unknown,
         )
         host, port = bound.getsockname()[:2]
         say(

@@ -1,12 +1,12 @@
-"""A model as it is served: loaded from safetensors alone, checked before it is let in, and asked for batches."""
+"""A model as it is served: loaded from safetensors only, checked before it takes requests, and called with batches."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,16 @@ import numpy as np
 
 from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
 from onerec_hf.modeling.files import read_json_object
+from onerec_hf.modeling.requests import (
+    DEFAULT_BEAMS,
+    ITEMS_NAME,
+    BatchKind,
+    Recommender,
+    Request,
+    RequestError,
+    ResolvedRequest,
+    saved_items,
+)
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -24,33 +34,23 @@ if TYPE_CHECKING:
     from .schema import Query
     from .settings import ServingSettings
 
-_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "processor_config.json", "tokenizer_config.json")
-_DEFAULT_BEAMS = 50
-
-
-class BadQuery(ValueError):
-    """What a request asks for cannot be done; the message says why."""
+_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    ITEMS_NAME,
+)
+_LIMITS = (("top_k", "max_top_k"), ("num_beams", "max_beams"), ("session_length", "max_session_length"))
 
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What histories of one batch have in common: all other settings are a row's own."""
+    """Histories with equal keys are answered together: the model, and the settings of a search."""
 
     model: ServedModel
-    session_length: int
-    num_beams: int
-    has_allow: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """A history as the model reads it, and the catalogue rows that it must not, or may, get."""
-
-    history: list
-    exclude: np.ndarray
-    allow: np.ndarray | None
-    top_k: int
-    unknown_items: int
+    kind: BatchKind
 
 
 class ServedModel:
@@ -60,6 +60,7 @@ class ServedModel:
     Args:
         model, processor: with the same catalogue. The model is put into evaluation mode and, until [`close`], keeps its experts packed.
         version: tells models apart.
+        items: fields by item id, for answers.
 
     Raises:
         ValueError: no catalogue, or two different ones; or the model cannot recommend (its weights are not numbers, say).
@@ -80,19 +81,15 @@ class ServedModel:
         (['m256'], 1)
     """
 
-    def __init__(self, model: OneRecForConditionalGeneration, processor: OneRecProcessor, version: str):
-        if model.catalogue is None or processor.catalogue is None:
-            raise ValueError("it holds no item catalogue (catalogue.safetensors)")
-        if model.catalogue.hash != processor.catalogue.hash:
-            raise ValueError(
-                f"its model has {model.catalogue}, its processor {processor.catalogue}: they belong to different models"
-            )
-        self.model, self.processor, self.version = model.eval(), processor, version
-        self.catalogue = processor.catalogue
-        # What the processor keeps, or what the model's positions were made for.
-        self.max_history = processor.max_history or (
-            model.config.max_position_embeddings // model.config.tokens_per_item
-        )
+    def __init__(
+        self,
+        model: OneRecForConditionalGeneration,
+        processor: OneRecProcessor,
+        version: str,
+        items: Mapping[Any, Mapping] | None = None,
+    ):
+        self.recommender = Recommender(model.eval(), processor, items)
+        self.model, self.version, self.catalogue = model, version, self.recommender.catalogue
         self._resources = ExitStack()
         self._resources.enter_context(model.packed_experts())
         try:
@@ -102,13 +99,19 @@ class ServedModel:
             raise
 
     @classmethod
-    def load(cls, repo: str, unless: str | None = None) -> ServedModel | None:
+    def load(
+        cls,
+        repo: str,
+        unless: str | None = None,
+        load_items: Callable[[Path, ItemCatalogue], Mapping[Any, Mapping] | None] = saved_items,
+    ) -> ServedModel | None:
         """
         Loads a folder or Hub repository. No code of the repository is run, and no pickle is read. Its version is a hash of its files:
         the same on every server that serves the same model.
 
         Args:
             unless: a version; None is returned where the folder holds that one.
+            load_items: takes the folder and its catalogue and gives the items' fields; those saved with the model when not given.
 
         Raises:
             ValueError, OSError: it is not there, damaged, incomplete, changing, or not a generator.
@@ -143,7 +146,8 @@ class ServedModel:
         _own_memory(model, processor)
         if torch.accelerator.is_available():
             model.to(device=torch.accelerator.current_accelerator())
-        served = cls(model, processor, version)
+        items = load_items(folder, Recommender(model, processor).catalogue)
+        served = cls(model, processor, version, items)
         if _state(folder) != before:
             served.close()
             raise ValueError("its files changed while they were read; write a model elsewhere and rename its folder")
@@ -159,12 +163,14 @@ class ServedModel:
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"its weights are damaged: {name} holds values that are not numbers")
         first = self.catalogue.ids(np.flatnonzero(self.catalogue.active)[:1])
-        rows = [Row(first, np.empty(0, dtype=np.int64), None, 1, 0)] * 2
-        for answer in self.answer(BatchKey(self, 1, 4, False), rows):
-            if not answer["items"] or None in answer["items"]:
+        request = Request(first, top_k=1, num_beams=4, exclude_seen=False)
+        for answer in self.recommender.recommend([request, request]):
+            if not answer.sessions or None in answer.sessions[0]:
                 raise ValueError("its model does not recommend items of its catalogue")
 
-    def prepare(self, query: Query, name: str, settings: ServingSettings, unknown: str) -> tuple[BatchKey, Row]:
+    def prepare(
+        self, query: Query, name: str, settings: ServingSettings, unknown: str
+    ) -> tuple[BatchKey, ResolvedRequest]:
         """
         Checks a query against catalogue and limits.
 
@@ -173,104 +179,48 @@ class ServedModel:
             unknown: "skip" or "error", where the query does not say.
 
         Raises:
-            BadQuery: it goes beyond a limit, names unknown items where that is an error, or leaves nothing to read or to recommend.
+            RequestError: it goes beyond a limit, names unknown items where that is an error, or leaves nothing to read or to recommend.
         """
-        for key, most in (
-            ("top_k", settings.max_top_k),
-            ("num_beams", settings.max_beams),
-            ("session_length", settings.max_session_length),
-        ):
-            value = getattr(query, key)
+        for key, limit in _LIMITS:
+            value, most = getattr(query, key), getattr(settings, limit)
             if value is not None and value > most:
-                raise BadQuery(
+                raise RequestError(
                     f"{key} is at most {most} on this server; got {value if value < 10**18 else 'far more'}"
                 )
-        num_beams = (
-            max(min(_DEFAULT_BEAMS, settings.max_beams), query.top_k) if query.num_beams is None else query.num_beams
-        )
-        if query.top_k > num_beams:
-            raise BadQuery(f"top_k {query.top_k} exceeds num_beams {num_beams}; raise num_beams")
-        unknown = query.unknown or unknown
-        lists = {"history": query.history, "exclude": query.exclude, "allow": query.allow}
-        rows: dict[str, np.ndarray] = {}
+        lists = {"history": query.history, "exclude": query.exclude or None, "allow": query.allow}
         for key, ids in lists.items():
-            if ids is not None:
-                most = settings.max_history_items if key == "history" else settings.max_list_items
-                rows[key] = self._rows(ids, name if key == "history" else f"{key} of {name}", most, unknown)
-        known = {key: found[found >= 0] for key, found in rows.items()}
-        if not len(known["history"]):
-            reason = "is empty" if not query.history else "holds no item of the catalogue"
-            raise BadQuery(f"{name} {reason}: there is nothing to read; show this user the most popular items")
-        exclude = np.unique(
-            np.concatenate([known["exclude"], known["history"][: len(known["history"]) * query.exclude_seen]])
-        )
-        allow = None
-        if query.allow is None:
-            left = self.catalogue.num_active - int(self.catalogue.active[exclude].sum())
-        else:
-            allow = np.setdiff1d(known["allow"], exclude)
-            left, exclude = int(self.catalogue.active[allow].sum()), exclude[:0]
-        if left < query.session_length:
-            raise BadQuery(
-                f"{name}: its exclusions and `allow` leave {left} of {self.catalogue.num_active} items, too few for a session of "
-                f"{query.session_length}"
-            )
-        history = [item for item, row in zip(query.history, rows["history"].tolist(), strict=True) if row >= 0]
-        unknown_items = sum(map(len, rows.values())) - sum(map(len, known.values()))
-        key = BatchKey(self, query.session_length, num_beams, allow is not None)
-        return key, Row(history[-self.max_history :], exclude, allow, query.top_k, unknown_items)
+            most = settings.max_history_items if key == "history" else settings.max_list_items
+            if ids is not None and len(ids) > most:
+                of = name if key == "history" else f"{key} of {name}"
+                raise RequestError(f"{of} has {len(ids)} items, this server takes {most}")
+        options = {key: getattr(query, key) for key in ("top_k", "session_length", "exclude_seen")}
+        num_beams = query.num_beams or max(min(DEFAULT_BEAMS, settings.max_beams), query.top_k)
+        request = Request(**lists, **options, num_beams=num_beams, unknown=query.unknown or unknown, name=name)
+        resolved = self.recommender.resolve(request)
+        problem = self.recommender.problem(resolved)
+        if problem is not None and not resolved.history:
+            raise RequestError(f"{problem.reason}; show this user the most popular items")
+        if problem is not None:
+            raise problem
+        return BatchKey(self, resolved.kind), resolved
 
-    def _rows(self, ids: list, name: str, most: int, unknown: str) -> np.ndarray:
-        if len(ids) > most:
-            raise BadQuery(f"{name} has {len(ids)} items, this server takes {most}")
-        try:
-            rows = self.catalogue.rows(ids, unknown="mask")
-        except (TypeError, ValueError) as error:
-            raise BadQuery(f"{name}: {str(error)[:200]}") from None
-        if unknown == "error" and (rows < 0).any():
-            examples = [item for item, row in zip(ids, rows.tolist(), strict=True) if row < 0][:3]
-            raise BadQuery(
-                f"{name}: {int((rows < 0).sum())} of {len(ids)} items are not in the catalogue of {len(self.catalogue)}, e.g. "
-                f"{str(examples)[:100]}"
-            )
-        return rows
-
-    def answer(self, key: BatchKey, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def answer(self, key: BatchKey, requests: Sequence[ResolvedRequest]) -> list[dict[str, Any]]:
         """
-        Answers rows with the settings of `key`, in order: `items` or `sessions`, `scores`, `unknown_items` and `model`.
+        Answers requests of one key, in order: `items` or `sessions`, `scores`, `fields` where there is an items table, `unknown_items` and
+        `model`.
 
         Raises:
-            ValueError: scores that are not numbers.
+            ValueError: scores that are not finite.
         """
-        most = max(row.top_k for row in rows)
-        allow = [row.allow for row in rows if row.allow is not None]
-        output: Any = self.model.recommend(
-            **self.processor([row.history for row in rows], max_history=self.max_history),
-            session_length=key.session_length,
-            num_beams=key.num_beams,
-            num_return_sequences=most,
-            exclude=_padded([row.exclude for row in rows]),
-            allow=_padded(allow) if key.has_allow else None,
-            return_dict_in_generate=True,
-        )
-        sessions, scores = self.processor.batch_decode(output), output.sequences_scores.tolist()
-        answers = []
-        for place, row in enumerate(rows):
-            mine = slice(place * most, place * most + row.top_k)
-            # A beam that found no session is empty.
-            found = [pair for pair in zip(sessions[mine], scores[mine], strict=True) if pair[0]]
-            if not all(math.isfinite(score) for _, score in found):
-                raise ValueError("its model's scores are not numbers: its weights are damaged")
-            lists = [session for session, _ in found]
-            answers.append(
-                {
-                    **({"items": [item for (item,) in lists]} if key.session_length == 1 else {"sessions": lists}),
-                    "scores": [score for _, score in found],
-                    "unknown_items": row.unknown_items,
-                    "model": self.version,
-                }
-            )
-        return answers
+        return [
+            {**answer.columns(), "unknown_items": answer.request.skipped, "model": self.version}
+            for answer in self.recommender.search(key.kind, requests)
+        ]
+
+
+def spell_key(option: str, value: Any) -> str:
+    """An option of a query as JSON spells it: `"unknown": "skip"`."""
+    return f'"{option}": {json.dumps(value)}'
 
 
 def _own_memory(model: Any, processor: OneRecProcessor) -> None:
@@ -327,12 +277,3 @@ def version_of(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:12]
-
-
-def _padded(rows: Sequence[np.ndarray]):
-    """(users, longest) int64 catalogue rows, padded with -1."""
-    import torch
-
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(each) for each in rows], batch_first=True, padding_value=-1
-    )

@@ -1,4 +1,4 @@
-"""What is asked and answered over HTTP, as pydantic models: types are strict, unknown keys are refused, and the OpenAPI schema comes from here."""
+"""Request and response schemas as pydantic models: types are strict, unknown keys are refused, and the OpenAPI schema comes from here."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class Answer(BaseModel):
     items: list[int | str] | None = Field(None, description="Item ids, best first.")
     sessions: list[list[int | str]] | None = Field(None, description="Sessions of item ids, best first.")
     scores: list[float] = Field(description="Log-probabilities of the items or sessions.")
+    fields: list[dict[str, str | int | float | bool] | list[dict[str, str | int | float | bool]]] | None = Field(
+        None,
+        description="Titles and other fields, an object per item in the order of `items` (of `sessions`, a list of objects per session). "
+        "Only of models with an items table.",
+    )
     unknown_items: int = Field(description="Ids of the request that the catalogue lacks and that were left out.")
     model: str = Field(description="Version of the model that answered.")
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from onerec_hf.modeling.requests import RequestError, ResolvedRequest
+
 from .batching import Aborted, Batcher, QueueFull
 from .metrics import ServingMetrics
-from .models import BadQuery, BatchKey, Row, ServedModel
+from .models import BatchKey, ServedModel, spell_key
 
 if TYPE_CHECKING:
     from .schema import Query
@@ -88,15 +90,15 @@ class RecommendationService:
                 model.prepare(query, name, self.settings, self.unknown)
                 for query, name in zip(queries, names, strict=True)
             ]
-        except BadQuery as error:
-            raise Refused(422, str(error)) from None
+        except RequestError as error:
+            raise Refused(422, error.message(spell_key)) from None
         try:
             futures = self.batcher.submit(prepared)
         except QueueFull as full:
             raise Refused(
                 503, f"the queue of {self.settings.max_queue} histories is full; try again later", full.retry_after
             ) from None
-        self.metrics.unknown_items(sum(row.unknown_items for _, row in prepared))
+        self.metrics.unknown_items(sum(request.skipped for _, request in prepared))
         self._users[model] = self._users.get(model, 0) + 1
         try:
             return await asyncio.wait_for(asyncio.gather(*futures), self.settings.timeout)
@@ -169,5 +171,5 @@ class RecommendationService:
         return False
 
 
-def _answer(key: BatchKey, rows: list[Row]) -> list[dict[str, Any]]:
-    return key.model.answer(key, rows)
+def _answer(key: BatchKey, requests: list[ResolvedRequest]) -> list[dict[str, Any]]:
+    return key.model.answer(key, requests)

@@ -20,6 +20,7 @@ from onerec_hf.workflows.artefact import (
     load_processor,
     load_reward,
     save_trained,
+    write_items,
     write_origin,
 )
 from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
@@ -29,7 +30,7 @@ from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.preferences import keep_pairs, kept_pairs, read_preferences, save_pairs
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
-from onerec_hf.workflows.settings import DataSettings, OutputSettings, gather
+from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ REWARDED_USERS = 1000
 
 
 @dataclass
-class AlignSettings(OutputSettings):
+class AlignSettings(ModelOutputSettings):
     """What is aligned, and with what."""
 
     model: str | None = field(default=None, metadata={"help": "A trained OneRec to align: folder or Hub id."})
@@ -139,9 +140,10 @@ def align(
     trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
     if rewards:
         keep_pairs(trainer)
-    origin = find_origin(how.model)
+    origin = find_origin(how.model, how.save_items)
     begin(folder, command, resumes)
     write_origin(folder, origin)
+    write_items(folder, dataset.items if how.save_items else None, processor.catalogue)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         save_trained(trainer, folder)

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onerec_hf.modeling.files import UNEXPECTED, short
-from onerec_hf.workflows.distributed import is_first
+from onerec_hf.workflows.distributed import is_first, say
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from onerec_hf.data import ItemTable
+    from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.semantic_ids import SemanticIDs
     from onerec_hf.workflows.settings import ModelSettings
 
-CODEBOOKS_NAME, REPORT_NAME = "codebooks.safetensors", "semantic_ids.json"
+CODEBOOKS_NAME, REPORT_NAME, ITEMS_NAME = "codebooks.safetensors", "semantic_ids.json", "items.parquet"
 
 
 @contextlib.contextmanager
@@ -161,21 +162,36 @@ def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | 
     Saves the processor with its catalogue; the first rank writes.
 
     Args:
-        items: the items table of the data, whose titles and other columns belong beside the catalogue; None if there is none.
+        items: the items table of the data, for `write_items`; None if there is none, or it is not to be saved.
     """
     if is_first():
         processor.save_pretrained(folder)
+    write_items(folder, items, processor.catalogue)
 
 
-def find_origin(repo: str | os.PathLike) -> dict[str, bytes]:
+def write_items(folder: Path, items: ItemTable | None, catalogue: ItemCatalogue | None) -> None:
     """
-    The files on the origin of the semantic IDs in a folder or Hub repository, codebooks and report, as far as it has them. A run that
-    takes the semantic IDs over copies these files.
+    Writes titles and other columns of an items table into `items.parquet` beside the catalogue; the first rank writes. Items that the table
+    does not hold keep what `write_origin` wrote for them.
+    """
+    if items is None or catalogue is None or not is_first():
+        return
+    from onerec_hf.data.item_fields import save_items_table
+
+    if left_out := save_items_table(folder, items, catalogue, keep=True):
+        say(left_out)
+
+
+def find_origin(repo: str | os.PathLike, with_items: bool = True) -> dict[str, bytes]:
+    """
+    The files that belong to the semantic IDs in a folder or Hub repository, as far as it has them: codebooks, report, and `with_items` the
+    items table. A run that takes the semantic IDs over copies these files.
     """
     from transformers.utils.hub import cached_file
 
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    paths = {name: cached_file(repo, name, **quietly) for name in (CODEBOOKS_NAME, REPORT_NAME)}
+    names = (CODEBOOKS_NAME, REPORT_NAME, *((ITEMS_NAME,) if with_items else ()))
+    paths = {name: cached_file(repo, name, **quietly) for name in names}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onerec_hf.workflows.artefact import CODEBOOKS_NAME, REPORT_NAME, write_bytes
+from onerec_hf.workflows.artefact import CODEBOOKS_NAME, ITEMS_NAME, REPORT_NAME, write_bytes
 from onerec_hf.workflows.distributed import is_first, num_ranks, say
 from onerec_hf.workflows.errors import RunComplete
 
@@ -34,6 +34,7 @@ _WRITTEN = (
     "pairs/pairs.parquet",
     REPORT_NAME,
     CODEBOOKS_NAME,
+    ITEMS_NAME,
     "model*.safetensors",
     "code/*.py",
     "*_onerec.py",

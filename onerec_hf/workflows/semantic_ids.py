@@ -13,14 +13,14 @@ from onerec_hf.workflows.dataset import RecommendationDataset
 from onerec_hf.workflows.distributed import all_ranks, say, wait
 from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.run_folder import begin, check_folder, finish, is_unfinished
-from onerec_hf.workflows.settings import DataSettings, OutputSettings, SemanticIDSettings, gather
+from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, SemanticIDSettings, gather
 
 if TYPE_CHECKING:
     from onerec_hf.semantic_ids import SemanticIDReport, SemanticIDs
 
 
 @dataclass
-class FitSettings(OutputSettings):
+class FitSettings(ModelOutputSettings):
     """Where the semantic IDs go."""
 
     output_dir: str = field(
@@ -61,7 +61,7 @@ def fit_semantic_ids(
     write_origin(folder, fitted)
     # The catalogue is written last: without it no model is trained from this folder.
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=dataset.max_history)
-    save_processor(processor, folder, dataset.items)
+    save_processor(processor, folder, dataset.items if output.save_items else None)
     finish(folder)
     wait()
     return fitted

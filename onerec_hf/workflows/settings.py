@@ -207,6 +207,18 @@ class OutputSettings:
     )
 
 
+@dataclass
+class ModelOutputSettings(OutputSettings):
+    """Where a model or its semantic IDs go, and what is saved beside the catalogue."""
+
+    save_items: bool = field(
+        default=True,
+        metadata={
+            "help": "Save titles and other columns of the items beside the catalogue (items.parquet), to show them in answers."
+        },
+    )
+
+
 def gather(kinds: Sequence[type], given: Sequence[object], options: dict[str, Any]) -> tuple[Any, ...]:
     """
     One settings object of each kind, for a workflow that takes settings objects and single options.

@@ -28,7 +28,7 @@ from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
 from onerec_hf.workflows.semantic_ids import fit_catalogue
-from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings, gather
+from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, ModelSettings, SemanticIDSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
 
 
 @dataclass
-class TrainSettings(OutputSettings):
+class TrainSettings(ModelOutputSettings):
     """What is trained on, when training stops and what is evaluated and kept."""
 
     train_on: str = field(
@@ -108,7 +108,9 @@ def train(
                 "--train_on goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare --train_on`"
             )
         dataset = dataset.on_prefixes()
-    trainer = train_generator(dataset, folder, ids, model, args, sharding, run.early_stopping_patience, command)
+    trainer = train_generator(
+        dataset, folder, ids, model, args, sharding, run.early_stopping_patience, command, save_items=run.save_items
+    )
     with resumable(folder, command):
         rows = evaluate_beside_baselines(trainer, dataset, "test", run.baselines)
     if is_first():
@@ -153,6 +155,7 @@ def train_generator(
     early_stopping_patience: int | None = None,
     command: str | None = None,
     can_resume: bool = True,
+    save_items: bool = True,
 ) -> OneRecTrainer:
     """
     The training itself: everything before the evaluation. Saves the model into `folder` and returns the trainer.
@@ -160,6 +163,7 @@ def train_generator(
     Args:
         args: its `output_dir` becomes the folder of the checkpoints.
         can_resume: False where Ctrl-C removes the run.
+        save_items: save titles and other columns of the items beside the catalogue.
 
     Raises:
         ValueError: an artefact to start from that is absent, damaged or made for other items. `folder` is untouched then.
@@ -171,7 +175,7 @@ def train_generator(
 
     set_seed(args.seed)
     checkpoint = args.resume_from_checkpoint
-    model, processor, origin = _start(data, ids, model_settings, checkpoint)
+    model, processor, origin = _start(data, ids, model_settings, checkpoint, save_items)
     say(f"model: {model.num_parameters():,} parameters, {len(data.train):,} training examples")
     if sharding is not None:
         model = sharding.shard(model)
@@ -189,7 +193,7 @@ def train_generator(
     )
     begin(folder, command, own_checkpoint)
     write_origin(folder, origin)
-    save_processor(processor, folder, data.items)
+    save_processor(processor, folder, data.items if save_items else None)
     with resumable(folder, command, can_resume), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
@@ -199,7 +203,11 @@ def train_generator(
 
 
 def _start(
-    data: RecommendationDataset, ids: SemanticIDSettings, settings: ModelSettings, checkpoint: str | None
+    data: RecommendationDataset,
+    ids: SemanticIDSettings,
+    settings: ModelSettings,
+    checkpoint: str | None,
+    save_items: bool,
 ) -> tuple[OneRecForConditionalGeneration, OneRecProcessor, dict[str, bytes] | SemanticIDs]:
     """Model and processor to train, new or from a checkpoint, model or folder of semantic IDs; and the origin of the semantic IDs."""
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -213,7 +221,7 @@ def _start(
     else:
         processor = load_processor(option, place)
         check_catalogue(f"{option} {place}", processor, data)
-        origin = find_origin(Path(place).resolve().parents[1] if checkpoint is not None else place)
+        origin = find_origin(Path(place).resolve().parents[1] if checkpoint is not None else place, save_items)
     if place is None or option == "--semantic_ids":
         processor.max_history = data.max_history
         return new_model(settings, processor, data.session_length), processor, origin

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from onerec_hf import ItemCatalogue, OneRecProcessor
-from onerec_hf.cli.demo import titles_of
-from onerec_hf.cli.demo_app import Recommender, render
+from onerec_hf.cli.demo import DemoArguments
+from onerec_hf.cli.demo_app import DemoRecommender, render
 from tests.cli.commands import onerec, refused, write_csv
 from tests.conftest import make_catalogue, make_model
 
@@ -27,8 +27,9 @@ HOSTILE = '<img src=x onerror="document.title=1">'
 @pytest.fixture(scope="module")
 def recommender():
     catalogue = make_catalogue()
-    titles = {item: f"Film {item}" for item in catalogue.item_ids} | {"m7": HOSTILE}
-    return Recommender(make_model(catalogue), OneRecProcessor.from_catalogue(catalogue, max_history=3), titles)
+    items: dict = {item: {"title": f"Film {item}", "year": 1979} for item in catalogue.item_ids}
+    items["m7"] = {"title": HOSTILE, "tagline": HOSTILE}
+    return DemoRecommender(make_model(catalogue), OneRecProcessor.from_catalogue(catalogue, max_history=3), items)
 
 
 def shared(first, second):
@@ -39,13 +40,12 @@ def shared(first, second):
 def test_sessions_are_the_models_and_say_what_they_share(recommender):
     history = ["m1", "m2", "m3", "m4"]
     found = recommender.sessions(history, num_beams=6, session_length=2, count=3)
-    out = recommender.model.recommend(
-        **recommender.processor([history]), num_beams=6, num_return_sequences=3, session_length=2, exclude=[history],
+    model, processor = recommender.recommender.model, recommender.recommender.processor
+    out = model.recommend(
+        **processor([history]), num_beams=6, num_return_sequences=3, session_length=2, exclude=[history],
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert [[item.item_id for item in items] for _, items in found] == recommender.processor.batch_decode(
-        out.sequences
-    )
+    assert [[item.item_id for item in items] for _, items in found] == processor.batch_decode(out.sequences)
     assert [score for score, _ in found] == out.sequences_scores.tolist()
     codes = {
         item: row.tolist()
@@ -69,30 +69,34 @@ def test_titles_are_text(recommender):
     assert "m7" in page
     assert "<img" not in page
     assert "&lt;img src=x" in page
+    assert "tagline: &lt;img src=x" in page
+    assert "year: 1979" in page
     assert re.sub(r"<style>.*?</style>", "", page, flags=re.S).count("<li>") == len(found)
 
 
 def test_what_was_picked_or_typed(recommender):
     assert recommender.ids_of([" m1", "", "m2 "]) == ["m1", "m2"]
-    with pytest.raises(ValueError, match="not in this model's catalogue of 40 items: x1, x2"):
+    with pytest.raises(ValueError, match=r"2 of 3 items are not in the catalogue of 40 items, e\.g\. \['x1', 'x2'\]$"):
         recommender.ids_of(["m1", "x1", "x2"])
     with pytest.raises(ValueError, match="pick or type at least one item"):
         recommender.sessions([], 4, 1, 1)
     labels = dict(recommender.choices())
     assert labels["Film m3  (m3)"] == "m3"
     catalogue = ItemCatalogue([7, 8], [[0, 1], [1, 0]], [2, 2], popularity=[1, 5])
-    numbers = Recommender(make_model(catalogue), OneRecProcessor.from_catalogue(catalogue))
+    numbers = DemoRecommender(make_model(catalogue), OneRecProcessor.from_catalogue(catalogue))
     assert numbers.ids_of(["7", "8"]) == [7, 8]
     assert numbers.choices() == [("7", "7"), ("8", "8")]
-    with pytest.raises(ValueError, match="2 items: seven"):
+    with pytest.raises(ValueError, match="of type int; got 'seven'"):
         numbers.ids_of(["seven"])
 
 
 def test_titles_come_from_a_table(tmp_path):
     items = write_csv(tmp_path / "items.csv", [["item_id", "title"], ["m1", "Alien"], ["m2", "Brazil"]])
-    assert titles_of(str(items), "title") == {"m1": "Alien", "m2": "Brazil"}
+    catalogue = make_catalogue()
+    found = DemoArguments(items=str(items)).load("", catalogue)
+    assert dict(found) == {"m1": {"title": "Alien"}, "m2": {"title": "Brazil"}}
     with pytest.raises(ValueError, match="no column 'name' among"):
-        titles_of(str(items), "name")
+        DemoArguments(items=str(items), title_column="name").load("", catalogue)
 
 
 def test_refuses(trained, tmp_path):

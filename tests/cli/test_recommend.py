@@ -43,7 +43,7 @@ def test_answers_come_in_order_with_what_the_request_said(model):
     found = answers(ask(model, "--batch_size", 2, stdin=lines(REQUESTS)))
     assert [answer.get("user_id") for answer in found] == ["é-1", 2, None, 4, 5]
     assert found[0]["note"] == {"a": [1]}
-    assert found[2].keys() == {"items", "scores"}
+    assert found[2].keys() == {"items", "scores", "fields"}
     for history, answer in zip(HISTORIES, found, strict=True):
         assert "history" not in answer
         assert len(answer["items"]) == len(answer["scores"]) == 4
@@ -109,14 +109,14 @@ def test_skipping_unknown_items_is_counted(model):
     requests = [["m1", "new", "m2"], {"user_id": 8, "history": ["new", "newer"]}, [], ["m3"]]
     done = ask(model, "--unknown", "skip", stdin=lines(requests))
     first, second, third, fourth = answers(done)
-    assert second == {"user_id": 8, "items": [], "scores": []}
-    assert third == {"items": [], "scores": []}
+    assert second == {"user_id": 8, "items": [], "scores": [], "fields": []}
+    assert third == {"items": [], "scores": [], "fields": []}
     assert [first, fourth] == answers(ask(model, stdin=lines([["m1", "m2"], ["m3"]])))
     assert done.err.splitlines()[-1] == (
-        "left out 3 items that are not in the catalogue; 2 users without a known item got an empty answer"
+        "left out 3 items that are not in the catalogue; 2 of 4 histories hold no known item: an empty answer"
     )
     sessions = ask(model, "--unknown", "skip", "--session_length", 2, stdin=lines([["new"]]))
-    assert answers(sessions) == [{"sessions": [], "scores": []}]
+    assert answers(sessions) == [{"sessions": [], "scores": [], "fields": []}]
 
 
 def test_no_request_no_answer(model):
@@ -129,7 +129,7 @@ BAD_LINES = [
         ["2 of 3 items are not in the catalogue of 40 items", "['new', 'newer']", "--unknown skip"],
     ),
     ("[]", ["history is empty", "--unknown skip"]),
-    ('{"user_id": 3, "history": []}', ["history is empty", "leave the line out"]),
+    ('{"user_id": 3, "history": []}', ["history is empty", "for an empty answer"]),
     ("m1, m2", ["is no JSON", "'m1, m2'"]),
     ('["m1"', ["is no JSON"]),
     ('"m1"', ["holds no history", '{"history": [...]}']),
@@ -140,7 +140,7 @@ BAD_LINES = [
     ('[["m1"]]', ["all integers or all strings", "list"]),
     ("[null]", ["all integers or all strings", "NoneType"]),
     ("[99999999999999999999]", ["line 3: "]),
-    (json.dumps([f"m{i}" for i in range(NUM_ITEMS)]), ["every item of the catalogue", "--no_exclude_seen"]),
+    (json.dumps([f"m{i}" for i in range(NUM_ITEMS)]), ["leave 0 of 40 items", "--no_exclude_seen"]),
 ]
 
 
@@ -171,7 +171,7 @@ def test_histories_that_are_not_utf8(model, tmp_path):
         (["--batch_size", 0], ["--batch_size", "at least 1; got 0"]),
         (["--session_length", 0], ["--session_length", "at least 1; got 0"]),
         (["--session_length", 41], ["--session_length 41", "only 40 items"]),
-        (["--unknown", "ignore"], ["--unknown", "error or skip", "'ignore'"]),
+        (["--unknown", "ignore"], ["--unknown", '"skip" or "error"', "'ignore'"]),
         (["--histories", "/no/such.jsonl"], ["--histories /no/such.jsonl", "no such file"]),
     ],
 )

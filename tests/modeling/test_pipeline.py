@@ -218,11 +218,11 @@ def test_unknown_items_and_empty_histories_are_counted(recommender, batch_size):
 
 def test_unknown_items_and_empty_histories_as_errors():
     recommender = make(unknown="error")
-    with pytest.raises(KeyError, match="history number 1: 2 of 3 item ids are not in"):
+    with pytest.raises(KeyError, match="history number 1: 2 of 3 items are not in"):
         recommender([["m1"], ["m1", "zz", "yy"]])
-    with pytest.raises(KeyError, match="exclude of the history: 1 of 1 item ids"):
+    with pytest.raises(KeyError, match="exclude of the history: 1 of 1 items"):
         recommender({"history": ["m1"], "exclude": ["zz"]})
-    with pytest.raises(KeyError, match="allow: 1 of 1 item ids"):
+    with pytest.raises(KeyError, match="allow: 1 of 1 items"):
         recommender(["m1"], allow=["zz"])
     with pytest.raises(ValueError, match="history number 1 is empty: there is nothing to read"):
         list(recommender(iter([["m1"], []])))

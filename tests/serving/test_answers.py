@@ -131,7 +131,7 @@ def test_unknown_items_are_counted_and_skipped_or_an_error(server, expected):
     assert server.metric("onerec_unknown_items_total") - before == 4
     response = server.post(query | {"unknown": "error"})
     assert response.status_code == 422
-    assert "2 of 3 items are not in the catalogue of 40, e.g. ['x', 'y']" in response.json()["detail"]
+    assert "2 of 3 items are not in the catalogue of 40 items, e.g. ['x', 'y']" in response.json()["detail"]
 
 
 def test_integer_ids(tmp_path):

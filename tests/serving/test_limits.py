@@ -50,7 +50,7 @@ REFUSED = [
     (GOOD | {"top_k": 2.5}, 422, "top_k: Input should be a valid integer"),
     (GOOD | {"top_k": True}, 422, "top_k: Input should be a valid integer"),
     (GOOD | {"num_beams": 129}, 422, "num_beams is at most 128"),
-    (GOOD | {"num_beams": 5, "top_k": 6}, 422, "top_k 6 exceeds num_beams 5; raise num_beams"),
+    (GOOD | {"num_beams": 5, "top_k": 6}, 422, "top_k=6 exceeds num_beams=5; raise num_beams"),
     (GOOD | {"session_length": 11}, 422, "session_length is at most 10"),
     (GOOD | {"exclude_seen": "no"}, 422, "exclude_seen: Input should be a valid boolean"),
     (GOOD | {"unknown": "ignore"}, 422, "unknown:"),
