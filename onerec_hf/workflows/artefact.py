@@ -138,7 +138,7 @@ def new_model(
 def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
     """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the one it has."""
     if weight is not None and model.generation_config is not None:
-        model.generation_config.item_score_weight = weight
+        model.generation_config.item_score_weight = weight  # pyright: ignore[reportAttributeAccessIssue] (a field of ours)
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:
