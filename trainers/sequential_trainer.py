@@ -22,8 +22,8 @@ from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDa
 from onerec_hf.evaluation.metrics import ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
-from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
 
 

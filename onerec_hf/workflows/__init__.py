@@ -9,25 +9,10 @@ From tables to trained, evaluated and saved models, in Python; the commands of `
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from onerec_hf.workflows.alignment import AlignSettings, align
-    from onerec_hf.workflows.artefact import load_model, load_processor
-    from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
-    from onerec_hf.workflows.errors import RunComplete
-    from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
-    from onerec_hf.workflows.loading import load_dataset, load_in_memory
-    from onerec_hf.workflows.results import GeneratorResult, Result, RewardResult, ranking_table
-    from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
-    from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward
-    from onerec_hf.workflows.semantic_ids import FitSettings, compare_quantizers, fit_semantic_ids
-    from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
-    from onerec_hf.workflows.sharding import ShardingSettings
-    from onerec_hf.workflows.training import TrainSettings, train
+from onerec_hf._lazy import lazy_exports
 
-# name -> module: nothing is imported until a name is used.
 _PUBLIC = {
     "AlignSettings": "alignment",
     "DataSettings": "settings",
@@ -63,12 +48,19 @@ _PUBLIC = {
 
 __all__ = sorted(_PUBLIC)
 
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+if TYPE_CHECKING:
+    from onerec_hf.workflows.alignment import AlignSettings, align
+    from onerec_hf.workflows.artefact import load_model, load_processor
+    from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
+    from onerec_hf.workflows.errors import RunComplete
+    from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
+    from onerec_hf.workflows.loading import load_dataset, load_in_memory
+    from onerec_hf.workflows.results import GeneratorResult, Result, RewardResult, ranking_table
+    from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
+    from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward
+    from onerec_hf.workflows.semantic_ids import FitSettings, compare_quantizers, fit_semantic_ids
+    from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
+    from onerec_hf.workflows.sharding import ShardingSettings
+    from onerec_hf.workflows.training import TrainSettings, train
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -15,6 +15,7 @@ import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.artefact import (
+    catalogue_of,
     find_origin,
     load_model,
     load_processor,
@@ -129,7 +130,7 @@ def align(
     preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
     rewards = [load_reward(path) for path in how.reward or []]
     dataset = as_dataset(data)
-    check_catalogue(f"--model {how.model}", processor, dataset)
+    check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
     judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
     judges = {name: models for name, models in judges.items() if models}

@@ -15,6 +15,7 @@ from onerec_hf.workflows.distributed import is_first, say
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from onerec_hf.baselines import SequentialRecommender
     from onerec_hf.data import ItemTable
     from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -70,6 +71,12 @@ def load_processor(option: str, repo: str) -> OneRecProcessor:
     return processor
 
 
+def catalogue_of(processor: OneRecProcessor) -> ItemCatalogue:
+    """The catalogue of a processor, which every processor of a workflow has."""
+    assert processor.catalogue is not None
+    return processor.catalogue
+
+
 def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
     """
     The generator of a folder or Hub repository.
@@ -117,6 +124,35 @@ def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
         return model
 
 
+def model_type(repo: str) -> str | None:
+    """The `model_type` in the config.json of a folder or Hub repository; None where that cannot be read."""
+    from transformers.utils.hub import cached_file
+
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        path = cached_file(repo, "config.json", **quietly)
+        config = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, *UNEXPECTED):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def load_sequential(option: str, repo: str) -> SequentialRecommender:
+    """
+    The sequence model (SASRec, HSTU, GRU4Rec) of a folder or Hub repository.
+
+    Raises:
+        ValueError: it is absent, damaged or without item ids.
+    """
+    from onerec_hf.baselines import SequentialRecommender
+
+    with naming(option, repo):
+        model = SequentialRecommender.from_pretrained(repo)
+        if model.items is None:
+            raise ValueError("it holds no item ids; save the model with its items (set_items)")
+        return model
+
+
 def new_model(
     settings: ModelSettings, processor: OneRecProcessor, session_length: int
 ) -> OneRecForConditionalGeneration:
@@ -139,7 +175,7 @@ def new_model(
 def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
     """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the one it has."""
     if weight is not None and model.generation_config is not None:
-        model.generation_config.item_score_weight = weight
+        model.generation_config.item_score_weight = weight  # pyright: ignore[reportAttributeAccessIssue] (a field of ours)
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         RecommendationData,
         UserSequences,
     )
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.workflows.settings import WindowSettings
 
 
@@ -262,9 +262,19 @@ def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:
     return np.split(np.searchsorted(item_ids, sequences.item_ids), sequences.offsets[1:-1])
 
 
-def check_catalogue(option: str, processor: OneRecProcessor, data: RecommendationDataset) -> None:
+class ItemLookup(Protocol):
+    """The items that a model knows: a [`~onerec_hf.ItemCatalogue`], or the item index of a sequence model."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+        """Item indices; with "mask" -1 for unknown ids."""
+        ...
+
+
+def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationDataset) -> None:
     """
-    Checks that the processor's catalogue holds every item of the data.
+    Checks that the catalogue of a model holds every item of the data.
 
     Args:
         option: where the catalogue comes from, for the message.
@@ -275,8 +285,6 @@ def check_catalogue(option: str, processor: OneRecProcessor, data: Recommendatio
     cure = (
         "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
     )
-    catalogue = processor.catalogue
-    assert catalogue is not None
     try:
         unknown = catalogue.rows(data.item_ids, unknown="mask") < 0
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""A saved or trained generator ranks the whole catalogue for held-out items, beside popularity and item-kNN."""
+"""A saved or trained model ranks the whole catalogue for held-out items, beside popularity and item-kNN."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row
-from onerec_hf.workflows.artefact import load_model, load_processor, set_item_score_weight
-from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
+from onerec_hf.workflows.artefact import (
+    catalogue_of,
+    load_model,
+    load_processor,
+    load_sequential,
+    model_type,
+    set_item_score_weight,
+)
+from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
 from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.results import Result
@@ -21,16 +28,22 @@ from onerec_hf.workflows.settings import DataSettings, gather
 if TYPE_CHECKING:
     import datasets
 
-    from onerec_hf.modeling.catalogue import ItemCatalogue
+    from onerec_hf.baselines import SequentialRecommender
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+
+#: The `model_type` of sequence models.
+SEQUENTIAL = "onerec_baseline"
 
 
 @dataclass
 class EvaluateSettings:
     """What is evaluated and how."""
 
-    model: str | None = field(default=None, metadata={"help": "A saved OneRec: folder or Hub id."})
+    model: str | None = field(
+        default=None, metadata={"help": "A saved OneRec, or a SASRec, HSTU or GRU4Rec: folder or Hub id."}
+    )
     split: str = field(default="test", metadata={"help": "test or validation."})
     top_k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "The k of the metrics."})
     num_beams: int = field(default=50, metadata={"help": "Beams per user; at least the largest k."})
@@ -64,7 +77,7 @@ class EvaluateSettings:
 
 def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **options) -> Result:
     """
-    Recall, NDCG, MRR and coverage of a saved model on held-out items, and of the baselines. Under torchrun the ranks share the users.
+    Recall, NDCG, MRR and coverage of a saved generator or sequence model on held-out items, and of the baselines. Under torchrun the ranks share the users.
 
     Args:
         data: a dataset, or the settings to load one.
@@ -81,13 +94,26 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
     (how,) = gather((EvaluateSettings,), settings, options)
     assert isinstance(how, EvaluateSettings)
     how.check()
+    assert how.model is not None
+    if model_type(how.model) == SEQUENTIAL:
+        rows = _sequential_rows(load_sequential("--model", how.model), data, how)
+    else:
+        rows = _generator_rows(load_processor("--model", how.model), load_model("--model", how.model), data, how)
+    wait()
+    return Result(rows)
+
+
+def _generator_rows(
+    processor: OneRecProcessor,
+    model: OneRecForConditionalGeneration,
+    data: RecommendationDataset | DataSettings,
+    how: EvaluateSettings,
+) -> list[dict[str, Any]]:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
-    assert how.model is not None
-    processor, model = load_processor("--model", how.model), load_model("--model", how.model)
     set_item_score_weight(model, how.item_score_weight)
     dataset = as_dataset(data)
-    check_catalogue(f"--model {how.model}", processor, dataset)
+    check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
             scratch,
@@ -98,9 +124,36 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
             use_cpu=joined_on_cpu(),
         )
         trainer = OneRecTrainer(model, args, processing_class=processor)
-        rows = evaluate_beside_baselines(trainer, dataset, how.split, how.baselines)
-    wait()
-    return Result(rows)
+        return evaluate_beside_baselines(trainer, dataset, how.split, how.baselines)
+
+
+def _sequential_rows(
+    model: SequentialRecommender, data: RecommendationDataset | DataSettings, how: EvaluateSettings
+) -> list[dict[str, Any]]:
+    """The rows of a sequence model under the name of its architecture; the first rank ranks."""
+    import torch
+
+    from onerec_hf.evaluation import ranking_metrics
+
+    dataset, items = as_dataset(data), model.items
+    assert items is not None
+    check_catalogue(f"--model {how.model}", items, dataset)
+    if not is_first():
+        return []
+    if torch.accelerator.is_available():
+        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
+    name, k = model.config.architecture, max(how.top_k)
+    examples = held_out(dataset, how.split)
+    histories, relevant = _indices(examples, items)
+    ranked = model.rank(histories, k, how.exclude_seen, how.batch_size)
+    metrics = ranking_metrics(ranked, relevant, tuple(how.top_k), len(items))
+    rows = [
+        result_row(f"{name}/{metric}", value, "share", f"popularity/{metric}" if how.baselines else None)
+        for metric, value in metrics.items()
+    ]
+    if how.baselines:
+        rows += _baseline_rows(dataset, items, how.split, tuple(how.top_k), how.exclude_seen)
+    return rows
 
 
 def ranking_rows(
@@ -129,8 +182,6 @@ def evaluate_beside_baselines(
     Result rows of the trainer's model and, with `baselines`, of popularity and item-kNN on a split: full catalogue, seen items excluded as
     `trainer.args` say. Ranks share the model's users; the first rank gets the rows, the others none.
     """
-    from onerec_hf.evaluation import ranking_metrics
-
     args, processor = cast("OneRecTrainingArguments", trainer.args), cast("OneRecProcessor", trainer.processing_class)
     catalogue = processor.catalogue
     assert catalogue is not None
@@ -141,10 +192,6 @@ def evaluate_beside_baselines(
         metrics = trainer.evaluate(examples, metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
     if not is_first():
         return []
-    ks, scores = tuple(args.eval_top_k), {}
-    if baselines:
-        rankings, relevant = baseline_rankings(data, catalogue, split, max(ks), args.eval_exclude_seen)
-        scores = {name: ranking_metrics(ranked, relevant, ks, len(catalogue)) for name, ranked in rankings.items()}
     measured = [name for name in metrics if "@" in name]
     rows = [
         result_row(
@@ -155,17 +202,28 @@ def evaluate_beside_baselines(
         )
         for name in measured
     ]
-    rows += [
-        result_row(f"{name}/{metric}", value, "share")
-        for name, values in scores.items()
-        for metric, value in values.items()
-    ]
+    if baselines:
+        rows += _baseline_rows(data, catalogue, split, tuple(args.eval_top_k), args.eval_exclude_seen)
     rows.append(result_row("invalid_id_rate", metrics[f"{split}_invalid_id_rate"], "share"))
     return rows
 
 
+def _baseline_rows(
+    data: RecommendationDataset, items: ItemLookup, split: str, ks: tuple[int, ...], exclude_seen: bool
+) -> list[dict[str, Any]]:
+    """Result rows of popularity and item-kNN."""
+    from onerec_hf.evaluation import ranking_metrics
+
+    rankings, relevant = baseline_rankings(data, items, split, max(ks), exclude_seen)
+    return [
+        result_row(f"{name}/{metric}", value, "share")
+        for name, ranked in rankings.items()
+        for metric, value in ranking_metrics(ranked, relevant, ks, len(items)).items()
+    ]
+
+
 def baseline_rankings(
-    data: RecommendationDataset, catalogue: ItemCatalogue, split: str, k: int, exclude_seen: bool = True
+    data: RecommendationDataset, items: ItemLookup, split: str, k: int, exclude_seen: bool = True
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     Item indices that popularity and item-kNN rank for a split's histories, and those of the targets, (users, items) padded with -1. The
@@ -173,18 +231,23 @@ def baseline_rankings(
     """
     from onerec_hf.baselines import ItemKNNBaseline, PopularityBaseline
 
-    examples = held_out(data, split)
-    histories = [catalogue.rows(history) for history in examples["history"]]
-    sessions = [catalogue.rows(session) for session in examples["session"]]
+    histories, relevant = _indices(held_out(data, split), items)
+    sequences = data.train_sequences
+    train = np.split(items.rows(sequences.item_ids), sequences.offsets[1:-1])
+    rankings = {}
+    for name, baseline in (("popularity", PopularityBaseline()), ("item_knn", ItemKNNBaseline())):
+        rankings[name] = baseline.fit(train, len(items)).recommend(histories, k, exclude_seen)
+    return rankings, relevant
+
+
+def _indices(examples: datasets.Dataset, items: ItemLookup) -> tuple[list[np.ndarray], np.ndarray]:
+    """Histories and targets as item indices; targets are (users, items), padded with -1."""
+    histories = [items.rows(history) for history in examples["history"]]
+    sessions = [items.rows(session) for session in examples["session"]]
     relevant = np.full((len(sessions), max(map(len, sessions))), -1)
     for row, session in zip(relevant, sessions, strict=True):
         row[: len(session)] = session
-    sequences = data.train_sequences
-    train = np.split(catalogue.rows(sequences.item_ids), sequences.offsets[1:-1])
-    rankings = {}
-    for name, baseline in (("popularity", PopularityBaseline()), ("item_knn", ItemKNNBaseline())):
-        rankings[name] = baseline.fit(train, len(catalogue)).recommend(histories, k, exclude_seen)
-    return rankings, relevant
+    return histories, relevant
 
 
 def held_out(data: RecommendationDataset, split: str) -> datasets.Dataset:

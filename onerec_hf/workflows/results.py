@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
+BASELINES = ("popularity", "item_knn")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -103,9 +105,9 @@ def ranking_table(rows: list[dict[str, Any]]) -> str:
         onerec         0.2000
     """
     values = metrics_of(rows)
-    metrics = [name.split("/")[1] for name in values if name.startswith("onerec/")]
-    present = {name.split("/")[0] for name in values}
-    models = [name for name in ("popularity", "item_knn", "onerec") if name in present]
+    ranked = dict.fromkeys(name.split("/")[0] for name in values if "@" in name)
+    models = [*(name for name in BASELINES if name in ranked), *(name for name in ranked if name not in BASELINES)]
+    metrics = [name.split("/")[1] for name in values if name.startswith(f"{models[-1]}/")]
     return table(
         [[name, *(f"{values[f'{name}/{metric}']:.4f}" for metric in metrics)] for name in models], ["", *metrics]
     )

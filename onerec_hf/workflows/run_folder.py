@@ -169,6 +169,9 @@ def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
     for pattern in (*_WRITTEN, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
         for path in folder.glob(pattern):
             path.unlink()
+    for name in ("code", "pairs"):
+        with contextlib.suppress(OSError):  # absent, or it holds files of the user
+            (folder / name).rmdir()
 
 
 def discard(folder: Path) -> None:

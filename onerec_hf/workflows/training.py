@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.artefact import (
+    catalogue_of,
     find_origin,
     load_model,
     load_processor,
@@ -220,7 +221,7 @@ def _start(
         processor = OneRecProcessor.from_catalogue(origin.catalogue, max_history=data.max_history)
     else:
         processor = load_processor(option, place)
-        check_catalogue(f"{option} {place}", processor, data)
+        check_catalogue(f"{option} {place}", catalogue_of(processor), data)
         origin = find_origin(Path(place).resolve().parents[1] if checkpoint is not None else place, save_items)
     if place is None or option == "--semantic_ids":
         processor.max_history = data.max_history
