@@ -55,7 +55,7 @@ def test_binary_cross_entropy_is_the_one_by_hand(architecture):
         expected.append(-right.sigmoid().log() - (1 - wrong.sigmoid()).log())
     output = model(ids, labels=labels, seen_ids=seen)
     torch.testing.assert_close(output.loss, torch.stack(expected).mean(), rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match='label_smoothing=0.1 needs loss="ce"'):
+    with pytest.raises(ValueError, match=r'label_smoothing=0\.1 needs loss="ce"'):
         model(ids, labels=labels, label_smoothing=0.1)
 
 
@@ -193,7 +193,7 @@ def test_bad_items_and_features_are_refused():
     model = SequentialRecommender(SequentialConfig(num_items=3, item_feature_dim=2, hidden_size=16))
     with pytest.raises(ValueError, match="the model has num_items=3, and item_ids has 2 ids"):
         model.set_items(["a", "b"])
-    with pytest.raises(ValueError, match="item_ids: 1 ids repeat, e.g. 'a'"):
+    with pytest.raises(ValueError, match=r"item_ids: 1 ids repeat, e\.g\. 'a'"):
         model.set_items(["a", "b", "a"])
     with pytest.raises(ValueError, match="item_ids is empty"):
         model.set_items([])
