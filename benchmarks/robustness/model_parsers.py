@@ -105,6 +105,31 @@ def _model() -> Any:
     return load_model("--model", str(_model_folder()))
 
 
+def _histories() -> list[bytes]:
+    return [
+        b'{"user_id": 1, "history": ["m1", "m2"]}\n["m3"]\n\n{"history": ["m4", "m1"], "note": {"a": [1]}}\n',
+        b'["m1"]\n',
+    ]
+
+
+def _read_histories(path: Path) -> None:
+    from onerec_hf.cli.recommend import RecommendArguments, naming_file, read_file, resolve_line
+
+    args = RecommendArguments(unknown="skip")
+    with naming_file(str(path)):
+        for number, request in read_file(path):
+            resolve_line(_recommender(), number, request, args)
+            json.dumps(request, ensure_ascii=False).encode()
+
+
+@cache
+def _recommender() -> Any:
+    from onerec_hf import OneRecProcessor
+    from onerec_hf.modeling.requests import Recommender
+
+    return Recommender(_model(), OneRecProcessor.from_catalogue(_model().catalogue, max_history=5))
+
+
 def _read_reward(path: Path) -> None:
     from onerec_hf.workflows.artefact import load_reward
 
@@ -187,6 +212,7 @@ def _read_plan_recipe(path: Path) -> None:
 
 
 MODEL_PARSERS = [
+    Parser("histories", "histories.jsonl", _read_histories, _histories, formats.json_lines),
     Parser(
         "config",
         "config.json",

@@ -226,6 +226,8 @@ def shown_values(values: pd.Series) -> pd.Series:
     Example:
         >>> shown_values(pd.Series([1979.0, None])).dropna().tolist(), shown_values(pd.Series(["", "Heat"])).dropna().tolist()
         ([1979], ['Heat'])
+        >>> shown_values(pd.Series([1, 2**64 - 1], dtype="uint64")).tolist()
+        ['1', '18446744073709551615']
     """
     kind = pd.api.types.infer_dtype(values, skipna=True)
     if kind == "categorical":
@@ -238,7 +240,9 @@ def shown_values(values: pd.Series) -> pd.Series:
         )
         return numbers.astype("Int64" if whole else "Float64")
     if kind == "integer":
-        return values.astype("Int64")
+        known = values.dropna()
+        if int(known.min()) >= -(2**63) and int(known.max()) < 2**63:
+            return values.astype("Int64")  # larger ones are shown as text
     if kind == "boolean":
         return values.astype("boolean")
     texts = values.astype(object).where(values.notna(), None)
