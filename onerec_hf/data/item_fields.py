@@ -153,7 +153,7 @@ def read_items_file(path: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFi
         >>> read_items_file("/tmp/nothing/items.parquet", catalogue=None)
         Traceback (most recent call last):
         ...
-        onerec_hf.data.tables.DataError: /tmp/nothing/items.parquet: no such file.
+        onerec_hf.data.columns.DataError: /tmp/nothing/items.parquet: no such file.
     """
     return ItemFields(_read(Path(path), catalogue), catalogue)
 
@@ -246,7 +246,10 @@ def shown_values(values: pd.Series) -> pd.Series:
     if kind == "boolean":
         return values.astype("boolean")
     texts = values.astype(object).where(values.notna(), None)
-    return texts.map(lambda value: None if value is None or value == "" else str(value)).astype(object)
+    empty = (None, "")
+    return texts.map(lambda value: None if isinstance(value, str | None) and value in empty else str(value)).astype(
+        object
+    )
 
 
 def _joins(text: pd.Series, others: list[pd.Series]) -> bool:
