@@ -21,7 +21,7 @@ from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
 from .files import find_file, read_json_object
-from .item_head import ItemScores, history_states
+from .item_head import ItemScorer, ItemScores, history_states
 from .layers_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024
@@ -417,8 +417,12 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _item_scores(self, history, attention_mask, trie, weight: float) -> ItemScores:
         """Of encoder states and their mask."""
-        tokens = self._code_tokens(trie, torch.arange(trie.num_leaves, device=trie.leaf_to_row.device))
-        return ItemScores(self.get_encoder(), history_states(history, attention_mask), trie, weight, tokens)
+        return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight)
+
+    def item_scorer(self, trie) -> ItemScorer:
+        """The item head's scores of a trie's leaves."""
+        leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_row.device)
+        return ItemScorer(self.get_encoder(), self._code_tokens(trie, leaves))
 
     @torch.no_grad()
     def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:

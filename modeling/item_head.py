@@ -145,24 +145,19 @@ class ItemHead(nn.Module):
         return levels * F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
 
 
-class ItemScores:
+class ItemScorer:
     """
-    Item scores of histories as a guide of beam search. The probability of a node of the catalogue's trie is the sum over the items below it, so that the
-    scores count from a session's first code on, and not only among the items that the decoder finds by itself.
+    Scores of given items by an item head.
 
     Args:
         encoder: the model's encoder, with an item head that has a `loss_weight`.
-        states: (users, width) states at the ends of the histories ([`history_states`]).
-        trie: the catalogue's semantic IDs, on the device of the states.
-        weight: factor of the log-probabilities, positive.
-        code_tokens: (leaves, levels) code tokens of the trie's leaves.
+        code_tokens: (items, levels) code tokens of the items.
     """
 
-    def __init__(self, encoder, states: torch.Tensor, trie: SemanticIDTrie, weight: float, code_tokens: torch.Tensor):
-        head = encoder.item_head
-        self.states, self.trie, self.weight, self.scored = states, trie, weight, None
+    def __init__(self, encoder, code_tokens: torch.Tensor):
+        head, self.scored = encoder.item_head, None
         rows = head.rows(code_tokens)
-        # Leaves and vectors are both in the order of codes: for the catalogue that the model was made for nothing needs to be gathered.
+        # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
         if torch.equal(rows, torch.arange(1, len(head.keys) + 1, device=rows.device)):
             self.vectors = head.output_vectors(encoder.embed_tokens)
         else:
@@ -170,19 +165,33 @@ class ItemScores:
             if not (head.config.score_codes or rows.all()):
                 self.scored = rows > 0
 
-    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
-        """
-        Scores of the nodes of each level for some of the users ([`node_scores`]), of the items that `constraint` allows them. A new item without a
-        vector scores as the least probable item that has one.
-        """
-        leaves = (self.states[users] @ self.vectors.T).float()
+    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
+        """(users, items) float32 for states (users, width). A new item without a vector scores as the least probable item that has one."""
+        scores = (states @ self.vectors.T).float()
         if self.scored is None:
-            leaves = leaves.log_softmax(-1)
-        else:
-            leaves = leaves.masked_fill(~self.scored, float("-inf")).log_softmax(-1)
-            least = leaves.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True)
-            leaves = torch.where(self.scored, leaves, least)
-        legal = constraint.legal_leaves()
+            return scores.log_softmax(-1)
+        scores = scores.masked_fill(~self.scored, float("-inf")).log_softmax(-1)
+        return torch.where(self.scored, scores, scores.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True))
+
+
+class ItemScores:
+    """
+    Item scores of histories as a guide of beam search. The probability of a node of the catalogue's trie is the sum over the items below it, so that the
+    scores count from a session's first code on, and not only among the items that the decoder finds by itself.
+
+    Args:
+        scorer: of the trie's leaves, in order.
+        states: (users, width) states at the ends of the histories ([`history_states`]).
+        trie: the catalogue's semantic IDs, on the device of the states.
+        weight: factor of the log-probabilities, positive.
+    """
+
+    def __init__(self, scorer: ItemScorer, states: torch.Tensor, trie: SemanticIDTrie, weight: float):
+        self.scorer, self.states, self.trie, self.weight = scorer, states, trie, weight
+
+    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
+        """Scores of the nodes of each level for some of the users ([`node_scores`]), of the items that `constraint` allows them."""
+        leaves, legal = self.scorer.log_probs(self.states[users]), constraint.legal_leaves()
         if legal is not None:
             leaves = leaves.masked_fill(~legal, float("-inf"))
         return node_scores(self.trie, leaves, self.weight)
@@ -234,7 +243,7 @@ def history_states(
     if attention_mask is None:
         return states[:, -1]
     last = (attention_mask.long() * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(-1)
-    return states[torch.arange(len(states), device=states.device), last]
+    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
 
 def _table(embedding: nn.Module) -> torch.Tensor:
@@ -245,4 +254,4 @@ def _table(embedding: nn.Module) -> torch.Tensor:
     return embedding(torch.arange(len(weight), device=weight.device))
 
 
-__all__ = ["ItemHead", "ItemScores", "history_states", "node_scores"]
+__all__ = ["ItemHead", "ItemScorer", "ItemScores", "history_states", "node_scores"]

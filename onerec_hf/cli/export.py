@@ -57,6 +57,7 @@ def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, fl
     """
     Writes `encoder.onnx` (`input_ids`, `attention_mask` to `encoder_hidden_states`), `decoder.onnx` (`decoder_input_ids`, the sequence written so far,
     `encoder_hidden_states`, `attention_mask` to `logits` of every place), each with its weights beside it, and the processor with its catalogue.
+    With an item head that scores items, `encoder.onnx` has a second output `item_log_probs` (users, items), in the order of the catalogue.
     Numbers of users, history tokens and session tokens are free. Through transformers' ONNX exporter.
 
     Returns:
@@ -83,14 +84,19 @@ def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, fl
             warnings.simplefilter("ignore")
             exported: Any = OnnxExporter().export(graph.eval(), inputs, config=OnnxConfig(dynamic_shapes=shapes))  # type: ignore[arg-type]
             with torch.no_grad():
-                (wanted,) = graph(**checked).values()
-            found = torch.as_tensor(next(iter(exported(**checked).values())))
-        differences[name] = float((found - wanted).abs().max())
+                wanted = graph(**checked)
+            found = dict(zip(wanted, map(torch.as_tensor, exported(**checked).values()), strict=True))
+        differences[name] = max(_difference(found[key], wanted[key]) for key in wanted)
         if not differences[name] < TOLERANCE:
             raise ValueError(f"{name}.onnx differs from the model by {differences[name]:.1e}: it is not kept")
         OnnxExporter.save_program(exported.program, folder / f"{name}.onnx")
     processor.save_pretrained(folder, include_code=False)
     return differences
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    finite = wanted.isfinite()
+    return float((found - wanted)[finite].abs().max()) if bool((found.isfinite() == finite).all()) else float("inf")
 
 
 def _inputs(model, name: str, batch) -> dict[str, torch.Tensor]:
@@ -122,16 +128,28 @@ def errors_only(*names: str) -> Iterator[None]:
 
 
 def encoder_graph(model) -> Any:
-    """The encoder as a module whose output has a name."""
+    """The encoder as a module whose outputs have names."""
     import torch
+
+    from onerec_hf.modeling.item_head import history_states
+    from onerec_hf.modeling.layers_onerec import at_places
 
     class Encoder(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = model.get_encoder()
+            self.encoder, self.scorer = model.get_encoder(), None
+            if model.config.item_head is not None and model.config.item_head.loss_weight:
+                trie = model.catalogue.trie
+                self.scorer, self.leaves = model.item_scorer(trie), trie.row_to_leaf
 
         def forward(self, input_ids, attention_mask):
-            return {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}
+            out = {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}
+            if self.scorer is not None:
+                mask = at_places(attention_mask, model.config.encoder_stride)
+                scores = self.scorer.log_probs(history_states(out["encoder_hidden_states"], mask))
+                scores = scores[:, self.leaves.clamp(min=0)]
+                out["item_log_probs"] = scores.masked_fill(self.leaves < 0, float("-inf"))  # retired items
+            return out
 
     return Encoder()
 

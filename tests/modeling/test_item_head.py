@@ -2,6 +2,7 @@
 
 import json
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf.cli.export import export_onnx
 from onerec_hf.modeling.item_head import history_states
 from onerec_hf.planning.parameters import count_parameters
 from tests.conftest import make_catalogue, make_model
@@ -418,3 +420,23 @@ def test_a_folder_of_format_version_1_loads_as_it_was(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["format_version"] == 2
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.recommend(batch["input_ids"]), model.recommend(batch["input_ids"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooled", [False, True])
+def test_item_scores_are_exported(tmp_path, pooled):
+    """The encoder's graph has the item scores beside the states, in the catalogue's order; encoder variants together."""
+    variants = {"encoder_pools_items": pooled, "encoder_attention": "pointwise", "encoder_scales_embeddings": True}
+    model = make(loss_weight=1.0, score_codes=True, **variants)
+    grown = CATALOGUE.retire(["m39"])
+    model.set_catalogue(grown)
+    processor = OneRecProcessor.from_catalogue(grown, max_history=8)
+    export_onnx(model, processor, tmp_path)
+    batch = processor(HISTORIES)
+    inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+    _states, scores = onnxruntime.InferenceSession(tmp_path / "encoder.onnx").run(None, inputs)
+    assert scores.shape == (2, 40)
+    assert (scores[:, 39] == float("-inf")).all()
+    everything = {"session_length": 1, "num_beams": 39, "num_return_sequences": 39, "item_score_weight": 1e6}
+    rows = processor.item_rows(model.recommend(**batch, **everything)).view(2, 39)
+    assert torch.equal(torch.tensor(scores).argsort(descending=True)[:, :39], rows)
