@@ -149,6 +149,7 @@ def test_ctrl_c_anywhere(monkeypatch):
     assert (done.status, done.err) == (130, "\nonerec-hf: interrupted.\n")
 
 
+@pytest.mark.filterwarnings("default:.*repeat another row")  # as at a command line
 def test_warnings_speak_to_people(data, tmp_path):
     """Repeated rows are counted in a plain line, without the place in the code that found them."""
     table = tmp_path / "twice.csv"
