@@ -1,4 +1,4 @@
-"""Interactions, items, positive feedback, sessions, splits and named sources: from a table to training examples."""
+"""From tables of interactions and items to training examples: reading, feedback, sessions, splits, collators, named datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RecBole's atomic files, read: a tab-separated table whose header gives each column its type."""
+"""Reader for RecBole's atomic files: tab-separated tables whose header gives each column a type."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TYPES = ("token", "token_seq", "float", "float_seq")
 
 def read_atomic(path: str | Path) -> pd.DataFrame:
     """
-    One atomic file as a table, without the types in the columns' names; `load_table` reads .inter and .item files by it.
+    Reads one atomic file as a table and removes the types from the column names. `load_table` uses it for .inter and .item files.
 
     Raises:
-        DataError: as `read_recbole`.
+        DataError: a missing or unknown type in the header, rows with a wrong number of fields, values that are not numbers in a float column.
 
     Example:
         >>> import tempfile
@@ -34,14 +34,14 @@ def read_atomic(path: str | Path) -> pd.DataFrame:
             types = _read_header(file.readline().rstrip("\n"), path)
             counts = [line.count("\t") + 1 if line != "\n" else 0 for line in file]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text ({error}). Save it as UTF-8.") from error
-    while counts and not counts[-1]:  # empty lines at the end
+        raise DataError(f"{path}: not valid UTF-8 ({error}). Save it as UTF-8.") from error
+    while counts and not counts[-1]:  # trailing empty lines
         counts.pop()
     wrong = np.asarray(counts) != len(types)
     if wrong.any():
         line = int(wrong.argmax())
         raise DataError(
-            f"{path}: {wrong.sum():,} of {len(wrong):,} lines have another number of fields than the header's {len(types)} (first: line "
+            f"{path}: {wrong.sum():,} of {len(wrong):,} lines do not have {len(types)} fields like the header (first: line "
             f"{line + 2} has {counts[line]}). Separate the fields by tabs, with none inside a field."
         )
     names = [name for name, _ in types]
@@ -59,7 +59,7 @@ def read_atomic(path: str | Path) -> pd.DataFrame:
         na_values={name: MISSING_TEXT if name in numbers else [""] for name in names},
         low_memory=False,
         nrows=len(counts),
-        skip_blank_lines=False,  # it would strip blanks off the first field
+        skip_blank_lines=False,  # True would strip blanks off the first field
     )
     readers = {"token": integers_from_text, "token_seq": _tokens, "float": _floats, "float_seq": _float_lists}
     columns = {}
@@ -74,7 +74,7 @@ def read_atomic(path: str | Path) -> pd.DataFrame:
 def _read_header(header: str, path: str | Path) -> list[tuple[str, str]]:
     if not header.strip():
         raise DataError(
-            f"{path}: the header is empty. Its fields are name:type, e.g. 'user_id:token', separated by tabs."
+            f"{path}: the header is empty. It must hold fields name:type, e.g. 'user_id:token', separated by tabs."
         )
     check_width(header.count("\t") + 1, path)
     types: list[tuple[str, str]] = []
@@ -90,7 +90,7 @@ def _read_header(header: str, path: str | Path) -> list[tuple[str, str]]:
                 f"{path}: field {number} of the header, {field!r}, has the unknown type {kind!r}. Use one of {', '.join(_TYPES)}."
             )
         if name in dict(types):
-            raise DataError(f"{path}: column {name!r} stands more than once. Rename or drop one of them.")
+            raise DataError(f"{path}: column {name!r} occurs more than once. Rename or drop one of them.")
         types.append((name, kind))
     return types
 
@@ -107,7 +107,7 @@ def _floats(series: pd.Series) -> pd.Series:
     bad = texts.map(lambda value: isinstance(value, bool)) | parsed.isna()
     bad &= series.notna()
     if bad.any():
-        raise _no_numbers(series, bad.to_numpy())
+        raise _not_numbers(series, bad.to_numpy())
     return parsed.astype(np.float64)  # integers beyond 64 bits
 
 
@@ -119,13 +119,13 @@ def _float_lists(series: pd.Series) -> pd.Series:
         except ValueError:
             bad[row] = True
     if bad.any():
-        raise _no_numbers(series, bad)
+        raise _not_numbers(series, bad)
     return pd.Series(rows, dtype=object)
 
 
-def _no_numbers(series: pd.Series, bad: np.ndarray) -> DataError:
+def _not_numbers(series: pd.Series, bad: np.ndarray) -> DataError:
     row = int(bad.argmax())
     return DataError(
-        f"{bad.sum():,} of {len(series):,} values are no numbers (first: line {row + 2}, {str(series.iloc[row])!r}). Repair them, or call "
-        "the column a token."
+        f"{bad.sum():,} of {len(series):,} values are not numbers (first: line {row + 2}, {str(series.iloc[row])!r}). Fix them, or give "
+        "the column the type token."
     )

@@ -17,16 +17,16 @@ class OneRecDataCollator:
     """
     Batches examples with the columns `history` and, for training, `session` (lists of item ids, oldest first).
 
-    Of a history the encoder gets the latest `max_history` items (the processor's own number when not given).
+    The encoder reads the latest `max_history` items of a history (default: the processor's `max_history`).
 
     Args:
-        processor: knows the catalogue.
-        max_history: items of a history to keep, the latest ones.
-        with_seen: also return `exclude`, (users, e) int64 catalogue rows of the *whole* history padded with -1, for
-            `recommend(exclude=...)`: evaluation leaves out everything that the user has seen, not only what the encoder reads.
+        processor: the model's processor, with its catalogue.
+        max_history: history items to keep, the latest ones.
+        with_seen: also return `exclude`, (users, e) int64 item indices of the *whole* history padded with -1, for
+            `recommend(exclude=...)`: evaluation excludes every item that the user has seen, not only those that the encoder reads.
         unknown: "error" or "skip", as for the processor.
-        pad_to_multiple_of: history items; pads the longest history of a batch further, so that `torch.compile` sees few shapes.
-        session_items: items that sessions are padded to; the longest of the batch when not given.
+        pad_to_multiple_of: pad histories to a multiple of this number of items, so that `torch.compile` sees few shapes.
+        session_items: pad sessions to this number of items (default: the longest session of the batch).
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -62,14 +62,14 @@ class OneRecDataCollator:
     def _seen(self, histories) -> torch.Tensor:
         lengths = np.fromiter(map(len, histories), np.int64, len(histories))
         seen = np.full((len(histories), lengths.max()), -1, dtype=np.int64)
-        assert self.processor.catalogue is not None  # the processor has read the histories with it
+        assert self.processor.catalogue is not None  # the processor needed it to encode the histories
         seen[np.arange(seen.shape[1]) < lengths[:, None]] = self.processor.catalogue.rows(
             [item for history in histories for item in history], unknown="mask"
         )
         return torch.from_numpy(seen)
 
 
-_PADDING = {"labels": -100}  # and 0: <pad>, masked
+_PADDING = {"labels": -100}  # all other tensors are padded with 0: <pad>, masked
 
 
 def _padded(batch: dict[str, torch.Tensor], names: tuple[str, ...], missing: int) -> dict[str, torch.Tensor]:
@@ -79,22 +79,22 @@ def _padded(batch: dict[str, torch.Tensor], names: tuple[str, ...], missing: int
 @dataclass
 class PackedDataCollator:
     """
-    Batches packed rows (of a [`PackedDataset`]) or examples as they are, a row each: windows (`history`, `session`) or prefixes (`history`,
+    Batches the packed rows of a [`PackedDataset`], or plain examples, one per row: windows (`history`, `session`) or prefixes (`history`,
     `sessions`, `history_lengths`).
 
     Args:
-        processor: knows the catalogue; of a window's history its latest `max_history` items are kept.
-        encoder_is_causal: the model's; a fully visible encoder must not read behind the prefix of a session.
-        items, slots, session_items: history items and sessions of a row and items of a session; what the batch needs when not given.
-        rows: rows of a batch; a smaller one, the last of an epoch, is filled with padding.
-        pad_to_multiple_of: what `items` and `slots` are rounded up to where they are not given.
+        processor: the model's processor; a window keeps the latest `processor.max_history` items of its history.
+        encoder_is_causal: `config.encoder_is_causal` of the model. A fully visible encoder cannot train on prefixes.
+        items, slots, session_items: history items per row, sessions per row, items per session (default: what the batch needs).
+        rows: rows per batch; a smaller batch (the last of an epoch) is padded.
+        pad_to_multiple_of: round `items` and `slots` up to a multiple of this number where they are not given.
 
     Returns:
         int64 tensors: `input_ids` and `segment_ids` (B, items * (levels + 1)); `history_ranges` (B, slots, 2); `decoder_input_ids`,
         `decoder_attention_mask` and `labels` (B * slots, session_items * (levels + 1) - 1).
 
     Raises:
-        ValueError: prefixes for a fully visible encoder, or examples that do not fit into a row.
+        ValueError: prefixes with a fully visible encoder, or examples that exceed the batch shape.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -141,7 +141,7 @@ class PackedDataCollator:
         if needed[0] > batch or needed[1] > items or needed[2] > slots:
             raise ValueError(
                 f"{needed[0]} rows of up to {needed[1]} history items and {needed[2]} sessions do not fit into a batch of {batch} rows of "
-                f"{items} items and {slots} sessions"
+                f"{items} items and {slots} sessions; raise items, slots or rows"
             )
         flat = np.repeat(row * items + begins - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         tokens = torch.full((batch * items, width), self.processor.tokenizer.pad_token_id)
@@ -149,7 +149,7 @@ class PackedDataCollator:
         segment_ids = torch.zeros(batch * items, dtype=torch.int64)
         segment_ids[flat] = torch.from_numpy(np.repeat(np.arange(len(row)) - np.searchsorted(row, row) + 1, lengths))
         slot = np.repeat(row * slots + first_slots - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        # A window reads its history as it was cut, a prefix what it says.
+        # A window reads its (cut) history, a prefix its `history_lengths`.
         reads = np.minimum(np.concatenate(read), np.repeat(lengths, counts))
         ranges = torch.tensor([0, 1]).repeat(batch * slots, 1)
         ranges[slot] = torch.from_numpy(np.repeat(begins, counts)[:, None] + np.stack([0 * reads, reads], 1)) * width
@@ -168,29 +168,29 @@ class PackedDataCollator:
             return
         if not self.encoder_is_causal:
             raise ValueError(
-                "prefixes need a causal encoder: a fully visible one reads the items that follow a prefix, which are the targets. Make "
+                "prefixes need a causal encoder: a fully visible encoder also reads the items after a prefix, which are the targets. Create "
                 "the model with encoder_is_causal=True, or train on windows"
             )
         longest, limit = max(map(len, histories)), self.processor.max_history
         if limit is not None and longest > limit:
             raise ValueError(
-                f"prefixes of a history of {longest} items, but the processor's max_history is {limit}: make them with "
+                f"prefixes of a history of {longest} items exceed the processor's max_history of {limit}; create them with "
                 f"prefix_examples(..., max_history={limit})"
             )
 
     def _decoder(self, sessions, slot, total) -> dict[str, torch.Tensor]:
-        """The sessions' tensors, each in its slot; slots without one hold padding."""
+        """Decoder tensors of the sessions, one per slot; empty slots are padded."""
         tokenizer = self.processor.tokenizer
-        made = self.processor.sessions(sessions)
+        encoded = self.processor.sessions(sessions)
         width = len(tokenizer.codebook_sizes) + 1
-        length = made["labels"].shape[1] if self.session_items is None else self.session_items * width - 1
-        placed = {name: torch.full((total, length), _PADDING.get(name, 0)) for name in made}
-        for name, value in made.items():
+        length = encoded["labels"].shape[1] if self.session_items is None else self.session_items * width - 1
+        placed = {name: torch.full((total, length), _PADDING.get(name, 0)) for name in encoded}
+        for name, value in encoded.items():
             placed[name][slot, : value.shape[1]] = value
         return placed
 
 
 def _starts_in_rows(sizes: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Where each of the parts of these sizes begins inside its row; `row` is sorted."""
+    """Offset of each part inside its row, from the parts' sizes and their (sorted) row numbers."""
     starts = np.cumsum(sizes) - sizes
     return starts - starts[np.searchsorted(row, row)]

@@ -1,4 +1,4 @@
-"""The columns of a table: the rules that ids and numbers obey, and errors that name the column, the rows and the cure."""
+"""Validation of table columns (ids, numbers), with errors that name the column, the rows and the fix."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ import pandas as pd
 from onerec_hf.modeling.files import listed, short
 
 P = ParamSpec("P")
-
 T = TypeVar("T")
 
-# What counts as missing in a text file, ids excepted: "NA" and "null" are ids somebody has.
+# Missing values in a text file. They do not apply to ids: "NA" and "null" are valid ids.
 MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
-
-_MOST_COLUMNS = 5_000
-
-_LONGEST_MESSAGE = 1_500  # characters
-
+_MAX_COLUMNS = 5_000
+_MAX_MESSAGE = 1_500  # characters
 _CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
 
 
 class DataError(ValueError):
     """
-    The user's data cannot be used: the message says what is wrong, where (column, row count, first example) and how to mend it.
+    Invalid user data. The message says what is wrong, where (column, row count, first example) and how to fix it.
 
     Example:
         >>> issubclass(DataError, ValueError)
@@ -40,7 +36,7 @@ class DataError(ValueError):
 @contextmanager
 def about(source: Any) -> Iterator[None]:
     """
-    Errors inside begin with the file that they are about, where `source` is one: a command may read several, with equal columns.
+    Prefixes DataErrors with the path of the file they concern, if `source` is a path. A command may read several files with equal columns.
 
     Example:
         >>> with about("clicks.csv"):
@@ -53,13 +49,13 @@ def about(source: Any) -> Iterator[None]:
         yield
     except DataError as error:
         named = not isinstance(source, str | Path) or str(source) in str(error)
-        if named and len(str(error)) <= _LONGEST_MESSAGE:
+        if named and len(str(error)) <= _MAX_MESSAGE:
             raise
-        raise DataError(short(error if named else f"{source}: {error}", _LONGEST_MESSAGE)) from error
+        raise DataError(short(error if named else f"{source}: {error}", _MAX_MESSAGE)) from error
 
 
 def names_source(read: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """A function whose first argument is a table's source, its errors beginning with that, see `about`."""
+    """Decorator for functions whose first argument is a table source: their errors start with it, see `about`."""
 
     @functools.wraps(read)
     def named(source: Any, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -71,7 +67,7 @@ def names_source(read: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate
 
 def to_numbers(series: pd.Series) -> pd.Series:
     """
-    `pandas.to_numeric(series, errors="coerce")`, also where a whole number has more digits than a float can hold, over which pandas raises.
+    `pandas.to_numeric(series, errors="coerce")` that also accepts integers beyond the range of float, where pandas raises.
 
     Example:
         >>> to_numbers(pd.Series(["2", "9" * 400, "x"])).tolist()
@@ -95,21 +91,21 @@ def _as_float(value: Any) -> float:
 
 def check_width(columns: int, where: Any) -> None:
     """
-    Refuses a table of more columns than one of interactions or items can have.
+    Rejects tables with more columns than interactions or items can plausibly have.
 
     Raises:
-        DataError: there are more than 5,000.
+        DataError: more than 5,000 columns.
 
     Example:
         >>> check_width(8, "clicks.csv")
     """
-    if columns > _MOST_COLUMNS:
-        raise DataError(f"{where}: {columns:,} columns. Is the separator right? At most {_MOST_COLUMNS:,} are read.")
+    if columns > _MAX_COLUMNS:
+        raise DataError(f"{where}: {columns:,} columns, at most {_MAX_COLUMNS:,} are supported. Check the separator.")
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
     """
-    Raises a DataError that lists the columns there are if one of `columns` is missing.
+    Raises a DataError that lists the available columns if one of `columns` is missing.
 
     Example:
         >>> require_columns(pd.DataFrame({"user": [1]}), ["user_id"], "interactions")
@@ -125,7 +121,7 @@ def require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
 
 def column_of(table: pd.DataFrame, column: str) -> pd.Series:
     """
-    `table[column]`, of which pandas' own annotations do not say that it is a Series.
+    `table[column]`, typed as a Series (pandas' annotations are less precise).
 
     Example:
         >>> column_of(pd.DataFrame({"item_id": [7]}), "item_id").tolist()
@@ -138,7 +134,7 @@ def column_of(table: pd.DataFrame, column: str) -> pd.Series:
 
 def integers_from_text(series: pd.Series) -> pd.Series:
     """
-    A text file's id column as integers when every value is a canonical integer ("123"), else unchanged ("00123", "+1", "12a").
+    Converts an id column of a text file to integers if every value is a canonical integer ("123"); otherwise ("00123", "+1", "12a") it is unchanged.
 
     Example:
         >>> integers_from_text(pd.Series(["7", "-12"])).tolist(), integers_from_text(pd.Series(["7", "012"])).tolist()
@@ -148,23 +144,23 @@ def integers_from_text(series: pd.Series) -> pd.Series:
         return series
     try:
         return series.astype(np.int64)
-    except (ValueError, OverflowError):  # longer than 64 bits: an id all the same, as text
+    except (ValueError, OverflowError):  # more than 64 bits: keep the ids as text
         return series
 
 
 def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
     """
-    The ids of a column, exactly as they are.
+    The ids of a column, unchanged.
 
     Args:
-        series: (N,) integers (any width, nullable too), strings, categories of either, or floats without nulls that are all integral.
+        series: (N,) integers (any width, also nullable), strings, categoricals of either, or integral floats without nulls.
         column: the column's name, for messages.
 
     Returns:
         (N,) int64, or object array of `str`.
 
     Raises:
-        DataError: nulls, a mix of integers and strings, fractional or inexact floats, booleans, other types, beyond 64 bits.
+        DataError: nulls, mixed integers and strings, fractional or inexact floats, booleans, other types, integers beyond 64 bits.
 
     Example:
         >>> canonical_ids(pd.Series(["00123", "é"]), "item_id").tolist(), canonical_ids(pd.Series([3.0, 4.0]), "item_id").tolist()
@@ -190,7 +186,7 @@ def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
             return np.asarray(values, dtype=np.int64)
         except OverflowError:
             raise DataError(
-                f"column {column!r}: integer ids beyond 64 bits, e.g. {max(series, key=abs)}. Make them strings."
+                f"column {column!r}: integer ids exceed 64 bits, e.g. {max(series, key=abs)}. Convert them to strings."
             ) from None
     if kind in ("floating", "mixed-integer-float"):
         values = series.to_numpy(dtype=np.float64)
@@ -198,7 +194,7 @@ def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
         bad = ~((np.floor(values) == values) & (np.abs(values) < exact_below))
         if bad.any():
             raise DataError(
-                f"column {column!r}: ids are floats, and {bad.sum():,} of {total:,} are no exact integers (first: row "
+                f"column {column!r}: ids are floats, and {bad.sum():,} of {total:,} are not exact integers (first: row "
                 f"{int(bad.argmax())}, {values[bad.argmax()].item()!r}). Read the column as integers or strings."
             )
         return values.astype(np.int64)
@@ -217,7 +213,7 @@ def canonical_ids(series: pd.Series, column: str) -> np.ndarray:
 
 def first(values: Any, mask: np.ndarray) -> str:
     """
-    `row N, value`: where a mask is true first, for messages.
+    `row N, value` of the first row where the mask is true, for messages.
 
     Example:
         >>> first(pd.Series(["a", "b"]), np.array([False, True]))

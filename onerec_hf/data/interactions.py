@@ -1,4 +1,4 @@
-"""Interactions and items: from files, DataFrames and datasets to two tables whose ids, times and embeddings can be trusted."""
+"""Reads interactions and items from files, DataFrames and datasets, and validates ids, timestamps and embeddings."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def read_interactions(
     session_column: str | None = None,
 ) -> pd.DataFrame:
     """
-    One row per interaction, sorted by user and time (stable: rows of one instant stay in the order given).
+    Reads interactions, one row each, sorted by user and time (stable: rows with equal timestamps keep their order).
 
-    Ids are kept exactly. In a text file an id column becomes integers only where every value is a canonical integer: one "00123"
-    keeps the whole column text.
+    Ids are kept unchanged. In a text file an id column becomes integers only if every value is a canonical integer: a single "00123"
+    keeps the whole column as text.
 
     Args:
         source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        user_column, item_column, timestamp_column: their names in the source.
-        feedback_columns: further columns to keep; every other column when None.
-        session_column: the session ids' column; "session_id" where there is one.
+        user_column, item_column, timestamp_column: column names in the source.
+        feedback_columns: further columns to keep (default: all other columns).
+        session_column: column of session ids (default: "session_id" if present).
 
     Returns:
-        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are cut
-        after sorting), `session_id` where there is one, then the feedback columns.
+        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are truncated
+        after sorting), `session_id` if present, then the feedback columns.
 
     Raises:
         DataError: unreadable or empty source, missing columns, null or mixed ids, timestamps that are not finite numbers or datetimes.
 
     Warns:
-        UserWarning: how many rows repeat another in every column; they are dropped.
+        UserWarning: exact duplicate rows were dropped (with their number).
 
     Example:
         >>> rows = pd.DataFrame({"user": ["b", "a", "a"], "movie": ["07", "7", "8"], "t": [3, 2, 1], "rating": [5.0, 3.0, 4.0]})
@@ -82,14 +82,14 @@ def read_interactions(
     taken = [column for column in feedback_columns if column in names]
     if taken:
         raise DataError(
-            f"interactions: column {taken[0]!r} would stand beside the {taken[0]} made from {names[taken[0]]!r}. Drop or rename "
+            f"interactions: column {taken[0]!r} conflicts with the {taken[0]} read from {names[taken[0]]!r}. Drop or rename "
             "it, or list the columns to keep in feedback_columns."
         )
 
     repeated = _comparable(table).duplicated().to_numpy()
     if repeated.any():
         warnings.warn(
-            f"interactions: dropped {repeated.sum():,} of {len(table):,} rows that repeat another row in every column "
+            f"interactions: dropped {repeated.sum():,} of {len(table):,} rows as exact duplicates "
             f"(first: row {int(repeated.argmax())})."
         )
     columns: dict[str, Any] = {}
@@ -107,13 +107,13 @@ def read_interactions(
 
 
 def _ids(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
-    """(N,) ids; text files do not say which of their columns are numbers."""
+    """(N,) ids; text files carry no column types, so integers are detected."""
     from_text = isinstance(source, str | Path) and Path(source).suffix.lower() in (".csv", ".tsv")
     return canonical_ids(integers_from_text(series) if from_text else series, column)
 
 
 def _comparable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with lists and arrays, which `duplicated` cannot hash, written out."""
+    """`table` with lists and arrays converted to strings, since `duplicated` cannot hash them."""
     unhashable = [
         column
         for column in table.columns
@@ -127,9 +127,9 @@ def _comparable(table: pd.DataFrame) -> pd.DataFrame:
 
 def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
     """(N,) numbers to sort by: int64 or float64 as given, microseconds since 1970 UTC for datetimes."""
-    cure = "Use numbers (seconds since 1970) or pandas.to_datetime(column)."
+    fix = "Use numbers (seconds since 1970) or pandas.to_datetime(column)."
     if pd.api.types.is_bool_dtype(series.dtype):
-        raise DataError(f"column {column!r}: timestamps are booleans. Is this the right column? {cure}")
+        raise DataError(f"column {column!r}: timestamps are booleans. Is this the right column? {fix}")
     if pd.api.types.is_datetime64_any_dtype(series.dtype):
         bad = series.isna().to_numpy()
         zone = getattr(series.dtype, "tz", None)
@@ -142,8 +142,8 @@ def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray
         values = parsed.to_numpy(dtype=np.int64) if exact else numbers
     if bad.any():
         raise DataError(
-            f"column {column!r}: {bad.sum():,} of {len(series):,} timestamps are no finite numbers or datetimes "
-            f"(first: {first(series, bad)}). {cure}"
+            f"column {column!r}: {bad.sum():,} of {len(series):,} timestamps are neither finite numbers nor datetimes "
+            f"(first: {first(series, bad)}). {fix}"
         )
     return values
 
@@ -151,12 +151,12 @@ def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray
 @dataclass(frozen=True, eq=False)
 class ItemTable:
     """
-    One row per item.
+    Items, one row each.
 
     Args:
         item_ids: (N,) distinct ids, int64 or object array of `str`.
         frame: (N rows) `item_id` and the text columns.
-        embeddings: (N, d) float32, row i belongs to `item_ids[i]`, or None.
+        embeddings: (N, d) float32 aligned with `item_ids`, or None.
 
     Example:
         >>> items = read_items(pd.DataFrame({"item_id": ["a", "b"], "title": ["Alien", "Brazil"]}))
@@ -173,10 +173,10 @@ class ItemTable:
 
     def select(self, item_ids: Sequence | np.ndarray) -> ItemTable:
         """
-        The rows of these items, in this order.
+        The rows of the given items, in their order.
 
         Raises:
-            DataError: how many of the items have no row, and the first three.
+            DataError: some items have no row (with their number and the first three).
 
         Example:
             >>> items = read_items(pd.DataFrame({"item_id": [1, 2], "title": ["Alien", "Brazil"]}))
@@ -188,15 +188,15 @@ class ItemTable:
         missing = wanted[rows < 0]
         if len(missing):
             types = {"O": "strings", "i": "integers"}
-            cure = "Add their rows, or drop their interactions."
+            fix = "Add their rows, or drop their interactions."
             if wanted.dtype != self.item_ids.dtype:
-                cure = (
+                fix = (
                     f"The interactions' ids are {types[wanted.dtype.kind]}, the item table's {types[self.item_ids.dtype.kind]}: "
-                    "convert one."
+                    "convert one of them."
                 )
             raise DataError(
                 f"items: {len(missing):,} of {len(wanted):,} interacted items have no row in the item table "
-                f"(first: {', '.join(map(repr, missing[:3].tolist()))}). {cure}"
+                f"(first: {', '.join(map(repr, missing[:3].tolist()))}). {fix}"
             )
         embeddings = None if self.embeddings is None else self.embeddings[rows]
         return ItemTable(self.item_ids[rows], self.frame.iloc[rows].reset_index(drop=True), embeddings)
@@ -212,18 +212,18 @@ def read_items(
     embeddings: np.ndarray | str | Path | None = None,
 ) -> ItemTable:
     """
-    The item table, in the source's row order.
+    Reads the item table, in the row order of the source.
 
     Args:
         source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        item_column: the ids' column; ids are kept exactly (see `read_interactions`).
-        text_columns: further columns to keep; every other column when None.
-        embedding_column: a column of lists, one embedding a row, all of one length.
-        embeddings: (N, d) array aligned with the source's rows, or the path of such a .npy file (float32 stays memory-mapped).
+        item_column: column of item ids; ids are kept unchanged (see `read_interactions`).
+        text_columns: further columns to keep (default: all other columns).
+        embedding_column: a column of lists of equal length, one embedding per row.
+        embeddings: (N, d) array aligned with the source's rows, or the path of a .npy file with one (float32 stays memory-mapped).
 
     Raises:
-        DataError: unreadable or empty source, missing columns, null, mixed or repeated ids, embeddings of another row count, ragged,
-            not 2-D, not numeric or not finite.
+        DataError: unreadable or empty source, missing columns, null, mixed or duplicate ids, embeddings with a wrong number of rows, of
+            unequal lengths, not 2-D, not numeric or not finite.
 
     Example:
         >>> items = read_items(pd.DataFrame({"item_id": [7, 8], "title": ["Alien", "Brazil"], "e": [[0.0, 1.0], [1.0, 0.0]]}),
@@ -232,7 +232,7 @@ def read_items(
         ([7, 8], ['item_id', 'title'], (2, 2))
     """
     if embedding_column is not None and embeddings is not None:
-        raise DataError("items: embedding_column and embeddings are both given. Give one.")
+        raise DataError("items: embedding_column and embeddings are both given. Pass only one of them.")
     table = load_table(source, (item_column, *(text_columns or ())))
     embedding_columns = [] if embedding_column is None else [embedding_column]
     require_columns(table, [item_column, *(text_columns or ()), *embedding_columns], "items")
@@ -240,14 +240,14 @@ def read_items(
     repeated = pd.Series(ids).duplicated().to_numpy()
     if repeated.any():
         raise DataError(
-            f"column {item_column!r}: {repeated.sum():,} of {len(ids):,} rows repeat an earlier item id (first: "
+            f"column {item_column!r}: {repeated.sum():,} of {len(ids):,} rows duplicate an earlier item id (first: "
             f"{first(ids, repeated)}). Keep one row per item."
         )
     if text_columns is None:
         text_columns = [column for column in table.columns if column not in (item_column, embedding_column)]
     if "item_id" in text_columns and item_column != "item_id":
         raise DataError(
-            f"items: column 'item_id' would stand beside the item_id made from {item_column!r}. Drop or rename it, or list the "
+            f"items: column 'item_id' conflicts with the item_id read from {item_column!r}. Drop or rename it, or list the "
             "columns to keep in text_columns."
         )
     frame = pd.DataFrame({"item_id": ids} | {column: table[column] for column in text_columns})
@@ -262,24 +262,24 @@ def _stack(series: pd.Series, column: str, ids: np.ndarray) -> np.ndarray:
     bad = lengths != lengths[0] if lengths[0] > 0 else lengths <= 0
     if bad.any():
         row = int(bad.argmax())
-        found = "no list" if lengths[row] < 0 else f"{lengths[row]} numbers"
+        found = "not a list" if lengths[row] < 0 else f"{lengths[row]} numbers"
         expected = f"{lengths[0]} as in the first row" if lengths[0] > 0 else "one number or more"
         raise DataError(
-            f"column {column!r}: {bad.sum():,} of {len(series):,} embeddings have a length of their own (first: item "
-            f"{ids[row : row + 1].tolist()[0]!r} has {found}, expected {expected}). Every item needs one vector of one length."
+            f"column {column!r}: {bad.sum():,} of {len(series):,} embeddings have a wrong length (first: item "
+            f"{ids[row : row + 1].tolist()[0]!r}: {found}, expected {expected}). Every item needs one vector of the same length."
         )
     try:
         return np.stack([np.asarray(row, dtype=np.float32) for row in series])
     except (TypeError, ValueError) as error:
-        raise DataError(f"column {column!r}: embeddings must be lists of numbers ({error}).") from error
+        raise DataError(f"column {column!r}: embeddings are not lists of numbers ({error}). Convert them.") from error
 
 
 def check_embeddings(embeddings: np.ndarray | str | Path, item_ids: np.ndarray) -> np.ndarray:
     """
-    (N, d) float32 embeddings, one finite row per item; a float32 .npy file stays memory-mapped.
+    Validates embeddings: (N, d) float32, one finite row per item. A float32 .npy file stays memory-mapped.
 
     Raises:
-        DataError: unreadable file, not 2-D, not numeric, another row count than `item_ids`, NaN or infinity.
+        DataError: unreadable file, not 2-D, not numeric, not one row per item, NaN or infinity.
 
     Example:
         >>> check_embeddings(np.ones((2, 3), dtype=np.float16), np.array([7, 8])).dtype
@@ -300,13 +300,13 @@ def check_embeddings(embeddings: np.ndarray | str | Path, item_ids: np.ndarray) 
         )
     if len(matrix) != len(item_ids):
         raise DataError(
-            f"{where}: {len(matrix):,} rows for {len(item_ids):,} items. Row i must belong to the item table's row i."
+            f"{where}: {len(matrix):,} rows for {len(item_ids):,} items. Row i must hold the embedding of row i of the item table."
         )
     matrix = matrix.astype(np.float32, copy=False)
     bad = np.concatenate([~np.isfinite(matrix[i : i + _CHUNK]).all(axis=1) for i in range(0, len(matrix), _CHUNK)])
     if bad.any():
         raise DataError(
-            f"{where}: {bad.sum():,} of {len(matrix):,} rows hold NaN or infinity (first: item "
+            f"{where}: {bad.sum():,} of {len(matrix):,} rows contain NaN or infinity (first: item "
             f"{item_ids[bad][:1].tolist()[0]!r}). Embed these items again or drop them."
         )
     return matrix

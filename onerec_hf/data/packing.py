@@ -1,8 +1,8 @@
 """
-Padding-free training: examples of unequal length packed into rows of one size.
+Padding-free training: examples of unequal length packed into rows of equal size.
 
-A packed row holds up to so many history items, of as many examples as fit, and up to so many sessions. Rows are what a sampler
-shuffles and a batch counts, and all batches have the same shapes, so that `torch.compile` compiles once.
+A packed row has a capacity of history items and of sessions and holds as many examples as fit. Samplers shuffle rows, the batch size
+counts rows, and all batches have the same shapes, so `torch.compile` compiles once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> 
     Sizes of windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
 
     Args:
-        max_history: the latest items of a window's history that are read.
+        max_history: number of latest history items that the model reads of a window.
 
     Returns:
-        (E,) history items and (E,) sessions of each example, and the items of the longest session.
+        (E,) history items and (E,) sessions per example, and the number of items in the longest session.
 
     Raises:
-        ValueError: the columns are of neither kind, or prefixes of a history longer than `max_history`.
+        ValueError: unknown columns, or prefixes of a history longer than `max_history`.
 
     Example:
         >>> from datasets import Dataset
@@ -44,7 +44,7 @@ def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> 
         session_items = _lengths(pc.call_function("list_flatten", [table["sessions"]]))
         if max_history is not None and items.max(initial=0) > max_history:
             raise ValueError(
-                f"prefixes of histories of up to {items.max()} items, but the processor's max_history is {max_history}: make them "
+                f"prefixes of histories of up to {items.max()} items exceed the processor's max_history of {max_history}; create them "
                 f"with prefix_examples(..., max_history={max_history})"
             )
     elif {"history", "session"} <= columns:
@@ -53,7 +53,7 @@ def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> 
         counts = np.ones_like(items)
     else:
         raise ValueError(
-            f"to train on, the columns have to be history and session (windows), or history, sessions and history_lengths (prefixes); got "
+            f"training needs the columns history and session (windows), or history, sessions and history_lengths (prefixes); got "
             f"{sorted(columns)}"
         )
     return items, counts, int(session_items.max(initial=0))
@@ -65,22 +65,22 @@ def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
 
 def pack_rows(items: np.ndarray, sessions: np.ndarray, capacity: int, slots: int, seed: int = 0) -> list[np.ndarray]:
     """
-    Deals examples out, the longest first, each into the row with the most room; about a million a second.
+    Assigns examples to rows, longest first, each to the row with the most free capacity. Handles about a million examples per second.
 
-    As many rows as the items need are open from the start, so every row gets long and short examples alike and rows have about as many
-    sessions. Best-fit decreasing, which fills one row after the other, leaves the short examples for rows of their own, which run out of
-    slots first: on Beauty's windows it fills 80 to 90% where this fills all but the last row.
+    The minimum number of rows is open from the start, so long and short examples mix and rows hold similar numbers of sessions. Best-fit
+    decreasing fills one row after another and leaves rows of short examples only, which run out of slots: on Beauty's windows it fills 80
+    to 90% of the capacity, while this method fills all rows but the last.
 
     Args:
         items, sessions: (E,) sizes of the examples.
-        capacity, slots: most items and most sessions of a row.
-        seed: of the order among examples of one length, so that neighbours in the data part.
+        capacity, slots: maximum number of items and of sessions per row.
+        seed: shuffles examples of equal length, so that neighbours in the data are separated.
 
     Returns:
-        per row, the numbers of its examples.
+        for each row, the indices of its examples.
 
     Raises:
-        ValueError: an example that no row holds.
+        ValueError: an example exceeds the capacity of a row.
 
     Example:
         >>> [row.tolist() for row in pack_rows(np.array([2, 5, 3, 6]), np.ones(4, dtype=int), capacity=8, slots=2)]
@@ -88,14 +88,16 @@ def pack_rows(items: np.ndarray, sessions: np.ndarray, capacity: int, slots: int
     """
     for name, sizes, limit in (("history items", items, capacity), ("sessions", sessions, slots)):
         if sizes.max(initial=0) > limit:
-            raise ValueError(f"an example has {sizes.max()} {name}, a packed row holds {limit}: raise packing_length")
+            raise ValueError(
+                f"an example has {sizes.max()} {name}, but a packed row holds {limit}; raise packing_length"
+            )
     shuffled = np.random.default_rng(seed).permutation(len(items))
     order = shuffled[np.argsort(-items[shuffled], kind="stable")]
     rows: list[list[int]] = [[] for _ in range(-(-int(items.sum()) // capacity))]
     free_slots = [slots] * len(rows)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     by_room[capacity] = list(range(len(rows)))
-    rooms = 1 << capacity  # bit r is set where a row with room for r items is open
+    rooms = 1 << capacity  # bit r is set if some row has room for r items
     for example, size, count in zip(order.tolist(), items[order].tolist(), sessions[order].tolist(), strict=True):
         row, room, candidates = len(rows), capacity, rooms >> size << size
         while candidates:
@@ -119,23 +121,23 @@ def pack_rows(items: np.ndarray, sessions: np.ndarray, capacity: int, slots: int
 
 class PackedDataset:
     """
-    Windows or prefixes in rows of up to `packing_length` history items. A map-style dataset: row i is `{"examples": [example, ...]}`, for
-    [`PackedDataCollator`]. It holds numbers of examples; the examples stay where they are.
+    Map-style dataset of windows or prefixes packed into rows of up to `packing_length` history items. Row i is `{"examples": [example, ...]}`,
+    for [`PackedDataCollator`]. It stores indices of examples, not copies.
 
     Args:
         dataset: windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
-        packing_length: history items of a row; at least the longest history.
-        max_history: the latest items of a window's history that are read.
-        seed: of the order in which examples of one length are packed.
+        packing_length: history items per row; at least the longest history.
+        max_history: number of latest history items that the model reads of a window.
+        seed: shuffles examples of equal length.
 
     Attributes:
         items: `packing_length`.
-        slots: sessions of the row that has most.
-        session_items: items of the longest session.
-        fill: share of the rows' room for history items that is used.
+        slots: maximum number of sessions per row.
+        session_items: number of items in the longest session.
+        fill: used share of the rows' capacity for history items.
 
     Raises:
-        ValueError: columns of neither kind, an empty dataset, a history longer than `packing_length`.
+        ValueError: unknown columns, an empty dataset, a history longer than `packing_length`.
 
     Example:
         >>> from datasets import Dataset
@@ -148,11 +150,11 @@ class PackedDataset:
     def __init__(self, dataset: datasets.Dataset, packing_length: int, max_history: int | None = None, seed: int = 0):
         items, sessions, self.session_items = example_sizes(dataset, max_history)
         if not len(items):
-            raise ValueError("there is no example to pack")
+            raise ValueError("the dataset to pack has no examples")
         self.items = packing_length
         read = [name for name in dataset.column_names if name in ("history", "session", "sessions", "history_lengths")]
         self.dataset = dataset.select_columns(read).with_format(None)
-        # A slot is a decoder row whether used or not: a fifth more than an even spread needs, so that rows may differ.
+        # Each slot costs a decoder row, used or not. 20% above an even spread lets rows differ.
         even = packing_length * sessions.sum() / items.sum()
         slots = int(max(min(1.2 * even, packing_length), sessions.max()))
         self.rows = pack_rows(items, sessions, packing_length, slots, seed)

@@ -1,4 +1,4 @@
-"""Which interactions count as positive: the history a user would want continued."""
+"""Rules for positive feedback: which interactions enter histories and targets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from onerec_hf.data.columns import DataError, column_of, require_columns
 @dataclass(frozen=True)
 class PositiveFeedback:
     """
-    A row is positive when any of the named columns reaches its threshold; with no columns every row is.
+    A row is positive if any of the named columns reaches its threshold. Without columns every row is positive.
 
     The paper's history holds videos "effectively watched or interacted with (likes, follows, shares)" (arXiv 2502.18965, the definition of
-    H_u); which columns and thresholds say so depends on the data.
+    H_u); the matching columns and thresholds depend on the data.
 
     Args:
-        any_of: column -> smallest positive value. A null value is not positive.
+        any_of: column -> minimum positive value. Null is not positive.
 
     Example:
         >>> rows = pd.DataFrame({"item_id": [1, 2, 3], "rating": [5, 2, 3], "like": [0, 1, 0]})
@@ -35,10 +35,10 @@ class PositiveFeedback:
     @classmethod
     def parse(cls, rules: Iterable[str]) -> PositiveFeedback:
         """
-        From "column>=number" strings, as a command line gives them.
+        Parses "column>=number" rules from the command line.
 
         Raises:
-            DataError: a rule of another form, or two for one column.
+            DataError: malformed rule, or two rules for one column.
 
         Example:
             >>> str(PositiveFeedback.parse(["rating>=4", "like >= 1"]))
@@ -54,7 +54,7 @@ class PositiveFeedback:
             if match is None or math.isnan(threshold):
                 raise DataError(f"positive feedback {rule!r}: expected 'column>=number', e.g. 'rating>=4'.")
             if match[1] in any_of:
-                raise DataError(f"positive feedback: two thresholds for column {match[1]!r}. Give one.")
+                raise DataError(f"positive feedback: two thresholds for column {match[1]!r}. Keep one of them.")
             any_of[match[1]] = threshold
         return cls(any_of)
 
@@ -63,7 +63,7 @@ class PositiveFeedback:
 
     def apply(self, interactions: pd.DataFrame) -> pd.DataFrame:
         """
-        The positive rows, in order, rows numbered from 0.
+        The positive rows, in order, renumbered from 0.
 
         Raises:
             DataError: a named column is missing or not numeric, or no row is positive.
@@ -81,7 +81,7 @@ class PositiveFeedback:
         if not keep.any():
             seen = ", ".join(f"{column} at most {interactions[column].max()}" for column in self.any_of)
             raise DataError(
-                f"positive feedback: none of {len(interactions):,} rows has {self} (seen: {seen}). Lower a threshold."
+                f"positive feedback: none of {len(interactions):,} rows has {self} (found: {seen}). Lower a threshold."
             )
         return interactions.loc[keep].reset_index(drop=True)
 

@@ -1,8 +1,8 @@
 """
-Every prefix of a history in one example: what a causal encoder learns from in one pass.
+Training on all prefixes of a history in one pass, for causal encoders.
 
-A window (`onerec_hf.data.windows`) is one target and the history before it, so a user of n items is read n - 1 times. With a causal
-encoder the states of a prefix do not depend on what follows, so one pass over the history serves all its targets.
+A window (`onerec_hf.data.windows`) is one target session with its history, so the encoder reads a user with n items n - 1 times. In a
+causal encoder the states of a prefix do not depend on later items, so one pass over the history serves all target sessions.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ def prefix_examples(
     sequences: UserSequences, session_length: int = 5, max_history: int | None = 50, stride: int = 1
 ) -> datasets.Dataset:
     """
-    The sessions of `window_examples`, each exactly once, gathered by the history that they read a prefix of.
+    The sessions of `window_examples`, each exactly once, grouped by the history whose prefixes they follow.
 
-    A session that starts at position s of its user's sequence (s items before it) reads
+    A session that starts at position s of its user's sequence (after s items) reads
 
-    - for s <= `max_history` all s items: loss and gradient equal its window's;
-    - beyond, a chunk: the history is read anew from every `max_history // 2`-th item on, and the session reads the between
-      `max_history - max_history // 2 + 1` and `max_history` latest items, where its window has exactly `max_history`.
+    - all s items if s <= `max_history`: loss and gradient equal those of its window;
+    - otherwise a chunk: chunks start at every `max_history // 2`-th item, so the session reads its latest
+      `max_history - max_history // 2 + 1` to `max_history` items, while its window has exactly `max_history`.
 
-    Train on them with `encoder_is_causal=True`: a fully visible encoder would see the targets.
+    They require `encoder_is_causal=True`: a fully visible encoder would see the targets.
 
     Args:
-        session_length: most items of a session.
-        max_history: most items of a history; at least 2, or None for whole histories, which then always equal the windows.
+        session_length: maximum number of items per session.
+        max_history: maximum number of items per history, at least 2. None keeps whole histories, and all examples equal the windows.
         stride: step between a user's sessions, as in `window_bounds`.
 
     Returns:
         columns `user_id`, `history` (list of ids), `sessions` (list of lists of ids) and `history_lengths` (list of int64): session k
-        follows `history[:history_lengths[k]]`. One row per user, or per chunk; users with fewer than two items have none.
+        follows `history[:history_lengths[k]]`. One row per user or chunk, none for users with fewer than two items.
 
     Example:
         >>> import pandas as pd
@@ -62,7 +62,7 @@ def prefix_examples(
     rows, starts, stops = window_bounds(sequences.lengths, session_length, stride)
     step = 1 if max_history is None else max_history // 2
     chunk = np.zeros_like(starts) if max_history is None else -(-np.maximum(starts - max_history, 0) // step)
-    # Windows come by row, then by start, so those of one chunk stand side by side.
+    # Windows are sorted by row and start, so the windows of one chunk are adjacent.
     first = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(chunk, prepend=-1))
     counts = np.diff(first, append=len(rows))
     last = first + counts - 1

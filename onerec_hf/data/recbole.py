@@ -1,4 +1,4 @@
-"""RecBole's atomic files: interactions in NAME.inter and items in NAME.item, tab-separated, each column with its type in the header."""
+"""RecBole datasets (NAME.inter and NAME.item), read and written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onerec_hf.data.columns import MISSING_TEXT, DataError, canonical_ids, colum
 from onerec_hf.data.sources import RecommendationData, load_files
 from onerec_hf.modeling.files import replacing
 
-# RecBole reads with pandas' defaults: these fields are missing there, and a field that starts with a quote swallows what follows.
+# RecBole reads with pandas' defaults: these fields count as missing, and a leading quote merges a field with the following ones.
 _MISSING_IN_RECBOLE = frozenset(
     [
         *MISSING_TEXT,
@@ -31,26 +31,26 @@ _MISSING_IN_RECBOLE = frozenset(
         "n/a",
     ]
 )
-_NO_FIELD = re.compile(r'^"|[\t\r\n\0]')
+_UNSAFE_FIELD = re.compile(r'^"|[\t\r\n\0]')
 
 
 def read_recbole(inter_path: str | Path, item_path: str | Path | None = None, **arguments: Any) -> RecommendationData:
     """
-    A RecBole data set.
+    Reads a RecBole dataset.
 
-    `token` columns are read as ids in a CSV are: integers where every value is a canonical integer ("12", not "012"), else the text that
-    stands there. `token_seq` columns become text, the tokens with one blank between them, `float_seq` columns arrays. Quotes have no
-    meaning. The items' `text` is made of every text column, or of `text_columns`.
+    `token` columns follow the rules for ids in a CSV file: integers if every value is a canonical integer ("12", not "012"), else text.
+    `token_seq` columns become text with one blank between tokens, `float_seq` columns arrays. Quotes have no special meaning. The items'
+    `text` joins all text columns, or those in `text_columns`.
 
     Args:
-        inter_path: the .inter file, or RecBole's folder of the data set: "dataset/ml-100k" holds ml-100k.inter and perhaps ml-100k.item.
-        item_path: the .item file; with a folder, the one that stands there.
-        arguments: further ones of [`load_files`], such as `user_column`, `timestamp_column` (RecBole's USER_ID_FIELD, TIME_FIELD),
+        inter_path: the .inter file, or the folder of a RecBole dataset: "dataset/ml-100k" with ml-100k.inter and optionally ml-100k.item.
+        item_path: the .item file (default for a folder: the one in it).
+        arguments: further arguments of [`load_files`], such as `user_column`, `timestamp_column` (RecBole's USER_ID_FIELD, TIME_FIELD),
             `text_columns`, `embedding_column` (a `float_seq`) or `positive`.
 
     Raises:
-        DataError: no such file, a header without types or with an unknown one, lines with another number of fields, floats that are none, and
-            what `load_files` says of columns and ids.
+        DataError: missing file, a missing or unknown type in the header, rows with a wrong number of fields, invalid floats, and the errors
+            of `load_files` about columns and ids.
 
     Example:
         >>> import tempfile
@@ -72,20 +72,20 @@ def read_recbole(inter_path: str | Path, item_path: str | Path | None = None, **
 
 def write_recbole(data: RecommendationData | pd.DataFrame, folder: str | Path, name: str) -> None:
     """
-    Writes NAME.inter and, where there are items, NAME.item, each to a temporary name first, then renamed. RecBole's `data_path` is a folder
-    of such folders: write to "dataset/mine" under the name "mine".
+    Writes NAME.inter and, if there are items, NAME.item. Each file is written under a temporary name and renamed. RecBole's `data_path` is
+    the parent folder: write to "dataset/mine" with the name "mine".
 
-    Ids become `token`, numbers `float`, texts `token_seq` (`token` where none holds a blank), lists of numbers `float_seq`; the items'
-    embeddings stay out. Blanks and lines in texts become single blanks.
+    Ids become `token`, numbers `float`, text `token_seq` (`token` if no value contains a blank), lists of numbers `float_seq`. Item
+    embeddings are not written. Whitespace in text is reduced to single blanks.
 
     Args:
-        data: a data set, or interactions as `read_interactions` returns them.
-        folder: made where it is not there.
-        name: the data set's name.
+        data: a dataset, or interactions as returned by `read_interactions`.
+        folder: created if missing.
+        name: the dataset's name.
 
     Raises:
-        DataError: missing columns, no rows, ids that RecBole would misread or take as missing, columns that no type fits, a column's name
-            that is none.
+        DataError: missing columns, no rows, ids that RecBole misreads or treats as missing, columns without a matching type, invalid column
+            names.
 
     Example:
         >>> import tempfile
@@ -111,14 +111,14 @@ def write_recbole(data: RecommendationData | pd.DataFrame, folder: str | Path, n
 
 
 def _format(table: pd.DataFrame, id_columns: tuple[str, ...], what: str) -> dict[str, list[str]]:
-    """Header field -> the column's fields."""
+    """Maps each header field (name:type) to the column's fields."""
     if not len(table):
         raise DataError(f"{what}: the table has no rows.")
     columns = {}
     for column in table.columns:
-        if not isinstance(column, str) or not column or ":" in column or _NO_FIELD.search(column):
+        if not isinstance(column, str) or not column or ":" in column or _UNSAFE_FIELD.search(column):
             raise DataError(
-                f"{what}: {column!r} cannot name a column of an atomic file (no colons, tabs or lines, no quote at the start). Rename it."
+                f"{what}: {column!r} is not a valid column name in an atomic file (no colons, tabs or line breaks, no leading quote). Rename it."
             )
         series = column_of(table, column)
         kind, fields = _ids(series, column) if column in id_columns else _features(series, column)
@@ -128,11 +128,11 @@ def _format(table: pd.DataFrame, id_columns: tuple[str, ...], what: str) -> dict
 
 def _ids(series: pd.Series, column: str) -> tuple[str, list[str]]:
     fields = [str(value) for value in canonical_ids(series, column).tolist()]
-    bad = [field for field in fields if field in _MISSING_IN_RECBOLE or _NO_FIELD.search(field)]
+    bad = [field for field in fields if field in _MISSING_IN_RECBOLE or _UNSAFE_FIELD.search(field)]
     if bad:
         raise DataError(
-            f"column {column!r}: {len(bad):,} of {len(fields):,} ids would not come through RecBole's reader (first: {bad[0]!r}): tabs, "
-            "lines, a quote at the start, or a word for a missing value. Rename these ids."
+            f"column {column!r}: {len(bad):,} of {len(fields):,} ids would be misread by RecBole (first: {bad[0]!r}): tabs, "
+            "line breaks, a leading quote, or a marker for missing values. Rename these ids."
         )
     return "token", fields
 
@@ -155,8 +155,8 @@ def _features(series: pd.Series, column: str) -> tuple[str, list[str]]:
         if elements <= {"text"}:
             return "token_seq", [_join(" ".join(() if value is None else value).split()) for value in values]
     raise DataError(
-        f"column {column!r}: no type of an atomic file fits its values (dtype {series.dtype}). They may be all numbers, all text, or all "
-        "lists of one of these: convert or drop the column."
+        f"column {column!r}: its values match no type of an atomic file (dtype {series.dtype}). Use only numbers, only text, or only "
+        "lists of one of these, or drop the column."
     )
 
 
@@ -175,4 +175,6 @@ def _number(value: Any) -> str:
 
 def _join(words: Sequence[str]) -> str:
     text = " ".join(words)
-    return f" {text}" if text.startswith('"') else text  # RecBole would take the quote for that of a field
+    return (
+        f" {text}" if text.startswith('"') else text
+    )  # RecBole treats a leading quote as the start of a quoted field

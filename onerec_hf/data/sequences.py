@@ -1,4 +1,4 @@
-"""Every user's items in time order, held flat: what splits and windows are cut from."""
+"""All users' items in time order, in flat arrays; splits and windows are slices of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_
 @dataclass(frozen=True, eq=False)
 class UserSequences:
     """
-    U users' items, user after user, each in time order. No user is empty.
+    The items of U users, concatenated, each user's in time order. Every user has at least one item.
 
     Args:
         user_ids: (U,) int64 or object array of `str`, sorted.
@@ -36,10 +36,10 @@ class UserSequences:
     @classmethod
     def from_interactions(cls, interactions: pd.DataFrame) -> UserSequences:
         """
-        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable within one instant).
+        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps).
 
         Raises:
-            DataError: missing columns, no rows, ids that `canonical_ids` refuses.
+            DataError: missing columns, no rows, ids that `canonical_ids` rejects.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 1], "item_id": ["y", "x"], "timestamp": [0, 0]})
@@ -65,7 +65,7 @@ class UserSequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(U,) int64: how many items each user has."""
+        """(U,) int64: number of items per user."""
         return np.diff(self.offsets)
 
     @property
@@ -86,7 +86,7 @@ class UserSequences:
 
     def item_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        The distinct item ids, sorted, and how often each stands in the sequences.
+        The distinct item ids, sorted, and their numbers of occurrences.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
@@ -98,7 +98,7 @@ class UserSequences:
 
     def where(self, keep: np.ndarray) -> UserSequences:
         """
-        The sequences with only the items where `keep`, a (T,) bool mask, is true; users left with none are dropped.
+        Keeps the items where `keep`, a (T,) bool mask, is true, and drops users without items.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
@@ -111,13 +111,13 @@ class UserSequences:
 
     def k_core(self, min_user: int = 1, min_item: int = 5, iterative: bool = False) -> UserSequences:
         """
-        Drops items with fewer than `min_item` interactions, then users left with fewer than `min_user`.
+        Drops items with fewer than `min_item` interactions, then users with fewer than `min_user` remaining interactions.
 
         Args:
-            iterative: repeat until nothing more is dropped (the k-core proper); once otherwise.
+            iterative: repeat until nothing more is dropped (the true k-core) instead of once.
 
         Raises:
-            DataError: nothing is left.
+            DataError: no interactions remain.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 2, 2], "item_id": [9, 9, 7], "timestamp": [0, 1, 2]})
@@ -135,7 +135,7 @@ class UserSequences:
                 break
         if not keep.any():
             raise DataError(
-                f"filtering leaves nothing of {len(self):,} users and {len(items):,} interactions: no user has {min_user} items "
+                f"filtering removes all {len(self):,} users and {len(items):,} interactions: no user has {min_user} items "
                 f"with {min_item} interactions each. Lower min_user or min_item."
             )
         return self.where(keep)

@@ -1,4 +1,4 @@
-"""Sessions worth learning from: the paper's criteria (arXiv 2502.18965, the definition of S), each of them a parameter."""
+"""High-value sessions by the paper's criteria (arXiv 2502.18965, the definition of S), each criterion a parameter."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SessionCriteria:
     """
-    When a session is of high value. Every criterion given must hold: the paper lists them without saying whether they are joined by
-    "and" or "or", and gives no number for the watch time.
+    Criteria for high-value sessions. A session must meet all of them; the paper does not say whether they are joined by "and" or "or",
+    and gives no threshold for the watch time.
 
     Args:
-        min_views: fewest videos actually watched ("5" in the paper).
-        min_watch_time: the session's summed watch time must exceed this, in the column's unit; None: not asked for.
-        watch_time_column: where the watch time of a row stands.
-        view_column: a row counts as watched when this column is above 0; None: every row counts.
-        require_interaction_columns: some row must be above 0 in one of these (likes, collects, shares); empty: not asked for.
+        min_views: minimum number of watched videos (5 in the paper).
+        min_watch_time: the summed watch time must exceed this value, in the column's unit. None disables the criterion.
+        watch_time_column: column of the watch time.
+        view_column: a row counts as watched if this column is above 0. None counts every row.
+        require_interaction_columns: at least one row must be above 0 in one of these columns (likes, collects, shares). Empty disables the
+            criterion.
 
     Example:
         >>> SessionCriteria(min_views=2, require_interaction_columns=("like",)).min_views
@@ -46,18 +47,18 @@ def find_sessions(
     interactions: pd.DataFrame, criteria: SessionCriteria, gap_seconds: float | None = None
 ) -> pd.DataFrame:
     """
-    The rows of qualifying sessions, sorted by user and time.
+    The rows of all sessions that meet the criteria, sorted by user and time.
 
     Args:
-        interactions: `user_id`, `timestamp` and the criteria's columns. `session_id`, where there is one, marks a user's sessions;
-            otherwise a pause of more than `gap_seconds` starts a new one.
-        gap_seconds: in the timestamps' unit, which is seconds by contract; unused when there is a `session_id`.
+        interactions: `user_id`, `timestamp` and the criteria's columns. `session_id`, if present, marks a user's sessions;
+            otherwise a pause of more than `gap_seconds` starts a new session.
+        gap_seconds: in the timestamps' unit (seconds). Ignored if there is a `session_id`.
 
     Returns:
-        the rows with all their columns and `session_id` (made ones are 0, 1, ... over all users).
+        the rows with all their columns and `session_id` (derived sessions are numbered 0, 1, ... across users).
 
     Raises:
-        DataError: neither `session_id` nor `gap_seconds`, a criterion's column missing or not numeric, no session qualifies.
+        DataError: neither `session_id` nor `gap_seconds`, a missing or non-numeric criterion column, no session meets the criteria.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1, 1, 1], "item_id": [7, 8, 9], "timestamp": [0, 10, 5000]})
@@ -77,21 +78,21 @@ def session_examples(
     gap_seconds: float | None = None,
 ) -> datasets.Dataset:
     """
-    One example per qualifying session: its first `session_length` positive items, after the user's positive items from before it began.
+    One example per session that meets the criteria: its first `session_length` positive items, with the user's earlier positive items as history.
 
     Returns:
-        columns `user_id`, `history` (list of ids, the last `max_history`), `session` (list of ids); by user, then by session.
+        columns `user_id`, `history` (list of the last `max_history` ids), `session` (list of ids); sorted by user and session.
 
     Raises:
-        DataError: as `find_sessions` and `PositiveFeedback.apply`; no session is left.
+        DataError: as `find_sessions` and `PositiveFeedback.apply`, or no session remains.
 
     Warns:
-        UserWarning: how many qualifying sessions were skipped: no positive item in them, or none before them.
+        UserWarning: sessions without a positive item, or without a positive item before them, were skipped (with their number).
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [6, 7, 8, 9], "timestamp": [0, 1, 500, 501], "like": [1, 1, 1, 0]})
         >>> import warnings
-        >>> with warnings.catch_warnings(record=True):  # the first session has nothing before it
+        >>> with warnings.catch_warnings(record=True):  # the first session has no history
         ...     data = session_examples(rows, SessionCriteria(min_views=2), PositiveFeedback({"like": 1}), gap_seconds=60)
         >>> data[0]
         {'user_id': 1, 'history': [6, 7], 'session': [8]}
@@ -101,19 +102,21 @@ def session_examples(
     rows, sessions = _sessionise(interactions, gap_seconds)
     qualifying = _qualifying(rows, sessions, criteria)
 
-    # Users and instants are ranked together into one sorted key: a user's positives before a session are a slice between two keys.
+    # User and time form one sorted key, so a user's positives before a session are the slice between two keys.
     users, user_ids = pd.factorize(canonical_ids(column_of(rows, "user_id"), "user_id"))
     instants = np.unique(rows["timestamp"].to_numpy(), return_inverse=True)[1]
     first_key = users.astype(np.int64) * len(rows)
     positives = positive.apply(rows.assign(_session=sessions, _key=first_key + instants))
     items, positive_keys = canonical_ids(column_of(positives, "item_id"), "item_id"), positives["_key"].to_numpy()
-    first_row = np.unique(sessions, return_index=True)[1]  # rows are in time order: a session's first row is its start
+    first_row = np.unique(sessions, return_index=True)[
+        1
+    ]  # rows are in time order, so a session's first row is its start
     stops = np.searchsorted(positive_keys, (first_key + instants)[first_row])
     starts = np.searchsorted(positive_keys, first_key[first_row])
     if max_history is not None:
         starts = np.maximum(starts, stops - max_history)
 
-    # Session: positives in session order (stable, so in time order inside).
+    # Positives sorted by session (stable, so in time order within a session).
     positive_sessions = positives["_session"].to_numpy()
     by_session = np.argsort(positive_sessions, kind="stable")
     counts = np.bincount(positive_sessions, minlength=len(first_row))
@@ -126,7 +129,7 @@ def session_examples(
         f"{new.sum():,} without a positive item before them"
     )
     if not usable.any():
-        raise DataError(f"sessions: none is left, {skipped}. Loosen the positive rule, or use per-user windows.")
+        raise DataError(f"sessions: none remain, {skipped}. Loosen the positive rule, or use per-user windows.")
     if empty.any() or new.any():
         warnings.warn(f"sessions: {skipped}.")
     session_stops = session_starts + np.minimum(counts, session_length)
@@ -138,7 +141,7 @@ def session_examples(
 
 
 def _sessionise(interactions: pd.DataFrame, gap_seconds: float | None) -> tuple[pd.DataFrame, np.ndarray]:
-    """The rows by user and time, and each row's session as 0..S-1 in order of first appearance."""
+    """The rows sorted by user and time, and the session number of each row (0..S-1 in order of first appearance)."""
     require_columns(interactions, ["user_id", "item_id", "timestamp"], "interactions")
     if not len(interactions):
         raise DataError("interactions: the table has no rows.")
@@ -146,12 +149,12 @@ def _sessionise(interactions: pd.DataFrame, gap_seconds: float | None) -> tuple[
     order = np.lexsort((interactions["timestamp"].to_numpy(), users))
     rows, users = interactions.iloc[order].reset_index(drop=True), users[order]
     if "session_id" in rows.columns:
-        # A session id may be counted per user, so it names a session only together with its user.
+        # Session ids may be numbered per user, so only (user, session id) identifies a session.
         ids = pd.factorize(canonical_ids(column_of(rows, "session_id"), "session_id"))[0]
         return rows, pd.factorize(users.astype(np.int64) * len(rows) + ids)[0]
     if gap_seconds is None:
         raise DataError(
-            "interactions have no session_id: give gap_seconds, the pause that ends a session, or train on per-user windows "
+            "interactions: no column 'session_id'. Pass gap_seconds, the pause that ends a session, or train on per-user windows "
             "(leave_one_out, temporal_split)."
         )
     pause = np.diff(rows["timestamp"].to_numpy()) > gap_seconds
@@ -160,7 +163,7 @@ def _sessionise(interactions: pd.DataFrame, gap_seconds: float | None) -> tuple[
 
 
 def _qualifying(rows: pd.DataFrame, sessions: np.ndarray, criteria: SessionCriteria) -> np.ndarray:
-    """(S,) bool: which sessions meet every criterion."""
+    """(S,) bool: which sessions meet all criteria."""
     acting = list(criteria.require_interaction_columns)
     view = [] if criteria.view_column is None else [criteria.view_column]
     watch = [] if criteria.min_watch_time is None else [criteria.watch_time_column]
@@ -178,7 +181,7 @@ def _qualifying(rows: pd.DataFrame, sessions: np.ndarray, criteria: SessionCrite
     if not qualifying.any():
         failed = "; ".join(f"{(~passed).sum():,} miss '{name}'" for name, passed in met.items())
         raise DataError(
-            f"sessions: none of {len(qualifying):,} meets every criterion: {failed}. Loosen one, widen gap_seconds, or use per-user "
+            f"sessions: none of {len(qualifying):,} meets all criteria: {failed}. Loosen one, widen gap_seconds, or use per-user "
             "windows."
         )
     return qualifying

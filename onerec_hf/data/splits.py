@@ -1,4 +1,4 @@
-"""Train, validation and test examples without leakage: leave-one-out, or by points in time."""
+"""Train, validation and test examples without leakage: leave-one-out or temporal split."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Split:
     """
-    What a split gives; `leave_one_out` and `temporal_split` make it.
+    The result of `leave_one_out` or `temporal_split`.
 
     Every dataset has the columns `user_id`, `history` (list of ids, time order, never empty) and `session` (list of ids).
 
     Args:
-        train: sliding windows over `train_sequences`, histories cut to `max_history`.
-        validation, test: one example a user; the history is the user's whole past, uncut.
-        train_sequences: what may be learned from: windows, popularity, item co-occurrence.
-        description: one English sentence with the counts, for model cards.
+        train: sliding windows over `train_sequences`, with histories truncated to `max_history`.
+        validation, test: one example per user, with the user's whole past as history.
+        train_sequences: the training interactions, for windows, popularity and item co-occurrence.
+        description: one sentence with the counts, for model cards.
 
     Example:
         >>> [field for field in Split.__dataclass_fields__]
@@ -67,17 +67,17 @@ def leave_one_out(
     """
     Each user's last item is the test target, the one before it the validation target, the rest is for training.
 
-    Users with fewer than `min_length` items are only trained on, with all their items. Training examples are sliding windows (see
+    Users with fewer than `min_length` items are used for training only, with all their items. Training examples are sliding windows (see
     `onerec_hf.data.windows.window_bounds`): the fallback for data without sessions.
 
     Args:
-        session_length: most items in a training session; validation and test sessions are the one target.
-        max_history: most items in a training history.
+        session_length: maximum number of items in a training session; validation and test sessions are the single target.
+        max_history: maximum number of items in a training history.
         stride: step between a user's training sessions.
         min_length: at least 3, so that a validation history is never empty.
 
     Raises:
-        DataError: no user has `min_length` items, or no training window is left.
+        DataError: no user has `min_length` items, or no training window remains.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 3]})
@@ -101,7 +101,7 @@ def leave_one_out(
 
 def hold_out_last_two(sequences: UserSequences, min_length: int = 3) -> tuple[UserSequences, np.ndarray]:
     """
-    What leave-one-out trains on, and (U,) bool: which users are long enough to be validated and tested on.
+    The training sequences of leave-one-out, and a (U,) bool mask of the users with a validation and a test target.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 4 + [2], "item_id": [5, 6, 7, 8, 9], "timestamp": [0, 1, 2, 3, 4]})
@@ -119,7 +119,7 @@ def hold_out_last_two(sequences: UserSequences, min_length: int = 3) -> tuple[Us
 
 def last_item_slices(sequences: UserSequences, users: np.ndarray, before_end: int = 0):
     """
-    For the users where the mask is true: the whole past up to an item as history and that item as session, as `examples` takes them.
+    Slices for `examples`, for the users where the mask is true: one item as session and everything before it as history.
 
     Args:
         users: (U,) bool.
@@ -142,7 +142,7 @@ def describe_leave_one_out(
     held_out: int, others: int, train: int, session_length: int, max_history: int, stride: int, min_length: int = 3
 ) -> str:
     """
-    The split's sentence for model cards.
+    Describes the split in one sentence, for model cards.
 
     Example:
         >>> describe_leave_one_out(9, 1, 40, 5, 50, 1)[:63]
@@ -164,9 +164,9 @@ def temporal_split(
     stride: int = 1,
 ) -> TemporalSplit:
     """
-    Trains on what happened before `validation_start`; validates on [validation_start, test_start); tests from `test_start` on.
+    Training before `validation_start`, validation in [validation_start, test_start), test from `test_start` on.
 
-    Every user with an item in a period and one before it gives one example: the history is everything before the period, the session
+    Every user with items both in a period and before it gives one example: the history is everything before the period, the session
     the first `session_length` items in it.
 
     Args:
@@ -200,7 +200,7 @@ def temporal_split(
         usable = (at > sequences.offsets[:-1]) & (stops > at)
         if not usable.any():
             raise DataError(
-                f"temporal split: no user has items both in the {name} period and before it. Move its start."
+                f"temporal split: no user has items both in the {name} period and before it. Change its start."
             )
         history = (sequences.item_ids, sequences.offsets[:-1][usable], at[usable])
         session = (sequences.item_ids, at[usable], np.minimum(stops, at + session_length)[usable])
@@ -215,7 +215,7 @@ def temporal_split(
 
 
 def _count_before(sequences: UserSequences, time: int) -> np.ndarray:
-    """(U,) how many of each user's items happened before `time`."""
+    """(U,) number of each user's items before `time`."""
     before = np.concatenate([[0], np.cumsum(sequences.timestamps < time)])
     return before[sequences.offsets[1:]] - before[sequences.offsets[:-1]]
 
@@ -224,7 +224,7 @@ def _train_windows(sequences: UserSequences, session_length: int, max_history: i
     train = window_examples(sequences, session_length, max_history, stride)
     if not len(train):
         raise DataError(
-            f"no training example: none of {len(sequences):,} users keeps two items for training. Add data with longer sequences."
+            f"no training examples: none of {len(sequences):,} users has two items left for training. Add data with longer sequences."
         )
     return train
 

@@ -1,4 +1,4 @@
-"""A table from a path, a DataFrame or a Dataset, whatever its format."""
+"""Loads a table from a path, a DataFrame or a Dataset."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".inter", ".item")
 
 def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -> pd.DataFrame:
     """
-    The table behind a path, a DataFrame or a `datasets.Dataset`, rows numbered from 0.
+    Loads a table from a path, a DataFrame or a `datasets.Dataset`, with rows numbered from 0.
 
     Args:
         source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        text_columns: columns of a .csv/.tsv to read as the text that stands there (ids: nothing is turned into a number, and only the
-            empty field is missing). `canonical_ids` of such a column goes through `integers_from_text` first.
+        text_columns: columns of a .csv/.tsv to read as text (ids: no conversion to numbers, and only the empty field is missing). Pass
+            such a column through `integers_from_text` before `canonical_ids`.
 
     Raises:
-        DataError: missing file, folder, unsupported suffix, unreadable or empty table, a column name that stands twice.
+        DataError: missing file, folder, unsupported suffix, unreadable or empty table, duplicate column name.
 
     Example:
         >>> load_table(pd.DataFrame({"item_id": [7, 8]}, index=[5, 5])).index.tolist()
@@ -55,7 +55,7 @@ def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -
     check_width(len(table.columns), where)
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
-        raise DataError(f"{where}: column {repeated[0]!r} stands more than once. Rename or drop one of them.")
+        raise DataError(f"{where}: column {repeated[0]!r} occurs more than once. Rename or drop one of them.")
     if not len(table):
         raise DataError(f"{where}: the table has no rows.")
     return table
@@ -77,7 +77,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unsupported suffix {path.suffix!r}. Supported: {', '.join(SUFFIXES)}.")
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(f"{path}: no such file. Check the path.")
     if path.suffix.lower() in (".inter", ".item"):
         return read_atomic(path)
     try:
@@ -90,7 +90,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame
         check_width(len(columns), path)
         text = {column for column in text_columns if column in columns}
         with warnings.catch_warnings():
-            # A row with more fields than the header would lose them, or shift every column by one.
+            # Otherwise pandas drops surplus fields of a row, or shifts all columns by one.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(
                 path,

@@ -1,7 +1,7 @@
 """
-Cutting flat sequences into training examples: the fallback for data that does not mark its sessions.
+Sliding-window training examples from user sequences, for data without session ids.
 
-An example is a `history` and the `session` that follows it. Both are slices of a flat array, so a million of them are one Arrow gather.
+An example is a `history` and the `session` that follows it. Both are slices of a flat array, so a million examples are one Arrow gather.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onerec_hf.data.sequences import UserSequences
 if TYPE_CHECKING:
     import datasets
 
-# Arrow's list and string offsets are 32 bits: a chunk holds about this many items.
+# Items per chunk; Arrow's list and string offsets are 32 bits.
 _CHUNK_ITEMS = 1 << 24
 
 
@@ -24,17 +24,17 @@ def window_bounds(
     lengths: np.ndarray, session_length: int = 5, stride: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Where each window's session starts and stops, for sequences of these lengths; sequences of fewer than two items give none.
+    Start and stop of each window's session, for sequences of the given lengths. Sequences with fewer than two items have no windows.
 
-    With `stride` 1 every position 1..n-1 starts a session, so every item is once the next item; the last ones are shorter. With a
-    larger stride the sessions are laid from the end, so the last item is always covered and only the first session may be shorter;
+    With `stride` 1 a session starts at every position 1..n-1, so every item is the first target once; the last sessions are shorter.
+    A larger stride places sessions from the end, so the last item is always covered and only the first session may be shorter.
     `stride == session_length` makes every position 1..n-1 a target exactly once.
 
     Args:
         lengths: (U,) sequence lengths.
 
     Returns:
-        (W,) row of the sequence, (W,) start and (W,) stop of the session inside it; by row, then by start.
+        (W,) row of the sequence, (W,) start and (W,) stop of the session inside it, sorted by row and start.
 
     Example:
         >>> [bounds.tolist() for bounds in window_bounds(np.array([4, 1]), session_length=2)]
@@ -48,7 +48,7 @@ def window_bounds(
     if stride == 1:
         counts = np.maximum(lengths - 1, 0)
     else:
-        # Step back while position 1 is not yet covered, and while at least one target remains.
+        # Steps back until position 1 is covered or no target remains.
         steps_to_cover = -(-np.maximum(lengths - session_length - 1, 0) // stride)
         counts = np.where(lengths >= 2, 1 + np.minimum(steps_to_cover, (lengths - 2) // stride), 0)
     rows = np.repeat(np.arange(len(lengths)), counts)
@@ -64,7 +64,7 @@ def window_examples(
     sequences: UserSequences, session_length: int = 5, max_history: int | None = 50, stride: int = 1
 ) -> datasets.Dataset:
     """
-    Sliding windows over every user's sequence: up to `session_length` items and the up to `max_history` items before them.
+    Sliding windows over every user's sequence: up to `session_length` target items after up to `max_history` history items.
 
     Returns:
         columns `user_id`, `history` (list of ids, never empty), `session` (list of ids); see `window_bounds` for the positions.
@@ -85,7 +85,7 @@ def window_slices(
     sequences: UserSequences, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_history: int | None
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """
-    User ids, histories and sessions of windows, all or some of what `window_bounds` gives, as `examples` takes them.
+    Slices for `examples`, from (a selection of) the windows of `window_bounds`.
 
     Example:
         >>> import pandas as pd

@@ -1,4 +1,4 @@
-"""Item embeddings to balanced, unique semantic IDs."""
+"""Item embeddings, quantisers and unique semantic IDs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Content embeddings aligned with behaviour: items that users consume together are pulled close by a contrastive loss."""
+"""Aligns content embeddings with user behaviour: a contrastive loss pulls items together that users consume together."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def cooccurring_pairs(
     sequences: Sequence[np.ndarray], num_items: int, *, window: int = 5, max_pairs: int = 1_000_000, seed: int = 0
 ) -> np.ndarray:
     """
-    Pairs of items that users consume close together, to train [`align_embeddings`] on.
+    Samples pairs of items that users consume close together, as training data for [`align_embeddings`].
 
-    Pairs are drawn with replacement, each as often as it co-occurs: (i, j) in proportion to
-    [`~onerec_hf.semantic_ids.embeddings.cooccurrence`], in which a pair d steps apart counts 1/d. An item beside itself is no pair.
+    Pairs (i, j) are drawn with replacement in proportion to [`~onerec_hf.semantic_ids.embeddings.cooccurrence`], where items d steps apart
+    count 1/d. An item is never paired with itself.
 
     Args:
-        sequences: per user, rows of items in time order. Give the training part only: what is held out must not shape the embeddings.
-        num_items: of the catalogue; rows lie below it.
-        window: how many steps apart two items still count as together.
-        max_pairs: pairs to draw.
-        seed: of the draw.
+        sequences: item indices of each user in time order. Pass training data only, to avoid leakage.
+        num_items: number of items in the catalogue.
+        window: maximum distance of co-occurring items, in steps.
+        max_pairs: number of pairs to draw.
+        seed: random seed.
 
     Returns:
-        (max_pairs, 2) int64, in random order; the two sides of a pair are in random order too.
+        (max_pairs, 2) int64 item indices in random order; the two items of a pair are in random order too.
 
     Raises:
-        ValueError: no two items stand together.
+        ValueError: no two items co-occur.
 
     Example:
         >>> pairs = cooccurring_pairs([np.array([0, 1]), np.array([2, 3, 2])], 5, max_pairs=100)
@@ -46,7 +46,7 @@ def cooccurring_pairs(
     counts = scipy.sparse.triu(cooccurrence(sequences, num_items, window), k=1).tocoo()
     if not counts.nnz:
         raise ValueError(
-            f"no two items stand together in {len(sequences)} sequences: there is no behaviour to align to"
+            f"no two items co-occur in {len(sequences)} sequences; pass longer sequences or a larger window"
         )
     generator = np.random.default_rng(seed)
     drawn = generator.choice(counts.nnz, max_pairs, p=counts.data / counts.data.sum())
@@ -63,9 +63,8 @@ def info_nce(
 
         loss = -1/(2B) sum_i [ log( exp(s_ii) / sum_j exp(s_ij) ) + log( exp(s_ii) / sum_j exp(s_ji) ) ]
 
-    The second vector of every other pair is a negative of `first_i`, and the other way round. A random batch holds false ones among
-    them: with `items`, pair j is left out of the sums over i where the two pairs share an item on the same side, or where `second_j` is
-    the item of `first_i` itself.
+    The second vectors of all other pairs are negatives of `first_i`, and vice versa. A random batch contains false negatives: with `items`,
+    pair j is masked for i if the two pairs share an item on the same side, or if the item of `second_j` is that of `first_i`.
 
     Inputs:
         +------------------------------+--------+
@@ -75,9 +74,9 @@ def info_nce(
         +------------------------------+--------+
 
     Args:
-        first, second: (B, d) float, a row per pair; lengths do not matter.
-        temperature: of the softmax.
-        items: (B, 2) int64, the pairs' items.
+        first, second: (B, d) float, one row per pair, normalised inside.
+        temperature: temperature of the softmax.
+        items: (B, 2) int64 item indices of the pairs.
 
     Returns:
         Scalar.
@@ -113,32 +112,32 @@ def align_embeddings(
     seed: int = 0,
 ) -> np.ndarray:
     """
-    Content embeddings, moved so that items consumed together lie close (paper, section 3.1: embeddings "aligned with the real user-item
+    Maps content embeddings so that items consumed together are close (paper, section 3.1: embeddings "aligned with the real user-item
     behaviour distribution"; QARM, arXiv 2411.11739).
 
-    The content `x` (rows of length one) stays as it is; what is learned is one map for all items,
+    The content `x` (unit rows) is fixed. One map is learned for all items,
 
         y = (W x + MLP(x)) / ||W x + MLP(x)||
 
-    with `W` started at the content's `dim` principal directions and the last layer of the MLP at zero, so that training starts at the
-    content's own geometry. It minimises [`info_nce`] over the pairs (AdamW, learning rate down to zero). Since the map reads content alone,
-    an item without behaviour goes where its content neighbours go.
+    with `W` initialised to the `dim` principal directions of the content and the last layer of the MLP to zero, so training starts from the
+    content's geometry. It minimises [`info_nce`] over the pairs (AdamW, linear decay to zero). The map depends on content only, so items
+    without behaviour follow their content neighbours.
 
     Args:
-        embeddings: (N, d) content, a row per item.
-        pairs: (P, 2) rows of items consumed together, see [`cooccurring_pairs`]; a step draws `batch_size` of them.
-        dim: dimensions of the result; fewer come back where d is smaller.
-        hidden_size: of the MLP.
-        temperature: of [`info_nce`]. Where items fall into few groups, a batch holds many negatives of an item's own group; a higher one
-            (0.2) then keeps them from being pushed apart.
-        steps, batch_size, learning_rate, weight_decay: of the training.
-        seed: of weights and batches. The caller's random state is left alone.
+        embeddings: (N, d) content embeddings, one row per item.
+        pairs: (P, 2) item indices of items consumed together, see [`cooccurring_pairs`].
+        dim: dimensions of the result (at most d).
+        hidden_size: width of the MLP.
+        temperature: temperature of [`info_nce`]. If items fall into few groups, many negatives belong to an item's group; a higher value
+            (0.2) pushes them apart less.
+        steps, batch_size, learning_rate, weight_decay: training hyperparameters.
+        seed: seed of weights and batches. The global random state is unchanged.
 
     Returns:
-        (N, at most dim) float32, rows of length one.
+        (N, at most dim) float32, unit rows.
 
     Raises:
-        ValueError: NaN or infinite embeddings, pairs that are no pairs or name rows that there are not.
+        ValueError: NaN or infinite embeddings, pairs of a wrong shape or with indices out of range.
 
     Example:
         >>> content = np.random.default_rng(0).normal(size=(40, 8))
@@ -151,10 +150,10 @@ def align_embeddings(
     embeddings = check_points(embeddings).float().cpu()
     pairs = torch.as_tensor(pairs).cpu()
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(f"pairs must be (P, 2) rows of items, not empty; got shape {tuple(pairs.shape)}")
+        raise ValueError(f"pairs must be (P, 2) item indices, not empty; got shape {tuple(pairs.shape)}")
     if int(pairs.min()) < 0 or int(pairs.max()) >= len(embeddings):
         raise ValueError(
-            f"pairs name rows {int(pairs.min())} to {int(pairs.max())}, but there are embeddings for rows 0 to {len(embeddings) - 1}"
+            f"pairs hold item indices {int(pairs.min())} to {int(pairs.max())}, but the embeddings have rows 0 to {len(embeddings) - 1}"
         )
     generator = torch.Generator().manual_seed(seed)
     inputs = functional.normalize(embeddings, dim=1)
@@ -176,7 +175,7 @@ def align_embeddings(
 
 
 class _Projection(nn.Module):
-    """Principal directions of the content plus an MLP that starts at zero, to length one."""
+    """Projection to the principal directions plus an MLP initialised to zero, with unit outputs."""
 
     def __init__(self, inputs: torch.Tensor, dim: int, hidden_size: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Item embeddings from attributes: tags, author, type and duration, for items that have no text."""
+"""Item embeddings from attributes (tags, author, type, duration), for items without text."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def attribute_embeddings(
     seed: int = 0,
 ) -> np.ndarray:
     """
-    Attributes as vectors: tags, authors and types one column each (a rare one weighs more: log of the items over those that have it), through a
-    random projection with N(0, 1) entries to `dim` columns each, which keeps cosines up to about 1 / sqrt(dim); the duration as its position among
-    powers of two of seconds, smoothed by a Gaussian of half a power, a zero row where it is unknown (0).
+    Embeds attributes. Tags, authors and types are IDF-weighted one-hot vectors, each reduced to `dim` columns by a random projection with
+    N(0, 1) entries, which preserves cosines up to about 1 / sqrt(dim). The duration is encoded by Gaussian bumps at powers of two of
+    seconds (width: half a power); unknown durations (0) give zeros.
 
     Args:
-        tags: per item, values joined by commas; may be empty.
-        authors, types: per item, one value; may be empty.
-        duration_ms: per item, milliseconds, 0 where unknown.
-        dim: columns of each of tags, authors and types.
-        seed: of the projections.
+        tags: comma-separated values per item; may be empty.
+        authors, types: one value per item; may be empty.
+        duration_ms: milliseconds per item, 0 if unknown.
+        dim: number of columns for each of tags, authors and types.
+        seed: seed of the projections.
 
     Returns:
-        (N, 3 * dim + 12) float32; each of the four parts has rows of length one, or zero where the attribute is absent.
+        (N, 3 * dim + 12) float32; each of the four parts has unit rows, or zeros if the attribute is missing.
 
     Raises:
-        ValueError: unequal lengths, or durations that are negative or not finite (how many, the first).
+        ValueError: unequal lengths, or negative or non-finite durations (with their number and the first).
 
     Example:
         >>> vectors = attribute_embeddings(["1,2", "1", ""], ["a", "a", "b"], ["x", "x", "x"], [9000, 9500, 0])
@@ -42,7 +42,7 @@ def attribute_embeddings(
     """
     if not len(tags) == len(authors) == len(types) == len(duration_ms):
         raise ValueError(
-            f"attributes of unequal length: {len(tags)} tags, {len(authors)} authors, {len(types)} types, {len(duration_ms)} durations"
+            f"attributes have unequal lengths: {len(tags)} tags, {len(authors)} authors, {len(types)} types, {len(duration_ms)} durations; pass one value per item"
         )
     durations = np.asarray(duration_ms, dtype=np.float64)
     bad = ~(np.isfinite(durations) & (durations >= 0))

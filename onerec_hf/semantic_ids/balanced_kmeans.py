@@ -1,4 +1,4 @@
-"""Balanced k-means: clusters whose sizes differ by at most one, at nearly the error of plain k-means."""
+"""Balanced k-means: cluster sizes differ by at most one, with nearly the error of plain k-means."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from onerec_hf.semantic_ids.balanced_assignment import (
     assign_balanced,
     nearest,
 )
-from onerec_hf.semantic_ids.process_group import ALONE, Alone, those_in
+from onerec_hf.semantic_ids.process_group import SINGLE_PROCESS, SingleProcess, those_in
 
-# The last share of the iterations is exactly balanced; before, prices hold the balance nearly, at the cost of plain k-means.
+# Share of final iterations with exact balance. Earlier ones are balanced approximately by prices, at the cost of plain k-means.
 _EXACT_SHARE = 0.3
 
 
 class BalancedKMeans:
     """
-    K-means in which every cluster holds floor(N / K) or ceil(N / K) points, always.
+    K-means whose clusters all have floor(N / K) or ceil(N / K) points.
 
-    `assignment="optimal"` puts a price on each centroid so that demand meets capacity ([`CentroidPrices`]); the last iterations, and
-    all of them for up to 512 points, also fill the capacities exactly. `assignment="greedy"` is the paper's Algorithm 1 (arXiv
-    2502.18965, section 3.1): cluster after cluster takes its nearest points among those left, so that late clusters get what nobody
-    wanted; where K does not divide N, the first N mod K clusters take one point more (the paper leaves this open).
+    `assignment="optimal"` assigns a price to each centroid so that demand meets capacity ([`CentroidPrices`]); the last iterations (all of
+    them for up to 512 points) fill the capacities exactly. `assignment="greedy"` is the paper's Algorithm 1 (arXiv 2502.18965, section
+    3.1): each cluster in turn takes the nearest remaining points, so the last clusters get leftovers. If K does not divide N, the first
+    N mod K clusters take one more point (the paper does not specify this case).
 
-    Memory beside the points is linear in N: distances are computed in chunks of rows.
+    Additional memory is linear in N: distances are computed in chunks of rows.
 
     Args:
         n_clusters: K.
-        max_iter: most iterations.
-        tol: the share of points that may still change their cluster when it counts as converged; 0 asks for none.
-        init: "random" (K different rows) or "k-means++" (on a sample of at least 10 K rows).
+        max_iter: maximum number of iterations.
+        tol: converged if at most this share of points changes its cluster; 0 requires no change.
+        init: "random" (K distinct rows) or "k-means++" (on a sample of at least 10 K rows).
         assignment: "optimal" or "greedy".
-        max_points_per_cluster: centroids are first moved on a sample of this many points per cluster, as faiss does; the exactly balanced
-            iterations see all points. `None` always takes all.
-        seed: of the initial centroids and samples; the same seed on the same device gives the same result.
+        max_points_per_cluster: the approximate iterations use a sample of this many points per cluster, as faiss does; the exactly balanced
+            ones use all points. `None` always uses all.
+        seed: seed of the initial centroids and samples. Results are deterministic per seed and device.
 
     Attributes:
         cluster_centers_: (K, d) float32 means of the clusters. labels_: (N,) int64, the assignment of the best iteration. inertia_: mean
-        squared distance of a point to the mean of its cluster. n_iter_: iterations done.
+        squared distance of the points to their cluster means. n_iter_: number of iterations.
 
     Example:
         >>> points = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1]])
@@ -80,26 +80,28 @@ class BalancedKMeans:
         self.n_clusters, self.max_iter, self.tol, self.init = n_clusters, max_iter, tol, init
         self.assignment, self.max_points_per_cluster, self.seed = assignment, max_points_per_cluster, seed
 
-    def fit(self, points: torch.Tensor | np.ndarray, ranks: Alone = ALONE) -> BalancedKMeans:
+    def fit(self, points: torch.Tensor | np.ndarray, ranks: SingleProcess = SINGLE_PROCESS) -> BalancedKMeans:
         """
         Clusters (N, d) points, on their device.
 
         Args:
-            ranks: the processes that hold the points between them ([`Ranks`]): `points` are this rank's rows then, `labels_` too, all else is
-                of all. The result is that of one process up to the order of summation. A rank holds its rows, eight bytes for each row of
-                all ranks (the order of the samples), and receives sums of K or K d numbers; points are sent for the first centroids and
-                where at most 512 are left to assign.
+            ranks: processes that share the points ([`Ranks`]): `points` and `labels_` are this rank's rows, everything else is global. The
+                result equals that of one process up to the order of summation. A rank stores its rows and eight bytes per global row (the
+                sample order), and receives sums of K or K d numbers; points are sent only for the initial centroids and when few are
+                left to assign.
 
         Raises:
-            ValueError: not two-dimensional, NaN or infinite rows (how many, the first), fewer points than clusters, or
-                `assignment="greedy"` over ranks.
+            ValueError: not two-dimensional, NaN or infinite rows (with their number and the first), fewer points than clusters, or
+                `assignment="greedy"` with several ranks.
         """
         with ranks.together():
             points = check_points(points, empty=ranks.size > 1).float()
         first, count = ranks.span(len(points))
         check_enough(count, self.n_clusters)
         if ranks.size > 1 and self.assignment == "greedy":
-            raise ValueError('assignment="greedy" is for one process; over ranks there is "optimal"')
+            raise ValueError(
+                'assignment="greedy" supports one process only; use assignment="optimal" in distributed runs'
+            )
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(count, generator=generator).to(points.device)
         centers = self._initial_centers(points, first, order, generator, ranks)
@@ -111,7 +113,7 @@ class BalancedKMeans:
         return self
 
     def predict(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """(n,) int64 nearest centroid of each of (n, d) points: for new items; it does not keep the balance."""
+        """(n,) int64 nearest centroid of each of (n, d) points, for new items. It does not preserve balance."""
         return nearest(check_points(points).float().to(self.cluster_centers_.device), self.cluster_centers_)
 
     def _initial_centers(self, points, first, order, generator, ranks) -> torch.Tensor:
@@ -120,12 +122,12 @@ class BalancedKMeans:
         sample = ranks.pick(points, first, order[: max(10 * self.n_clusters, 2048)])
         rows, distances = [0], (sample - sample[0]).square().sum(1)
         for _ in range(1, self.n_clusters):
-            weights = distances.double().cpu() + 1e-30  # where only copies are left any row is as good
+            weights = distances.double().cpu() + 1e-30  # any row will do if only copies are left
             rows.append(int(torch.multinomial(weights, 1, generator=generator)))
             distances = torch.minimum(distances, (sample - sample[rows[-1]]).square().sum(1))
         return sample[rows]
 
-    def _keep_if_best(self, points, labels, centers, iteration, ranks=ALONE) -> None:
+    def _keep_if_best(self, points, labels, centers, iteration, ranks=SINGLE_PROCESS) -> None:
         self.n_iter_ = iteration
         inertia = _inertia(points, labels, centers, ranks)
         if inertia < self.inertia_:
@@ -157,9 +159,9 @@ class BalancedKMeans:
             settled = previous is not None and self._settled(labels, previous, ranks)
             if settled and exact:
                 break
-            if settled:  # what is left to do is the exact balance
+            if settled:  # only the exact balance remains
                 exact_from = iteration + 1
-            # Exactly balanced labels are not compared with those before, which may be of a sample.
+            # Exactly balanced labels are not comparable with earlier ones, which may come from a sample.
             previous = None if iteration + 1 == exact_from else labels
 
     def _settled(self, labels, previous, ranks) -> bool:
@@ -168,7 +170,7 @@ class BalancedKMeans:
         return changed <= self.tol * count
 
     def _fit_greedy(self, points, centers, order) -> None:
-        """Algorithm 1: every cluster takes its nearest unassigned points and moves at once."""
+        """Algorithm 1: every cluster takes its nearest unassigned points."""
         size, more = divmod(len(points), self.n_clusters)
         previous = None
         for iteration in range(1, self.max_iter + 1):
@@ -182,20 +184,20 @@ class BalancedKMeans:
                 left = left[nearest_first[take:].sort().values]
             centers = means(points, labels, centers)
             self._keep_if_best(points, labels, centers, iteration)
-            if previous is not None and self._settled(labels, previous, ALONE):
+            if previous is not None and self._settled(labels, previous, SINGLE_PROCESS):
                 break
             previous = labels
 
 
 def check_points(points: torch.Tensor | np.ndarray, empty: bool = False) -> torch.Tensor:
     """
-    (N, d) finite points as a tensor.
+    Validates (N, d) finite points and returns a tensor.
 
     Args:
-        empty: whether there may be no rows.
+        empty: whether zero rows are allowed.
 
     Raises:
-        ValueError: not two-dimensional, no rows, or NaN or infinite rows (how many, the first).
+        ValueError: not two-dimensional, no rows, or NaN or infinite rows (with their number and the first).
     """
     points = torch.as_tensor(points)
     if points.ndim != 2 or not (points.shape[1] if empty else points.numel()):
@@ -203,14 +205,14 @@ def check_points(points: torch.Tensor | np.ndarray, empty: bool = False) -> torc
     bad = ~torch.isfinite(points).all(1)
     if bad.any():
         raise ValueError(
-            f"{int(bad.sum())} of {len(points)} rows hold NaN or infinite values (first: row {int(bad.nonzero()[0])}); repair or drop them"
+            f"{int(bad.sum())} of {len(points)} rows contain NaN or infinite values (first: row {int(bad.nonzero()[0])}); fix or drop them"
         )
     return points
 
 
 def check_enough(count: int, codes: int) -> None:
     """
-    Checks that every code can have one of `count` items.
+    Checks that `count` items suffice for one item per code.
 
     Raises:
         ValueError: fewer points than codes.
@@ -221,12 +223,14 @@ def check_enough(count: int, codes: int) -> None:
         )
 
 
-def means(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, ranks: Alone = ALONE) -> torch.Tensor:
-    """(K, d) mean of each cluster; an empty one keeps its centroid."""
+def means(
+    points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, ranks: SingleProcess = SINGLE_PROCESS
+) -> torch.Tensor:
+    """(K, d) mean of each cluster; empty clusters keep their centroid."""
     counts = ranks.sum(labels.bincount(minlength=len(centers)))[:, None]
     if ranks.size == 1:
         sums = torch.zeros_like(centers).index_add_(0, labels, points)
-    else:  # in double, so that the result does not show how the points are shared out
+    else:  # in double, so that the result does not depend on how points are distributed
         sums = torch.zeros_like(centers, dtype=torch.double)
         for rows, own in zip(points.split(ROWS), labels.split(ROWS), strict=True):
             sums.index_add_(0, own, rows.double())
@@ -234,7 +238,7 @@ def means(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, ran
     return torch.where(counts > 0, (sums / counts.clamp(min=1)).to(centers.dtype), centers)
 
 
-def _inertia(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, ranks: Alone) -> float:
+def _inertia(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, ranks: SingleProcess) -> float:
     parts = zip(points.split(ROWS), labels.split(ROWS), strict=True)
     total = sum(float((rows - centers[own]).square().sum(dtype=torch.double)) for rows, own in parts)
     total, count = ranks.sum(torch.tensor([total, len(points)], dtype=torch.double, device=points.device)).tolist()

@@ -1,4 +1,4 @@
-"""Item embeddings to make semantic IDs from: text (TF-IDF, language models), behaviour (co-occurrence), several side by side, reduced."""
+"""Item embeddings for semantic IDs: text (TF-IDF, language models), behaviour (co-occurrence), combinations, PCA."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.nd
 
     Args:
         texts: one per item; an empty text gives a zero row.
-        dim: dimensions; fewer come back where items or words do not span as many.
-        seed: of the SVD.
+        dim: dimensions (at most the rank of the TF-IDF matrix).
+        seed: seed of the SVD.
 
     Returns:
-        (N, at most dim) float32, rows of length one.
+        (N, at most dim) float32, unit rows.
 
     Raises:
-        ValueError: no text holds a word.
+        ValueError: no text contains a word.
 
     Example:
         >>> vectors = text_embeddings(["red lipstick", "red nail polish", "garden hose", ""], dim=2)
@@ -38,21 +38,23 @@ def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.nd
     try:
         matrix = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
     except ValueError as error:
-        raise ValueError(f"none of {len(texts)} texts holds a word to embed ({error})") from None
+        raise ValueError(
+            f"none of {len(texts)} texts contains a word to embed ({error}); pass other text columns or embeddings"
+        ) from None
     return _unit_rows(_reduce(matrix, dim, seed))
 
 
 def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, batch_size: int = 64) -> np.ndarray:
     """
-    Texts through a sentence-transformers model (the extra `text`).
+    Embeds texts with a sentence-transformers model (extra `text`).
 
     Args:
         texts: one per item; an empty text gives a zero row.
-        model: a `SentenceTransformer`, or the folder or Hub id of one.
-        batch_size: texts at a time.
+        model: a `SentenceTransformer`, or its folder or Hub id.
+        batch_size: texts per batch.
 
     Returns:
-        (N, d) float32, rows of length one.
+        (N, d) float32, unit rows.
 
     Raises:
         ValueError: sentence-transformers is not installed.
@@ -64,7 +66,7 @@ def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, 
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ValueError(
-            'texts are read by sentence-transformers, which is not installed. Run: pip install "onerec-hf[text]"'
+            'sentence embeddings need sentence-transformers, which is not installed. Run: pip install "onerec-hf[text]"'
         ) from None
     model = SentenceTransformer(model) if isinstance(model, str) else model
     vectors = np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
@@ -74,13 +76,13 @@ def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, 
 
 def reduce_embeddings(embeddings: np.ndarray, dim: int, whiten: bool = False, seed: int = 0) -> np.ndarray:
     """
-    Principal components: the mean taken off, the `dim` directions of largest variance kept.
+    PCA: subtracts the mean and keeps the `dim` directions of largest variance.
 
     Args:
         embeddings: (N, d).
-        dim: dimensions; fewer come back where N or d is smaller.
-        whiten: scale every direction to variance one, so that weak ones count as much as strong ones.
-        seed: of the randomised solver.
+        dim: dimensions (at most N and d).
+        whiten: scale every direction to unit variance.
+        seed: seed of the randomised solver.
 
     Returns:
         (N, at most dim) float32.
@@ -101,18 +103,18 @@ def behaviour_embeddings(
     sequences: Sequence[np.ndarray], num_items: int, dim: int = 64, window: int = 5, seed: int = 0
 ) -> np.ndarray:
     """
-    Items that users consume close together get close vectors: positive pointwise mutual information of co-occurrence, reduced by
-    truncated SVD (the rows are `U * sqrt(S)`).
+    Behavioural embeddings: positive pointwise mutual information of co-occurrence, reduced by truncated SVD (rows of `U * sqrt(S)`).
+    Items that users consume close together get similar vectors.
 
     Args:
-        sequences: per user, rows of items in time order.
-        num_items: rows of the result.
-        dim: dimensions; fewer come back where the items do not span as many.
-        window: how many steps apart two items still count as together; a pair d steps apart counts 1/d.
-        seed: of the SVD.
+        sequences: item indices of each user in time order.
+        num_items: number of items in the catalogue.
+        dim: dimensions (at most the rank of the co-occurrence matrix).
+        window: maximum distance of co-occurring items, in steps; a pair d steps apart counts 1/d.
+        seed: seed of the SVD.
 
     Returns:
-        (num_items, at most dim) float32, rows of length one; zero rows for items that never stood beside another.
+        (num_items, at most dim) float32, unit rows; zero rows for items that never co-occur with another.
 
     Example:
         >>> vectors = behaviour_embeddings([np.array([0, 1]), np.array([0, 1]), np.array([2, 3])], num_items=5, dim=3)
@@ -166,7 +168,7 @@ def positive_pmi(counts: scipy.sparse.csr_matrix, smoothing: float = 0.75) -> sc
 
 def combine_embeddings(parts: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
     """
-    Embeddings side by side: each with rows of length one, times its weight.
+    Concatenates embeddings; each part is normalised to unit rows and multiplied by its weight.
 
     Example:
         >>> combine_embeddings([np.array([[3.0, 4.0]]), np.array([[2.0]])], weights=[1, 0.5]).astype(float).round(2).tolist()
@@ -180,7 +182,7 @@ def combine_embeddings(parts: Sequence[np.ndarray], weights: Sequence[float] | N
 
 def embedding_fingerprint(embeddings: np.ndarray, recipe: str) -> str:
     """
-    SHA-256 over the recipe's name and the embeddings' type, shape and bytes: which vectors the semantic IDs came from.
+    SHA-256 over the recipe's name and the embeddings' dtype, shape and bytes, to identify the vectors behind semantic IDs.
 
     Example:
         >>> len(embedding_fingerprint(np.zeros((2, 2)), "zeros"))
@@ -190,7 +192,7 @@ def embedding_fingerprint(embeddings: np.ndarray, recipe: str) -> str:
 
 
 def fingerprint_of(parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[int, ...], recipe: str) -> str:
-    """[`embedding_fingerprint`] of (n, d) embeddings that come in parts, first rows first; `shape` is that of the whole."""
+    """[`embedding_fingerprint`] of embeddings passed in consecutive parts; `shape` is the total shape."""
     digest = hashlib.sha256(f"{recipe}|{dtype.str}|{shape}".encode())
     for part in parts:
         digest.update(np.ascontiguousarray(part).data)
@@ -198,7 +200,7 @@ def fingerprint_of(parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[in
 
 
 def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> np.ndarray:
-    """(n, d) float32 `U * S^scale_power` of the largest d singular values; d is `dim`, or what the matrix spans if that is less."""
+    """(n, d) float32 `U * S^scale_power` of the d = min(dim, rank bound) largest singular values."""
     from sklearn.decomposition import TruncatedSVD
 
     dim = max(1, min(dim, min(matrix.shape) - 1))
@@ -209,7 +211,7 @@ def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> np.ndarray
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of length one; rows of (almost) nothing become zero."""
+    """Normalises rows to length one; (almost) zero rows become zero."""
     rows = np.asarray(rows, dtype=np.float32)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(length > 1e-6, rows / np.maximum(length, 1e-6), 0.0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""From item embeddings to a catalogue of unique semantic IDs, with a report of what was done to get there; and more items later."""
+"""Fits unique semantic IDs to item embeddings, with a report, and extends a catalogue by new items."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ def fit_semantic_ids(
     **settings,
 ) -> SemanticIDs:
     """
-    Residual codes (balanced: paper, section 3.1), made unique.
+    Fits residual codes (balanced: paper, section 3.1) and makes them unique.
 
-    Over `ranks` every process gives its own items and gets the whole catalogue and report; the quantiser's `codes_` are those of its own
-    items. Codebooks and codes are those of one process with all items, up to the order of summation. Beside its embeddings (and their
-    residuals) a rank then holds the catalogue and 8 bytes per item and level for the codes of all ranks' items.
+    With `ranks` every process passes its share of the items and gets the global catalogue and report; the quantiser's `codes_` cover its
+    share. Codebooks and codes equal those of one process with all items, up to the order of summation. In addition to its embeddings and
+    residuals, a rank stores the catalogue and 8 bytes per item and level for the global codes.
 
     Args:
         item_ids: N integers or strings.
-        embeddings: (N, d), a row per item; a tensor is quantised on its device.
+        embeddings: (N, d), one row per item; a tensor is quantised on its device.
         codebook_sizes: codes per level, each at most N.
         method: "balanced", "kmeans" or "rq-vae", see `make_quantizer`.
-        on_collision: "assign" gives colliding items other last codes at the least cost ([`make_unique`]); "extra-digit" adds a level that
-            counts them (TIGER; [`add_digit`]).
-        popularity: (N,) interaction counts to keep in the catalogue.
-        recipe: how the embeddings were made, for the fingerprint.
-        max_iter: most iterations of k-means per level.
-        ranks: the processes that hold the items between them, `Ranks()` for those of torch.distributed: `item_ids`, `embeddings` and
-            `popularity` are this rank's share then. For method "balanced".
-        settings: further arguments of the method's class.
+        on_collision: "assign" reassigns the last codes of colliding items at minimum cost ([`make_unique`]); "extra-digit" adds a level that
+            numbers them (TIGER; [`add_digit`]).
+        popularity: (N,) interaction counts for the catalogue.
+        recipe: name of the embedding method, for the fingerprint.
+        max_iter: maximum number of k-means iterations per level.
+        ranks: processes that share the items, `Ranks()` for torch.distributed: `item_ids`, `embeddings` and `popularity` are this rank's
+            share. Only for method "balanced".
+        settings: further arguments of the quantiser class.
 
     Raises:
-        ValueError: numbers of rows that differ, NaN or infinite embeddings (the first item), fewer items than codes, more items under one
-            prefix than the last level can tell apart, or another method than "balanced" over ranks.
+        ValueError: unequal numbers of rows, NaN or infinite embeddings (with the first item), fewer items than codes, more items under one
+            prefix than last-level codes, or another method than "balanced" with several ranks.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(50, 8))
@@ -104,38 +104,42 @@ def fit_semantic_ids(
 
 
 def _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, recipe, seed) -> SemanticIDs:
-    """The same, every process with its own items."""
+    """`fit_semantic_ids` with the items distributed over ranks."""
     if not isinstance(quantizer, ResidualQuantizer):
         raise ValueError(
-            f'quantiser {quantizer.method!r} is fitted by one process; over ranks there is "balanced". Start it without torchrun'
+            f'quantiser {quantizer.method!r} does not support distributed fitting; use "balanced", or start without torchrun'
         )
     with ranks.together():
         item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
         points = _check_embeddings(item_ids, embeddings)
         if popularity is not None and len(popularity) != len(item_ids):
-            raise ValueError(f"popularity: {len(popularity)} counts for {len(item_ids)} items")
+            raise ValueError(
+                f"popularity has {len(popularity)} counts for {len(item_ids)} items; pass one count per item"
+            )
     widths = ranks.gather_objects(points.shape[1])
     if len(set(widths)) > 1:
-        raise ValueError(f"embeddings have {widths} dimensions on ranks 0 to {ranks.size - 1}; they must be the same")
+        raise ValueError(
+            f"embeddings have {widths} dimensions on ranks 0 to {ranks.size - 1}; pass the same number on all ranks"
+        )
     quantizer.fit(points, ranks)
     codes, sizes, moved = quantizer.codes_, list(quantizer.codebook_sizes), 0
     if on_collision == "assign":
         unique = make_unique_over(ranks, codes, *quantizer.last_level(points, codes))
         moved = int(ranks.sum(unique.moved.sum()))
-        everyones = ranks.gather(unique.codes)
+        gathered = ranks.gather(unique.codes)
     else:
-        everyones = ranks.gather(add_digit_over(ranks, codes))
-        sizes.append(int(everyones[:, -1].max()) + 1)
+        gathered = ranks.gather(add_digit_over(ranks, codes))
+        sizes.append(int(gathered[:, -1].max()) + 1)
     levels, digit = len(quantizer.codebook_sizes), sum(sizes[len(quantizer.codebook_sizes) :])
-    report = describe_ids(points, quantizer, everyones[:, :levels], moved, digit, seed, ranks)
+    report = describe_ids(points, quantizer, gathered[:, :levels], moved, digit, seed, ranks)
     parts = (part.cpu().numpy() for part in ranks.in_order(points, ROWS))
-    shape = (len(everyones), points.shape[1])
+    shape = (len(gathered), points.shape[1])
     fingerprint = ranks.gather_objects(fingerprint_of(parts, np.dtype(np.float32), shape, recipe))[0]
     ids = ranks.gather_objects(item_ids)
     counts = None if popularity is None else ranks.gather_objects(np.asarray(popularity))
     catalogue = ItemCatalogue(
         np.concatenate(ids) if isinstance(item_ids, np.ndarray) else [item for part in ids for item in part],
-        everyones.cpu().numpy(),
+        gathered.cpu().numpy(),
         sizes,
         popularity=None if counts is None else np.concatenate(counts),
         embedding_fingerprint=fingerprint,
@@ -151,19 +155,19 @@ def extend_catalogue(
     popularity: np.ndarray | None = None,
 ) -> ItemCatalogue:
     """
-    The catalogue with new items: each gets its nearest codes, and where the last one is taken, another free one at the least cost. Codes
-    of items that were there stay; a model goes on working (`model.set_catalogue(extended)`).
+    Adds new items to a catalogue. Each gets its nearest codes; if the last code is taken, a free one is assigned at minimum cost. Existing
+    items keep their codes, so trained models remain usable (`model.set_catalogue(extended)`).
 
     Args:
-        catalogue: made by `fit_semantic_ids` with the default "assign".
-        quantizer: the one that was fitted with it.
+        catalogue: from `fit_semantic_ids` with the default "assign".
+        quantizer: the quantiser fitted with it.
         item_ids: n new integers or strings.
-        embeddings: (n, d), made by the same recipe as those of the fit.
+        embeddings: (n, d), from the same recipe as those of the fit.
         popularity: (n,) interaction counts.
 
     Raises:
-        ValueError: ids that exist, embeddings of another width or not finite, a quantiser of other codebooks, or a prefix with fewer free
-            codes than new items.
+        ValueError: existing ids, embeddings of a wrong width or not finite, a quantiser with other codebook sizes, or a prefix with fewer
+            free codes than new items.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -176,8 +180,8 @@ def extend_catalogue(
     points = _check_embeddings(item_ids, embeddings)
     if list(quantizer.codebook_sizes) != catalogue.codebook_sizes:
         raise ValueError(
-            f"the quantiser has codebooks of {list(quantizer.codebook_sizes)}, the catalogue of {catalogue.codebook_sizes}; new items can "
-            'be added where both come from one fit with on_collision="assign"'
+            f"the quantiser has codebook sizes {list(quantizer.codebook_sizes)}, the catalogue {catalogue.codebook_sizes}; pass "
+            'the catalogue and the quantiser of one fit with on_collision="assign"'
         )
     codes = quantizer.encode(points)
     allowed = catalogue.free_last_codes(codes[:, :-1].cpu().numpy())
@@ -186,11 +190,11 @@ def extend_catalogue(
 
 
 def _check_embeddings(item_ids: Sequence | np.ndarray, embeddings: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """(N, d) float32 finite rows, one per item."""
+    """Validates embeddings: (N, d) float32, finite, one row per item."""
     points = torch.as_tensor(embeddings).float()
     if points.ndim != 2 or len(points) != len(item_ids):
         raise ValueError(
-            f"embeddings: expected a row for each of {len(item_ids)} items, got shape {tuple(points.shape)}"
+            f"embeddings: expected one row for each of {len(item_ids)} items, got shape {tuple(points.shape)}; pass one row per item"
         )
     bad = ~torch.isfinite(points).all(1)
     if bad.any():
@@ -198,6 +202,6 @@ def _check_embeddings(item_ids: Sequence | np.ndarray, embeddings: np.ndarray | 
         item = np.asarray(item_ids[first : first + 1]).tolist()[0]
         raise ValueError(
             f"{int(bad.sum())} of {len(item_ids)} items have NaN or infinite embeddings (first: item {item!r}); "
-            "repair them or leave these items out"
+            "fix them or drop these items"
         )
     return points

@@ -1,4 +1,4 @@
-"""Several processes that hold the items' rows between them: what the fit of semantic IDs asks of torch.distributed."""
+"""Collective operations over items that are distributed across ranks, for fitting semantic IDs with torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 import torch.distributed as dist
 
 
-class Alone:
+class SingleProcess:
     """
-    One process that holds every row: each question to the ranks has its own answer.
+    A single process that holds all rows: every collective operation is the identity.
 
     Example:
-        >>> ALONE.share(5), ALONE.span(5), ALONE.sum(torch.ones(2)).tolist()
+        >>> SINGLE_PROCESS.share(5), SINGLE_PROCESS.span(5), SINGLE_PROCESS.sum(torch.ones(2)).tolist()
         (slice(0, 5, None), (0, 5), [1.0, 1.0])
     """
 
     rank, size = 0, 1
 
     def share(self, count: int) -> slice:
-        """This rank's part of `count` rows: consecutive, as even as can be, rank 0's first."""
+        """This rank's contiguous, even share of `count` rows, in rank order."""
         even, more = divmod(count, self.size)
         first = self.rank * even + min(self.rank, more)
         return slice(first, first + even + (self.rank < more))
 
     def span(self, count: int) -> tuple[int, int]:
-        """Where this rank's `count` rows begin among all ranks' rows, and how many those are."""
+        """Offset of this rank's `count` rows among the rows of all ranks, and their total number."""
         return 0, count
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -40,33 +40,32 @@ class Alone:
         return values.mean(0)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows, in the order of ranks, on every rank."""
+        """The rows of all ranks in rank order, on every rank."""
         return rows
 
     def gather_objects(self, mine: Any) -> list[Any]:
-        """What each rank gave, on every rank."""
+        """The objects of all ranks in rank order, on every rank."""
         return [mine]
 
     def pick(self, rows: torch.Tensor, first: int, wanted: torch.Tensor) -> torch.Tensor:
-        """The rows that `wanted` numbers among all ranks' rows, on every rank; this rank's begin at `first`."""
+        """The rows with global indices `wanted`, on every rank; this rank's rows start at index `first`."""
         return rows[wanted]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """
-        A ValueError in the block on one rank becomes one on every rank, so that none waits for it. The block asks nothing of the ranks.
+        Raises a ValueError of the block on all ranks, so that no rank waits. The block must not contain collective operations.
         """
         yield
 
 
-class Ranks(Alone):
+class Ranks(SingleProcess):
     """
-    The processes of a torch.distributed group. Each holds some of the rows (any number, also none); all rows are those of rank 0, then those of
-    rank 1, and so on. Every process calls the same functions in the same order.
+    The processes of a torch.distributed group. Each holds a part of the rows (possibly empty); rows are ordered by rank. All processes call
+    the same functions in the same order.
 
     Args:
-        group: of `torch.distributed`, whose backend fits the device of the rows (gloo for rows in main memory); the default group when not
-            given.
+        group: `torch.distributed` process group with a backend for the device of the rows (gloo for CPU). Default: the default group.
 
     Raises:
         ValueError: torch.distributed has not been initialised.
@@ -81,7 +80,7 @@ class Ranks(Alone):
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
-                "Ranks needs torch.distributed: start the program by torchrun and call torch.distributed.init_process_group first"
+                "Ranks needs an initialised torch.distributed: start the program with torchrun and call torch.distributed.init_process_group first"
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -108,9 +107,9 @@ class Ranks(Alone):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def gather_objects(self, mine: Any) -> list[Any]:
-        everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, mine, group=self.group)
-        return everyones
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return gathered
 
     def pick(self, rows: torch.Tensor, first: int, wanted: torch.Tensor) -> torch.Tensor:
         here = (wanted >= first) & (wanted < first + len(rows))
@@ -136,12 +135,12 @@ class Ranks(Alone):
         Sends every row to its owner.
 
         Args:
-            owner: (n,) int64, the rank that each of this rank's rows goes to.
+            owner: (n,) int64, the target rank of each of this rank's rows.
             columns: (n, ...) tensors.
 
         Returns:
-            What came here, column by column, in the order of all ranks' rows; and a function that sends an (n', ...) answer, a row for
-            each row that came, back to where the rows came from, in their order there.
+            The received columns, ordered by source rank; and a function that sends an (n', ...) answer, one row per received row, back
+            to the source ranks in the original order.
         """
         order = owner.argsort(stable=True)
         sends = owner.bincount(minlength=self.size)
@@ -163,7 +162,7 @@ class Ranks(Alone):
         return [send(column[order], leaving, coming) for column in columns], answer
 
     def in_order(self, rows: torch.Tensor, at_once: int) -> Iterator[torch.Tensor]:
-        """On rank 0, all ranks' rows in their order, `at_once` at a time; the others send theirs and get nothing. To be run to its end."""
+        """Yields the rows of all ranks in order on rank 0, `at_once` at a time; the other ranks yield nothing. Must be exhausted on all ranks."""
         if self.rank:
             self.span(len(rows))
             for part in rows.split(at_once) if len(rows) else ():
@@ -187,7 +186,7 @@ class Ranks(Alone):
 
 def those_in(wanted: torch.Tensor, first: int, count: int) -> torch.Tensor:
     """
-    Those of `wanted` (numbers among all ranks' rows) that lie in the `count` rows from `first` on, as numbers among these, order kept.
+    Converts global row indices to local ones: keeps those of `wanted` within the `count` rows from `first` on, in order.
 
     Example:
         >>> those_in(torch.tensor([7, 2, 5]), first=5, count=3).tolist()
@@ -196,4 +195,4 @@ def those_in(wanted: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return wanted[(wanted >= first) & (wanted < first + count)] - first
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()

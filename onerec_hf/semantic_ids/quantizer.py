@@ -1,4 +1,4 @@
-"""What every quantiser of item embeddings offers: fit, encode, decode, and a file to keep it in."""
+"""Base class of quantisers of item embeddings: fit, encode, decode, save and load."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from onerec_hf.modeling.files import listed, read_safetensors, refusing, replacing, sort_header
 from onerec_hf.semantic_ids.balanced_assignment import ROWS
-from onerec_hf.semantic_ids.process_group import ALONE, Alone
+from onerec_hf.semantic_ids.process_group import SINGLE_PROCESS, SingleProcess
 
 if TYPE_CHECKING:
     from typing import Self
 
 _FORMAT, _VERSION = "onerec-quantizer", "1"
-# method -> module and class: importing the room costs nothing until a method is used.
+# method -> module and class, imported on first use
 _CLASSES = {
     "balanced": ("residual_quantizer", "ResidualQuantizer"),
     "kmeans": ("residual_quantizer", "ResidualQuantizer"),
@@ -32,12 +32,12 @@ METHODS = tuple(_CLASSES)
 
 class Quantizer(ABC):
     """
-    Turns (N, d) embeddings into (N, L) codes, level by level.
+    Quantises (N, d) embeddings to (N, L) codes, level by level.
 
     Attributes:
         codebook_sizes: codes per level.
-        codes_: (N, L) int64, the codes of the fit. Where a method balances its clusters, encoding the same points again does not give
-            them. A loaded quantiser has none.
+        codes_: (N, L) int64, the codes of the fit. For balanced methods, encoding the same points again gives other codes. A loaded
+            quantiser does not have them.
     """
 
     method: ClassVar[str] | str
@@ -46,7 +46,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def fit(self, points: torch.Tensor | np.ndarray) -> Self:
-        """Learns the codebooks from (N, d) finite points and sets `codes_`."""
+        """Fits the codebooks to (N, d) finite points and sets `codes_`."""
 
     @abstractmethod
     def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -54,35 +54,35 @@ class Quantizer(ABC):
 
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, d) float32 points that (n, l) codes stand for, l <= L levels."""
+        """(n, d) float32 reconstructions of (n, l) codes, l <= L levels."""
 
     @abstractmethod
     def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What the last level chooses by: (n, e) residuals that the other levels of `codes` (n, L) leave over, and the (K, e) last codebook.
-        Unique codes are assigned by the squared distances between the two.
+        Inputs of the last level: (n, e) residuals after the other levels of `codes` (n, L), and the (K, e) last codebook. Their squared
+        distances are the costs of assigning unique codes.
         """
 
     @abstractmethod
     def _state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and JSON settings that `_restore` needs."""
+        """Tensors and JSON settings for `_restore`."""
 
     @classmethod
     @abstractmethod
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> Self:
-        """A quantiser that encodes and decodes as the saved one."""
+        """Restores a saved quantiser."""
 
     def reconstruction_error(
-        self, points: torch.Tensor | np.ndarray, codes: torch.Tensor, ranks: Alone = ALONE
+        self, points: torch.Tensor | np.ndarray, codes: torch.Tensor, ranks: SingleProcess = SINGLE_PROCESS
     ) -> torch.Tensor:
-        """Mean squared distance between (n, d) points and what their (n, l) codes decode to; over `ranks`, of all of theirs."""
+        """Mean squared distance between (n, d) points and the reconstructions of their (n, l) codes, over all ranks."""
         points = torch.as_tensor(points).float()
         chunks = zip(points.split(ROWS), codes.split(ROWS), strict=True)
         total = sum((chunk - self.decode(part)).square().sum(dtype=torch.double) for chunk, part in chunks)
         return ranks.sum(torch.as_tensor(total)).float() / ranks.span(len(points))[1]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file: to a temporary name first, then renamed."""
+        """Writes a safetensors file, under a temporary name that is then renamed."""
         tensors, settings = self._state()
         metadata = {"format": _FORMAT, "version": _VERSION, "method": self.method, "settings": json.dumps(settings)}
         with replacing(path) as temporary:
@@ -92,22 +92,22 @@ class Quantizer(ABC):
     @staticmethod
     def load(path: str | os.PathLike) -> Quantizer:
         """
-        Reads a saved quantiser, of whichever method.
+        Loads a saved quantiser of any method.
 
         Raises:
-            ValueError: the file is damaged or cut short, holds no quantiser, or is of another version.
+            ValueError: damaged or truncated file, not a quantiser, or an unsupported version.
         """
         path = os.fspath(path)
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != _FORMAT:
             raise ValueError(
-                f"{path} holds no codebooks of a quantiser (its tensors: {listed(sorted(tensors)) or 'none'})"
+                f"{path} is not a saved quantiser (its tensors: {listed(sorted(tensors)) or 'none'}); pass a codebooks.safetensors file"
             )
         version, method = metadata.get("version"), metadata.get("method")
         if version != _VERSION or method not in _CLASSES:
             raise ValueError(
-                f"{path} is of quantiser version {version!s:.80} and method {method!r:.80}; this onerec_hf reads version {_VERSION} and "
-                f"{', '.join(METHODS)}: update onerec_hf"
+                f"{path} has quantiser version {version!s:.80} and method {method!r:.80}, but this onerec_hf supports version {_VERSION} and "
+                f"{', '.join(METHODS)}; update onerec_hf"
             )
         with refusing(path):
             return _class_of(method)._restore(tensors, json.loads(metadata["settings"]))
@@ -117,13 +117,13 @@ def make_quantizer(
     method: str, codebook_sizes: Sequence[int], *, max_iter: int = 20, seed: int = 0, **settings
 ) -> Quantizer:
     """
-    A quantiser by the name of its method.
+    Creates a quantiser by method name.
 
     Args:
         method: "balanced" (balanced k-means on every level, the paper's), "kmeans" (plain k-means by faiss) or "rq-vae" (TIGER's).
         codebook_sizes: codes per level.
-        max_iter: most iterations of k-means per level; RQ-VAE has `epochs` instead.
-        settings: further arguments of the method's class.
+        max_iter: maximum number of k-means iterations per level; RQ-VAE uses `epochs` instead.
+        settings: further arguments of the quantiser class.
 
     Raises:
         ValueError: an unknown method.
@@ -133,7 +133,7 @@ def make_quantizer(
         [4, 4]
     """
     if method not in _CLASSES:
-        raise ValueError(f"unknown quantiser {method!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown quantiser {method!r}; choose one of {', '.join(METHODS)}")
     if method == "rq-vae":
         return _class_of(method)(codebook_sizes, seed=seed, **settings)
     return _class_of(method)(codebook_sizes, clustering=method, max_iter=max_iter, seed=seed, **settings)

@@ -1,4 +1,4 @@
-"""What semantic IDs are worth: error, balance, entropy, collisions and whether neighbours share prefixes; side by side for quantisers."""
+"""Quality report of semantic IDs: error, balance, entropy, collisions, neighbour agreement; and comparison of quantisers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from onerec_hf.modeling.files import read_json_object, refusing, replacing
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, squares
-from onerec_hf.semantic_ids.process_group import ALONE, Alone
+from onerec_hf.semantic_ids.process_group import SINGLE_PROCESS, SingleProcess
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
 _NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
@@ -21,23 +21,23 @@ _NEIGHBOURS, _QUERIES, _QUERY_ROWS = 10, 1000, 50
 @dataclass(frozen=True)
 class SemanticIDReport:
     """
-    What came out of a fit. Lists have an entry per level of the quantiser.
+    Statistics of a fit. Lists have one entry per level of the quantiser.
 
     Args:
-        method: the quantiser's.
-        num_items, codebook_sizes: of the catalogue.
-        residual_energy: the share of the embeddings' variance that the codes up to this level leave over (squared residuals over squared
-            distances to the mean), before collisions were resolved. `reconstruction_error` is the mean squared residual itself.
-        cluster_sizes: the smallest and largest number of items on a code, as all that follows after collisions were resolved; with
-            balanced codes all levels but the last differ by at most one.
-        utilisation: the share of codes that some item has.
-        entropy: of the codes' distribution, over its largest value log K.
-        distinct_prefixes: different tuples of the codes up to this level.
-        neighbour_agreement: of the 10 nearest neighbours in embedding space (of at most 1,000 sampled items), the share with the same codes
-            up to this level.
-        collisions: items that shared all codes with an earlier item, before they were resolved.
-        moved: items whose last code was changed to resolve them.
-        extra_digit: codes of the level that was added to resolve them, 0 where none was.
+        method: method of the quantiser.
+        num_items, codebook_sizes: size of the catalogue and of its codebooks.
+        residual_energy: share of the embeddings' variance not explained by the codes up to this level (squared residuals over squared
+            distances to the mean), before collisions are resolved. `reconstruction_error` is the mean squared residual.
+        cluster_sizes: smallest and largest number of items per code. This and the following fields are computed after collisions are
+            resolved. With balanced codes they differ by at most one on all levels but the last.
+        utilisation: share of codes in use.
+        entropy: entropy of the code distribution, divided by its maximum log K.
+        distinct_prefixes: number of distinct code prefixes up to this level.
+        neighbour_agreement: share of the 10 nearest neighbours in embedding space (of at most 1,000 sampled items) with the same prefix up
+            to this level.
+        collisions: number of items that shared all codes with an earlier item before collisions were resolved.
+        moved: number of items whose last code was changed.
+        extra_digit: number of codes of the added level, 0 if none was added.
     """
 
     method: str
@@ -55,46 +55,46 @@ class SemanticIDReport:
     extra_digit: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain lists and numbers."""
+        """The fields as a JSON-serialisable dict."""
         return asdict(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SemanticIDReport:
         """
-        Reads `semantic_ids.json`, which `onerec-hf semantic-ids fit` writes: `as_dict` as JSON.
+        Reads `semantic_ids.json` (`as_dict` as JSON), written by `onerec-hf semantic-ids fit`.
 
         Raises:
-            ValueError: no JSON, or no such report.
-            OSError: no such file.
+            ValueError: invalid JSON, or not a report.
+            OSError: missing file.
         """
         content = read_json_object(path)
         with refusing(path):
             wanted = {part.name: str(part.type) for part in fields(cls)}
             wrong = [name for name, kind in wanted.items() if name in content and not _is(content[name], kind)]
             if wrong:
-                raise ValueError(f"its {wrong[0]} is no {wanted[wrong[0]]}")
+                raise ValueError(f"its {wrong[0]} is not a {wanted[wrong[0]]}")
             report = cls(**content)
             levels = {len(value) for value in content.values() if isinstance(value, list)}
             if len(levels) != 1 or 0 in levels or any(len(sizes) != 2 for sizes in report.cluster_sizes):
-                raise ValueError("its lists are not of one entry per level")
+                raise ValueError("its lists do not have one entry per level")
             if report.num_items < 1:
                 raise ValueError(f"its num_items is {report.num_items}")
             return report
 
     def table(self) -> str:
-        """As aligned text."""
+        """The report as an aligned text table."""
         return compare_reports([self])
 
     def resolution(self) -> str:
-        """One sentence about collisions."""
+        """One sentence on the collisions and their resolution."""
         collided = f"{self.collisions:,} collisions among {self.num_items:,} items"
         if self.extra_digit:
-            return f"{collided}, resolved by a level of {self.extra_digit:,} codes more"
+            return f"{collided}, resolved by an additional level of {self.extra_digit:,} codes"
         return f"{collided}, resolved by moving {self.moved:,} ({self.moved / self.num_items:.1%})"
 
 
 def _is(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of the kind that an annotation names."""
+    """Whether a JSON value matches a type annotation."""
     if kind.startswith("list["):
         return isinstance(value, list) and all(_is(part, kind[5:-1]) for part in value)
     return isinstance(value, {"str": str, "int": int, "float": (int, float)}[kind])
@@ -107,16 +107,16 @@ def describe_ids(
     moved: int,
     extra_digit: int = 0,
     seed: int = 0,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> SemanticIDReport:
     """
-    The report of a fitted quantiser and of the codes that were made unique.
+    The report of a fitted quantiser and its unique codes.
 
     Args:
-        embeddings: (N, d) float32, what was quantised; over `ranks`, this rank's.
-        codes: (N, L) int64, the quantiser's levels after collisions were resolved, of all items.
-        moved, extra_digit: how they were resolved.
-        seed: of the sample whose neighbours are looked up.
+        embeddings: (N, d) float32, the quantised embeddings (this rank's, with `ranks`).
+        codes: (N, L) int64, the quantiser's levels after collisions are resolved, of all items.
+        moved, extra_digit: see [`SemanticIDReport`].
+        seed: seed of the sample for neighbour agreement.
     """
     sizes = quantizer.codebook_sizes
     mean = ranks.mean(embeddings)
@@ -148,7 +148,7 @@ def describe_ids(
 
 
 def _prefix_numbers(codes: torch.Tensor) -> list[torch.Tensor]:
-    """Per level, a number 0, 1, ... for the codes up to it."""
+    """Per level, an integer id for each distinct prefix up to it."""
     numbers = [torch.unique(codes[:, 0], return_inverse=True)[1]]
     for column in codes.unbind(1)[1:]:
         numbers.append(torch.unique(numbers[-1] * (int(column.max()) + 1) + column, return_inverse=True)[1])
@@ -163,7 +163,7 @@ def _entropy(counts: torch.Tensor) -> float:
 
 
 def _neighbour_agreement(
-    embeddings: torch.Tensor, prefixes: list[torch.Tensor], seed: int, ranks: Alone
+    embeddings: torch.Tensor, prefixes: list[torch.Tensor], seed: int, ranks: SingleProcess
 ) -> list[float]:
     first, items = ranks.span(len(embeddings))
     neighbours = min(_NEIGHBOURS, items - 1)
@@ -181,8 +181,8 @@ def _neighbour_agreement(
     return (agreed / len(sampled)).tolist()
 
 
-def _nearest_of_all(distances: torch.Tensor, k: int, first: int, ranks: Alone) -> torch.Tensor:
-    """(q, k) numbers, among all ranks' rows, of the nearest; each rank has the (q, n) distances to its own."""
+def _nearest_of_all(distances: torch.Tensor, k: int, first: int, ranks: SingleProcess) -> torch.Tensor:
+    """(q, k) global indices of the nearest rows, from each rank's (q, n) distances to its rows."""
     values, near = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
     if ranks.size == 1:
         return near
@@ -192,7 +192,7 @@ def _nearest_of_all(distances: torch.Tensor, k: int, first: int, ranks: Alone) -
 
 def compare_reports(reports: Sequence[SemanticIDReport]) -> str:
     """
-    Reports side by side as aligned text: a line per method and level, then a sentence per method about its collisions.
+    Compares reports in an aligned text table: one line per method and level, then one sentence per method on its collisions.
 
     Example:
         >>> from onerec_hf.semantic_ids import fit_semantic_ids
@@ -220,8 +220,7 @@ def compare_reports(reports: Sequence[SemanticIDReport]) -> str:
 
 def plot_reports(reports: Sequence[SemanticIDReport], path: str | os.PathLike) -> None:
     """
-    Draws variance left, entropy, distinct prefixes and neighbour agreement per level, a line per method, as a PNG (needs the extra
-    `plots`).
+    Plots residual variance, entropy, distinct prefixes and neighbour agreement per level, one line per method, as a PNG (extra `plots`).
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -230,7 +229,7 @@ def plot_reports(reports: Sequence[SemanticIDReport], path: str | os.PathLike) -
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(
-            'the report is drawn by matplotlib, which is not installed. Run: pip install "onerec-hf[plots]"'
+            'plotting needs matplotlib, which is not installed. Run: pip install "onerec-hf[plots]"'
         ) from None
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     panels = {

@@ -1,4 +1,4 @@
-"""Residual k-means: a codebook per level, each level clustering what the levels before left over (paper, section 3.1)."""
+"""Residual k-means: one codebook per level, each clustering the residuals of the previous levels (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, check_enough, check_points, means
-from onerec_hf.semantic_ids.process_group import ALONE, Alone
+from onerec_hf.semantic_ids.process_group import SINGLE_PROCESS, SingleProcess
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
 
@@ -21,13 +21,13 @@ class ResidualQuantizer(Quantizer):
     Args:
         codebook_sizes: codes per level.
         clustering: "balanced" ([`BalancedKMeans`], the paper's) or "kmeans" (faiss's plain k-means, the extra `faiss`).
-        max_iter: most iterations per level.
-        assignment, max_points_per_cluster: as for [`BalancedKMeans`]; plain k-means takes `max_points_per_cluster` too.
-        seed: of the first level; level l uses `seed + l`.
+        max_iter: maximum number of iterations per level.
+        assignment, max_points_per_cluster: as for [`BalancedKMeans`]; plain k-means supports `max_points_per_cluster` too.
+        seed: seed of the first level; level l uses `seed + l`.
 
     Attributes:
-        codebooks_: one (K_l, d) float32 tensor per level. codes_: (N, L) int64, the assignment of the fit; with balanced clusters, encoding
-        the same points again by nearest centroid does not give it.
+        codebooks_: one (K_l, d) float32 tensor per level. codes_: (N, L) int64, the assignment of the fit; for balanced clusters it differs
+        from encoding the same points by nearest centroid.
 
     Example:
         >>> points = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ class ResidualQuantizer(Quantizer):
     ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         if not self.codebook_sizes:
-            raise ValueError("codebook_sizes must name at least one level")
+            raise ValueError("codebook_sizes is empty; pass at least one level")
         if clustering not in ("balanced", "kmeans"):
             raise ValueError(f'clustering must be "balanced" or "kmeans"; got {clustering!r}')
         self.method = clustering
@@ -60,15 +60,17 @@ class ResidualQuantizer(Quantizer):
         self.assignment: Literal["optimal", "greedy"] = assignment
         self.max_points_per_cluster = max_points_per_cluster
 
-    def fit(self, points: torch.Tensor | np.ndarray, ranks: Alone = ALONE) -> ResidualQuantizer:
+    def fit(self, points: torch.Tensor | np.ndarray, ranks: SingleProcess = SINGLE_PROCESS) -> ResidualQuantizer:
         """
-        Fits all levels to (N, d) points; over `ranks` as [`BalancedKMeans`] does, `codes_` are this rank's then.
+        Fits all levels to (N, d) points. With `ranks`, as in [`BalancedKMeans`], `codes_` are this rank's.
 
         Raises:
-            ValueError: as there, or plain k-means over ranks.
+            ValueError: as in [`BalancedKMeans`], or plain k-means with several ranks.
         """
         if ranks.size > 1 and self.method != "balanced":
-            raise ValueError('clustering "kmeans" is for one process; over ranks there is "balanced"')
+            raise ValueError(
+                'clustering "kmeans" supports one process only; use clustering "balanced" in distributed runs'
+            )
         with ranks.together():
             residual = check_points(points, empty=ranks.size > 1).float().clone()
         check_enough(ranks.span(len(residual))[1], max(self.codebook_sizes))
@@ -82,7 +84,9 @@ class ResidualQuantizer(Quantizer):
         self.codes_ = torch.stack(codes, dim=1)
         return self
 
-    def _balanced(self, points: torch.Tensor, size: int, seed: int, ranks: Alone) -> tuple[torch.Tensor, torch.Tensor]:
+    def _balanced(
+        self, points: torch.Tensor, size: int, seed: int, ranks: SingleProcess
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kmeans = BalancedKMeans(
             size,
             max_iter=self.max_iter,
@@ -92,12 +96,14 @@ class ResidualQuantizer(Quantizer):
         ).fit(points, ranks)
         return kmeans.cluster_centers_, kmeans.labels_
 
-    def _plain(self, points: torch.Tensor, size: int, seed: int, _: Alone) -> tuple[torch.Tensor, torch.Tensor]:
+    def _plain(
+        self, points: torch.Tensor, size: int, seed: int, _: SingleProcess
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             import faiss
         except ImportError:
             raise ValueError(
-                'clustering "kmeans" is done by faiss, which is not installed. Run: pip install "onerec-hf[faiss]"'
+                'clustering "kmeans" needs faiss, which is not installed. Run: pip install "onerec-hf[faiss]"'
             ) from None
         most = len(points) if self.max_points_per_cluster is None else self.max_points_per_cluster
         kmeans: Any = faiss.Kmeans(
@@ -114,7 +120,7 @@ class ResidualQuantizer(Quantizer):
         return means(points, labels, centers), labels
 
     def encode(self, points: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """(n, L) int64 nearest codes, level by level, of (n, d) new points."""
+        """(n, L) int64 nearest codes of (n, d) new points, level by level."""
         residual, codes = check_points(points).float().clone(), []
         for codebook in self.codebooks_:
             codes.append(nearest(residual, codebook))
@@ -122,8 +128,8 @@ class ResidualQuantizer(Quantizer):
         return torch.stack(codes, dim=1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, d) sum of the centroids that (n, l) codes name, l <= L levels."""
-        levels = zip(self.codebooks_, codes.unbind(1), strict=False)  # fewer levels than codebooks are a coarser point
+        """(n, d) sums of the centroids of (n, l) codes, l <= L levels."""
+        levels = zip(self.codebooks_, codes.unbind(1), strict=False)  # fewer levels give a coarser reconstruction
         return torch.stack([codebook[column] for codebook, column in levels]).sum(0)
 
     def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,13 +147,13 @@ class ResidualQuantizer(Quantizer):
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ResidualQuantizer:
         codebooks = [tensors[f"codebook.{level}"] for level in range(len(tensors))]
         if any(check_points(codebook).shape[1] != codebooks[0].shape[1] for codebook in codebooks):
-            raise ValueError(f"codebooks of different widths: {[tuple(codebook.shape) for codebook in codebooks]}")
+            raise ValueError(f"codebooks have different widths: {[tuple(codebook.shape) for codebook in codebooks]}")
         quantizer = cls([len(codebook) for codebook in codebooks], **settings)
         quantizer.codebooks_ = codebooks
         return quantizer
 
 
 def _subtract(points: torch.Tensor, centers: torch.Tensor, labels: torch.Tensor) -> None:
-    """Takes each point's centroid off it, in place: at a million items a second copy of the points would count."""
+    """Subtracts each point's centroid in place, to avoid a second copy of large embeddings."""
     for chunk, own in zip(points.split(ROWS), labels.split(ROWS), strict=True):
         chunk -= centers[own]

@@ -1,4 +1,4 @@
-"""TIGER's RQ-VAE: an autoencoder whose latent is quantised level by level; the other way to semantic IDs than clustering."""
+"""TIGER's RQ-VAE: an autoencoder with a residual-quantised latent, an alternative to clustering."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough, check_points, means
 from onerec_hf.semantic_ids.quantizer import Quantizer
 
-# Items that the codebooks start from, and iterations of their k-means.
+# Items and k-means iterations for the initialisation of the codebooks.
 _START_ITEMS, _START_ITERATIONS = 20_000, 10
 
 
@@ -40,9 +40,9 @@ class RQVAEConfig(PreTrainedConfig):
         codebook_sizes (`list[int]`, defaults to `[256, 256, 256]`):
             Codes per level.
         hidden_sizes (`list[int]`, defaults to `[512, 256, 128]`):
-            Hidden layers of the encoder; the decoder has them in reverse.
+            Hidden layers of the encoder; reversed in the decoder.
         latent_size (`int`, defaults to 32):
-            Dimensions of the latent and of every code.
+            Dimensions of the latent and of every code vector.
         beta (`float`, defaults to 0.25):
             Weight of the commitment loss.
 
@@ -68,7 +68,7 @@ class RQVAEConfig(PreTrainedConfig):
 @dataclass
 class RQVAEOutput(ModelOutput):
     """
-    What [`RQVAEModel`] returns for B items.
+    Output of [`RQVAEModel`] for B items.
 
     Args:
         loss: scalar; `reconstruction_loss + codebook_loss + beta * commitment_loss`.
@@ -87,16 +87,16 @@ class RQVAEOutput(ModelOutput):
 
 class RQVAEModel(PreTrainedModel):
     r"""
-    Encoder, residual codebooks and decoder (TIGER, arXiv 2305.05065, section 3.1). With `x` the item's embedding, centred and
-    divided by one number so that items lie at a mean square distance of one from the mean:
+    Encoder, residual codebooks and decoder (TIGER, arXiv 2305.05065, section 3.1). With `x` the item's embedding, centred and scaled to
+    a mean squared norm of one:
 
         z = encoder(x);  r_1 = z
         c_l = argmin_k ||r_l - e_l[k]||^2;  r_{l+1} = r_l - e_l[c_l]
         q = sum_l e_l[c_l];  x' = decoder(z + sg[q - z])
         loss = ||x - x'||^2 + sum_l ||sg[r_l] - e_l[c_l]||^2 + beta ||r_l - sg[e_l[c_l]]||^2
 
-    `sg` stops the gradient: the decoder's gradient passes the quantisation straight through to the encoder, each codebook moves by
-    its own level's term alone, and every level's commitment term reaches the encoder. While `quantizes` is False it is a plain
+    `sg` stops the gradient: the decoder's gradient passes straight through the quantisation to the encoder, each codebook is trained by the
+    term of its level only, and the commitment terms of all levels reach the encoder. With `quantizes` False the model is a plain
     autoencoder, `q = z`.
 
     Example:
@@ -164,12 +164,12 @@ class RQVAEModel(PreTrainedModel):
         )
 
     def _restored(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What the decoder says, in the units of the input."""
+        """Decoder outputs in the units of the input."""
         return outputs * self.input_scale + self.input_mean
 
     @torch.no_grad()
     def set_input_statistics(self, points: torch.Tensor) -> None:
-        """Centre and scale by (N, input_size) points; a scale of one where all are equal."""
+        """Sets mean and scale from (N, input_size) points; the scale is one if all points are equal."""
         self.input_mean.copy_(points.mean(0))
         distance = (points - self.input_mean).square().sum(1).mean().sqrt()
         self.input_scale.copy_(distance if distance > 0 else torch.ones(()))
@@ -177,11 +177,11 @@ class RQVAEModel(PreTrainedModel):
     @torch.no_grad()
     def start_codebooks(self, points: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """
-        Sets each codebook to k-means centroids of what the encoder and the codebooks before leave over (TIGER, section 3.1).
+        Initialises each codebook with k-means centroids of the residuals of the previous levels (TIGER, section 3.1).
 
         Args:
             points: (N, input_size), at least as many as the largest codebook.
-            generator: on the CPU, of the initial centroids.
+            generator: CPU generator for the initial centroids.
         """
         residual = self.latents(points)
         for codebook in self.codebooks:
@@ -208,12 +208,12 @@ class RQVAEModel(PreTrainedModel):
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, input_size) points that (n, l) codes stand for, l <= L."""
+        """(n, input_size) reconstructions of (n, l) codes, l <= L."""
         return self._restored(self.decoder(self.quantized(codes)))
 
     @torch.no_grad()
     def quantized(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, latent_size) sum of the codes' vectors; zeros where `codes` has no level."""
+        """(n, latent_size) sums of the code vectors; zeros if `codes` has no level."""
         total = self.codebooks[0].new_zeros(len(codes), self.config.latent_size)
         for codebook, column in zip(self.codebooks, codes.unbind(1), strict=False):
             total = total + codebook[column]
@@ -224,24 +224,23 @@ class RQVAEQuantizer(Quantizer):
     """
     Semantic IDs by an RQ-VAE, trained with `transformers.Trainer` (AdamW, linear decay).
 
-    As in TIGER and the open re-implementations, the codebooks start from k-means and codes that fall out of use are not restarted.
-    TIGER's k-means sees the first batch through an untrained encoder; here it sees up to 20,000 items, after `warmup_epochs` of training
-    as a plain autoencoder: the latents then hardly leave the codes behind (Łańcucki et al., arXiv 2005.08520). On Amazon Beauty
-    (12,101 items, MiniLM, three codebooks of 256, 60 epochs) this keeps every code in use, where the untrained encoder's start uses 77% of the
-    first level. Clusters are not balanced: `codes_` is what `encode` gives for the same points.
+    As in TIGER and its open re-implementations, codebooks are initialised by k-means and unused codes are not restarted. TIGER runs k-means
+    on the first batch of an untrained encoder. Here it runs on up to 20,000 items after `warmup_epochs` as a plain autoencoder, so that later
+    latents stay close to the codes (Łańcucki et al., arXiv 2005.08520). On Amazon Beauty (12,101 items, MiniLM, three codebooks of 256, 60
+    epochs) all codes remain in use; without warm-up only 77% of the first level do. Clusters are not balanced, and `codes_` equals `encode`
+    of the same points.
 
     Args:
         codebook_sizes: codes per level.
         hidden_sizes, latent_size, beta: see [`RQVAEConfig`].
-        epochs: passes over the items, those of the warm-up among them.
-        warmup_epochs: passes before the codebooks start, fewer than `epochs`; 0 is TIGER's way.
-        batch_size, learning_rate: of the training.
-        seed: of weights, initial centroids and batches. The caller's random state is left alone.
+        epochs: number of epochs, including warm-up.
+        warmup_epochs: epochs before the codebooks are initialised, fewer than `epochs`; 0 as in TIGER.
+        batch_size, learning_rate: training hyperparameters.
+        seed: seed of weights, initial centroids and batches. The global random state is unchanged.
 
     Attributes:
-        model_: the trained [`RQVAEModel`], where the Trainer put it. losses_: mean loss of each epoch. After the warm-up it is no measure of
-        fit: the codebooks' terms join it and grow as the latents spread, while reconstruction improves (`reconstruction_error` tells).
-        codes_: (N, L) int64.
+        model_: the trained [`RQVAEModel`], on the Trainer's device. losses_: mean loss of each epoch. After the warm-up it includes the codebook
+        terms, which grow as the latents spread; use `reconstruction_error` to measure the fit. codes_: (N, L) int64.
 
     Example:
         >>> points = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
@@ -269,15 +268,15 @@ class RQVAEQuantizer(Quantizer):
     ):
         if not 0 <= warmup_epochs < epochs:
             raise ValueError(
-                f"warmup_epochs must be at least 0 and fewer than epochs; got warmup_epochs={warmup_epochs} of epochs={epochs}"
+                f"warmup_epochs must be at least 0 and less than epochs; got warmup_epochs={warmup_epochs} of epochs={epochs}"
             )
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         self.hidden_sizes, self.latent_size, self.beta = [int(size) for size in hidden_sizes], latent_size, beta
         if not self.codebook_sizes:
-            raise ValueError("codebook_sizes must name at least one level")
+            raise ValueError("codebook_sizes is empty; pass at least one level")
         if min(*self.codebook_sizes, *self.hidden_sizes, latent_size) < 1:
             raise ValueError(
-                f"every size must be at least 1; got codebook_sizes={self.codebook_sizes}, hidden_sizes={self.hidden_sizes}, "
+                f"all sizes must be at least 1; got codebook_sizes={self.codebook_sizes}, hidden_sizes={self.hidden_sizes}, "
                 f"latent_size={latent_size}"
             )
         self.epochs, self.warmup_epochs = epochs, warmup_epochs
@@ -297,11 +296,11 @@ class RQVAEQuantizer(Quantizer):
         Trains on (N, d) points.
 
         Raises:
-            ValueError: not two-dimensional, NaN or infinite rows (how many, the first), fewer points than codes of a level.
+            ValueError: not two-dimensional, NaN or infinite rows (with their number and the first), fewer points than codes per level.
         """
         points = check_points(points).float()
         check_enough(len(points), max(self.codebook_sizes))
-        with _own_randomness(), tempfile.TemporaryDirectory() as folder:
+        with _preserved_randomness(), tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder,
                 num_train_epochs=self.epochs,
@@ -339,12 +338,12 @@ class RQVAEQuantizer(Quantizer):
         return torch.cat([self.model_.encode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(n, d) float32 points that (n, l) codes stand for, l <= L levels."""
+        """(n, d) float32 reconstructions of (n, l) codes, l <= L levels."""
         chunks = codes.split(ROWS)
         return torch.cat([self.model_.decode(chunk.to(self.model_.device)).to(chunk.device) for chunk in chunks])
 
     def last_level(self, points: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, latent_size) latents less the codes of all levels but the last, and the (K, latent_size) last codebook."""
+        """(n, latent_size) residuals before the last level, and the (K, latent_size) last codebook."""
         chunks = zip(points.float().split(ROWS), codes[:, :-1].split(ROWS), strict=True)
         residuals = []
         for chunk, others in chunks:
@@ -363,15 +362,15 @@ class RQVAEQuantizer(Quantizer):
     def _restore(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> RQVAEQuantizer:
         input_size = settings.pop("input_size")
         quantizer = cls(**settings)
-        # On no device, and with the file's own tensors: settings that lie about sizes cost no memory.
-        with _own_randomness(), torch.device("meta"):
+        # On the meta device, with the file's tensors: wrong sizes in the settings allocate no memory.
+        with _preserved_randomness(), torch.device("meta"):
             quantizer.model_ = RQVAEModel(quantizer._config(input_size)).eval()
         quantizer.model_.load_state_dict(tensors, assign=True)
         return quantizer
 
 
 class _StartCodebooks(TrainerCallback):
-    """Starts the codebooks after the warm-up."""
+    """Initialises the codebooks after the warm-up."""
 
     def __init__(self, points: torch.Tensor, after: int, seed: int):
         self.points, self.after, self.generator = points, after, torch.Generator().manual_seed(seed)
@@ -386,7 +385,7 @@ class _StartCodebooks(TrainerCallback):
 
 
 class _Points(torch.utils.data.Dataset):
-    """Rows that come as whole batches: row by row, collating would take longer than the training step."""
+    """Rows fetched as whole batches; collating row by row would take longer than the training step."""
 
     def __init__(self, points: torch.Tensor):
         self.points = points
@@ -399,7 +398,7 @@ class _Points(torch.utils.data.Dataset):
 
 
 def _points_batch(points: Any) -> dict[str, torch.Tensor]:
-    """The batch that `_Points` made, by the name of the model's argument."""
+    """Wraps a batch of `_Points` in the model's keyword."""
     return {"points": points}
 
 
@@ -416,8 +415,8 @@ def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Gives Python's, numpy's and torch's global random states back as they were: Trainer seeds them all."""
+def _preserved_randomness() -> Iterator[None]:
+    """Restores the global random states of Python, numpy and torch, which Trainer seeds."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
         try:

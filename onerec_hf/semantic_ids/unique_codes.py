@@ -1,4 +1,4 @@
-"""Unique semantic IDs: where items share all codes, the last code is assigned anew at the least cost, or a digit is added."""
+"""Unique semantic IDs: resolves collisions by minimum-cost reassignment of the last code, or by an extra digit."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from onerec_hf.semantic_ids.process_group import Ranks
 
-# Over ranks, prefixes are settled in so many portions: only a portion's residuals exist twice.
+# Distributed runs process prefixes in this many portions, so only one portion of residuals is duplicated.
 _PORTIONS = 8
 
 
 class UniqueResult(NamedTuple):
-    """`codes` (N, L) int64 without repetition and `moved` (N,) bool: the items whose last code changed."""
+    """`codes` (N, L) int64, unique, and `moved` (N,) bool: the items whose last code changed."""
 
     codes: torch.Tensor
     moved: torch.Tensor
 
 
 class CrowdedPrefixError(ValueError):
-    """More items share a prefix than it has last codes to tell them apart."""
+    """More items share a prefix than the last level has codes."""
 
 
 def make_unique(
@@ -31,19 +31,18 @@ def make_unique(
     allowed: np.ndarray | torch.Tensor | None = None,
 ) -> UniqueResult:
     """
-    Resolves collisions inside each prefix (all codes but the last) by minimum-cost assignment of last-level codes: the sum of squared
-    distances between residuals and centroids is the least that gives no two items one code. Prefixes without a collision stay as
-    they are.
+    Resolves collisions inside each prefix (all codes but the last) by minimum-cost assignment of last-level codes: it minimises the sum of
+    squared distances between residuals and centroids, with distinct codes. Prefixes without a collision are unchanged.
 
     Args:
         codes: (N, L) integers.
-        last_residuals: (N, e) what the levels before the last left over.
+        last_residuals: (N, e) residuals before the last level.
         last_codebook: (K, e) centroids of the last level.
-        allowed: (N, K) bool, the last codes that an item may get, the same for items of one prefix (`catalogue.free_last_codes`); all
-            when not given.
+        allowed: (N, K) bool, the last codes available to an item, equal for items of one prefix (`catalogue.free_last_codes`). Default:
+            all.
 
     Raises:
-        CrowdedPrefixError: more items share a prefix than it has (allowed) codes.
+        CrowdedPrefixError: more items share a prefix than it has (allowed) last codes.
 
     Example:
         >>> codes = torch.tensor([[0, 1], [0, 1], [1, 1]])
@@ -54,7 +53,7 @@ def make_unique(
     from scipy.optimize import linear_sum_assignment
 
     codes = codes.clone()
-    root = torch.zeros_like(codes[:, :1])  # above the first level, so that one level has a prefix too
+    root = torch.zeros_like(codes[:, :1])  # a common root, so that single-level codes have a prefix too
     buckets, bucket_of = torch.unique(torch.cat([root, codes[:, :-1]], dim=1), dim=0, return_inverse=True)
     sizes = bucket_of.bincount(minlength=len(buckets))
     room = torch.full_like(sizes, len(last_codebook))
@@ -65,7 +64,7 @@ def make_unique(
         fullest = int((sizes - room).argmax())
         raise CrowdedPrefixError(
             f"{int(sizes[fullest])} items share the prefix {tuple(buckets[fullest, 1:].tolist())}, but the last level has only "
-            f"{int(room[fullest])} codes to tell them apart; use a larger last codebook, one level more, or the extra digit (on_collision='extra-digit')"
+            f"{int(room[fullest])} codes to distinguish them; use a larger last codebook, one more level, or the extra digit (on_collision='extra-digit')"
         )
     full = bucket_of * len(last_codebook) + codes[:, -1]
     _, position, count = torch.unique(full, return_inverse=True, return_counts=True)
@@ -91,14 +90,14 @@ def make_unique_over(
     ranks: Ranks, codes: torch.Tensor, last_residuals: torch.Tensor, last_codebook: torch.Tensor
 ) -> UniqueResult:
     """
-    [`make_unique`] for items that lie on several ranks. Each prefix has a rank that settles it: the items' codes and residuals go there and
-    their last codes come back, an eighth of the prefixes at a time.
+    [`make_unique`] for items distributed over ranks. Each prefix is assigned to a rank, which receives the items' codes and residuals and
+    returns their last codes, for an eighth of the prefixes at a time.
 
     Args:
-        codes, last_residuals: as there, this rank's items; the result is this rank's too.
+        codes, last_residuals: as in [`make_unique`], of this rank's items, like the result.
 
     Raises:
-        CrowdedPrefixError: as there, on every rank.
+        CrowdedPrefixError: as in [`make_unique`], on every rank.
     """
     codes, moved = codes.clone(), torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
     prefix = _numbers(codes[:, :-1])
@@ -114,13 +113,13 @@ def make_unique_over(
 
 
 def add_digit_over(ranks: Ranks, codes: torch.Tensor) -> torch.Tensor:
-    """[`add_digit`] for items that lie on several ranks: codes and result are this rank's."""
+    """[`add_digit`] for items distributed over ranks; codes and result are this rank's."""
     (theirs,), answer = ranks.exchange(_numbers(codes) % ranks.size, codes)
     return torch.cat([codes, answer(add_digit(theirs)[:, -1:])], dim=1)
 
 
 def _numbers(codes: torch.Tensor) -> torch.Tensor:
-    """(n,) int64, at least 0, equal for equal rows of (n, l) codes; the last code moves it by one."""
+    """(n,) non-negative int64 hashes, equal for equal rows of (n, l) codes; consecutive last codes have consecutive hashes."""
     numbers = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
     for column in codes.unbind(1):
         numbers = (numbers * 65_537 + column) & (2**62 - 1)
@@ -129,13 +128,14 @@ def _numbers(codes: torch.Tensor) -> torch.Tensor:
 
 def add_digit(codes: torch.Tensor) -> torch.Tensor:
     """
-    TIGER's policy (arXiv 2305.05065): one level more, whose code counts the items that share all others, in row order. Items alone get 0.
+    TIGER's policy (arXiv 2305.05065): an additional level numbers the items that share all other codes, in row order. Items without a
+    collision get 0.
 
     Args:
         codes: (N, L) integers.
 
     Returns:
-        (N, L + 1) int64 without repetition; the new level needs as many codes as the largest group has items.
+        (N, L + 1) int64, unique; the new level has as many codes as the largest group has items.
 
     Example:
         >>> add_digit(torch.tensor([[0, 1], [2, 2], [0, 1]])).tolist()

@@ -106,7 +106,10 @@ def test_bad_options(prepared, data, tmp_path):
             ["train", "--interactions", data.interactions, "--eval_users", "9", *out],
             "--eval_users goes with --prepared",
         ),
-        (["train", "--prepared", tmp_path, *out], "no prepared.json; name a folder that `onerec-hf prepare` wrote"),
+        (
+            ["train", "--prepared", tmp_path, *out],
+            "prepared.json is missing. Pass a folder written by `onerec-hf prepare`",
+        ),
     ):
         refused(onerec(*argv), message)
     assert not (tmp_path / "out").exists()
@@ -126,11 +129,11 @@ def test_damaged_folders(prepared, tmp_path):
     (damaged("odd-json") / "prepared.json").write_text('{"format": 1, "train": 3}')
     (damaged("newer") / "prepared.json").write_text('{"format": 2}')
     for name, message in (
-        ("missing", f"{shard} is missing; copy the whole folder again"),
+        ("missing", f"{shard} is missing. Copy the whole folder again"),
         ("short", f"{shard} is damaged"),
-        ("cut", f"{shard} has 30 rows, not "),
+        ("cut", f"{shard} has 30 rows, expected "),
         ("no-json", "prepared.json cannot be read"),
         ("odd-json", "prepared.json is damaged"),
-        ("newer", "of format 2, and this version reads 1"),
+        ("newer", "format 2 is not supported by this version"),
     ):
         refused(onerec("train", "--prepared", tmp_path / name, "--output_dir", tmp_path / "out"), message)

@@ -50,13 +50,13 @@ class TestIds:
             (["a", None, None], r"'item_id': 2 of 3 ids are null \(first: row 1, counting from 0\)"),
             ([1.0, np.nan], "1 of 2 ids are null"),
             ([1, 2, "x"], r"mixed types: 2 int, 1 str \(first of the rarest: row 2, 'x'\).*astype"),
-            ([1.0, 2.5], r"floats, and 1 of 2 are no exact integers \(first: row 1, 2.5\)"),
-            ([1.0, np.inf], "no exact integers"),
-            ([2.0**60], "no exact integers"),
-            (np.array([2**24 + 1], dtype=np.float32), "no exact integers"),
+            ([1.0, 2.5], r"floats, and 1 of 2 are not exact integers \(first: row 1, 2.5\)"),
+            ([1.0, np.inf], "not exact integers"),
+            ([2.0**60], "not exact integers"),
+            (np.array([2**24 + 1], dtype=np.float32), "not exact integers"),
             ([True, False], "booleans"),
-            ([2**64], "beyond 64 bits"),
-            (np.array([2**63], dtype=np.uint64), "beyond 64 bits"),
+            ([2**64], "exceed 64 bits"),
+            (np.array([2**63], dtype=np.uint64), "exceed 64 bits"),
             ([(1, 2), (3, 4)], "must be integers or strings, not 2 tuple"),
             (pd.to_datetime(["2020-01-01"]), "must be integers or strings"),
         ],
@@ -176,7 +176,7 @@ class TestReadInteractions:
     @pytest.mark.parametrize(
         ("times", "message"),
         [
-            ([1, np.nan, 2], r"'timestamp': 1 of 3 timestamps are no finite .*row 1, nan"),
+            ([1, np.nan, 2], r"'timestamp': 1 of 3 timestamps are neither finite .*row 1, nan"),
             ([1, 2, np.inf], "row 2, inf"),
             ([1e300, 2, 3], "row 0, 1e"),
             (["1", "soon", "2020-01-01"], r"2 of 3 .*row 1, 'soon'.*to_datetime"),
@@ -196,7 +196,7 @@ class TestReadInteractions:
             read_interactions(table(), feedback_columns=["like"])
 
     def test_colliding_column(self):
-        with pytest.raises(DataError, match="'item_id' would stand beside"):
+        with pytest.raises(DataError, match="'item_id' conflicts with"):
             read_interactions(table(movie=[1, 2, 3]), item_column="movie")
         assert len(read_interactions(table(movie=[1, 2, 3]), item_column="movie", feedback_columns=[])) == 3
 
@@ -211,7 +211,7 @@ class TestReadInteractions:
             (write_csv(tmp_path, "{not json\n", "bad.jsonl"), "cannot be read as jsonl"),
             (write_csv(tmp_path, "PAR?", "bad.parquet"), "cannot be read as parquet"),
             (table().iloc[:0], "no rows"),
-            (pd.concat([table(), table()["item_id"]], axis=1), "'item_id' stands more than once"),
+            (pd.concat([table(), table()["item_id"]], axis=1), "'item_id' occurs more than once"),
             ({"user_id": [1]}, "cannot read a table from dict"),
             (datasets.DatasetDict(train=datasets.Dataset.from_pandas(table())), "one split"),
         ]
@@ -257,7 +257,7 @@ class TestReadItems:
     @pytest.mark.parametrize(
         ("ids", "message"),
         [
-            ([1, 2, 1, 2], r"'item_id': 2 of 4 rows repeat an earlier item id \(first: row 2, 1\)"),
+            ([1, 2, 1, 2], r"'item_id': 2 of 4 rows duplicate an earlier item id \(first: row 2, 1\)"),
             ([1, None, 2, 3], "1 of 4 ids are null"),
             ([1, "a", 2, 3], "mixed types"),
         ],
@@ -269,7 +269,7 @@ class TestReadItems:
     @pytest.mark.parametrize(
         ("embeddings", "message"),
         [
-            (np.array([[1.0], [np.nan], [np.inf]]), r"2 of 3 rows hold NaN or infinity \(first: item 'b'\)"),
+            (np.array([[1.0], [np.nan], [np.inf]]), r"2 of 3 rows contain NaN or infinity \(first: item 'b'\)"),
             (np.ones((2, 4)), "2 rows for 3 items"),
             (np.ones(3), r"got shape \(3,\)"),
             (np.array([["x"]] * 3), "real numbers"),
@@ -282,11 +282,11 @@ class TestReadItems:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0]], "2 of 3 embeddings .*item 'b' has 1 numbers, expected 2"),
-            ([[1.0], None, [2.0]], "item 'b' has no list"),
+            ([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0]], "2 of 3 embeddings .*item 'b': 1 numbers, expected 2"),
+            ([[1.0], None, [2.0]], "item 'b': not a list"),
             ([[], [], []], "expected one number or more"),
             ([["x"], ["y"], ["z"]], "lists of numbers"),
-            ([[1.0], [np.nan], [2.0]], "1 of 3 rows hold NaN"),
+            ([[1.0], [np.nan], [2.0]], "1 of 3 rows contain NaN"),
         ],
     )
     def test_bad_lists(self, rows, message):
@@ -299,7 +299,7 @@ class TestReadItems:
         for path in (tmp_path / "o.npy", tmp_path / "none.npy"):
             with pytest.raises(DataError, match=r"cannot be read as .npy"):
                 read_items(frame, embeddings=path)
-        with pytest.raises(DataError, match="Give one"):
+        with pytest.raises(DataError, match="Pass only one"):
             read_items(frame, embedding_column="e", embeddings=np.ones((1, 1)))
 
     def test_select_names_the_missing(self):

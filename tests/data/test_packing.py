@@ -72,15 +72,15 @@ def test_windows_are_cut_to_max_history_and_prefixes_refused():
     codes = PROCESSOR([["m4", "m5", "m6", "m7", "m8"]])["input_ids"][0]
     assert torch.equal(batch["input_ids"][0, :20], codes)
     prefixes = Dataset.from_list([{"history": long["history"], "sessions": [["m1"]], "history_lengths": [9]}])
-    with pytest.raises(ValueError, match=r"up to 9 items, but the processor's max_history is 5.*prefix_examples"):
+    with pytest.raises(ValueError, match=r"up to 9 items exceed the processor's max_history of 5.*prefix_examples"):
         PackedDataset(prefixes, 16, max_history=5)
     uneven = {"history": long["history"], "sessions": [["m1"], ["m2"]], "history_lengths": [3, 9]}
-    with pytest.raises(ValueError, match="history of 9 items, but the processor's max_history is 5"):
+    with pytest.raises(ValueError, match="history of 9 items exceed the processor's max_history of 5"):
         PackedDataCollator(PROCESSOR, encoder_is_causal=True)([uneven])
 
 
 def test_what_cannot_be_packed():
-    with pytest.raises(ValueError, match="no example to pack"):
+    with pytest.raises(ValueError, match="to pack has no examples"):
         PackedDataset(Dataset.from_list([{"history": ["m1"], "session": ["m2"]}]).select([]), 4)
     with pytest.raises(
         ValueError, match="2 rows of up to 1 history items and 1 sessions do not fit into a batch of 1 rows"

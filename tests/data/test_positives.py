@@ -46,7 +46,7 @@ def test_parse_refuses_two_thresholds():
         ({"follow": 1}, "no column 'follow' among: item_id, rating, like"),
         (
             {"rating": 6, "item_id": 9},
-            r"none of 4 rows has rating >= 6 or item_id >= 9 \(seen: rating at most 5.0, item_id at most 4\)",
+            r"none of 4 rows has rating >= 6 or item_id >= 9 \(found: rating at most 5.0, item_id at most 4\)",
         ),
     ],
 )

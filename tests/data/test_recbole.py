@@ -135,29 +135,29 @@ class TestRead:
                 "user_id:token\titem_id:int\n",
                 "field 2 of the header, 'item_id:int', has the unknown type 'int'. Use one of token, token_seq",
             ),
-            ("a:token\ta:float\n", "column 'a' stands more than once"),
+            ("a:token\ta:float\n", "column 'a' occurs more than once"),
             (INTER.split("\n")[0], "no rows"),
             (
                 INTER + "1\t2\t3\n1\t2\n",
-                r"2 of 4 lines have another number of fields than the header's 4 \(first: line 4 has 3\)",
+                r"2 of 4 lines do not have 4 fields like the header \(first: line 4 has 3\)",
             ),
             (INTER + "1\t2\t3\t4\t5\n", "line 4 has 5"),
             (INTER + "\n" + "1\t2\t3\t4\n", "line 4 has 0"),
             (
                 INTER + "1\t2\tgood\t4\n",
-                r"column 'rating:float': 1 of 3 values are no numbers \(first: line 4, 'good'\)",
+                r"column 'rating:float': 1 of 3 values are not numbers \(first: line 4, 'good'\)",
             ),
             (
                 INTER.replace("3\t8", "True\t8").replace("3.5", "False"),
-                "2 of 2 values are no numbers .*line 2, 'True'",
+                "2 of 2 values are not numbers .*line 2, 'True'",
             ),
             (
                 "a:token\tv:float_seq\n1\t1 2\n2\t1 x\n",
-                r"column 'v:float_seq': 1 of 2 values are no numbers \(first: line 3, '1 x'\)",
+                r"column 'v:float_seq': 1 of 2 values are not numbers \(first: line 3, '1 x'\)",
             ),
             (INTER + "\t2\t3\t4\n", r"'user_id': 1 of 3 ids are null \(first: row 2"),
             ("user_id:token\titem_id:token\n1\t2\n", "no column 'timestamp'"),
-            (b"user_id:token\n\xff\n", "is no UTF-8 text"),
+            (b"user_id:token\n\xff\n", "not valid UTF-8"),
         ],
     )
     def test_refuses(self, tmp_path, text, words):
@@ -279,17 +279,17 @@ class TestWrite:
         [
             (
                 {"user_id": ["a\tb"]},
-                r"'user_id': 1 of 1 ids would not come through RecBole's reader \(first: 'a\\tb'\)",
+                r"'user_id': 1 of 1 ids would be misread by RecBole \(first: 'a\\tb'\)",
             ),
             ({"item_id": ["a\nb"]}, "'item_id': 1 of 1 ids"),
-            ({"item_id": ['"a']}, "a quote at the start"),
+            ({"item_id": ['"a']}, "a leading quote"),
             ({"user_id": ["NA"]}, "first: 'NA'"),
             ({"user_id": [None]}, "1 of 1 ids are null"),
-            ({"a:b": [1]}, "'a:b' cannot name a column"),
-            ({"a\tb": [1]}, "cannot name a column"),
-            ({"x": [{}]}, r"column 'x': no type of an atomic file fits its values \(dtype object\)"),
-            ({"x": [[1, "a"]]}, "column 'x': no type"),
-            ({"x": pd.to_datetime(["2020-01-01"])}, "column 'x': no type .*datetime64"),
+            ({"a:b": [1]}, "'a:b' is not a valid column name"),
+            ({"a\tb": [1]}, "is not a valid column name"),
+            ({"x": [{}]}, r"column 'x': its values match no type of an atomic file \(dtype object\)"),
+            ({"x": [[1, "a"]]}, "column 'x': its values match no type"),
+            ({"x": pd.to_datetime(["2020-01-01"])}, "column 'x': its values match no type .*datetime64"),
         ],
     )
     def test_refuses(self, tmp_path, columns, words):
@@ -300,7 +300,7 @@ class TestWrite:
 
     @pytest.mark.parametrize("word", sorted(STR_NA_VALUES))
     def test_refuses_ids_that_recbole_takes_as_missing(self, tmp_path, word):
-        with pytest.raises(DataError, match="would not come through RecBole's reader"):
+        with pytest.raises(DataError, match="would be misread by RecBole"):
             write_recbole(pd.DataFrame({"user_id": [word], "item_id": ["i"], "timestamp": [1]}), tmp_path, "x")
 
     def test_refuses_tables(self, tmp_path):

@@ -60,7 +60,7 @@ def test_k_core(rows, min_user, min_item, iterative):
         assert as_dict(core) == expected
         assert core.offsets[-1] == len(core.item_ids) == len(core.timestamps)
     else:
-        with pytest.raises(DataError, match="filtering leaves nothing of"):
+        with pytest.raises(DataError, match="filtering removes all"):
             sequences.k_core(min_user, min_item, iterative)
 
 

@@ -55,12 +55,12 @@ def test_session_ids_are_kept_and_belong_to_their_user():
 
 
 def test_refuses():
-    with pytest.raises(DataError, match=r"no session_id: give gap_seconds.*per-user windows"):
+    with pytest.raises(DataError, match=r"no column 'session_id'. Pass gap_seconds.*per-user windows"):
         find_sessions(ROWS, SessionCriteria())
     with pytest.raises(DataError, match="no column 'forward' among"):
         find_sessions(ROWS, SessionCriteria(require_interaction_columns=("forward",)), 50)
     with pytest.raises(
-        DataError, match="none of 3 meets every criterion: 2 miss 'at least 3 views'; 2 miss 'watch_time above 20'"
+        DataError, match="none of 3 meets all criteria: 2 miss 'at least 3 views'; 2 miss 'watch_time above 20'"
     ):
         find_sessions(ROWS, SessionCriteria(min_views=3, min_watch_time=20), 50)
     with pytest.raises(DataError, match="2 miss 'a row with like'"):

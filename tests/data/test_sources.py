@@ -76,11 +76,11 @@ def test_kuairand_pure(data_folder):
 
 def test_unknown_and_missing(tmp_path):
     with pytest.raises(
-        DataError, match=r"Known: movielens, movielens-small, amazon-beauty, kuairand-pure; .*load_files"
+        DataError, match=r"Choose one of movielens, movielens-small, amazon-beauty, kuairand-pure; .*load_files"
     ):
         load_source("netflix")
     for name in SOURCES[1:]:
-        with pytest.raises(DataError, match=rf"{name}.*no folder was given.* with .*parquet"):
+        with pytest.raises(DataError, match=rf"{name}.*no folder given.* with .*parquet"):
             load_source(name)
     with pytest.raises(DataError, match=r"lacks ratings.parquet, movies.parquet"):
         load_source("movielens-small", tmp_path)

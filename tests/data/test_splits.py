@@ -55,7 +55,7 @@ def test_leave_one_out(lengths, session_length, stride, min_length):
 def test_leave_one_out_refuses():
     with pytest.raises(DataError, match=r"none of 2 users has 3 items \(the longest sequence has 2\)"):
         leave_one_out(UserSequences.from_interactions(frame([2, 1])))
-    with pytest.raises(DataError, match="none of 1 users keeps two items"):
+    with pytest.raises(DataError, match="none of 1 users has two items"):
         leave_one_out(UserSequences.from_interactions(frame([3])))
     with pytest.raises(ValueError, match="at least 3"):
         leave_one_out(UserSequences.from_interactions(frame([5])), min_length=2)
@@ -109,5 +109,5 @@ def test_temporal_split_refuses():
             temporal_split(rows, start, end)
     with pytest.raises(DataError, match="no user has items both in the validation period"):
         temporal_split(rows, 4, 8)
-    with pytest.raises(DataError, match="keeps two items for training"):
+    with pytest.raises(DataError, match="has two items left for training"):
         temporal_split(rows, 1, 8)

@@ -74,7 +74,7 @@ def test_pairs_come_as_often_as_they_cooccur(lists, window):
     arrays = [np.array(items) for items in lists]
     counts = np.triu(cooccurrence(arrays, 7, window).toarray(), k=1)
     if not counts.any():
-        with pytest.raises(ValueError, match="no two items stand together"):
+        with pytest.raises(ValueError, match="no two items co-occur"):
             cooccurring_pairs(arrays, 7, window=window, max_pairs=10)
         return
     pairs = cooccurring_pairs(arrays, 7, window=window, max_pairs=40_000, seed=1)
@@ -155,10 +155,10 @@ def test_a_seed_decides_and_the_callers_random_state_stays():
 
 def test_refusals():
     content, _, pairs = behaving_items()
-    with pytest.raises(ValueError, match="pairs name rows 0 to 120, but there are embeddings for rows 0 to 119"):
+    with pytest.raises(ValueError, match="pairs hold item indices 0 to 120, but the embeddings have rows 0 to 119"):
         align_embeddings(content, np.array([[0, 120]]))
     with pytest.raises(ValueError, match=r"pairs must be \(P, 2\).*got shape \(0, 2\)"):
         align_embeddings(content, np.zeros((0, 2), dtype=np.int64))
     content[7, 2] = np.inf
-    with pytest.raises(ValueError, match=r"1 of 120 rows hold NaN or infinite values \(first: row 7\)"):
+    with pytest.raises(ValueError, match=r"1 of 120 rows contain NaN or infinite values \(first: row 7\)"):
         align_embeddings(content, pairs)

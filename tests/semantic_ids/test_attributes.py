@@ -37,5 +37,5 @@ def test_the_seed_decides_the_fingerprint():
 def test_bad_attributes_get_one_clear_error():
     with pytest.raises(ValueError, match=r"1 of 4 durations are negative or not finite \(first: row 2, nan\)"):
         attribute_embeddings(TAGS, AUTHORS, TYPES, [1, 2, float("nan"), 3])
-    with pytest.raises(ValueError, match="unequal length: 4 tags, 3 authors"):
+    with pytest.raises(ValueError, match="unequal lengths: 4 tags, 3 authors"):
         attribute_embeddings(TAGS, AUTHORS[:3], TYPES, DURATIONS)

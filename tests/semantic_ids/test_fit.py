@@ -62,7 +62,7 @@ def test_new_items_without_room_are_refused():
     with pytest.raises(ValueError, match=r"items share the prefix .* only 0 codes"):
         extend_catalogue(fitted.catalogue, fitted.quantizer, [8], np.array([[9.0]]))
     other = fit_semantic_ids(range(8), np.arange(8.0)[:, None], [2, 8])
-    with pytest.raises(ValueError, match=r"codebooks of \[2, 8\], the catalogue of \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"codebook sizes \[2, 8\], the catalogue \[2, 4\]"):
         extend_catalogue(fitted.catalogue, other.quantizer, [8], np.array([[9.0]]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         extend_catalogue(fitted.catalogue, fitted.quantizer, [8], np.array([[np.nan]]))
@@ -82,7 +82,7 @@ def test_identical_items_still_get_ids_of_their_own():
 @pytest.mark.parametrize(
     ("ids", "vectors", "sizes", "words"),
     [
-        (IDS, VECTORS[:5], [4], "a row for each of 120 items"),
+        (IDS, VECTORS[:5], [4], "one row for each of 120 items"),
         (IDS, np.where(np.arange(120)[:, None] == 7, np.nan, VECTORS), [4, 4, 9], "1 of 120 items.*'item-7'"),
         (IDS, VECTORS, [256, 4], "fewer items than codes: 120 items cannot fill"),
         (IDS, VECTORS, [2, 2, 2], "items share the prefix"),

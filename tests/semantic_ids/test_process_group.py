@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf.semantic_ids import BalancedKMeans, Ranks, ResidualQuantizer, add_digit, fit_semantic_ids, make_unique
-from onerec_hf.semantic_ids.balanced_assignment import staying, staying_of
+from onerec_hf.semantic_ids.balanced_assignment import accepted, accepted_over_ranks
 from onerec_hf.semantic_ids.embeddings import fingerprint_of
-from onerec_hf.semantic_ids.process_group import ALONE, Alone
+from onerec_hf.semantic_ids.process_group import SINGLE_PROCESS, SingleProcess
 from onerec_hf.semantic_ids.unique_codes import add_digit_over, make_unique_over
 from tests.ranks import on_ranks
 from tests.rounding import assert_close
@@ -70,7 +70,7 @@ def stays_over_ranks(cases):
     ranks, answers = Ranks(), []
     for choice, regret, room, bounds in cases:
         mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
-        stays, left = staying_of(ranks, choice[mine], regret[mine], room)
+        stays, left = accepted_over_ranks(ranks, choice[mine], regret[mine], room)
         answers.append((stays.numpy(), left.numpy()))
     return answers
 
@@ -89,7 +89,7 @@ def test_thresholds_of_counts_choose_whom_sorting_would_choose():
         cases.append((choice, regret, room, bounds))
     found = on_ranks(3, stays_over_ranks, cases)
     for number, (choice, regret, room, _) in enumerate(cases):
-        wanted = staying(choice, regret, room)
+        wanted = accepted(choice, regret, room)
         theirs = np.concatenate([answers[number][0] for answers in found])
         assert np.array_equal(theirs, wanted.numpy()), cases[number]
         for answers in found:
@@ -207,9 +207,9 @@ BAD = np.where(np.arange(60)[:, None] == 50, np.nan, clustered(60, 4).numpy())
         (BAD, [4, 4, 9], {}, r"1 of 30 items have NaN or infinite embeddings \(first: item 50\)"),
         (clustered(60, 4).numpy(), [64, 4], {}, "fewer items than codes: 60 items cannot fill 64"),
         (clustered(60, 4).numpy(), [2, 2, 2], {}, "items share the prefix"),
-        (clustered(60, 4).numpy(), [4, 4], {"method": "rq-vae"}, "'rq-vae' is fitted by one process"),
-        (clustered(60, 4).numpy(), [4, 4], {"method": "kmeans"}, 'over ranks there is "balanced"'),
-        (clustered(60, 4).numpy(), [4, 4], {"assignment": "greedy"}, 'over ranks there is "optimal"'),
+        (clustered(60, 4).numpy(), [4, 4], {"method": "rq-vae"}, "'rq-vae' does not support distributed fitting"),
+        (clustered(60, 4).numpy(), [4, 4], {"method": "kmeans"}, 'use clustering "balanced" in distributed'),
+        (clustered(60, 4).numpy(), [4, 4], {"assignment": "greedy"}, 'use assignment="optimal" in distributed'),
     ],
 )
 def test_every_rank_refuses_what_one_cannot_use(vectors, sizes, options, words):
@@ -241,12 +241,12 @@ def test_shares_cover_all_rows_once(count, size):
     rows = list(range(count))
     shares = []
     for rank in range(size):
-        ranks = Alone()
+        ranks = SingleProcess()
         ranks.rank, ranks.size = rank, size
         shares.append(rows[ranks.share(count)])
     assert [row for share in shares for row in share] == rows
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert ALONE.share(count) == slice(0, count)
+    assert SINGLE_PROCESS.share(count) == slice(0, count)
 
 
 def test_ranks_need_torch_distributed():

@@ -36,7 +36,7 @@ def test_table_names_method_levels_and_collisions(fitted):
     assert lines[1].split()[:3] == ["balanced", "1", "5"]
     assert f"{fitted.report.collisions} collisions among 150 items, resolved by moving" in lines[-1]
     extra = fit_semantic_ids(range(150), VECTORS, [5, 6], on_collision="extra-digit").report
-    assert f"resolved by a level of {extra.extra_digit} codes more" in extra.table()
+    assert f"resolved by an additional level of {extra.extra_digit} codes" in extra.table()
 
 
 def test_methods_stand_side_by_side_in_table_and_picture(fitted, tmp_path):

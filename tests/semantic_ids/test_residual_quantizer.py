@@ -88,7 +88,7 @@ def test_refuses_damaged_and_other_files(tmp_path):
     with pytest.raises(ValueError, match="damaged or cut short"):
         Quantizer.load(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"holds no codebooks of a quantiser .its tensors: weight"):
+    with pytest.raises(ValueError, match=r"is not a saved quantiser .its tensors: weight"):
         Quantizer.load(path)
     save_file({"codebook.0": torch.zeros(2, 2)}, path, metadata={"format": "onerec-quantizer", "version": "9"})
     with pytest.raises(ValueError, match=r"quantiser version 9.*update onerec_hf"):
@@ -100,7 +100,7 @@ def test_refuses_damaged_and_other_files(tmp_path):
     [
         (lambda: ResidualQuantizer([]), "at least one level"),
         (lambda: ResidualQuantizer([4], clustering="fuzzy"), "clustering must be"),
-        (lambda: make_quantizer("pq", [4]), "unknown quantiser 'pq'; there are balanced, kmeans, rq-vae"),
+        (lambda: make_quantizer("pq", [4]), "unknown quantiser 'pq'; choose one of balanced, kmeans, rq-vae"),
         (lambda: ResidualQuantizer([4, 300]).fit(POINTS), "fewer items than codes: 203 items"),
     ],
 )

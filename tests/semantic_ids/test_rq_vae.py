@@ -242,7 +242,7 @@ def test_made_by_name():
 def test_refusals():
     points = grouped_points(30)
     points[[4, 9], 2] = float("nan")
-    with pytest.raises(ValueError, match=r"2 of 30 rows hold NaN or infinite values \(first: row 4\)"):
+    with pytest.raises(ValueError, match=r"2 of 30 rows contain NaN or infinite values \(first: row 4\)"):
         RQVAEQuantizer([8]).fit(points)
     with pytest.raises(ValueError, match="fewer items than codes: 7 items cannot fill 8 clusters"):
         RQVAEQuantizer([4, 8]).fit(grouped_points(7))
@@ -250,7 +250,7 @@ def test_refusals():
         RQVAEQuantizer([4]).fit(torch.zeros(5))
     with pytest.raises(ValueError, match="at least one level"):
         RQVAEQuantizer([])
-    with pytest.raises(ValueError, match="every size must be at least 1"):
+    with pytest.raises(ValueError, match="all sizes must be at least 1"):
         RQVAEQuantizer([4], hidden_sizes=[0])
     with pytest.raises(ValueError, match="warmup_epochs=5 of epochs=5"):
         RQVAEQuantizer([4], epochs=5)

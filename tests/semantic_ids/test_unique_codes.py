@@ -56,7 +56,7 @@ def test_only_allowed_codes_are_given(seed, count, last):
     allowed = by_prefix[upper.squeeze(1)]
     crowded = any(int((upper == k).sum()) > int(by_prefix[k].sum()) for k in upper.flatten().tolist())
     if crowded:
-        with pytest.raises(ValueError, match="to tell them apart"):
+        with pytest.raises(ValueError, match="to distinguish them"):
             make_unique(codes, residuals, codebook, allowed)
         return
     result = make_unique(codes, residuals, codebook, allowed)

@@ -1,1 +1,1 @@
-"""Impressions and graded feedback: what a reward model learns from."""
+"""Impressions with feedback: training data of the reward model."""

@@ -1,4 +1,4 @@
-"""Collator of the reward model: labelled sessions of item ids to padded inputs."""
+"""Data collator of the reward model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class RewardDataCollator:
     Batches examples with the columns `history`, `session` and, for training, `labels` (a number in [0, 1] or None per objective).
 
     Args:
-        items: the reward model's.
-        max_history: latest items of a history to keep; all when not given.
+        items: the reward model's items.
+        max_history: history items to keep, the latest ones (default: all).
 
     Returns:
-        What `RewardItems.encode` gives, and `labels` (sessions, objectives) float32 with -100 where a label is missing.
+        The tensors of `RewardItems.encode`, and `labels` (sessions, objectives) float32 with -100 for missing labels.
 
     Example:
         >>> from onerec_hf import RewardItems

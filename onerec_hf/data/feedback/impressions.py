@@ -1,4 +1,4 @@
-"""A table of impressions with feedback as data for a reward model: histories, then labelled windows, split by time."""
+"""Reward model data from a table of impressions: histories and labelled windows, split by time."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def load_impressions(
     timestamp_column: str = "timestamp",
 ) -> SessionFeedback:
     """
-    Impressions before `history_end` are the users' histories; those after it are cut into windows of 5 to 10 and labelled with the rate of
-    every objective in them, see `feedback_windows`. A window lies inside one of three periods: training, validation, test.
+    Impressions before `history_end` form the users' histories. Later impressions are cut into windows of `min_items` to `max_items`, labelled
+    with the rate of every objective, see `feedback_windows`. Each window lies inside one of three periods: training, validation, test.
 
     Args:
-        source: path of a table, a DataFrame or a `datasets.Dataset`, a row per impression.
-        objectives: name of the objective -> column with numbers in [0, 1], null where unknown.
-        history_end, validation_start, test_start: instants in the unit of the timestamps; a period begins with its instant.
-        items: what is known of the items; one row per id of the table when not given.
-        history_objective: only impressions above 0 in this objective enter histories; all when not given.
-        min_items, max_items: impressions of a window.
-        max_history: latest items of a history.
+        source: path of a table, a DataFrame or a `datasets.Dataset`, one row per impression.
+        objectives: objective name -> column with numbers in [0, 1], null if unknown.
+        history_end, validation_start, test_start: times in the unit of the timestamps; each starts its period (inclusive).
+        items: the item table (default: one row per item id of `source`).
+        history_objective: only impressions above 0 in this objective enter histories (default: all).
+        min_items, max_items: impressions per window.
+        max_history: history items to keep, the latest ones.
 
     Raises:
-        DataError: bad columns or values, instants out of order, a period without windows, an impression of an item that `items` lacks.
+        DataError: invalid columns or values, times out of order, a period without windows, an impression of an item missing in `items`.
 
     Example:
         >>> table = pd.DataFrame({"user_id": [1] * 8, "item_id": range(8), "timestamp": range(8), "like": [0, 1] * 4})
@@ -57,13 +57,15 @@ def load_impressions(
         {'user_id': 1, 'history': [0, 1], 'session': [2, 3], 'labels': [0.5]}
     """
     if not objectives:
-        raise DataError("impressions: name at least one objective, e.g. objectives={'ltr': 'like'}.")
+        raise DataError("impressions: no objectives given. Name at least one, e.g. objectives={'ltr': 'like'}.")
     if not history_end < validation_start < test_start:
         raise DataError(
-            f"impressions: history_end={history_end}, validation_start={validation_start} and test_start={test_start} must follow each other."
+            f"impressions: history_end={history_end}, validation_start={validation_start} and test_start={test_start} are not in ascending order. Reorder them."
         )
     if history_objective is not None and history_objective not in objectives:
-        raise DataError(f"impressions: history_objective={history_objective!r} is none of {sorted(objectives)}.")
+        raise DataError(
+            f"impressions: history_objective={history_objective!r} is unknown. Choose one of {sorted(objectives)}."
+        )
     log = read_interactions(
         source,
         user_column=user_column,
@@ -72,7 +74,7 @@ def load_impressions(
         feedback_columns=sorted(set(objectives.values())),
     )
     items = read_items(pd.DataFrame({"item_id": np.unique(log["item_id"].to_numpy())})) if items is None else items
-    items.select(pd.unique(log["item_id"].to_numpy()))  # raises where an impression has no item
+    items.select(pd.unique(log["item_id"].to_numpy()))  # raises if an impression's item is missing
     times = log["timestamp"].to_numpy()
     past: Any = log[times < history_end]
     if history_objective is not None:
@@ -88,7 +90,7 @@ def load_impressions(
         if not within.any():
             raise DataError(
                 f"impressions: no {name} rows among timestamps {times.min()} to {times.max()} with history_end={history_end}, "
-                f"validation_start={validation_start}, test_start={test_start}. Move them."
+                f"validation_start={validation_start}, test_start={test_start}. Change these times."
             )
         period: Any = log[within]
         parts[name] = feedback_windows(period, objectives, histories, min_items, max_items)

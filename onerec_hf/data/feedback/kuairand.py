@@ -1,4 +1,4 @@
-"""KuaiRand-Pure as data for a reward model: labelled windows split by days, histories from before them, and item attributes."""
+"""Reward model data from KuaiRand-Pure: labelled windows split by day, earlier histories, and item attributes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ _HISTORIES = ("long_watch_seq", "watch_seq", "like_seq")
 @dataclass(frozen=True, eq=False)
 class SessionFeedback:
     """
-    What a reward model is trained and judged on.
+    Training and evaluation data of a reward model.
 
     Args:
         train, validation, test: columns `user_id`, `history`, `session`, `labels` (see `feedback_windows`).
         objectives: names of the labels, in order.
-        items: `item_id` and attributes: `tags`, `author`, `type`, `duration_ms`.
-        train_sequences: item ids per user in time order, from before the validation days: for co-watching embeddings that know nothing of
-            held-out days.
+        items: `item_id` and the attributes `tags`, `author`, `type`, `duration_ms`.
+        train_sequences: item ids per user in time order, before the validation days, for co-occurrence embeddings without leakage.
         description: protocol and licence, for model cards.
     """
 
@@ -50,7 +49,7 @@ class SessionFeedback:
 
 def label_matrix(windows: datasets.Dataset) -> np.ndarray:
     """
-    (windows, objectives) float64 labels, NaN where null.
+    (windows, objectives) float64 labels, NaN for null.
 
     Example:
         >>> from datasets import Dataset
@@ -70,19 +69,19 @@ def load_kuairand_feedback(
 ) -> SessionFeedback:
     """
     The standard log of 2022-04-25 to 05-08 as windows of impressions with the paper's four objectives, each a rate in [0, 1] over the window:
-    `swt` (mean rank of play time among training impressions of videos about as long, see `WatchTimeScale`), `vtr` (long_view), `wtr` (follow) and
-    `ltr` (like). Exact duplicate rows are dropped. A window lies inside one of the three periods; the history is what the user watched before
+    `swt` (mean rank of the play time among training impressions of similar duration, see `WatchTimeScale`), `vtr` (long_view), `wtr` (follow)
+    and `ltr` (like). Exact duplicate rows are dropped. Each window lies inside one of the three periods. The history holds videos from before
     2022-04-25.
 
     Args:
-        folder: holds log_standard_4_25_to_5_08_pure.parquet, history_4_08_to_4_24_pure.parquet and video_features_basic_pure.parquet.
-        validation_start, test_start: first day of each period, as the log's `date` (20220503).
-        history: "long_watch_seq" (videos watched to their end or for 18 seconds: the history that a generator continues), "watch_seq"
-            (every video shown) or "like_seq"; at most 50 items, of at most the latest 50.
-        min_items, max_items: impressions of a window.
+        folder: folder with log_standard_4_25_to_5_08_pure.parquet, history_4_08_to_4_24_pure.parquet and video_features_basic_pure.parquet.
+        validation_start, test_start: first day of each period, as in the log's `date` (20220503).
+        history: "long_watch_seq" (videos watched to the end or for 18 seconds, like the generator's histories), "watch_seq"
+            (all shown videos) or "like_seq"; at most the latest 50 items.
+        min_items, max_items: impressions per window.
 
     Raises:
-        DataError: missing files, columns or videos, bad values, or a period without windows.
+        DataError: missing files, columns or videos, invalid values, or a period without windows.
 
     Example:
         >>> feedback = load_kuairand_feedback("kuairand_pure")  # doctest: +SKIP
@@ -125,7 +124,7 @@ def load_kuairand_feedback(
         if not within.any():
             raise DataError(
                 f"column 'date': no {name} day among {dates.min()} to {dates.max()} with validation_start={validation_start} and "
-                f"test_start={test_start}. Move them."
+                f"test_start={test_start}. Change these dates."
             )
     training: Any = log[periods["training"]]
     scale = WatchTimeScale.fit(training["play_time_ms"], training["duration_ms"])
@@ -135,7 +134,7 @@ def load_kuairand_feedback(
     parts: list[Any] = [log[within] for within in periods.values()]
     train, validation, test = (feedback_windows(part, objectives, histories, min_items, max_items) for part in parts)
     items = read_items(_attributes(videos), text_columns=["tags", "author", "type", "duration_ms"])
-    items.select(pd.unique(log["item_id"].to_numpy()))  # raises where a video has no row
+    items.select(pd.unique(log["item_id"].to_numpy()))  # raises if a video has no row
     description = (
         f"KuaiRand-Pure, standard log 2022-04-25 to 05-08 ({len(log):,} impressions; {total - len(log):,} exact duplicate rows dropped). "
         f"Per-user windows of {min_items} to {max_items} impressions inside each period, not logged sessions: {len(train):,} of training (before "
@@ -147,7 +146,9 @@ def load_kuairand_feedback(
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
     if not (folder / name).is_file():
-        raise DataError(f"KuaiRand feedback: {folder} lacks {name}. Give the folder of KuaiRand-Pure's Parquet files.")
+        raise DataError(
+            f"KuaiRand feedback: {folder} lacks {name}. Pass the folder with KuaiRand-Pure's Parquet files."
+        )
     return pd.read_parquet(folder / name)
 
 
@@ -165,7 +166,7 @@ def _attributes(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sequences(past: pd.DataFrame, training: pd.DataFrame) -> list[np.ndarray]:
-    """What each user was shown before the validation days, oldest first."""
+    """Videos shown to each user before the validation days, oldest first."""
     ordered = training.sort_values(["user_id", "timestamp"], kind="stable")
     groups: Any = ordered.groupby("user_id")["item_id"]
     shown: dict[int, np.ndarray] = {user: rows.to_numpy() for user, rows in groups}

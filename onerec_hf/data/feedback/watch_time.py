@@ -1,4 +1,4 @@
-"""Watch time as a label in [0, 1] that does not favour long videos: how much longer than others a video of this length was watched."""
+"""Watch time as a duration-aware label in [0, 1]: the rank among impressions of videos of similar duration."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from onerec_hf.data.columns import DataError
 @dataclass(frozen=True, eq=False)
 class WatchTimeScale:
     """
-    The rank of a play time among training impressions of videos of about the same duration.
+    The rank of a play time among training impressions of videos of similar duration.
 
     The paper (arXiv 2502.18965, section 3.3) does not say how session watch time becomes a label. Here, as in OneRec-V2's duration-aware reward
     (arXiv 2508.20900), a video of d seconds falls into the bucket `floor(log_base(d))`, and a play time t gets its mid-rank among the training
-    impressions of that bucket: the share of them that was shorter plus half the share that was equal. The mean over training impressions is 1/2 by
-    construction. Unknown durations (0) have a bucket of their own; durations below one second share the bucket of one second; an
-    unseen bucket takes the nearest one.
+    impressions of that bucket: the share of shorter play times plus half the share of equal ones. The mean over training impressions is 1/2 by
+    construction. Unknown durations (0) form a separate bucket, durations below one second use the bucket of one second, and an
+    unseen bucket uses the nearest one.
 
     Args:
         base: ratio of the longest to the shortest duration of a bucket.
-        buckets: (B,) int64 bucket numbers that training has, sorted; the unknown bucket is -1.
-        play_times: per bucket, the sorted float64 training play times.
+        buckets: (B,) int64 bucket numbers of the training data, sorted; unknown durations have -1.
+        play_times: the sorted float64 training play times of each bucket.
 
     Example:
         >>> scale = WatchTimeScale.fit(play_ms=[0, 2000, 2000, 9000, 50_000], duration_ms=[10_000] * 4 + [60_000])
@@ -38,25 +38,25 @@ class WatchTimeScale:
     @classmethod
     def fit(cls, play_ms, duration_ms, base: float = 2.0) -> WatchTimeScale:
         """
-        From training impressions.
+        Fits the scale on training impressions.
 
         Args:
             play_ms, duration_ms: (N,) milliseconds, finite and not negative.
 
         Raises:
-            DataError: no rows, or values that are negative or not finite (how many, the first).
+            DataError: no rows, or values that are negative or not finite (with their number and the first).
         """
         if base <= 1:
             raise ValueError(f"base must be larger than 1; got {base}")
         play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
         if not len(play):
-            raise DataError("watch time: there are no training impressions to rank play times among. Move the split.")
+            raise DataError("watch time: no training impressions to rank play times among. Change the split.")
         bucket = _bucket(duration, base)
         buckets = np.unique(bucket)
         return cls(base, buckets, [np.sort(play[bucket == number]) for number in buckets])
 
     def __call__(self, play_ms, duration_ms) -> np.ndarray:
-        """(N,) float64 in [0, 1]. Raises as `fit`."""
+        """(N,) float64 in [0, 1]. Raises the errors of `fit`."""
         play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
         bucket = _bucket(duration, self.base)
         nearest = np.abs(bucket[:, None] - self.buckets).argmin(1)

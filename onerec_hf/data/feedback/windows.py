@@ -1,4 +1,4 @@
-"""Impressions with feedback to labelled sessions: what a reward model learns from."""
+"""Labelled sessions from impressions with feedback."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def feedback_windows(
     max_items: int = 10,
 ) -> datasets.Dataset:
     """
-    Every user's impressions cut into consecutive windows of `min_items` to `max_items`, the fallback for data without sessions: as few
-    windows as hold them all, of lengths that differ by at most one. Users with fewer than `min_items` impressions give none.
+    Cuts every user's impressions into consecutive windows of `min_items` to `max_items`, for data without sessions. The number of windows is
+    minimal and their lengths differ by at most one. Users with fewer than `min_items` impressions have no windows.
 
     A window's label is the mean of its impressions' values, the rate of the objective in the session: the paper's reward model (arXiv
-    2502.18965, section 3.3) gives a session one number per objective and does not say how impressions make it. Impressions without a value are
-    left out of the mean; a window where none has one has a null label.
+    2502.18965, section 3.3) predicts one number per session and objective and does not say how to aggregate impressions. Impressions without a
+    value do not enter the mean. A window without any value has a null label.
 
     Args:
-        impressions: `user_id`, `item_id`, `timestamp` and the objectives' columns, sorted or not.
-        objectives: name of the objective -> column with numbers in [0, 1], null where unknown.
-        histories: user id -> item ids, oldest first; a user without one has an empty history.
-        min_items, max_items: a window's length; `max_items >= 2 * min_items - 1`, so that any number of items can be cut.
+        impressions: `user_id`, `item_id`, `timestamp` and the objectives' columns, in any order.
+        objectives: objective name -> column with numbers in [0, 1], null if unknown.
+        histories: user id -> item ids, oldest first. Missing users have an empty history.
+        min_items, max_items: length of a window; `max_items >= 2 * min_items - 1`, so that any number of items can be divided.
 
     Returns:
-        columns `user_id`, `history`, `session` (lists of ids) and `labels` (one float or null per objective, in their order); users sorted,
-        windows in time order.
+        columns `user_id`, `history`, `session` (lists of ids) and `labels` (one float or null per objective, in their order), sorted by user
+        and time.
 
     Raises:
-        DataError: missing columns, null ids, values outside [0, 1] or not numeric (column, count, first row), or no user with enough
+        DataError: missing columns, null ids, values that are not numbers in [0, 1] (column, count, first row), or no user with enough
             impressions.
 
     Example:
@@ -53,7 +53,7 @@ def feedback_windows(
     if not 1 <= min_items <= max_items or max_items < 2 * min_items - 1:
         raise ValueError(
             f"min_items={min_items} and max_items={max_items}: max_items must be at least 2 * min_items - 1, so that any number of items can be "
-            "cut into windows"
+            "divided into windows"
         )
     require_columns(impressions, ["user_id", "item_id", "timestamp", *objectives.values()], "impressions")
     values = np.stack([_unit_interval(impressions, column) for column in objectives.values()], axis=1)
@@ -64,21 +64,21 @@ def feedback_windows(
     owners, starts, stops = window_slices(counts, min_items, max_items)
     if not len(owners):
         raise DataError(
-            f"impressions: none of {len(user_ids):,} users has {min_items} impressions (the most is {counts.max(initial=0)}). Lower min_items, or "
-            "make the period longer."
+            f"impressions: none of {len(user_ids):,} users has {min_items} impressions (at most {counts.max(initial=0)}). Lower min_items, or "
+            "extend the period."
         )
     users = np.asarray(user_ids)[owners]
     given = [[] if histories is None else histories.get(user, []) for user in users.tolist()]
-    made = examples(users, _flat(given, items.dtype), (items[order], starts, stops))
+    windows = examples(users, _flat(given, items.dtype), (items[order], starts, stops))
     labels = _window_means(values[order], starts, stops)
     flat = pa.array(labels.ravel(), type=pa.float32(), mask=np.isnan(labels).ravel())
     offsets = pa.array(np.arange(len(labels) + 1) * len(objectives), type=pa.int32())
-    return made.add_column("labels", pa.ListArray.from_arrays(offsets, flat))  # type: ignore[arg-type]
+    return windows.add_column("labels", pa.ListArray.from_arrays(offsets, flat))  # type: ignore[arg-type]
 
 
 def window_slices(counts: np.ndarray, min_items: int, max_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    (W,) owners, starts and stops of the windows of consecutive runs of these lengths.
+    (W,) owners, starts and stops of windows over consecutive runs of the given lengths.
 
     Example:
         >>> [part.tolist() for part in window_slices(np.array([2, 7, 3]), min_items=3, max_items=5)]
@@ -103,14 +103,14 @@ def _unit_interval(impressions: pd.DataFrame, column: str) -> np.ndarray:
     bad = (values < 0) | (values > 1)
     if bad.any():
         raise DataError(
-            f"column {column!r}: {bad.sum():,} of {len(values):,} values lie outside [0, 1] (first: row {int(bad.argmax())}, "
-            f"{values[bad.argmax()].item()!r}). Scale them, e.g. watch times with WatchTimeScale; leave unknown ones null."
+            f"column {column!r}: {bad.sum():,} of {len(values):,} values are outside [0, 1] (first: row {int(bad.argmax())}, "
+            f"{values[bad.argmax()].item()!r}). Scale them, e.g. watch times with WatchTimeScale, and set unknown values to null."
         )
     return values
 
 
 def _window_means(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """(W, K) float32 means of the known values in each window; NaN where there is none."""
+    """(W, K) float32 means of the known values in each window, NaN without any."""
     known = ~np.isnan(values)
     sums, counts = (
         np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(part, axis=0)])
@@ -118,7 +118,7 @@ def _window_means(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> 
     )
     total, count = sums[stops] - sums[starts], counts[stops] - counts[starts]
     mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return np.clip(mean, 0.0, 1.0).astype(np.float32)  # differences of sums may leave the interval by rounding
+    return np.clip(mean, 0.0, 1.0).astype(np.float32)  # rounding of the sums may exceed the interval
 
 
 def _flat(lists: Sequence[Sequence], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

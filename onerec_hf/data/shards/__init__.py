@@ -1,1 +1,1 @@
-"""Interactions beyond memory: written by `prepare_log` as sharded Parquet, read and streamed back."""
+"""Data larger than memory: `prepare_log` writes sharded Parquet, which is read and streamed."""

@@ -1,4 +1,4 @@
-"""One bucket of a log's users, small enough for memory: its rows in order, its training examples, its held-out targets."""
+"""One bucket of a log's users that fits into memory: sorted rows, training examples and held-out targets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExampleSettings:
     """
-    How sequences become examples; the names and meanings of `onerec-hf train`.
+    How sequences become examples. Names and meanings are those of `onerec-hf train`.
 
     Args:
-        min_item_interactions: items with fewer rows are left out.
-        session_length, max_history, stride: of the training windows.
+        min_item_interactions: items with fewer rows are dropped.
+        session_length, max_history, stride: as in `window_examples`.
         train_on: "windows" or "prefixes".
 
     Example:
@@ -45,16 +45,16 @@ class ExampleSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.train_on not in ("windows", "prefixes"):
-            raise ValueError(f"train_on {self.train_on!r}: choose windows or prefixes")
+            raise ValueError(f"train_on={self.train_on!r} is unknown; choose windows or prefixes")
 
 
 def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     """
-    A bucket's rows by user and time, rows of one instant in the order of the log, repeated rows left out.
+    Sorts a bucket's rows by user and time (equal times in the order of the log) and drops exact duplicates.
 
     Args:
-        bucket: `user`, `item`, `time`, `row`, `rest`, as [`Log.batches`] gives them.
-        integers: which of "user", "item" and "time" are whole numbers where they stand as text.
+        bucket: `user`, `item`, `time`, `row`, `rest`, as returned by [`Log.batches`].
+        integers: which of "user", "item" and "time" contain only integers, if they are text.
 
     Returns:
         columns `user` and `item`, int64 or str.
@@ -71,7 +71,7 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     if "time" in text and not integers["time"]:
         casts.append(pl.col("time").cast(pl.Float64))
     ordered = bucket.with_columns(casts).sort("user", "time", "row")
-    # Rows that repeat each other are of one user and instant, and few rows share those: only they are compared.
+    # Duplicates share user and time. Few rows do, so only those are compared.
     with_last = ((pl.col("user") == pl.col("user").shift()) & (pl.col("time") == pl.col("time").shift())).fill_null(
         False
     )
@@ -85,7 +85,7 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
 
 def sequences_of(rows: pl.DataFrame) -> UserSequences:
     """
-    The sequences of tidy rows, whose times nobody asks for any more.
+    The sequences of rows from `tidy`. Their timestamps are set to 0, since they are not needed any more.
 
     Example:
         >>> import polars as pl
@@ -103,16 +103,16 @@ def sequences_of(rows: pl.DataFrame) -> UserSequences:
 
 class BucketExamples:
     """
-    What a bucket gives: training examples in a random order, validation and test examples, training sequences.
+    The examples of a bucket: training examples in random order, validation and test examples, training sequences.
 
     Args:
-        rows: tidy rows without rare items.
+        rows: rows from `tidy`, without rare items.
         settings: how they become examples.
-        seed: of the order of the training examples.
+        seed: seed of the order of the training examples.
 
     Attributes:
-        num_train: training examples.
-        held_out: (U,) bool, which users are validated and tested on.
+        num_train: number of training examples.
+        held_out: (U,) bool mask of the users with a validation and a test target.
 
     Example:
         >>> import polars as pl
@@ -137,7 +137,7 @@ class BucketExamples:
         self._order = np.random.default_rng(seed).permutation(self.num_train)
 
     def train(self, which: slice) -> pa.Table:
-        """Those of the training examples, in their random order."""
+        """A slice of the training examples in random order."""
         chosen = self._order[which]
         if self.settings.train_on == "prefixes":
             return self._prefixes.take(pa.array(chosen))
@@ -145,15 +145,15 @@ class BucketExamples:
         return example_table(*window_slices(self.train_sequences, rows, starts, stops, self.settings.max_history))
 
     def validation(self) -> pa.Table:
-        """One example per long enough user: the item before the last one, after the whole past."""
+        """One example per held-out user: the item before the last one, with everything before it as history."""
         return example_table(*last_item_slices(self.sequences, self.held_out, before_end=1))
 
     def test(self) -> pa.Table:
-        """One example per long enough user: the last item, after the whole past."""
+        """One example per held-out user: the last item, with everything before it as history."""
         return example_table(*last_item_slices(self.sequences, self.held_out, before_end=0))
 
     def train_items(self) -> pa.Table:
-        """`user_id` and `items`: what may be learned from, user by user."""
+        """`user_id` and `items`: the training sequences."""
         sequences = self.train_sequences
         id_type = pa.int64() if sequences.user_ids.dtype.kind == "i" else pa.string()
         users = pa.array(sequences.user_ids, type=id_type)

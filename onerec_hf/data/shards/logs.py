@@ -1,4 +1,4 @@
-"""Raw logs of any size: finding their files, reading them in batches, and checking every row under the rules of `read_interactions`."""
+"""Raw logs of any size: finds files, reads them in batches, and validates every row by the rules of `read_interactions`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 BATCH_ROWS = 1_000_000
-# How many lines of JSON say which types the columns have.
+# Number of JSON lines used to infer column types.
 _JSON_LINES = 100_000
 
 
 def import_polars():
     """
-    The module, which comes with the extra `prepare`.
+    Imports polars (extra `prepare`).
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: polars is not installed.
     """
     try:
         import polars
@@ -38,10 +38,10 @@ def import_polars():
 
 def find_log_files(source: str | Path) -> list[Path]:
     """
-    The files behind a path, a folder (all files of one kind in it and below, by name) or a pattern, in the order in which their rows count.
+    The files of a path, a folder (recursive, files of one format) or a glob pattern, sorted by name. Rows are numbered in this order.
 
     Raises:
-        DataError: nothing there, a kind of file that is not read, or several kinds together.
+        DataError: no file, an unsupported suffix, or mixed formats.
 
     Example:
         >>> import os, tempfile
@@ -53,21 +53,21 @@ def find_log_files(source: str | Path) -> list[Path]:
     """
     text, kinds = str(source), ", ".join(SUFFIXES)
     if Path(source).is_file():
-        found, asked = [Path(source)], "file"
+        found, kind = [Path(source)], "file"
     elif Path(source).is_dir():
         visible = (path for path in Path(source).rglob("*") if not path.name.startswith((".", "_")))
-        found, asked = [path for path in visible if path.suffix.lower() in SUFFIXES], "folder"
+        found, kind = [path for path in visible if path.suffix.lower() in SUFFIXES], "folder"
     else:
-        found, asked = [Path(path) for path in glob.glob(text, recursive=True) if Path(path).is_file()], "pattern"
+        found, kind = [Path(path) for path in glob.glob(text, recursive=True) if Path(path).is_file()], "pattern"
     if not found:
-        raise DataError(f"{text}: no such file, and no folder or pattern with files ({kinds}) in it.")
+        raise DataError(f"{text}: no such file, folder or pattern with log files ({kinds}). Check the path.")
     unread = [path for path in found if path.suffix.lower() not in SUFFIXES]
     if unread:
         raise DataError(f"{unread[0]}: unsupported suffix {unread[0].suffix!r}. Supported: {kinds}.")
     there = sorted({path.suffix.lower() for path in found})
     if len(there) > 1:
         raise DataError(
-            f"{text}: files of several kinds ({', '.join(there)}) in one {asked}. Name those of one kind by a pattern."
+            f"{text}: files of several formats ({', '.join(there)}) in one {kind}. Select one format with a pattern."
         )
     return sorted(found)
 
@@ -75,14 +75,14 @@ def find_log_files(source: str | Path) -> list[Path]:
 @dataclass
 class Checks:
     """
-    What the batches read so far have shown about all rows.
+    Statistics and errors of the rows read so far.
 
     Args:
-        rows: how many there are.
-        positive: how many of them are positive.
-        integers: of "user", "item" and "time": whether every value that stands as text is a whole number.
+        rows: number of rows.
+        positive: number of positive rows.
+        integers: for "user", "item" and "time", whether all values that are text are integers.
         highest: the largest value of each feedback column.
-        bad: what is wrong -> how many rows, the first one.
+        bad: (column, problem) -> number of rows, first row.
     """
 
     rows: int = 0
@@ -92,29 +92,29 @@ class Checks:
     bad: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     def count_bad(self, column: str, what: str, count: int, first: int) -> None:
-        """Adds `count` rows, the first of them `first`."""
+        """Records `count` invalid rows, the first of them `first`."""
         before, earliest = self.bad.get((column, what), (0, first))
         self.bad[column, what] = before + count, min(earliest, first)
 
 
-_CURES = {
+_FIXES = {
     "ids are null": "Drop these rows or give them ids.",
-    "ids are no exact integers of 64 bits": "Make them integers or strings.",
-    "timestamps are no finite numbers or datetimes": "Use numbers (seconds since 1970) or datetimes.",
-    "values are not numbers": "Convert the column, or leave it out of the positive rule.",
+    "ids are not exact 64-bit integers": "Convert them to integers or strings.",
+    "timestamps are neither finite numbers nor datetimes": "Use numbers (seconds since 1970) or datetimes.",
+    "values are not numbers": "Convert the column, or remove it from the positive rule.",
 }
 
 
 @dataclass
 class Log:
     """
-    A log behind files of one kind.
+    A log stored in files of one format.
 
     Args:
-        files: as `find_log_files` gives them.
-        user_column, item_column, timestamp_column: their names.
-        positive: which rows count.
-        first_row: number of the first row, where other files come before.
+        files: as returned by `find_log_files`.
+        user_column, item_column, timestamp_column: column names.
+        positive: rule for positive rows.
+        first_row: number of the first row, if other files precede these.
 
     Example:
         >>> import os, tempfile
@@ -136,15 +136,15 @@ class Log:
 
     @property
     def is_text(self) -> bool:
-        """Whether every value stands there as text (.csv, .tsv)."""
+        """Whether the format stores all values as text (.csv, .tsv)."""
         return self.files[0].suffix.lower() in (".csv", ".tsv")
 
     def scan(self) -> pl.LazyFrame:
         """
-        All rows, with `__row__`, their number.
+        All rows, with their number in `__row__`.
 
         Raises:
-            DataError: a file that cannot be read, or that lacks a column.
+            DataError: unreadable file or missing column.
         """
         pl = import_polars()
         paths, suffix = list(self.files), self.files[0].suffix.lower()
@@ -172,17 +172,17 @@ class Log:
 
     def batches(self, checks: Checks, buckets: int = 1) -> Iterator[pl.DataFrame]:
         """
-        The positive rows, in batches that may come in any order; `checks` tells afterwards what all rows are like.
+        The positive rows, in batches in any order. `checks` collects statistics and errors of all rows.
 
         Args:
-            buckets: how many parts the users are dealt into.
+            buckets: number of buckets that users are hashed into.
 
         Returns:
-            frames of `user`, `item`, `time` (as they are; text where they stand as text), `row` (uint64), `rest` (uint64, a hash of
-            everything else in the row) and `bucket` (uint32, the user's).
+            frames of `user`, `item`, `time` (in their type; text in text formats), `row` (uint64), `rest` (uint64, a hash of
+            all other columns) and `bucket` (uint32, by user).
 
         Raises:
-            DataError: files that cannot be read, or columns of types that cannot be used.
+            DataError: unreadable files, or columns of unsupported types.
         """
         pl = import_polars()
         frame = self.scan()
@@ -192,7 +192,7 @@ class Log:
             "item": self._id(pl, schema, self.item_column),
             "time": self._time(pl, schema),
         }
-        # Rows repeat each other when they do in every column; a datetime may be finer than the microseconds that order rows.
+        # Duplicates agree in all columns. Datetimes are hashed too, since they may be finer than the microseconds used for sorting.
         alone = [self.user_column, self.item_column]
         alone += [] if isinstance(schema[self.timestamp_column], pl.Datetime) else [self.timestamp_column]
         others = [name for name in schema.names() if name not in ("__row__", *alone)]
@@ -220,7 +220,7 @@ class Log:
         return DataError(f"{self.files[0]}{many}: cannot be read as {kind}: {error}")
 
     def _id(self, pl, schema, name: str):
-        """Integers as int64, else text; what is neither becomes null."""
+        """Integers as int64, else text; invalid values become null."""
         column, kind = pl.col(name), schema[name]
         if kind.is_integer():
             return column.cast(pl.Int64, strict=False)
@@ -234,7 +234,7 @@ class Log:
         )
 
     def _time(self, pl, schema):
-        """Something to sort by; what is no finite number becomes null."""
+        """Sort key; values that are not finite become null."""
         column, kind = pl.col(self.timestamp_column), schema[self.timestamp_column]
         if kind == pl.String:
             numbers = column.cast(pl.Float64, strict=False)
@@ -251,21 +251,21 @@ class Log:
         )
 
     def _without_missing(self, pl, name: str):
-        """A feedback column with null for what a text file writes in place of a value."""
+        """A feedback column with the missing-value markers of text files replaced by null."""
         column = pl.col(name)
         return pl.when(column.is_in(MISSING_TEXT)).then(None).otherwise(column) if self.is_text else column
 
     def _feedback(self, pl, schema, name: str):
-        """(N,) float64; null where it is no number."""
+        """(N,) float64; null if not a number."""
         kind = schema[name]
         if not (self.is_text or kind.is_numeric() or kind == pl.Boolean):
             raise DataError(
-                f"column {name!r}: expected numbers, got {kind}. Convert it, or leave it out of the positive rule."
+                f"column {name!r}: expected numbers, got {kind}. Convert it, or remove it from the positive rule."
             )
         column = self._without_missing(pl, name)
         if self.is_text:
             column = column.replace({"True": "1", "False": "0", "true": "1", "false": "0"})
-        return column.cast(pl.Float64, strict=False).fill_nan(None)  # polars takes NaN for larger than any number
+        return column.cast(pl.Float64, strict=False).fill_nan(None)  # polars orders NaN above all numbers
 
     def _check(self, pl, batch: pl.DataFrame, checks: Checks) -> None:
         checks.rows += len(batch)
@@ -279,9 +279,11 @@ class Log:
             if batch[name].null_count():
                 given = batch[f"{name} given"]
                 count(column, "ids are null", ~given)
-                count(column, "ids are no exact integers of 64 bits", batch[name].is_null() & given)
+                count(column, "ids are not exact 64-bit integers", batch[name].is_null() & given)
         if batch["time"].null_count():
-            count(self.timestamp_column, "timestamps are no finite numbers or datetimes", batch["time"].is_null())
+            count(
+                self.timestamp_column, "timestamps are neither finite numbers nor datetimes", batch["time"].is_null()
+            )
         for name in self.positive.any_of:
             values = batch[f"feedback {name}"]
             if self.is_text:
@@ -291,7 +293,7 @@ class Log:
                 checks.highest[name] = max(highest, checks.highest.get(name, float("-inf")))
         for name in ("user", "item", "time"):
             if batch.schema[name] == pl.String and checks.integers[name]:
-                # A canonical integer is written as it would be written: "7", not "07" or "+7".
+                # Canonical integers only: "7", not "07" or "+7".
                 parsed = batch[name].cast(pl.Int64, strict=False)
                 same = parsed.cast(pl.String) == batch[name] if name != "time" else parsed.is_not_null()
                 checks.integers[name] = parsed.null_count() == batch[name].null_count() and bool(same.all())
@@ -299,18 +301,18 @@ class Log:
     def require_good(self, checks: Checks) -> None:
         """
         Raises:
-            DataError: some row cannot be used (how many of how many, the first one, the cure), there is no row, or none is positive.
+            DataError: invalid rows (number, first row, fix), an empty log, or no positive row.
         """
         if not checks.rows:
-            raise DataError(f"{self.files[0]}: the log has no rows.")
+            raise DataError(f"{self.files[0]}: the log has no rows. Check the path.")
         for (column, what), (count, first) in checks.bad.items():
             value = self.scan().filter(import_polars().col("__row__") == first).select(column).collect().item()
             raise DataError(
                 f"column {column!r}: {count:,} of {checks.rows:,} {what} (first: row {first}, {value!r}, counting from 0 over all "
-                f"files). {_CURES[what]}"
+                f"files). {_FIXES[what]}"
             )
         if not checks.positive:
             seen = ", ".join(f"{name} at most {value:g}" for name, value in checks.highest.items())
             raise DataError(
-                f"positive feedback: none of {checks.rows:,} rows has {self.positive} (seen: {seen}). Lower a threshold."
+                f"positive feedback: none of {checks.rows:,} rows has {self.positive} (found: {seen}). Lower a threshold."
             )

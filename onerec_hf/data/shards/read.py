@@ -1,4 +1,4 @@
-"""A prepared folder read back: its manifest, the stream of its training examples, its held-out examples and sequences."""
+"""Reads a prepared folder: manifest, stream of training examples, held-out examples and sequences."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 class PreparedFolder:
     """
-    What `onerec-hf prepare` wrote.
+    A folder written by `onerec-hf prepare`.
 
     Args:
         path: the folder.
 
     Attributes:
-        manifest: its `prepared.json`.
+        manifest: the content of `prepared.json`.
 
     Raises:
-        DataError: it is no prepared folder, one of another format, or files of it are missing or cut short.
+        DataError: not a prepared folder, an unsupported format, or missing or truncated files.
 
     Example:
         >>> PreparedFolder("/tmp")
         Traceback (most recent call last):
         ...
-        onerec_hf.data.columns.DataError: /tmp: no prepared.json; name a folder that `onerec-hf prepare` wrote.
+        onerec_hf.data.columns.DataError: /tmp: prepared.json is missing. Pass a folder written by `onerec-hf prepare`.
     """
 
     def __init__(self, path: str | Path):
@@ -47,13 +47,15 @@ class PreparedFolder:
         try:
             manifest: Any = json.loads((self.path / MANIFEST_NAME).read_text())
         except FileNotFoundError:
-            raise DataError(f"{path}: no {MANIFEST_NAME}; name a folder that `onerec-hf prepare` wrote.") from None
+            raise DataError(
+                f"{path}: {MANIFEST_NAME} is missing. Pass a folder written by `onerec-hf prepare`."
+            ) from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {MANIFEST_NAME} cannot be read: {error}") from error
+            raise DataError(f"{path}: {MANIFEST_NAME} cannot be read ({error}). Prepare the log again.") from error
         try:
             if manifest["format"] != FORMAT:
                 raise DataError(
-                    f"{path}: of format {manifest['format']}, and this version reads {FORMAT}; prepare the log again."
+                    f"{path}: format {manifest['format']} is not supported by this version (it reads {FORMAT}). Prepare the log again."
                 )
             self.train_files = [(str(shard["file"]), int(shard["rows"])) for shard in manifest["train"]]
             self.settings: dict[str, Any] = dict(manifest["settings"])
@@ -62,22 +64,22 @@ class PreparedFolder:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path}: {MANIFEST_NAME} is damaged ({error!r}); prepare the log again.") from error
+            raise DataError(f"{path}: {MANIFEST_NAME} is damaged ({error!r}). Prepare the log again.") from error
         self.manifest = manifest
         held_out = [("validation.parquet", self.counts["validation"]), ("test.parquet", self.counts["test"])]
         for name, rows in [*self.train_files, *held_out]:
             self._require(name, rows)
 
     def _require(self, name: str, rows: int) -> None:
-        cure = "copy the whole folder again, or prepare the log again"
+        fix = "Copy the whole folder again, or prepare the log again"
         try:
             found = pq.read_metadata(self.path / name).num_rows
         except FileNotFoundError:
-            raise DataError(f"{self.path}: {name} is missing; {cure}.") from None
+            raise DataError(f"{self.path}: {name} is missing. {fix}.") from None
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.path}: {name} is damaged ({error}); {cure}.") from error
+            raise DataError(f"{self.path}: {name} is damaged ({error}). {fix}.") from error
         if found != rows:
-            raise DataError(f"{self.path}: {name} has {found:,} rows, not {rows:,}; {cure}.")
+            raise DataError(f"{self.path}: {name} has {found:,} rows, expected {rows:,}. {fix}.")
 
     def train(self, seed: int | None = None, buffer_size: int = 10_000) -> ExampleStream:
         """The training examples as a stream; see [`ExampleStream`]."""
@@ -92,7 +94,7 @@ class PreparedFolder:
 
         Args:
             split: "validation" or "test".
-            limit: at most so many; users stand in an order that has nothing to do with what they did, so these are a sample.
+            limit: maximum number of examples. Users are stored in hash order, so the first ones are a random sample.
         """
         from datasets import Dataset
 
@@ -113,7 +115,7 @@ class PreparedFolder:
 
     @cached_property
     def train_sequences(self) -> UserSequences:
-        """What may be learned from, all of it in memory: users in the order of the buckets, without times."""
+        """The training sequences, in memory: users in bucket order, without timestamps."""
         table = pq.read_table(self.path / "sequences.parquet")
         lengths = pc.call_function("list_value_length", [table["items"]]).to_numpy()
         items = _ids(pc.call_function("list_flatten", [table["items"]]))

@@ -1,9 +1,9 @@
 """
-Training examples streamed from many Parquet files, without loading them: shuffled anew every epoch, dealt out over ranks and data loader
-workers, resumed in the middle of an epoch.
+Training examples streamed from many Parquet files: shuffled in every epoch, distributed over ranks and data loader workers, resumable in
+the middle of an epoch.
 
-Reading, shuffling and dealing out are `datasets`' streaming. What is added: batches of the same number for every rank and worker, so that no
-rank waits for another at the end of an epoch, and a cheap way to pass over the batches that a resumed run has trained on.
+`datasets` streams, shuffles and shards. This module adds an equal number of batches for every rank and worker, so that no rank waits at the
+end of an epoch, and a cheap way to skip the batches that a resumed run has already trained on.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _CHUNK = 1000
 
 class ExampleStream(torch.utils.data.IterableDataset):
     """
-    The examples of some Parquet files, in a shuffled order that (seed, epoch) decides: shards in random order, and rows through a buffer.
+    A stream of examples from Parquet files, shuffled by (seed, epoch): shards in random order, rows through a shuffle buffer.
 
-    It has a length, so `num_train_epochs` works; [`OneRecTrainer`] makes batches of it, by `batches`, and knows which part a rank reads.
+    It has a length, so `num_train_epochs` works. [`OneRecTrainer`] reads it through `batches`, each rank its part.
 
     Args:
-        files: Parquet files with columns that the trainer reads, `history` and `session`.
-        rows: how many examples each file has; read from the files when not given.
-        seed: of the order; the trainer's (`data_seed` or `seed`) when None.
-        buffer_size: examples that are mixed in memory, per rank and worker.
+        files: Parquet files with the trainer's columns, `history` and `session`.
+        rows: number of examples per file (default: read from the files).
+        seed: shuffle seed (default: the trainer's `data_seed` or `seed`).
+        buffer_size: size of the shuffle buffer, per rank and worker.
 
     Raises:
-        ValueError: no examples, or (while iterating) a reader for whom there is no example.
+        ValueError: no examples, or (while iterating) a reader without examples.
 
     Example:
         >>> import tempfile
@@ -55,11 +55,11 @@ class ExampleStream(torch.utils.data.IterableDataset):
         buffer_size: int = 10_000,
     ):
         counted = [pq.read_metadata(path).num_rows for path in files] if rows is None else rows
-        # An empty file is nobody's part.
+        # Empty files are skipped.
         self.files = [str(path) for path, count in zip(files, counted, strict=True) if count]
         self.rows = [count for count in counted if count]
         if not self.files:
-            raise ValueError(f"a stream needs Parquet files with examples; got {len(files)} without any")
+            raise ValueError(f"a stream needs Parquet files with examples; got {len(files)} files without any")
         self.column_names = pq.read_schema(self.files[0]).names
         self.seed, self.buffer_size, self.epoch = seed, buffer_size, 0
 
@@ -67,7 +67,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         return sum(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is that epoch's."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -76,7 +76,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
 
     def tables(self, part: int, parts: int, epoch: int) -> Iterator[pa.Table]:
         """
-        An epoch's examples of one of `parts` equal readers, as Arrow tables of up to a thousand rows; with those of the others, every
+        The examples of one epoch for one of `parts` equal readers, as Arrow tables of up to a thousand rows. Together the readers yield every
         example once.
         """
         from datasets import load_dataset
@@ -85,7 +85,7 @@ class ExampleStream(torch.utils.data.IterableDataset):
         data: Any = load_dataset(
             "parquet", data_files=self.files, split="train", streaming=True, columns=self.column_names
         )
-        # One shard after the other: prepared shards are mixed already, and reading several at a time ends with a pause of five seconds
+        # One shard at a time: prepared shards are shuffled already, and reading several ends with a delay of five seconds
         # (datasets waits for pyarrow's threads).
         data = data.shuffle(seed=self.seed or 0, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         data = split_dataset_by_node(data.with_format("arrow"), rank=part, world_size=parts)
@@ -96,22 +96,22 @@ class ExampleStream(torch.utils.data.IterableDataset):
         self, batch_size: int, collate: Callable[[list[dict[str, Any]]], Any], rank: int, world_size: int, workers: int
     ) -> BatchStream:
         """
-        The batches of one rank, for a `DataLoader` with `batch_size=None` and so many workers.
+        The batches of one rank, for a `DataLoader` with `batch_size=None` and `workers` workers.
 
         Warns:
-            UserWarning: the files do not divide over ranks and workers (with the numbers).
+            UserWarning: the number of files is not divisible by ranks x workers.
         """
         parts = world_size * max(workers, 1)
         if len(self.files) % parts and rank == 0:
             warnings.warn(
-                f"{len(self.files)} training shards do not divide over {world_size} rank{'s' * (world_size > 1)} x "
+                f"{len(self.files)} training shards are not divisible by {world_size} rank{'s' * (world_size > 1)} x "
                 f"{max(workers, 1)} data loader worker{'s' * (workers > 1)} = {parts} readers: each reads all shards and keeps one "
-                f"example in {parts}. Prepare the log with --num_shards {-(-len(self.files) // parts) * parts}, or change the workers."
+                f"example in {parts}. Prepare the log with --num_shards {-(-len(self.files) // parts) * parts}, or change the number of workers."
             )
         return BatchStream(self, batch_size, collate, rank, world_size, workers)
 
     def longest_part(self, parts: int) -> int:
-        """The most examples that one of `parts` readers may get in an epoch."""
+        """The maximum number of examples of one of `parts` readers in an epoch."""
         if len(self.files) % parts:
             return -(-len(self) // parts)
         return sum(sorted(self.rows)[-(len(self.files) // parts) :])
@@ -119,11 +119,11 @@ class ExampleStream(torch.utils.data.IterableDataset):
 
 class BatchStream(torch.utils.data.IterableDataset):
     """
-    One rank's batches of an [`ExampleStream`], collated; `ExampleStream.batches` makes it. All ranks and workers have the same number of
-    batches: a reader with fewer examples goes on with its first ones.
+    Collated batches of an [`ExampleStream`] for one rank, created by `ExampleStream.batches`. All ranks and workers have the same number of
+    batches: a reader with fewer examples repeats its first ones.
 
-    `skip(n)` makes the next epoch begin with `n` empty batches `{}` in place of as many real ones, which nobody then reads or collates: a
-    trainer that resumes takes the first `n` batches and throws them away.
+    After `skip(n)` the next epoch begins with `n` empty batches `{}` instead of the first `n` real ones, which are neither read nor collated:
+    a resumed trainer discards them anyway.
 
     Example:
         >>> import tempfile
@@ -139,41 +139,41 @@ class BatchStream(torch.utils.data.IterableDataset):
     def __init__(self, stream: ExampleStream, batch_size: int, collate, rank: int, world_size: int, workers: int):
         self.stream, self.batch_size, self.collate = stream, batch_size, collate
         self.rank, self.world_size, self.workers = rank, world_size, max(workers, 1)
-        # Epoch and batches to skip; workers that stay alive between epochs see them change.
+        # Epoch and number of batches to skip, in shared memory so that persistent workers see changes.
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     @property
-    def _batches_of_a_reader(self) -> int:
+    def _batches_per_reader(self) -> int:
         examples = self.stream.longest_part(self.world_size * self.workers)
         return -(-examples // self.batch_size)
 
     def __len__(self) -> int:
-        return self._batches_of_a_reader * self.workers
+        return self._batches_per_reader * self.workers
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is that epoch's."""
+        """Sets the epoch of the next iteration."""
         self._position[0] = epoch
 
     def skip(self, batches: int) -> None:
-        """The next iteration begins with so many empty batches."""
+        """Starts the next iteration with this number of empty batches."""
         self._position[1] = batches
 
     def __iter__(self) -> Iterator[Any]:
         epoch, skip = self._position.tolist()
         worker = torch.utils.data.get_worker_info()
         number = 0 if worker is None else worker.id
-        # Workers take turns, so of the first batches each has made its share.
+        # Workers take turns, so each skips its share.
         skip = (skip - number + self.workers - 1) // self.workers
         yield from ({} for _ in range(skip))
         part = self.rank * self.workers + number
         examples = self._examples(part, epoch, skip * self.batch_size)
-        for _ in range(skip, self._batches_of_a_reader):
+        for _ in range(skip, self._batches_per_reader):
             yield self.collate(list(islice(examples, self.batch_size)))
 
     def _examples(self, part: int, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
-        """As many examples as the longest reader has, without the first `skip`."""
+        """As many examples as the longest reader has, minus the first `skip`."""
         parts = self.world_size * self.workers
-        left = whole = self.stream.longest_part(parts)
+        left = total = self.stream.longest_part(parts)
         while left:
             for table in self.stream.tables(part, parts, epoch):
                 table = table.slice(0, left)
@@ -183,8 +183,8 @@ class BatchStream(torch.utils.data.IterableDataset):
                 yield from table.slice(passed).to_pylist()
                 if not left:
                     return
-            if left == whole:
+            if left == total:
                 raise ValueError(
-                    f"reader {part} of {parts} (ranks x data loader workers) has no example: {len(self.stream):,} examples in "
-                    f"{len(self.stream.files)} shards are too few for so many. Prepare the log with fewer shards, or use fewer workers."
+                    f"reader {part} of {parts} (ranks x data loader workers) has no examples: {len(self.stream):,} examples in "
+                    f"{len(self.stream.files)} shards are too few. Prepare the log with fewer shards, or use fewer workers."
                 )

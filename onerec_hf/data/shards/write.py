@@ -1,9 +1,8 @@
 """
-Raw logs of any size to a folder of sharded training examples, in memory that does not grow with the log.
+Converts raw logs of any size to a folder of sharded training examples, with memory that does not grow with the log.
 
-Users are dealt into buckets by a hash of their id. One pass over the log writes each bucket's positive rows to a file, the second puts a
-bucket in order and counts its items, the third cuts its examples. What is in memory at one time is a batch of the log, one bucket, and the
-number of interactions of every item.
+Users are hashed into buckets. The first pass over the log writes each bucket's positive rows to a file, the second sorts each bucket and
+counts its items, the third creates its examples. Memory holds one batch of the log, one bucket, and the interaction count of every item.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "prepared.json"
 FORMAT = 1
-# A file per bucket is open while the log is read; systems allow 1,024.
-_MOST_BUCKETS = 512
-# What a row of a text file takes at least, in bytes: more buckets than needed do no harm.
+# One open file per bucket during the first pass; the usual limit is 1,024.
+_MAX_BUCKETS = 512
+# Minimum bytes per row of a text file. It overestimates the number of buckets, which is harmless.
 _TEXT_ROW = 16
 _IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
@@ -45,16 +44,16 @@ _IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 @dataclass
 class Counts:
     """
-    What became of the rows, in the order in which they were dropped.
+    Row counts of each filter, in the order in which they apply.
 
     Args:
-        rows: of the log.
-        not_positive: dropped by the positive rule.
-        repeated: dropped because they repeat another row in every column.
-        rare_items: dropped because their item has fewer than `min_item_interactions`.
-        kept, users, items: what is left.
-        train, validation, test: examples.
-        train_only_users: those with fewer than three items.
+        rows: rows of the log.
+        not_positive: rows dropped by the positive rule.
+        repeated: exact duplicates dropped.
+        rare_items: rows dropped because their item has fewer than `min_item_interactions` rows.
+        kept, users, items: remaining rows, users and items.
+        train, validation, test: number of examples.
+        train_only_users: users with fewer than three items.
 
     Example:
         >>> Counts(rows=10, kept=9).rare_items
@@ -89,28 +88,28 @@ def prepare_log(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """
-    Writes what `leave_one_out` yields for the same table (validation and test examples, training examples, all equal) as Parquet.
+    Writes the examples of `leave_one_out` as Parquet. Training, validation and test examples equal those of the in-memory function.
 
-    The folder holds `train-00000-of-000NN.parquet` (examples in a random order, dealt evenly over the shards), `validation.parquet`,
-    `test.parquet`, `sequences.parquet` (`user_id`, `items`: what may be learned from), `items.parquet` (`item_id`, `interactions`,
-    `train_interactions`) and `prepared.json`, the manifest. It appears as a whole, under its name, once everything is written.
+    The folder contains `train-00000-of-000NN.parquet` (examples in random order, distributed evenly over the shards), `validation.parquet`,
+    `test.parquet`, `sequences.parquet` (`user_id`, `items`: the training sequences), `items.parquet` (`item_id`, `interactions`,
+    `train_interactions`) and `prepared.json`, the manifest. It is written under a temporary name and renamed when complete.
 
     Args:
-        source: a .parquet, .csv, .tsv or .jsonl file, a folder, or a pattern of many of them; their rows count in the order of their names.
-        output_dir: the folder to make.
-        positive: which rows count; every row when None.
+        source: a .parquet, .csv, .tsv or .jsonl file, a folder, or a glob pattern. Files are read in the order of their names.
+        output_dir: the folder to create.
+        positive: rule for positive rows (default: every row).
         settings: how sequences become examples.
-        num_shards: training files. A multiple of ranks times data loader workers reads evenly.
-        rows_per_bucket: rows of the log that are in memory at one time, about. A user's rows are in one bucket, whatever their number.
-        seed: of the order of the training examples.
-        overwrite: replace a folder that an earlier call wrote.
+        num_shards: number of training files. A multiple of ranks x data loader workers reads evenly.
+        rows_per_bucket: approximate number of log rows in memory at a time. All rows of a user share one bucket.
+        seed: seed of the order of the training examples.
+        overwrite: replace a folder written by an earlier call.
 
     Returns:
         the manifest.
 
     Raises:
-        DataError: files that cannot be read, rows that cannot be used (counted), or nothing left.
-        FileExistsError: `output_dir` holds something, and `overwrite` is false or it is no prepared folder.
+        DataError: unreadable files, invalid rows (with their number), or no rows remain.
+        FileExistsError: `output_dir` is not empty, and `overwrite` is false or it is not a prepared folder.
         ImportError: polars is not installed (extra `prepare`).
 
     Example:
@@ -131,12 +130,12 @@ def prepare_log(
     log = Log(find_log_files(source), user_column, item_column, timestamp_column, positive)
     run = _Run(log, settings, num_shards, _number_of_buckets(log, rows_per_bucket), seed)
     with _new_folder(Path(output_dir)) as folder:
-        run.into(folder)
+        run.write(folder)
         manifest = {
             "format": FORMAT,
             "source": [os.fspath(path) for path in log.files],
-            "settings": run.settings_of_all(),
-            "settings_sha256": hashlib.sha256(json.dumps(run.settings_of_all(), sort_keys=True).encode()).hexdigest(),
+            "settings": run.all_settings(),
+            "settings_sha256": hashlib.sha256(json.dumps(run.all_settings(), sort_keys=True).encode()).hexdigest(),
             "counts": asdict(run.counts),
             "ids": {"user": run.id_types[0], "item": run.id_types[1]},
             "train": [{"file": name, "rows": rows} for name, rows in run.shards],
@@ -149,7 +148,7 @@ def prepare_log(
 def check_output(folder: str | Path, overwrite: bool) -> None:
     """
     Raises:
-        FileExistsError: the folder holds something that may not be replaced.
+        FileExistsError: the folder is not empty and must not be replaced.
 
     Example:
         >>> check_output("/tmp/nothing-is-here-yet", overwrite=False)
@@ -158,14 +157,14 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not (folder / MANIFEST_NAME).is_file():
-        raise FileExistsError(f"{folder} exists already and is no prepared folder; name another one")
+        raise FileExistsError(f"{folder} exists and is not a prepared folder; choose another folder")
     if not overwrite:
-        raise FileExistsError(f"{folder} exists already; name another folder, or pass --overwrite to replace it")
+        raise FileExistsError(f"{folder} exists; choose another folder, or pass --overwrite to replace it")
 
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed otherwise."""
+    """A temporary folder beside `folder`. It replaces `folder` if the block succeeds and is removed otherwise."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -192,15 +191,15 @@ def _number_of_buckets(log: Log, rows_per_bucket: int) -> int:
         try:
             rows = sum(pq.read_metadata(path).num_rows for path in log.files)
         except (pa.ArrowException, OSError):
-            return 1  # the reader says what is wrong, in its own words
+            return 1  # reading the log raises the error with details
     else:
         rows = sum(path.stat().st_size for path in log.files) // _TEXT_ROW
-    return min(max(-(-rows // rows_per_bucket), 1), _MOST_BUCKETS)
+    return min(max(-(-rows // rows_per_bucket), 1), _MAX_BUCKETS)
 
 
 @dataclass
 class _Run:
-    """One preparation: three passes, and what they count."""
+    """One run of `prepare_log`: three passes and their counts."""
 
     log: Log
     settings: ExampleSettings
@@ -211,15 +210,15 @@ class _Run:
     shards: list[tuple[str, int]] = field(default_factory=list)
     id_types: tuple[str, str] = ("", "")
 
-    def into(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         scratch = folder / "buckets"
         scratch.mkdir()
         checks = self._partition(scratch)
         items = self._order_and_count(scratch, checks)
-        self._cut(scratch, folder, items)
+        self._write_examples(scratch, folder, items)
         shutil.rmtree(scratch)
 
-    def settings_of_all(self) -> dict[str, Any]:
+    def all_settings(self) -> dict[str, Any]:
         log = self.log
         return {
             "user_column": log.user_column,
@@ -248,7 +247,7 @@ class _Run:
         )
 
     def _partition(self, scratch: Path) -> Checks:
-        """First pass: the positive rows, a file per bucket."""
+        """First pass: writes the positive rows, one file per bucket."""
         checks = Checks()
         writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
         with contextlib.ExitStack() as open_files:
@@ -267,7 +266,7 @@ class _Run:
         return checks
 
     def _order_and_count(self, scratch: Path, checks: Checks) -> pl.DataFrame:
-        """Second pass: every bucket in order and without repeated rows; `item` and `interactions` of all items."""
+        """Second pass: sorts and deduplicates every bucket. Returns `item` and `interactions` of all items."""
         totals: list[pl.DataFrame] = []
         for bucket in range(self.num_buckets):
             path = scratch / f"{bucket}.raw"
@@ -281,15 +280,15 @@ class _Run:
             totals = _counted(totals, ordered)
         return _summed(totals)
 
-    def _cut(self, scratch: Path, folder: Path, items: pl.DataFrame) -> None:
-        """Third pass: the examples."""
+    def _write_examples(self, scratch: Path, folder: Path, items: pl.DataFrame) -> None:
+        """Third pass: writes the examples."""
         pl, counts = import_polars(), self.counts
         frequent = items.filter(pl.col("interactions") >= self.settings.min_item_interactions)
         counts.kept, counts.items = int(frequent["interactions"].sum()), len(frequent)
         counts.rare_items = int(items["interactions"].sum()) - counts.kept
         if not counts.kept:
             raise DataError(
-                f"min_item_interactions {self.settings.min_item_interactions}: none of {len(items):,} items has so many positive "
+                f"min_item_interactions={self.settings.min_item_interactions}: none of {len(items):,} items has that many positive "
                 f"interactions (at most {items['interactions'].max():,}). Lower it."
             )
         few = self.settings.min_item_interactions > 1
@@ -318,7 +317,7 @@ class _Run:
                 )
             if not counts.train:
                 raise DataError(
-                    f"no training example: none of {counts.users:,} users keeps two items for training. Add data with longer sequences."
+                    f"no training examples: none of {counts.users:,} users has two items left for training. Add data with longer sequences."
                 )
         learned = _summed(trained).rename({"interactions": "train_interactions"})
         table = frequent.join(learned, on="item", how="left").with_columns(pl.col("train_interactions").fill_null(0))
@@ -338,7 +337,7 @@ def _read(path: Path) -> pl.DataFrame:
 
 
 def _counted(parts: list[pl.DataFrame], rows: pl.DataFrame) -> list[pl.DataFrame]:
-    """Counts of items by parts, with those of `rows`, summed up where the parts have grown to several times the largest."""
+    """Adds the item counts of `rows` to `parts`, and sums the parts once they exceed four times the largest one."""
     pl = import_polars()
     parts = [*parts, rows.group_by("item").agg(pl.len().cast(pl.Int64).alias("interactions"))]
     return [_summed(parts)] if sum(map(len, parts)) > 4 * max(map(len, parts)) else parts
@@ -350,7 +349,7 @@ def _summed(parts: list[pl.DataFrame]) -> pl.DataFrame:
 
 
 class _Writers:
-    """The folder's Parquet files, open until all buckets are written; training examples go to the shards in turn."""
+    """Open Parquet writers of the folder. Training examples are distributed round-robin over the shards."""
 
     def __init__(self, folder: Path, num_shards: int):
         self.folder = folder
@@ -369,7 +368,7 @@ class _Writers:
             file.close()
 
     def write(self, examples: BucketExamples, before: int) -> None:
-        """A bucket's part of every file; `before` training examples were written already."""
+        """Appends a bucket to every file; `before` is the number of training examples written so far."""
         shards = len(self.names)
 
         def write_shard(shard: int) -> None:
@@ -396,7 +395,7 @@ class _Writers:
 
 def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """
-    How examples are written: numbers byte by byte, which takes 0.6 of the room and 0.3 of the time of a dictionary where there are many items.
+    Parquet options: byte stream split for integers, which takes 0.6 of the space and 0.3 of the time of a dictionary with many items.
     """
     leaves: dict[str, pa.DataType] = {}
     for name, kind in zip(schema.names, schema.types, strict=True):

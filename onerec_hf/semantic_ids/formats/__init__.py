@@ -1,1 +1,1 @@
-"""Semantic IDs in other projects' files."""
+"""Import and export of semantic IDs in the formats of other projects."""

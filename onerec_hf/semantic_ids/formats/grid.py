@@ -1,4 +1,4 @@
-"""Semantic IDs as GRID (snap-research/GRID) keeps them: an integer tensor of shape (levels, items)."""
+"""Semantic IDs in the format of GRID (snap-research/GRID): an integer tensor of shape (levels, items)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onerec_hf.semantic_ids.formats.imported import ImportedIDs
 
 _TENSOR = "semantic_ids"
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
-_MOST_LEVELS = 26  # more can only be the items of a tensor the other way round
+_MAX_LEVELS = 26  # more indicate a transposed tensor
 
 
 def read_grid_tensor(
@@ -26,19 +26,19 @@ def read_grid_tensor(
     codebook_sizes: Sequence[int] | None = None,
 ) -> ImportedIDs:
     """
-    Reads GRID's (snap-research/GRID) map from items to semantic IDs: integers of shape (levels, items), column i being item i.
+    Reads the semantic IDs of GRID (snap-research/GRID): integers of shape (levels, items), column i for item i.
 
-    GRID's inference step appends a level to tell colliding items apart, then transposes, and saves a pickled .pt file, which nothing here
-    opens: convert it first.
+    GRID's inference step appends a level that separates colliding items, transposes, and saves a pickled .pt file. Pickled files are not
+    supported: convert them first.
 
     Args:
         source: a .npy or .safetensors file (of one tensor), an array or a tensor.
-        item_ids: the ids of the columns; 0 to N-1 when None.
-        codebook_sizes: codes per level; the smallest that hold the codes when None.
+        item_ids: the ids of the columns (default: 0 to N-1).
+        codebook_sizes: codes per level (default: the largest code plus one).
 
     Raises:
-        ValueError: a pickled file, a damaged file or one of another kind, several tensors, another shape, a transposed tensor, numbers that
-            are no integers, negative codes, codes beyond their codebook, another number of item_ids.
+        ValueError: pickled, damaged or unsupported file, several tensors, wrong shape, transposed tensor, non-integer or negative codes,
+            codes outside their codebook, wrong number of item_ids.
 
     Example:
         >>> read_grid_tensor(np.array([[3, 1], [0, 2], [0, 1]]), ["a", "b"]).codes.tolist()
@@ -51,37 +51,37 @@ def read_grid_tensor(
     kind = tensor.dtype.kind if isinstance(tensor, np.ndarray) else _kind(tensor)
     if kind not in "iu":
         raise ValueError(
-            f"{where} holds {tensor.dtype}, not integers; semantic IDs are codes: convert them first, e.g. with tensor.long()"
+            f"{where} has dtype {tensor.dtype}, but semantic IDs are integers; convert it, e.g. with tensor.long()"
         )
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(
-            f"{where}: expected shape (levels, items) and at least one of each, got {tuple(tensor.shape)}"
+            f"{where}: expected shape (levels, items) with at least one of each, got {tuple(tensor.shape)}; pass a 2-D tensor"
         )
     codes = tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy()
     levels, items = codes.shape
-    if levels > _MOST_LEVELS:
+    if levels > _MAX_LEVELS:
         raise ValueError(
-            f"{where}: shape {(levels, items)} would be {levels:,} levels of {items:,} items; GRID's tensor is (levels, items): "
-            "transpose yours, e.g. with tensor.T"
+            f"{where}: shape {(levels, items)} has {levels:,} levels and {items:,} items, but GRID's tensor is (levels, items); "
+            "transpose it, e.g. with tensor.T"
         )
     if item_ids is not None and len(item_ids) != items:
-        turned = "; it looks transposed: pass tensor.T" if len(item_ids) == levels else "; give one id per column"
+        turned = "; transpose the tensor with tensor.T" if len(item_ids) == levels else "; pass one id per column"
         raise ValueError(f"{where}: shape {(levels, items)} (levels, items), but {len(item_ids):,} item_ids{turned}")
     return ImportedIDs(np.arange(items) if item_ids is None else item_ids, codes.T, codebook_sizes, where)
 
 
 def write_grid_tensor(catalogue: ItemCatalogue, path: str | os.PathLike) -> None:
     """
-    Writes the (levels, items) int64 tensor that GRID reads, column i being the catalogue's row i: to a temporary name first, then renamed.
+    Writes the (levels, items) int64 tensor of GRID, column i for item index i, under a temporary name that is then renamed.
 
-    GRID numbers its items from 0 in the order of the columns, so keep `catalogue.item_ids` beside it. It opens pickled files only:
-    `torch.save(torch.from_numpy(numpy.load("ids.npy")), "ids.pt")`, and its `num_hierarchies` is the number of levels.
+    GRID numbers items from 0 in column order, so store `catalogue.item_ids` too. GRID reads pickled files only:
+    `torch.save(torch.from_numpy(numpy.load("ids.npy")), "ids.pt")`, and `num_hierarchies` is the number of levels.
 
     Args:
         path: a .npy or a .safetensors file (one tensor, `semantic_ids`).
 
     Raises:
-        ValueError: another suffix.
+        ValueError: unsupported suffix.
 
     Example:
         >>> import tempfile
@@ -93,7 +93,7 @@ def write_grid_tensor(catalogue: ItemCatalogue, path: str | os.PathLike) -> None
     suffix = Path(path).suffix.lower()
     if suffix not in (".npy", ".safetensors"):
         raise ValueError(
-            f"{os.fspath(path)}: unsupported suffix {suffix!r}; write .npy or .safetensors. For GRID itself, turn that into a .pt with "
+            f"{os.fspath(path)}: unsupported suffix {suffix!r}; use .npy or .safetensors. For GRID, convert the .npy to a .pt with "
             'torch.save(torch.from_numpy(numpy.load("ids.npy")), "ids.pt")'
         )
     codes = np.ascontiguousarray(catalogue.codes.T.astype(np.int64))
@@ -109,7 +109,7 @@ def _load_tensor(path: str) -> np.ndarray | torch.Tensor:
     suffix = Path(path).suffix.lower()
     if suffix in _PICKLES:
         raise ValueError(
-            f"{path} is a pickled file, and onerec_hf opens none: they can run code. Where you trust it, convert it once with "
+            f"{path} is a pickled file, which onerec_hf does not open because it can run code. If you trust it, convert it with "
             'numpy.save("ids.npy", torch.load(PATH, weights_only=True).numpy()) and pass ids.npy'
         )
     if suffix == ".npy":
@@ -119,12 +119,12 @@ def _load_tensor(path: str) -> np.ndarray | torch.Tensor:
     tensors, _ = read_safetensors(path)
     if len(tensors) != 1 and _TENSOR not in tensors:
         raise ValueError(
-            f"{path}: expected one tensor, or one called {_TENSOR!r}; it holds {listed(sorted(tensors)) or 'none'}"
+            f"{path}: expected a single tensor, or one called {_TENSOR!r}; found {listed(sorted(tensors)) or 'none'}"
         )
     return tensors[_TENSOR] if _TENSOR in tensors else next(iter(tensors.values()))
 
 
 def _kind(tensor: torch.Tensor) -> str:
-    """NumPy's letter for a tensor's kind of numbers, as far as it matters here: "i" for integers."""
+    """NumPy's dtype kind of a tensor: "i" for integers, else "f"."""
     numbers = tensor.dtype != torch.bool and not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
     return "i" if numbers else "f"

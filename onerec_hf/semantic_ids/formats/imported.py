@@ -1,4 +1,4 @@
-"""Semantic IDs made elsewhere, which may collide, and the ways from them to a catalogue, in which nothing does."""
+"""Imported semantic IDs, which may collide, and their conversion to a catalogue without collisions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError, add_digit
 
-_CODE_LIMIT = 2**31 - 1  # a catalogue keeps 32-bit codes, and a codebook has one code more than its largest
+_CODE_LIMIT = 2**31 - 1  # a catalogue stores 32-bit codes, and a codebook has its largest code plus one entries
 
 
 class ImportResult(NamedTuple):
     """
-    What `ImportedIDs.to_catalogue` made.
+    The result of `ImportedIDs.to_catalogue`.
 
-    `catalogue`: the items in the order of the import. `moved` (N,) bool: the items that did not keep, or not alone, the codes they came
-    with: their last code is another one ("assign"), or their extra digit is not 0 ("extra-digit"). There are as many as collisions.
+    `catalogue`: the items in the imported order. `moved` (N,) bool: the items whose semantic ID changed to resolve a collision: a new last
+    code ("assign"), or an extra digit above 0 ("extra-digit"). Their number equals the number of collisions.
     """
 
     catalogue: ItemCatalogue
@@ -30,16 +30,16 @@ class ImportResult(NamedTuple):
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class ImportedIDs:
     """
-    Items and their codes as another tool left them: several items may share all codes.
+    Items and codes from another tool. Several items may share all codes.
 
     Args:
         item_ids: N integers or strings; kept as a list.
         codes: (N, L) integers, not negative; kept as int64.
-        codebook_sizes: codes per level; the smallest that hold `codes` when None.
-        source: what errors call it, e.g. the file.
+        codebook_sizes: codes per level (default: the largest code plus one).
+        source: name for error messages, e.g. the file.
 
     Raises:
-        ValueError: no items, another number of ids than of codes, codes that are no integers, negative, or beyond their codebook.
+        ValueError: no items, unequal numbers of ids and codes, non-integer or negative codes, codes outside their codebook.
 
     Example:
         >>> imported = ImportedIDs(["a", "b", "c"], np.array([[0, 1], [0, 1], [2, 0]]))
@@ -65,19 +65,17 @@ class ImportedIDs:
         ids, codes = np.asarray(item_ids, dtype=object).tolist(), np.asarray(codes)
         if codes.dtype.kind not in "iu":
             raise ValueError(
-                f"{source}: codes must be integers, not {codes.dtype}; convert them first, e.g. with codes.astype('int64')"
+                f"{source}: codes must be integers, not {codes.dtype}; convert them, e.g. with codes.astype('int64')"
             )
         if codes.ndim != 2 or not codes.size:
-            raise ValueError(
-                f"{source}: expected a code per item and level and at least one of each; got shape {codes.shape} (items x levels)"
-            )
+            raise ValueError(f"{source}: expected codes of shape (items, levels), not empty; got shape {codes.shape}")
         if len(ids) != len(codes):
             raise ValueError(
-                f"{source}: codes of {len(codes):,} items, but {len(ids):,} item_ids; give one id per item, in the order of the codes"
+                f"{source}: codes of {len(codes):,} items, but {len(ids):,} item_ids; pass one id per item, in the order of the codes"
             )
         if codebook_sizes is not None and len(codebook_sizes) != codes.shape[1]:
             raise ValueError(
-                f"{source}: {codes.shape[1]} levels, but codebook_sizes has {len(codebook_sizes)}: {list(codebook_sizes)}; give "
+                f"{source}: {codes.shape[1]} levels, but codebook_sizes has {len(codebook_sizes)}: {list(codebook_sizes)}; pass "
                 "one size per level"
             )
         limits = [_CODE_LIMIT] * codes.shape[1] if codebook_sizes is None else [int(size) for size in codebook_sizes]
@@ -87,7 +85,7 @@ class ImportedIDs:
             raise ValueError(
                 f"{source}: {int(bad.any(1).sum()):,} of {len(ids):,} items have a code outside its codebook (first: item "
                 f"{ids[row]!r:.80}, level {level + 1} of {codes.shape[1]}: code {int(codes[row, level])}; codes run from 0 to "
-                f"{limits[level] - 1}); give the codebook_sizes that the codes were made with, or make the codes count from 0"
+                f"{limits[level] - 1}); pass the codebook_sizes of the quantiser, or renumber the codes from 0"
             )
         codes = codes.astype(np.int64)
         sizes = (codes.max(0) + 1).tolist() if codebook_sizes is None else limits
@@ -105,11 +103,11 @@ class ImportedIDs:
 
     @property
     def collisions(self) -> int:
-        """Items that share all codes with an earlier item: items less distinct semantic IDs."""
+        """Number of items that share all codes with an earlier item."""
         return len(self) - len(np.unique(self.codes, axis=0))
 
     def groups(self, limit: int | None = None) -> list[list]:
-        """The item ids of every set of items that share all codes, in the items' order; the first `limit` sets, or all."""
+        """Groups of item ids that share all codes, in item order; the first `limit` groups, or all."""
         sets = sorted(_groups(self.codes), key=lambda rows: rows[0])[:limit]
         return [[self.item_ids[row] for row in rows] for rows in sets]
 
@@ -120,23 +118,22 @@ class ImportedIDs:
         popularity: np.ndarray | None = None,
     ) -> ImportResult:
         """
-        A catalogue of these items, in this order.
+        Converts the items to a catalogue, in the same order.
 
         Args:
-            on_collision: what becomes of items that share all codes.
+            on_collision: how to resolve items that share all codes.
 
-                - "error": nothing, the catalogue refuses them.
-                - "assign": the first keeps its codes; each other one, in order, takes the lowest last-level code that is free in its prefix
-                  (all codes but the last). Which code that is has no meaning: nothing is known here that says which would suit the item.
-                  With embeddings at hand, [`make_unique`] chooses better.
-                - "extra-digit": TIGER's way. One level is added, whose code is the item's place among those that share its codes: 0 for the
-                  first and for all without a collision. As large as the largest such group.
-            codebook_sizes: codes per level (with "extra-digit", with or without the added one); those of the import when None.
-            popularity: (N,) interaction counts to keep in the catalogue.
+                - "error": raise an error.
+                - "assign": the first item keeps its codes. Each further item, in order, gets the lowest free last-level code of its prefix
+                  (all codes but the last). This choice is arbitrary; with embeddings, use [`make_unique`].
+                - "extra-digit": as in TIGER, adds a level that numbers the items with equal codes from 0 (0 for items without a collision).
+                  Its size is that of the largest group.
+            codebook_sizes: codes per level, for "extra-digit" with or without the added level (default: those of the import).
+            popularity: (N,) interaction counts for the catalogue.
 
         Raises:
-            ValueError: items that share all codes ("error"), more items (`CrowdedPrefixError`) under a prefix than the last level has codes ("assign"), ids that
-                repeat, or codes outside `codebook_sizes`.
+            ValueError: collisions ("error"), more items under a prefix than last-level codes ("assign", `CrowdedPrefixError`), duplicate ids, or
+                codes outside `codebook_sizes`.
         """
         if on_collision not in ("error", "assign", "extra-digit"):
             raise ValueError(f'on_collision must be "error", "assign" or "extra-digit"; got {on_collision!r}')
@@ -149,7 +146,7 @@ class ImportedIDs:
                 sizes = [*sizes, int(place.max()) + 1]
         if len(sizes) != codes.shape[1]:
             raise ValueError(
-                f"{self.source}: {codes.shape[1]} levels, but codebook_sizes has {len(sizes)}: {sizes}; give one size per level"
+                f"{self.source}: {codes.shape[1]} levels, but codebook_sizes has {len(sizes)}: {sizes}; pass one size per level"
             )
         if on_collision == "assign":
             codes, moved = self._assign(sizes[-1])
@@ -164,26 +161,26 @@ class ImportedIDs:
                 prefix = tuple(codes[rows[0], :-1].tolist())
                 raise CrowdedPrefixError(
                     f"{self.source}: {len(rows):,} items share the prefix {prefix} (first: {self.item_ids[rows[0]]!r:.80}), but the last "
-                    f"level has only {last_size:,} codes to tell them apart; give codebook_sizes with a larger last level, or add a "
+                    f"level has only {last_size:,} codes to distinguish them; pass codebook_sizes with a larger last level, or add a "
                     'level with on_collision="extra-digit"'
                 )
             late = rows[moved[rows]]
             lowest = np.arange(
                 min(last_size, len(rows) + len(late))
-            )  # enough are free among them, however large the codebook
+            )  # contains enough free codes for any codebook size
             free = np.setdiff1d(lowest, codes[rows, -1])
             codes[late, -1] = free[: len(late)]
         return codes, moved
 
 
 def _groups(codes: np.ndarray) -> list[np.ndarray]:
-    """Rows of every set of two or more items with equal (N, L) codes, each in ascending order; L may be 0."""
-    rooted = np.concatenate([np.zeros((len(codes), 1), dtype=codes.dtype), codes], axis=1)  # no levels: one root
+    """Row indices of every group of two or more items with equal (N, L) codes, ascending; L may be 0."""
+    rooted = np.concatenate([np.zeros((len(codes), 1), dtype=codes.dtype), codes], axis=1)  # a common root, for L = 0
     _, same, sizes = np.unique(rooted, axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(same.reshape(-1), kind="stable")
     return [rows for rows in np.split(order, np.cumsum(sizes)[:-1]) if len(rows) > 1]
 
 
 def _place_in_group(codes: np.ndarray) -> np.ndarray:
-    """(N,) how many earlier items have the same codes."""
+    """(N,) number of earlier items with the same codes."""
     return add_digit(torch.from_numpy(codes))[:, -1].numpy()

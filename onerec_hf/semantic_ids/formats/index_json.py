@@ -1,4 +1,4 @@
-"""Semantic IDs as tokens, "<a_12><b_3>": the `.index.json` of LC-Rec, LETTER and MiniOneRec, and columns of tables."""
+"""Semantic IDs as tokens, "<a_12><b_3>": `.index.json` files of LC-Rec, LETTER and MiniOneRec, and table columns."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def read_index_json(
     pad_levels: bool = False,
 ) -> ImportedIDs:
     """
-    Reads the `.index.json` of LC-Rec, LETTER and MiniOneRec: `{"0": ["<a_12>", "<b_3>", "<c_77>"], ...}`, the letters a, b, c, ... being
-    the levels in order.
+    Reads the `.index.json` of LC-Rec, LETTER and MiniOneRec: `{"0": ["<a_12>", "<b_3>", "<c_77>"], ...}`, where the letters
+    a, b, c, ... denote the levels in order.
 
     Args:
-        codebook_sizes: codes per level; the smallest that hold the codes when None.
-        integer_ids: JSON knows text keys only. None makes the ids integers where every key is a canonical 64-bit integer ("12", not "012"),
-            as it is for the ids in a CSV file; True insists on it; False keeps them text.
-        pad_levels: MiniOneRec's RQ-KMeans gives one level more to the items that collide and not to the others, counting from 1; True
-            gives the others the code 0 there. Only one level may be missing.
+        codebook_sizes: codes per level (default: the largest code plus one).
+        integer_ids: JSON keys are text. None converts the ids to integers if every key is a canonical 64-bit integer ("12", not "012"), as
+            for ids in a CSV file. True requires it. False keeps text.
+        pad_levels: MiniOneRec's RQ-KMeans adds a level, counted from 1, to colliding items only. True sets this level to 0 for all other
+            items. Only one level may be missing.
 
     Raises:
-        ValueError: no JSON, JSON of another shape, no items, keys that repeat, tokens that are malformed or whose levels are out of order,
-            items with another number of levels, codes beyond their codebook, keys that are no integers where these are asked for.
+        ValueError: invalid JSON or structure, no items, duplicate keys, malformed tokens, levels out of order, unequal numbers of levels,
+            codes outside their codebook, or non-integer keys with `integer_ids=True`.
 
     Example:
         >>> import tempfile
@@ -60,18 +60,18 @@ def read_index_json(
     try:
         content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({short(error)}); repair it, or download it again") from error
+        raise ValueError(f"{where} is not valid JSON ({short(error)}); fix it, or download it again") from error
     if not isinstance(content, _Pairs) or not content:
         found = "an empty object" if isinstance(content, _Pairs) else f"JSON of type {type(content).__name__}"
         raise ValueError(
-            f'{where} holds {found}; expected an object of items, {{"item": ["<a_12>", "<b_3>", "<c_77>"], ...}}'
+            f'{where} contains {found}; expected an object of items, {{"item": ["<a_12>", "<b_3>", "<c_77>"], ...}}'
         )
     keys = [key for key, _ in content]
     if len(set(keys)) < len(keys):
         repeated = [key for key, count in Counter(keys).items() if count > 1]
         raise ValueError(
-            f"{where}: {len(repeated):,} of {len(set(keys)):,} items stand more than once (first: {repeated[0]!r:.80}); every item needs "
-            "one entry"
+            f"{where}: {len(repeated):,} of {len(set(keys)):,} items occur more than once (first: {repeated[0]!r:.80}); keep "
+            "one entry per item"
         )
     ids = keys if integer_ids is False else _integers(keys, where, required=bool(integer_ids))
     codes = _parse(ids, [value for _, value in content], where, pad_levels)
@@ -86,7 +86,7 @@ def read_semantic_id_strings(
     pad_levels: bool = False,
 ) -> ImportedIDs:
     """
-    Semantic IDs from a table's column of tokens: each a text "<a_1><b_2>" (blanks or commas between the tokens are fine) or a list
+    Parses semantic IDs from a table column: text "<a_1><b_2>" (optionally separated by blanks or commas) or lists
     ["<a_1>", "<b_2>"].
 
     Args:
@@ -95,7 +95,7 @@ def read_semantic_id_strings(
         codebook_sizes, pad_levels: as for [`read_index_json`].
 
     Raises:
-        ValueError: another number of ids than of semantic IDs, and what [`read_index_json`] says of tokens.
+        ValueError: unequal numbers of ids and semantic IDs, or invalid tokens as in [`read_index_json`].
 
     Example:
         >>> read_semantic_id_strings([7, 8], ["<a_1><b_0>", ["<a_0>", "<b_4>"]]).codes.tolist()
@@ -104,19 +104,19 @@ def read_semantic_id_strings(
     values, where = list(semantic_ids), "semantic IDs"
     if len(values) != len(item_ids):
         raise ValueError(
-            f"{where}: {len(values):,} semantic IDs, but {len(item_ids):,} item_ids; give one of each per item"
+            f"{where}: {len(values):,} semantic IDs, but {len(item_ids):,} item_ids; pass one of each per item"
         )
     if not values:
-        raise ValueError(f"{where}: there are no items")
+        raise ValueError(f"{where}: no items given")
     ids = np.asarray(item_ids, dtype=object).tolist()
     return ImportedIDs(ids, _parse(ids, values, where, pad_levels), codebook_sizes, where)
 
 
 def write_index_json(catalogue: ItemCatalogue, path: str | os.PathLike) -> None:
     """
-    Writes the `.index.json` that LC-Rec, LETTER and MiniOneRec read: to a temporary name first, then renamed.
+    Writes the `.index.json` of LC-Rec, LETTER and MiniOneRec, under a temporary name that is then renamed.
 
-    The keys are the item ids as text. LETTER and MiniOneRec themselves expect the ids 0 to N-1.
+    The keys are the item ids as text. LETTER and MiniOneRec expect the ids 0 to N-1.
 
     Raises:
         ValueError: more levels than letters.
@@ -131,10 +131,12 @@ def write_index_json(catalogue: ItemCatalogue, path: str | os.PathLike) -> None:
     """
     if len(catalogue.codebook_sizes) > len(_LETTERS):
         raise ValueError(
-            f"an .index.json has a letter per level, at most {len(_LETTERS)}; the catalogue has {len(catalogue.codebook_sizes)} levels"
+            f"an .index.json supports at most {len(_LETTERS)} levels (one letter each); the catalogue has {len(catalogue.codebook_sizes)} levels"
         )
     index = {
-        str(item): [f"<{letter}_{code}>" for letter, code in zip(_LETTERS, row, strict=False)]  # letters are left over
+        str(item): [
+            f"<{letter}_{code}>" for letter, code in zip(_LETTERS, row, strict=False)
+        ]  # more letters than levels
         for item, row in zip(catalogue.item_ids, catalogue.codes.tolist(), strict=True)
     }
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -142,31 +144,31 @@ def write_index_json(catalogue: ItemCatalogue, path: str | os.PathLike) -> None:
 
 
 class _Pairs(list):
-    """A JSON object as its pairs: a dict would keep only the last of keys that repeat."""
+    """A JSON object as a list of pairs, since a dict drops duplicate keys."""
 
 
 def _integers(keys: list[str], where: str, required: bool) -> list:
-    """Keys as integers where every one is a canonical integer of 64 bits, else unchanged."""
+    """Converts keys to integers if all are canonical 64-bit integers, else returns them unchanged."""
     bad = [key for key in keys if not _CANONICAL_INTEGER.fullmatch(key) or not -(2**63) <= int(key) < 2**63]
     if not bad:
         return [int(key) for key in keys]
     if required:
         raise ValueError(
-            f"{where}: integer_ids was asked for, but {len(bad):,} of {len(keys):,} items are no integers (first: {bad[0]!r:.80}); leave "
-            "it out to keep the ids as text"
+            f"{where}: integer_ids=True, but {len(bad):,} of {len(keys):,} item ids are not integers (first: {bad[0]!r:.80}); omit "
+            "it to keep the ids as text"
         )
     return keys
 
 
 def _parse(item_ids: list, values: list, where: str, pad_levels: bool) -> np.ndarray:
-    """(N, L) codes of texts or lists of tokens."""
+    """(N, L) codes parsed from text or lists of tokens."""
     rows = [_codes_of(value) for value in values]
     bad = [(item, value) for item, row, value in zip(item_ids, rows, values, strict=True) if row is None]
     if bad:
         item, value = bad[0]
         raise ValueError(
             f"{where}: {len(bad):,} of {len(rows):,} items have a malformed semantic ID (first: item {item!r:.80}, {_short(value)}); expected "
-            'tokens of a level\'s letter and a code, e.g. ["<a_12>", "<b_3>", "<c_77>"]'
+            'tokens with a level letter and a code, e.g. ["<a_12>", "<b_3>", "<c_77>"]'
         )
     letters = [("".join(letter for letter, _ in row), row) for row in rows if row is not None]
     disordered = [index for index, (found, _) in enumerate(letters) if found != _LETTERS[: len(found)]]
@@ -182,20 +184,20 @@ def _parse(item_ids: list, values: list, where: str, pad_levels: bool) -> np.nda
     if other.any():
         row = int(other.argmax())
         one_more = counts.max() - counts.min() == 1
-        cure = (
-            "pass pad_levels=True if the longer ones are the items that collide"
+        fix = (
+            "pass pad_levels=True if the longer ones are colliding items"
             if one_more
-            else "each level needs a code"
+            else "every item needs a code per level"
         )
         raise ValueError(
-            f"{where}: {int(other.sum()):,} of {len(rows):,} items have another number of levels than {levels} (first: item "
-            f"{item_ids[row]!r:.80} has {counts[row]}); {cure}"
+            f"{where}: {int(other.sum()):,} of {len(rows):,} items do not have {levels} levels (first: item "
+            f"{item_ids[row]!r:.80} has {counts[row]}); {fix}"
         )
     return np.array([[code for _, code in row] + [0] * (levels - len(row)) for _, row in letters], dtype=np.int64)
 
 
 def _codes_of(value: Any) -> list[tuple[str, int]] | None:
-    """(letter, code) of every token, or None where `value` is no text or list of tokens."""
+    """(letter, code) of every token, or None if `value` is not text or a list of tokens."""
     if isinstance(value, str):
         if not _TOKENS.fullmatch(value.strip()):
             return None

@@ -54,11 +54,11 @@ def test_only_what_was_liked_enters_histories():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objectives": {}}, "name at least one objective"),
+        ({"objectives": {}}, "Name at least one"),
         ({"objectives": {"ltr": "liked"}}, "liked"),
-        ({"validation_start": 5}, "must follow each other"),
+        ({"validation_start": 5}, "not in ascending order"),
         ({"test_start": 100}, "no test rows among timestamps 0 to 39"),
-        ({"history_objective": "vtr"}, "history_objective='vtr' is none of"),
+        ({"history_objective": "vtr"}, "history_objective='vtr' is unknown"),
         ({"items": read_items(pd.DataFrame({"item_id": ["m1", "m2"]}))}, "m"),
     ],
 )

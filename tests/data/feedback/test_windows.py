@@ -61,12 +61,12 @@ def test_users_with_few_impressions_give_no_window_and_string_ids_stay():
     [
         (
             rows(like=[2.0, -1.0] + [0.0] * 10),
-            r"column 'like': 2 of 12 values lie outside \[0, 1\] \(first: row 0, 2.0\). Scale",
+            r"column 'like': 2 of 12 values are outside \[0, 1\] \(first: row 0, 2.0\). Scale",
         ),
         (rows(like=["yes"] * 12), "column 'like': expected numbers"),
         (rows().drop(columns="like"), "no column 'like'"),
         (rows(item_id=[None] * 12), "column 'item_id': 12 of 12 ids are null"),
-        (rows(4), "none of 1 users has 5 impressions .the most is 4.. Lower min_items"),
+        (rows(4), "none of 1 users has 5 impressions .at most 4.. Lower min_items"),
     ],
 )
 def test_bad_impressions_get_one_clear_error(table, message):

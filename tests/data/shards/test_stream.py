@@ -102,7 +102,7 @@ def test_the_epoch_after_a_resumed_one_is_whole(tmp_path):
 
 def test_shards_that_do_not_divide_are_told_and_read_all_the_same(tmp_path):
     stream = ExampleStream(write_shards(tmp_path, [5, 5, 5]))
-    message = r"3 training shards do not divide over 2 ranks x 2 data loader workers = 4 readers: .* --num_shards 4"
+    message = r"3 training shards are not divisible by 2 ranks x 2 data loader workers = 4 readers: .* --num_shards 4"
     with pytest.warns(UserWarning, match=message):
         stream.batches(4, collate, rank=0, world_size=2, workers=2)
     with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def test_shards_that_do_not_divide_are_told_and_read_all_the_same(tmp_path):
         stream.batches(4, collate, rank=1, world_size=2, workers=2)  # one rank says it
         stream.batches(4, collate, rank=0, world_size=3, workers=0)
     with pytest.warns(
-        UserWarning, match="3 training shards do not divide over 2 ranks x 1 data loader worker = 2 readers"
+        UserWarning, match="3 training shards are not divisible by 2 ranks x 1 data loader worker = 2 readers"
     ):
         parts = [numbers(epoch_of(stream, rank, world_size=2)) for rank in range(2)]
     assert sorted({*parts[0], *parts[1]}) == list(range(15))
@@ -118,15 +118,15 @@ def test_shards_that_do_not_divide_are_told_and_read_all_the_same(tmp_path):
 
 
 def test_refuses(tmp_path):
-    with pytest.raises(ValueError, match="a stream needs Parquet files with examples; got 0"):
+    with pytest.raises(ValueError, match="a stream needs Parquet files with examples; got 0 files"):
         ExampleStream([])
     stream = ExampleStream(write_shards(tmp_path, [3, 0]))  # the empty one is nobody's part
     assert sorted(numbers(epoch_of(stream))) == [0, 1, 2]
     few = ExampleStream(write_shards(tmp_path, [1, 1, 1]))
     with (
-        pytest.warns(UserWarning, match="do not divide"),
+        pytest.warns(UserWarning, match="not divisible"),
         pytest.raises(
-            ValueError, match=r"reader 3 of 4 \(ranks x data loader workers\) has no example: 3 examples in 3"
+            ValueError, match=r"reader 3 of 4 \(ranks x data loader workers\) has no examples: 3 examples in 3"
         ),
     ):
         [epoch_of(few, rank, world_size=4) for rank in range(4)]

@@ -198,14 +198,14 @@ def test_it_does_not_replace_what_it_has_not_written(tmp_path):
     raw, _ = write_log(tmp_path / "raw")
     ready = tmp_path / "ready"
     first = prepare_log(raw, ready, num_shards=2)
-    with pytest.raises(FileExistsError, match="exists already; name another folder, or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another folder, or pass --overwrite"):
         prepare_log(raw, ready, num_shards=2)
     second = prepare_log(raw, ready, num_shards=3, overwrite=True)
     assert first["settings_sha256"] != second["settings_sha256"]
     assert sorted(path.name for path in ready.glob("train*")) == [shard["file"] for shard in second["train"]]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is no prepared folder"):
+    with pytest.raises(FileExistsError, match="is not a prepared folder"):
         prepare_log(raw, tmp_path / "mine", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "raw", "ready"]
 
@@ -229,17 +229,20 @@ BAD = {
     "null ids": ({"item_id": [1, None, 3]}, r"column 'item_id': 1 of 3 ids are null \(first: row 1, None"),
     "fractions": (
         {"user_id": [1.0, 2.0, 2.5]},
-        r"'user_id': 1 of 3 ids are no exact integers of 64 bits \(first: row 2, 2.5",
+        r"'user_id': 1 of 3 ids are not exact 64-bit integers \(first: row 2, 2.5",
     ),
     "lists": ({"user_id": [[1], [2], [3]]}, r"column 'user_id': ids must be integers or strings, not List"),
     "nan": (
         {"timestamp": [1.0, np.nan, np.inf]},
-        r"'timestamp': 2 of 3 timestamps are no finite numbers .*first: row 1",
+        r"'timestamp': 2 of 3 timestamps are neither finite numbers .*first: row 1",
     ),
-    "words": ({"timestamp": ["1", "2", "soon"]}, r"1 of 3 timestamps are no finite numbers .*\(first: row 2, 'soon'"),
+    "words": (
+        {"timestamp": ["1", "2", "soon"]},
+        r"1 of 3 timestamps are neither finite numbers .*\(first: row 2, 'soon'",
+    ),
     "booleans": ({"timestamp": [True, False, True]}, "timestamps must be numbers or datetimes, not Boolean"),
     "text feedback": ({"like": ["yes", "no", "no"]}, "column 'like': expected numbers, got String"),
-    "no positive": ({"like": [0, 0, 0.5]}, r"none of 3 rows has like >= 1 \(seen: like at most 0.5\)"),
+    "no positive": ({"like": [0, 0, 0.5]}, r"none of 3 rows has like >= 1 \(found: like at most 0.5\)"),
 }
 
 
@@ -276,13 +279,13 @@ def test_bad_files(tmp_path):
         prepare_log(tmp_path / "log.parquet", tmp_path / "ready")
     with pytest.raises(DataError, match="no column 'like'"):
         prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="user", positive=LIKED)
-    with pytest.raises(DataError, match="no such file, and no folder or pattern with files"):
+    with pytest.raises(DataError, match="no such file, folder or pattern with log files"):
         prepare_log(tmp_path / "*.csv", tmp_path / "ready")
     (tmp_path / "notes.parquet").write_text("not Parquet at all")
     with pytest.raises(DataError, match=r"notes.parquet: cannot be read as parquet"):
         prepare_log(tmp_path / "notes.parquet", tmp_path / "ready")
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n")
-    with pytest.raises(DataError, match=r"files of several kinds \(.csv, .parquet\) in one folder"):
+    with pytest.raises(DataError, match=r"files of several formats \(.csv, .parquet\) in one folder"):
         prepare_log(tmp_path, tmp_path / "ready")
     (tmp_path / "log.txt").write_text("")
     with pytest.raises(DataError, match="unsupported suffix"):

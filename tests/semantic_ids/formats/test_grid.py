@@ -42,11 +42,11 @@ class TestGridTensor:
     @pytest.mark.parametrize(
         ("tensor", "ids", "words"),
         [
-            (torch.tensor([[1.0, 2.0]]), None, r"the tensor holds torch.float32, not integers; .*tensor.long\(\)"),
-            (torch.tensor([[True]]), None, "torch.bool, not integers"),
-            (np.array([[1.0]]), None, "float64, not integers"),
-            (np.array([["x"]]), None, "not integers"),
-            (np.array([1, 2]), None, r"expected shape \(levels, items\) and at least one of each, got \(2,\)"),
+            (torch.tensor([[1.0, 2.0]]), None, r"the tensor has dtype torch.float32, .*tensor.long\(\)"),
+            (torch.tensor([[True]]), None, "dtype torch.bool, but semantic IDs are integers"),
+            (np.array([[1.0]]), None, "dtype float64, but semantic IDs are integers"),
+            (np.array([["x"]]), None, "semantic IDs are integers"),
+            (np.array([1, 2]), None, r"expected shape \(levels, items\) with at least one of each, got \(2,\)"),
             (np.zeros((3, 0), dtype=int), None, r"got \(3, 0\)"),
             (
                 np.array([[1, -1], [0, -2]]),
@@ -55,9 +55,9 @@ class TestGridTensor:
             ),
             (np.array([[2**31]]), None, "code 2147483648"),
             (np.array([[2**64 - 1]], dtype=np.uint64), None, "code 18446744073709551615"),
-            (np.zeros((30, 3), dtype=int), None, r"would be 30 levels of 3 items; .*tensor.T"),
-            (np.zeros((3, 2), dtype=int), ["a", "b", "c"], r"but 3 item_ids; it looks transposed: pass tensor.T"),
-            (np.zeros((3, 2), dtype=int), ["a"], "but 1 item_ids; give one id per column"),
+            (np.zeros((30, 3), dtype=int), None, r"has 30 levels and 3 items, .*tensor.T"),
+            (np.zeros((3, 2), dtype=int), ["a", "b", "c"], r"but 3 item_ids; transpose the tensor with tensor.T"),
+            (np.zeros((3, 2), dtype=int), ["a"], "but 1 item_ids; pass one id per column"),
         ],
     )
     def test_refuses(self, tensor, ids, words):
@@ -73,7 +73,7 @@ class TestGridTensor:
         path = tmp_path / f"merged_predictions_tensor{suffix}"
         torch.save(torch.tensor([[1]]), path)
         with pytest.raises(
-            ValueError, match=r"is a pickled file, and onerec_hf opens none.*numpy.save\(.*weights_only=True"
+            ValueError, match=r"is a pickled file, which onerec_hf does not open.*numpy.save\(.*weights_only=True"
         ):
             read_grid_tensor(path)
         disguised = path.rename(tmp_path / "ids.npy")
@@ -98,9 +98,9 @@ class TestGridTensor:
                 read_grid_tensor(tmp_path / name)
             assert name in str(caught.value)
         save_file({"a": np.zeros((1, 1), int), "b": np.zeros((1, 1), int)}, tmp_path / "two.safetensors")
-        with pytest.raises(ValueError, match="expected one tensor, or one called 'semantic_ids'; it holds a, b"):
+        with pytest.raises(ValueError, match="expected a single tensor, or one called 'semantic_ids'; found a, b"):
             read_grid_tensor(tmp_path / "two.safetensors")
-        with pytest.raises(ValueError, match=r"unsupported suffix '.pt'; write .npy or .safetensors.*torch.save"):
+        with pytest.raises(ValueError, match=r"unsupported suffix '.pt'; use .npy or .safetensors.*torch.save"):
             write_grid_tensor(catalogue, tmp_path / "ids.pt")
         with pytest.raises(FileNotFoundError):
             read_grid_tensor(tmp_path / "none.npy")
