@@ -10,7 +10,7 @@ from onerec_hf.hub_cards.common import names, write_card
 
 if TYPE_CHECKING:
     from onerec_hf.baselines.modeling_sequential import SequentialRecommender
-    from onerec_hf.hub_cards.training import Training
+    from onerec_hf.hub_cards.facts import Training
 
 _ARCHITECTURES = {
     "sasrec": ("SASRec", "1808.09781"),
