@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
 from onerec_hf.baselines.item_index import ItemIndex
@@ -35,9 +35,9 @@ class SequentialOutput(ModelOutput):
             The state after each position.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 class SequentialRecommender(HubModel, PreTrainedModel):
@@ -55,6 +55,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     config: SequentialConfig
     config_class = SequentialConfig
     item_keys: torch.Tensor | None
+    item_features: torch.Tensor | None
     base_model_prefix = ""
     main_input_name = "input_ids"
     # The loss is a mean over targets, of which a batch may train on a share: Trainer divides by accumulation steps.

@@ -14,6 +14,8 @@ class SASRecEncoder(nn.Module):
 
     def __init__(self, config: SequentialConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # the config fills both in
+        assert config.num_hidden_layers is not None
         width, self.heads = config.hidden_size, config.num_attention_heads
         self.positions = nn.Embedding(config.max_history, width)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -38,6 +40,8 @@ class GRU4RecEncoder(nn.Module):
 
     def __init__(self, config: SequentialConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # the config fills both in
+        assert config.num_hidden_layers is not None
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gru = nn.GRU(config.hidden_size, config.intermediate_size, config.num_hidden_layers, batch_first=True)
         self.out = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -81,7 +85,8 @@ class HSTUEncoder(nn.Module):
     def __init__(self, config: SequentialConfig):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_hidden_layers or 0))
+        assert config.num_hidden_layers is not None  # the config fills it in
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from onerec_hf import ItemCatalogue
+from onerec_hf.baselines import SequentialRecommender
 from tests.cli.commands import NUM_ITEMS, interaction_rows, onerec, succeeded, write_csv
 
 
@@ -79,3 +81,20 @@ def test_with_fewer_items_in_the_data_all_still_choose_from_the_catalogue(traine
         assert items == pytest.approx(round(items), abs=1e-6)
         assert items >= 10
     assert "on 25 items" in done.err
+
+
+def test_a_sequence_model_is_ranked_beside_the_baselines(data, tmp_path):
+    torch.manual_seed(0)
+    model = SequentialRecommender.from_items([f"m{item}" for item in range(NUM_ITEMS)], hidden_size=8)
+    model.save_pretrained(tmp_path / "sasrec")
+    file = tmp_path / "rows.json"
+    options = ["--interactions", data.interactions, "--top_k", 3, "--json", file]
+    done = succeeded(onerec("evaluate", "--model", tmp_path / "sasrec", *options))
+    assert {"sasrec", "popularity", "item_knn"} <= set(done.out.split())
+    rows = {row["name"]: row["value"] for row in json.loads(file.read_text())["rows"]}
+    users: dict[str, list[str]] = {}
+    for user, item, _ in interaction_rows()[1:]:
+        users.setdefault(user, []).append(item)
+    best = model.recommend([items[:-1] for items in users.values()], top_k=3)
+    hits = [items[-1] in dict(top) for items, top in zip(users.values(), best, strict=True)]
+    assert rows["sasrec/recall@3"] == pytest.approx(np.mean(hits))

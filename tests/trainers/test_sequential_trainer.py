@@ -1,5 +1,7 @@
 """SequentialTrainer: what it learns, which checkpoint it keeps, how it resumes, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from onerec_hf.baselines import NextItemCollator, NextItemDataset, SequentialRecommender
 from onerec_hf.evaluation import ndcg_at_k
-from onerec_hf.trainers import SequentialTrainer, SequentialTrainingArguments, fit_sequential
+from onerec_hf.trainers import NonFiniteError, SequentialTrainer, SequentialTrainingArguments, fit_sequential
 
 ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
 QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
@@ -190,6 +192,16 @@ def test_bad_data_is_refused(tmp_path):
         fit_sequential([[1, 2]], features=np.zeros((2, 3)))
     with pytest.raises(TypeError, match="hidden_sise"):
         fit_sequential([[1, 2]], hidden_sise=3)
+
+
+def test_a_nonfinite_loss_names_its_examples(tmp_path):
+    model = make(["a", "b", "c"])
+    torch.nn.init.constant_(model.item_embedding.weight, torch.nan)
+    with pytest.raises(NonFiniteError, match="training stopped at step 1") as caught:
+        SequentialTrainer(model, arguments(tmp_path), [["b", "a", "c"]]).train()
+    with open(caught.value.path) as file:
+        example = json.loads(file.read())
+    assert (example["history"], example["targets"]) == (["b", "a"], ["a", "c"])
 
 
 @pytest.mark.parametrize("setting", [{"target_share": 0}, {"eval_top_k": []}, {"early_stopping_patience": 0}], ids=str)
