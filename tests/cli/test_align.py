@@ -116,6 +116,7 @@ def test_by_given_pairs(trained, data, tmp_path):
     done = succeeded(onerec("align", "--model", trained.folder, *options, *data.options, *QUICK))
     assert done.out == ""
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "aligned")
+    assert (tmp_path / "aligned" / "items.parquet").exists()
     was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
     assert not (tmp_path / "aligned" / "pairs").exists()

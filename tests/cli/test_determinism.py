@@ -92,7 +92,14 @@ def test_semantic_ids(work, data):
     fit = ["semantic-ids", "fit", *data, *CODES, "--output_dir"]
     run(1, *fit, work / "ids1", threads=1)
     run(2, *fit, work / "ids2", threads=2)
-    same(work / "ids1", work / "ids2", "catalogue.safetensors", "codebooks.safetensors", "semantic_ids.json")
+    same(
+        work / "ids1",
+        work / "ids2",
+        "catalogue.safetensors",
+        "codebooks.safetensors",
+        "semantic_ids.json",
+        "items.parquet",
+    )
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ FILES = {
     "config.json",
     "expert_load.png",
     "generation_config.json",
+    "items.parquet",
     "model.safetensors",
     "processor_config.json",
     "results.json",
