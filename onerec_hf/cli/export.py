@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, float]:
     """
     Writes `encoder.onnx` (`input_ids`, `attention_mask` to `encoder_hidden_states`), `decoder.onnx` (`decoder_input_ids`, the sequence written so far,
-    `encoder_hidden_states`, `attention_mask` to `logits` of every place), each with its weights beside it, and the processor with its catalogue.
+    `encoder_hidden_states`, `attention_mask` to `logits` of every position), each with its weights beside it, and the processor with its catalogue.
     With an item head that scores items, `encoder.onnx` has a second output `item_log_probs` (users, items), in the order of the catalogue.
     Numbers of users, history tokens and session tokens are free. Through transformers' ONNX exporter.
 
@@ -116,7 +116,7 @@ def _inputs(model, name: str, batch) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def errors_only(*names: str) -> Iterator[None]:
-    """The exporter's libraries speak of their own progress and of packages that nobody asked for."""
+    """Only errors of these loggers: the exporter's libraries log their progress and missing optional packages."""
     levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
         for logger in levels:
@@ -155,7 +155,7 @@ def encoder_graph(model) -> Any:
 
 
 def decoder_graph(model) -> Any:
-    """One step of writing, without a cache: the whole sequence so far to the logits of every place."""
+    """A decoder step without a cache: the sequence so far to the logits of every position."""
     import torch
 
     class Decoder(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Entry point of `onerec-hf`: finds the command and imports only what it needs (`--help` answers without torch)."""
+"""Entry point of `onerec-hf`: finds the command and imports only what it needs (`--help` works without torch)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from onerec_hf.workflows.errors import RunComplete
 COMMANDS = {
     "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
     "prepare": "raw logs of any size to sharded training examples, with bounded memory",
-    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantisers compared",
+    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantizers compared",
     "train": "train a generator on interactions",
     "plan": "memory per GPU, communication and time per step of a model, computed from its config",
-    "reward": "impressions with feedback to a reward model that judges sessions",
-    "align": "a trained generator to one that a reward model, or given preferences, prefers",
-    "evaluate": "rank the whole catalogue for held-out items, beside popularity and item-kNN",
+    "reward": "impressions with feedback to a reward model that scores sessions",
+    "align": "preference alignment of a trained generator, by reward models or given pairs",
+    "evaluate": "rank the full catalogue for held-out items, beside popularity and item-kNN",
     "export": "a trained generator as ONNX graphs, compared with the model",
     "serve": "a saved model behind HTTP: batching, per-request constraints, metrics, reload",
     "demo": "a saved model as a page in the browser: pick a history, see generated sessions",
@@ -40,7 +40,7 @@ USAGE = "\n".join(
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs one command and returns its exit status: 0, 2 for what the user can mend (one message on stderr), 130 after Ctrl-C.
+    Runs one command and returns its exit status: 0, 2 for an error that the user can fix (one message on stderr), 130 after Ctrl-C.
 
     Example:
         >>> main(["--version"])
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nonerec-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) went away
+    except BrokenPipeError:  # the reader of our output (`| head`) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Our warnings speak to the person at the command line, who has no use for the source line they come from."""
+    """Our warnings as one line, without the source line that they come from; only the first rank prints them."""
     ours = os.path.abspath(filename).startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if ours and not is_first():
         return

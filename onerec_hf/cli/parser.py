@@ -26,10 +26,10 @@ RENAMED = {
 
 def read_options(file: str) -> dict[str, Any]:
     """
-    The mapping of options that a YAML file is.
+    The options of a YAML file.
 
     Raises:
-        ValueError: no such file, no YAML, no mapping, keys that are no names, or aliases that unfold beyond all measure.
+        ValueError: no such file, no YAML, no mapping, keys that are not strings, or aliases that expand to too many values.
     """
     try:
         with open(file, encoding="utf-8") as stream:
@@ -47,8 +47,8 @@ def read_options(file: str) -> dict[str, Any]:
         parts = value.values() if isinstance(value, dict) else value
         waiting.extend(part for part in parts if isinstance(part, dict | list))
         count += len(parts)
-        if count > _MOST_VALUES:  # a few lines of aliases say more values than there is memory for
-            raise ValueError(f"--config {file}: it unfolds to more than {_MOST_VALUES:,} values")
+        if count > _MOST_VALUES:  # a few lines of aliases can expand beyond all memory
+            raise ValueError(f"--config {file}: it expands to more than {_MOST_VALUES:,} values")
     return options
 
 
@@ -80,7 +80,7 @@ class CommandParser(TrlParser):
         The dataclasses, filled.
 
         Raises:
-            ValueError: an unknown option or YAML key, a value of the wrong type, a file that is absent or no YAML mapping.
+            ValueError: an unknown option or YAML key, a value of the wrong type, or a file that is absent or not a YAML mapping.
         """
         argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
         file = None
@@ -97,7 +97,7 @@ class CommandParser(TrlParser):
         except UNEXPECTED as error:
             if file is None:
                 raise
-            # Of the wrong type, an option of the file may break whatever asks for it first.
+            # An option of the wrong type breaks the first code that uses it.
             reason = short(error, 500) if isinstance(error, ValueError) else f"{type(error).__name__}: {short(error)}"
             raise ValueError(f"--config {file} with the other options: {reason}") from error
         for where, unknown in (("", unknown_options), (f"{file}: ", unknown_keys)):
@@ -110,7 +110,7 @@ class CommandParser(TrlParser):
         return tuple(filled)
 
     def error(self, message: str) -> NoReturn:
-        """One line: the usage that argparse prints has one line for each of Trainer's options."""
+        """One line: argparse would print the usage, with every option of Trainer."""
         raise ValueError(f"{message}; `{self.prog} --help` lists the options")
 
     def set_defaults_with_config(self, **config) -> list[str]:
@@ -127,12 +127,12 @@ class CommandParser(TrlParser):
         return super().parse_known_args([*self._from_file, *(args or [])], namespace)
 
     def _arguments(self, option: str, action: Action, value: Any) -> list[str]:
-        """A YAML value as the command line would give it."""
+        """A YAML value as on the command line."""
         if isinstance(value, list) and action.nargs == "+":
             return [option, *(self._listed(option, part) for part in value)]
         if isinstance(value, dict | list) and action.type in (int, float, string_to_bool):
             self.error(f"argument {option}: expected one value, not {short(value, 80)}")
-        if value is None or isinstance(value, dict | list):  # which no command line can say: as TrlParser takes them
+        if value is None or isinstance(value, dict | list):  # not possible on a command line: as in TrlParser
             action.default = value
             return []
         if value is False and action.type is not string_to_bool:
@@ -140,7 +140,7 @@ class CommandParser(TrlParser):
         return [option, self._listed(option, value)] if action.nargs == "+" else [f"{option}={value}"]
 
     def _listed(self, option: str, value: Any) -> str:
-        """One of an option's several values: argparse would take what begins like an option for one."""
+        """One of the values of an option: argparse would read a value that begins with a dash as an option."""
         text = str(value)
         if text.startswith("-") and not self._negative_number_matcher.match(text):
             self.error(f"argument {option}: invalid value {short(text)!r}")

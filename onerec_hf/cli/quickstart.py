@@ -1,4 +1,4 @@
-"""`onerec-hf quickstart`: the whole path in a few minutes on two CPU cores, from ratings to a loaded, recommending model."""
+"""`onerec-hf quickstart`: from ratings to a trained, saved and reloaded model, in a few minutes on two CPU cores."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from onerec_hf.modeling.files import UNEXPECTED, short
 from onerec_hf.workflows.distributed import is_first, say
@@ -147,7 +147,7 @@ def load_sequential(option: str, repo: str) -> SequentialRecommender:
     from onerec_hf.baselines import SequentialRecommender
 
     with naming(option, repo):
-        model = SequentialRecommender.from_pretrained(repo)
+        model = cast("SequentialRecommender", SequentialRecommender.from_pretrained(repo))
         if model.items is None:
             raise ValueError("it holds no item ids; save the model with its items (set_items)")
         return model

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from tests.cli.commands import CODES, TINY, codes, onerec, refused, succeeded
-from tests.cli.test_train import FILES, values
+from tests.cli.test_train import TOP, values
 
 # What the in-memory commands of these tests run with, `TINY` apart.
 SHARDS = ["--num_shards", "4", "--rows_per_bucket", "60"]
@@ -43,7 +43,7 @@ def test_it_counts_what_became_of_the_rows(prepared):
 
 def test_training_on_it_gives_an_artefact_and_the_same_baselines(streamed, trained):
     folder, _, done = streamed
-    assert {path.name for path in folder.iterdir()} == FILES | {"checkpoints"}
+    assert {path.name for path in folder.iterdir()} == TOP | {"checkpoints"}
     ours, theirs = values(folder), values(trained.folder)
     assert ours.keys() == theirs.keys()
     baselines = [name for name in ours if name.startswith(("popularity/", "item_knn/"))]
