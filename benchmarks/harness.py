@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, CPU time, interleaved repetitions, the printed table and the JSON beside it."""
+"""Shared by all benchmarks: arguments, CPU time, interleaved repetitions, the printed table and the result file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = "../shared/data"  # folder of the data sets, from the repository root
 
 
 def parser(docstring: str | None) -> argparse.ArgumentParser:
-    """An argument parser with the two options that every benchmark has; a script's docstring describes it."""
+    """An argument parser with --quick and --json, described by the script's docstring."""
     arguments = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="smaller sizes, at most 50 seconds, the same rows")
     arguments.add_argument("--json", help="file for the rows")
@@ -26,9 +26,9 @@ def parser(docstring: str | None) -> argparse.ArgumentParser:
 
 
 def dataset_options(arguments: argparse.ArgumentParser) -> None:
-    """The options of a benchmark that takes any data set with a recipe."""
-    arguments.add_argument("--dataset", default="amazon-beauty", help="a recipe's name, '-' or '_' inside")
-    arguments.add_argument("--data_dir", help="folder of the data set's files; ../shared/data/NAME when not given")
+    """Adds --dataset and --data_dir."""
+    arguments.add_argument("--dataset", default="amazon-beauty", help="name of a recipe, with - or _")
+    arguments.add_argument("--data_dir", help="folder of the data set's files (../shared/data/NAME)")
 
 
 def recipe_and_folder(options: argparse.Namespace) -> tuple[Path, str]:
@@ -56,7 +56,7 @@ def peak_gib() -> float:
 
 
 def one_thread() -> None:
-    """Holds torch (and faiss, where it is there) to one thread: CPU time then measures work, whatever else the machine does."""
+    """Limits torch (and faiss, if installed) to one thread: CPU time then measures work, whatever else runs on the machine."""
     import torch
 
     torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def one_thread() -> None:
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], repetitions: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU and wall seconds per run, the runs taking turns so that whatever disturbs the machine disturbs all of them."""
+    """CPU and wall seconds per run, interleaved, so that other load on the machine affects all of them."""
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     wall: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):

@@ -1,6 +1,6 @@
 """
-What the alignment benchmark runs on: KuaiRand-Pure cut by days into what the generator learns from, what the picking reward model learns from, what
-the judge learns from and who is judged.
+Data of the alignment benchmark: KuaiRand-Pure, split by days into training data of the generator, of the picking reward model and of the judge, and
+the test users.
 
     8 to 24 April   histories, and the generator's sliding windows over them
     25 to 30 April  windows of the picking reward model; what was watched in them is the generator's session after the history
@@ -37,7 +37,7 @@ class World:
     items: Any  # RewardItems: item ids to rows
     features: np.ndarray
     test_windows: Any  # labelled windows of the test days, of all users
-    judged: dict[str, Any]  # "validation", "test": history and session (what was watched)
+    users: dict[str, Any]  # "validation", "test": history and session (what was watched)
     observed: Any  # DataFrame: per item, mean feedback on the test days
     sequences: list[np.ndarray]  # long views in time order, of all users, before May
     description: str

@@ -1,6 +1,6 @@
 """
-The session reward model on KuaiRand-Pure: AUC, calibration and log loss per objective on held-out days, beside logistic regression on the same
-item features and history and beside the base rate. 95 % intervals of AUC come from a bootstrap over test users, one seed of training.
+The session reward model on KuaiRand-Pure: AUC, calibration and log loss per objective on held-out days, compared with logistic regression on the same
+item features and history and with the base rate. 95 % intervals of AUC come from a bootstrap over test users, one seed of training.
 
     python benchmarks/alignment/reward.py --data_dir ../shared/data/kuairand_pure --json benchmarks/results/reward.json
 """

@@ -1,13 +1,13 @@
 """
 Table 1 of the OneRec paper (arXiv 2502.18965) rebuilt on KuaiRand-Pure: pointwise and session-wise generators, and what preference alignment
-adds, judged by the reward model that picked the pairs and by one that never did.
+adds, evaluated by the reward model that picked the pairs and by a held-out one.
 
     python benchmarks/alignment/table1.py --seeds 0 1 2 --jobs 2 --json benchmarks/results/alignment.json
     python benchmarks/alignment/table1.py --figure --json benchmarks/results/alignment_share.json     (reward against DPO share and iterations)
 
-Every variant but the first three begins with the same trained OneRec and takes the same number of steps on the same examples: `onerec_ntp` with the
-next-token loss alone, the others with preference pairs of one kind for a share of the examples. All sessions are beam search's; SASRec's and
-TIGER's are their ranked lists, cut into fives. Columns are means over test users of the mean and of the largest predicted rate among a user's
+Every variant but the first three begins with the same trained OneRec and takes the same number of steps on the same examples: `ntp_only` with the
+next-token loss alone, the others with preference pairs of one kind for a share of the examples. Sessions come from beam search; for SASRec and
+TIGER they are the ranked lists, cut into fives. Columns are means over test users of the mean and of the largest predicted rate among a user's
 sessions; `heldout/` is the judge, trained on other days by another seed. `observed/vtr` and `observed/ltr` need no model: the rate at which all
 users viewed or liked the recommended items on the test days, where the log showed them.
 """
@@ -45,10 +45,10 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "s_dpo": {"selection": "several", "loss_type": "s_dpo"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "onerec_ntp": {"dpo_weight": 0.0},
+    "ntp_only": {"dpo_weight": 0.0},
     # With IPA's iterations: new pairs and a new reference in each epoch.
     **_LOSSES,
-    # As preference optimisation is usually done: pairs drawn once, one reference (not run unless asked for).
+    # As preference optimisation is usually done: pairs drawn once, one reference (not run by default).
     **{f"{name}_once": {**settings, "iterations": 1} for name, settings in _LOSSES.items()},
     "ipa_one_iteration": {"iterations": 1},
     "ipa_2_percent": {"dpo_ratio": 0.02},
@@ -212,11 +212,11 @@ def ranked(world: World, model, histories: list[list], k: int = 10) -> np.ndarra
     return np.concatenate(parts)
 
 
-def judged(world: World, sessions: list[list[list]], top: np.ndarray, split: str) -> dict[str, float]:
+def evaluate_sessions(world: World, sessions: list[list[list]], top: np.ndarray, split: str) -> dict[str, float]:
     """The table's columns for one variant and seed."""
     from onerec_hf.evaluation.metrics import recall_at_k
 
-    rows = world.judged[split]
+    rows = world.users[split]
     histories, found = rows["history"][:], {}
     flat = [session for user in sessions for session in user]
     owners = [history for history in histories for _ in range(SESSIONS)]
@@ -230,14 +230,14 @@ def judged(world: World, sessions: list[list[list]], top: np.ndarray, split: str
     for objective in ("vtr", "ltr"):
         found[f"observed/{objective}"] = float(shown[objective].mean())
     found["observed/shown"] = float(shown["vtr"].notna().mean())
-    found["items"] = float(len(np.unique(items)))
+    found["distinct_items"] = float(len(np.unique(items)))
     relevant = [world.processor.catalogue.rows(session) for session in rows["session"]]
     found["recall@10"] = float(recall_at_k(top, relevant, 10))
     return found
 
 
 def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[str, float]:
-    histories = world.judged[split]["history"][:]
+    histories = world.users[split]["history"][:]
     catalogue = world.processor.catalogue
     assert catalogue is not None
     if name == "sasrec":
@@ -255,14 +255,16 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
         )
         top = model.rank([catalogue.rows(history) for history in histories], SESSIONS * SESSION_LENGTH)
         sessions = [_in_fives(catalogue.ids(user)) for user in top]
-        return judged(world, sessions, top[:, :10], split)
+        return evaluate_sessions(world, sessions, top[:, :10], split)
     if name == "tiger":
         model = train_generator(world, 1, quick)
     elif name == "onerec":
         model = base
     else:
         model = align(world, base, VARIANTS[name], EPOCHS, quick)
-    return judged(world, generated(world, model, histories, name == "tiger"), ranked(world, model, histories), split)
+    return evaluate_sessions(
+        world, generated(world, model, histories, name == "tiger"), ranked(world, model, histories), split
+    )
 
 
 def within_user_auc(world: World) -> dict[str, float]:
@@ -301,7 +303,7 @@ def measure(options, seed: int) -> dict[str, float]:
 
 
 def table(options) -> list[dict[str, Any]]:
-    """Result rows: mean over seeds, with the smallest and largest; and the standard deviation as a row of its own."""
+    """Result rows: mean over seeds, with the smallest and largest; and the standard deviation as a separate row."""
     from onerec_hf.evaluation.results import result_row
 
     if options.jobs > 1:
@@ -312,7 +314,7 @@ def table(options) -> list[dict[str, Any]]:
     rows = []
     for name in runs[0]:
         values = [run[name] for run in runs]
-        unit = "items" if name.endswith("/items") else "rate"
+        unit = "items" if name.endswith("/distinct_items") else "rate"
         rows.append(result_row(name, statistics.fmean(values), unit, spread=[min(values), max(values)]))
         if len(values) > 1:
             rows.append(result_row(f"{name}/std", statistics.stdev(values), unit))
@@ -328,10 +330,10 @@ def figure(options) -> list[dict[str, Any]]:
     seed = options.seeds[0]
     world = load_world(options.data_dir, seed, options.quick)
     base, rows = train_generator(world, SESSION_LENGTH, options.quick), []
-    histories = world.judged[options.split]["history"][:]
+    histories = world.users[options.split]["history"][:]
 
     def add(name: str, model) -> None:
-        found = judged(
+        found = evaluate_sessions(
             world, generated(world, model, histories, False), ranked(world, model, histories), options.split
         )
         rows.extend(result_row(f"{name}/{column}", value, "rate") for column, value in found.items())
@@ -344,7 +346,7 @@ def figure(options) -> list[dict[str, Any]]:
             if done == EPOCHS:  # the same training as that of the other shares
                 add(f"share_{SHARED['dpo_ratio']:g}", model)
 
-    add("share_0", align(world, base, VARIANTS["onerec_ntp"], EPOCHS, options.quick))
+    add("share_0", align(world, base, VARIANTS["ntp_only"], EPOCHS, options.quick))
     for share in (0.005, 0.01, 0.02):
         add(f"share_{share:g}", align(world, base, {"dpo_ratio": share}, EPOCHS, options.quick))
     add("iteration_0", base)

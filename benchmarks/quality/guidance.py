@@ -48,6 +48,7 @@ def main() -> None:
         options.users, options.beams = 20, 5
     model, processor = untrained(data, data_args) if options.quick else loaded(options.model)
     catalogue, benchmark = processor.catalogue, Benchmark(data, training_args.eval_exclude_seen, 0, options.users)
+    assert benchmark.selection is not None
     users = benchmark.selection.with_format(None)[:]
     relevant = catalogue.rows([session[0] for session in users["session"]])[:, None]
     ways, rows = [("guided", options.beams), ("rescored", options.beams), ("rescored", 10 * options.beams)], []

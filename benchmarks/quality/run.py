@@ -152,15 +152,15 @@ def planned(options) -> list[tuple[str, dict[str, Any], tuple[str, ...], Run]]:
         return [(options.label, described({"ensemble": [Path(name).name for name in files]}), config, fuse)]
     if options.evaluate:
         config, folders = recipe_config(options, None), dict(zip(options.seeds, options.evaluate, strict=True))
-        asked = {name: value for name, value in over.items() if name in EVALUATION}
+        evaluation = {name: value for name, value in over.items() if name in EVALUATION}
         alignment = {name: yaml.safe_load(value) for name, value in over.items() if name not in EVALUATION}
-        settings = {"evaluated": [Path(folder).name for folder in options.evaluate], **asked}
+        settings = {"evaluated": [Path(folder).name for folder in options.evaluate], **evaluation}
         settings |= {"alignment": {**ALIGNMENT, **alignment}} if options.align else {}
 
         def evaluate(benchmark: Benchmark, keep: str | None) -> Measured:
             folder = folders[benchmark.seed]
             return evaluate_folder(
-                benchmark, folder, asked, list(config), splits, keep, alignment if options.align else None
+                benchmark, folder, evaluation, list(config), splits, keep, alignment if options.align else None
             )
 
         return [(options.label, described(settings, config), config, evaluate)]

@@ -59,12 +59,12 @@ def main() -> None:
     processor = OneRecProcessor.from_catalogue(
         fit_catalogue(data, id_args).catalogue, max_history=data_args.max_history
     )
-    asked = data.split.validation.shuffle(seed=0).select(range(options.users))
+    users = data.split.validation.shuffle(seed=0).select(range(options.users))
     rows = []
     for width in options.widths:
         for kind in options.kinds:
             runs = [
-                trained(parsed(config, {**shared, **sizes(width, kind)}), data, processor, asked, seed)
+                trained(parsed(config, {**shared, **sizes(width, kind)}), data, processor, users, seed)
                 for seed in options.seeds
             ]
             say(f"{kind}-{width}: {runs}")
@@ -92,7 +92,7 @@ def sizes(width: int, kind: str) -> dict[str, Any]:
     }
 
 
-def trained(args, data, processor, asked, seed: int) -> dict[str, float]:
+def trained(args, data, processor, users, seed: int) -> dict[str, float]:
     """One generator's loss after its steps, and what it has and took."""
     from transformers import set_seed
 
@@ -111,7 +111,7 @@ def trained(args, data, processor, asked, seed: int) -> dict[str, float]:
         trainer.train()
         seconds = cpu_seconds() - before
     return {
-        "loss": item_loss(model, processor, asked),
+        "loss": item_loss(model, processor, users),
         "active": active_parameters(model.config),
         "weights": model.num_parameters(),
         "cpu_seconds": seconds,

@@ -51,22 +51,22 @@ def per_user(files: list[str], target: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    dataset_options(options)
-    options.add_argument("--row", nargs="+", metavar="NPZ", help="rankings of a model; with --quick of popularity")
-    options.add_argument("--against", nargs="+", default=[], metavar="NPZ", help="rankings of another model")
-    asked = options.parse_args()
-    if not asked.row and not asked.quick:
-        options.error("pass the rankings of a model: --row FILES, from benchmarks/quality/run.py --keep")
+    arguments = parser(__doc__)
+    dataset_options(arguments)
+    arguments.add_argument("--row", nargs="+", metavar="NPZ", help="rankings of a model; with --quick of popularity")
+    arguments.add_argument("--against", nargs="+", default=[], metavar="NPZ", help="rankings of another model")
+    options = arguments.parse_args()
+    if not options.row and not options.quick:
+        arguments.error("pass the rankings of a model: --row FILES, from benchmarks/quality/run.py --keep")
     one_thread()
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.workflows import load_in_memory
 
-    recipe, folder = recipe_and_folder(asked)
+    recipe, folder = recipe_and_folder(options)
     data = load_in_memory(parsed(["--config", str(recipe), "--data_dir", folder], {})[0])
-    split = asked.row[0].removesuffix(".npz").rsplit("-", 1)[1] if asked.row else "test"
+    split = options.row[0].removesuffix(".npz").rsplit("-", 1)[1] if options.row else "test"
     target, users, rows = last_rows(data, split, "session"), strata(data, split), []
-    files = {"model": asked.row, "other": asked.against}
+    files = {"model": options.row, "other": options.against}
     measured = {name: per_user(some, target) for name, some in files.items() if some}
     measured = measured or {"model": popularity(data, split, target)}
     for name, share in users.items():
@@ -78,7 +78,7 @@ def main() -> None:
             more = values - measured["other"][metric]
             rows.append(result_row(f"difference/{metric}", more.mean(), "share", against="other"))
             rows.append(result_row(f"difference/{metric}/standard_error", more.std() / len(more) ** 0.5, "share"))
-    finish(rows, asked.json, split=split, files=files, protocol=data.split.description)
+    finish(rows, options.json, split=split, files=files, protocol=data.split.description)
 
 
 def popularity(data, split: str, target: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Damage by someone who knows the format: JSON, YAML, tables as text, safetensors, NumPy and Parquet files."""
+"""Damage that respects the format: JSON, YAML, tables as text, safetensors, NumPy and Parquet files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """
 Runs parsers on damaged files: mutations of valid ones, in a process that may not take much memory or time over one of them.
 
-A parser may return, or raise a ValueError or an OSError whose message names the file and is short enough to read. All else is a failure: another
+A parser may return, or raise a ValueError or an OSError with a short message that names the file. Everything else is a failure: another
 exception, a hang, more memory than the limit, a process that dies. An input that takes a new way through our code, as far as its outcome shows
 (the exception's class and the lines of ours that it went through), joins the inputs that are mutated further.
 """
@@ -39,7 +39,7 @@ _SLOT = 2**17  # bytes of the largest input
 @dataclass(frozen=True)
 class Limits:
     """
-    What one input may cost: `memory` bytes of address space above what the process starts with, and `seconds` of its own (wall time says
+    What one input may cost: `memory` bytes of address space above what the process starts with, and `seconds` of CPU time (wall time means
     nothing on a busy machine).
     """
 
@@ -197,7 +197,7 @@ def fuzz(
     parser: Parser, inputs: int, seed: int = 0, limits: Limits | None = None, deadline: float | None = None
 ) -> Report:
     """
-    Gives a parser `inputs` damaged files, in processes of their own.
+    Gives a parser `inputs` damaged files, in separate processes.
 
     Args:
         seed: of the mutations.
@@ -346,7 +346,7 @@ def _inputs(parser: Parser, pool: list[bytes], seed: str, count: int) -> Generat
 
 @contextlib.contextmanager
 def _folder(parser: Parser) -> Iterator[Path]:
-    """The path of the file to damage, in a folder of its own, in memory where the machine has such a place."""
+    """The path of the file to damage, in a new folder, in memory if the machine has a file system there."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
         if parser.prepare is not None:

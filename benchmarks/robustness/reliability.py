@@ -1,12 +1,11 @@
 """
-Kills (SIGKILL) training, alignment, semantic-ID fitting, saving and pushing at random moments, goes on, and compares bit by bit.
+Kills (SIGKILL) training, alignment, semantic-ID fitting, saving and pushing at random moments, resumes, and compares bit by bit.
 
     python benchmarks/robustness/reliability.py [--quick] [--json FILE] [--kills N] [--phases train align ...] [--seed S] [--join FILE ...]
 
-A kill is survived where (1) nothing that the killed process left is a half-written artefact that loads, (2) every checkpoint under its own
-name is whole, and (3) the same command, started again (a training with `--resume_from_checkpoint last`), ends in weights, item catalogue and
-codebooks that equal those of a run that nobody killed, bit by bit. One process on the CPU; tiny models, so that most of the time is what kills
-should meet: checkpoints, saves and uploads.
+A kill is survived if (1) no half-written artefact loads, (2) every checkpoint under its final name is complete, and (3) the same command, started
+again (a training with `--resume_from_checkpoint last`), ends in the weights, catalogue and codebooks of an uninterrupted run, bit by bit. One
+process on the CPU; tiny models, so that most of the time is spent in checkpoints, saves and uploads.
 """
 
 from __future__ import annotations
@@ -251,7 +250,7 @@ class Trials:
             clean, _ = self.call(inspect, str(folder), str(expected))
             self.call(command, [*self.argv(phase, folder), *again])
             equal, _ = self.call(compare, str(folder), str(expected))
-            survived += self.judged(phase, number, after, clean, equal)
+            survived += self.count(phase, number, after, clean, equal)
             shutil.rmtree(folder)
         return survived
 
@@ -273,7 +272,7 @@ class Trials:
             clean, _ = self.call(inspect_save, folder, old, new)
             self.call(save, new, folder)
             equal, _ = self.call(compare, folder, new)
-            survived += self.judged("save", number, after, clean, equal)
+            survived += self.count("save", number, after, clean, equal)
         return survived
 
     def run_push(self, kills: int) -> int:
@@ -290,10 +289,10 @@ class Trials:
             self.call(push, new, repo)
             self.call(fetch, repo, got)
             equal, _ = self.call(compare, got, new)
-            survived += self.judged("push", number, after, clean, equal)
+            survived += self.count("push", number, after, clean, equal)
         return survived
 
-    def judged(self, phase: str, number: int, after: float, clean: bool, equal: bool) -> bool:
+    def count(self, phase: str, number: int, after: float, clean: bool, equal: bool) -> bool:
         from benchmarks.harness import say
 
         fine = bool(clean and equal)
@@ -303,7 +302,7 @@ class Trials:
 
 
 def serve_hub(root: Path) -> int:
-    """The tests' Hub in a process of its own; returns its process id. Set before the client is imported, which reads its address then."""
+    """The tests' Hub in a separate process; returns its process id. Call it before the client is imported, which reads the address then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,6 +1,6 @@
 """
-What aligning content embeddings with behaviour is worth: content, behaviour, aligned content, and pairs of them side by side. All are made
-from the training part alone (every user's items but the last two).
+What aligning content embeddings with behaviour adds: content, behaviour, aligned content, and pairs of them. All come
+from the training part only (every user's items but the last two).
 
 recall@10: the held-out item among the ten nearest (cosine) to the user's last history item, the history left out.
 first_code_agreement: the share of users whose last history item and held-out item have the same first code of `codebook_size`, balanced
@@ -96,9 +96,9 @@ def main() -> None:
     ]
     train = [items[:-2] for items in sequences]
     held_out = -1 if options.split == "test" else -2
-    asked = sequences[::15] if options.quick else sequences
-    histories = [items[:held_out] for items in asked]
-    last, targets = (np.array([items[at] for items in asked]) for at in (held_out - 1, held_out))
+    users = sequences[::15] if options.quick else sequences
+    histories = [items[:held_out] for items in users]
+    last, targets = (np.array([items[at] for items in users]) for at in (held_out - 1, held_out))
 
     measured: dict[str, list[float]] = {}
     seeds = options.seeds[:1] if options.quick else options.seeds
@@ -125,7 +125,7 @@ def main() -> None:
         options.json,
         seeds=seeds,
         split=options.split,
-        users=len(asked),
+        users=len(users),
         items=len(content),
         codebook_size=CODES,
         protocol="Embeddings from every user's items but the last two. recall@10: the held-out item among the ten items nearest (cosine) "

@@ -1,15 +1,15 @@
 """
-Constrained session generation: `recommend()` beside beam search as transformers has it, with the same weights and the same answers.
+Constrained session generation: `recommend()` compared with the beam search of transformers, with the same weights and the same results.
 
     python benchmarks/speed/generation.py --json benchmarks/results/generation.json
 
 The peers of each cell (users x beams, items per session, codes per level):
-  prefix_fn      `generate` with `prefix_allowed_tokens_fn` over a dict of prefixes: what most projects run today
+  prefix_fn      `generate` with `prefix_allowed_tokens_fn` over a dict of prefixes: the usual way
   vectorised     `generate` with our SemanticIDLogitsProcessor in its place
   unconstrained  `generate` without any constraint
-In all three, caches are handled as transformers does it for every model (one copy of the history's keys and values per beam, copied again at
-every step), and so are the experts (grouped_mm). `recommend()` runs inside `model.packed_experts()`, as a server or an evaluation would; the
-ablation says what it does without. Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
+In all three, transformers handles the caches (one copy of the history's keys and values per beam, copied again at
+every step), and so are the experts (grouped_mm). `recommend()` runs inside `model.packed_experts()` like a server or an evaluation; the
+ablation has the numbers without it. Times are CPU seconds of one thread, in turns; a speed-up is the peer's time over that of `recommend()`.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def decoder_over_floor(setting: Setting, repetitions: int) -> list[dict[str, Any
 
 
 def peak_of(which: str, quick: bool) -> float:
-    """Peak memory (GiB) above that of the loaded model, of one answer at 32 x 128 x 5; runs in a process of its own."""
+    """Peak memory (GiB) above that of the loaded model, of one request at 32 x 128 x 5; runs in a separate process."""
     one_thread()
     setting = Setting(12_000, 256, quick)
     setting.ask(1)

@@ -2,7 +2,7 @@
 Preparing a log that does not fit in memory: rows per second and peak memory, beside the in-memory path on a log that fits.
 
 The log is made up, shard by shard: a user per hundred rows, of very unequal activity; a million items by
-Zipf's law; a day per shard. Nine of ten rows are positive. Each preparation runs in a process of its own, whose peak is its VmHWM (it
+Zipf's law; a day per shard. Nine of ten rows are positive. Each preparation runs in a separate process, whose peak is its VmHWM (it
 starts no others). Windows have stride 5: every position is a target once.
 
 - `prepare/...`: the whole log (200 million rows, or `--rows`), from Parquet shards to Parquet shards.

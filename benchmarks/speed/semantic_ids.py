@@ -1,6 +1,6 @@
 """
-Semantic IDs: balanced k-means beside faiss's plain k-means and the paper's greedy algorithm, encoding beside faiss's exact search, a
-million items through three levels, a catalogue of ten million.
+Semantic IDs: balanced k-means compared with faiss's plain k-means and the paper's greedy algorithm, encoding compared with faiss's exact search,
+a million items through three levels, a catalogue of ten million.
 
     python benchmarks/speed/semantic_ids.py --json benchmarks/results/semantic_ids.json
 """
@@ -98,7 +98,7 @@ def encode(count: int, clusters: int, repetitions: int) -> list[dict]:
 
 
 def levels(count: int, clusters: int) -> None:
-    """Three levels and unique codes in a process of its own, so that its peak memory is its own; prints seconds and GiB."""
+    """Three levels and unique codes in a separate process, to measure its peak memory; prints seconds and GiB."""
     points = clustered(count, 128, max(50, count // 20))
     wall, cpu = time.perf_counter(), cpu_seconds()
     quantizer = ResidualQuantizer([clusters] * 3).fit(points)
@@ -133,7 +133,7 @@ def million(count: int, clusters: int) -> list[dict]:
 def catalogue(count: int) -> list[dict]:
     """A catalogue on disk: loading it, and a million lookups each way."""
     codes = np.stack(np.unravel_index(np.random.default_rng(0).permutation(count), (256, 256, 256)), axis=1)
-    asked = np.random.default_rng(1).integers(0, count, min(count, 1_000_000)) * 3
+    wanted = np.random.default_rng(1).integers(0, count, min(count, 1_000_000)) * 3
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "catalogue.safetensors")
         ItemCatalogue(np.arange(count) * 3, codes, [256, 256, 256]).save(path)
@@ -143,9 +143,9 @@ def catalogue(count: int) -> list[dict]:
             loaded = ItemCatalogue.load(path)
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
-        rows = loaded.rows(asked)
+        rows = loaded.rows(wanted)
         to_codes = time.perf_counter() - start
-        assert np.array_equal(rows * 3, asked)
+        assert np.array_equal(rows * 3, wanted)
         wanted = torch.from_numpy(np.array(loaded.codes[rows], dtype=np.int64))
         start = time.perf_counter()
         back = loaded.rows_of_codes(wanted)

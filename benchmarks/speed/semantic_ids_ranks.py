@@ -1,6 +1,6 @@
 """
-Semantic IDs fitted by two ranks beside one process: CPU time and peak memory of a rank, equal codes, error. Codes, uniqueness, report and
-catalogue are all in it; embeddings are read from a .npy file, each rank its rows.
+Semantic IDs fitted by two ranks, compared with one process: CPU time and peak memory of a rank, equal codes, error. Includes codes, uniqueness,
+report and catalogue; each rank reads its rows of a .npy file.
 
     python benchmarks/speed/semantic_ids_ranks.py --json benchmarks/results/semantic_ids_ranks.json
 """

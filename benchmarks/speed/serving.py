@@ -1,5 +1,5 @@
 """
-Load test of `onerec-hf serve` on loopback, beside the endpoints that one would write first.
+Load test of `onerec-hf serve` on loopback, compared with two simple endpoints.
 
     python benchmarks/speed/serving.py --json benchmarks/results/serving.json
 
@@ -11,8 +11,8 @@ torch thread, and answers the same requests: histories of 5 to 50 items, ten ite
   generate   FastAPI and `model.generate()` under our own constraint: the library's fast path, without batches
 
 The last two are plain `def` endpoints (a thread of FastAPI's pool each) that answer one request at a time: a lock, since threads that compete for
-the interpreter are slower. N clients send their next request when they have the answer to the last one, over a connection that stays open. The
-servers take turns, in each of the repetitions. Clients (one process) and servers share the machine's cores.
+the interpreter are slower. N clients send their next request when they have the answer to the last one, over a persistent connection. The
+servers are interleaved in each repetition. Clients (one process) and servers share the machine's cores.
 
 Rows, N = 1, 8, 64: `<server>/rps_N` requests per second; `<server>/p50_N`, `<server>/p99_N` milliseconds from sending to the whole answer;
 `<server>/cpu_N` CPU milliseconds of the server per request. `rps_over_<peer>_N` are ratios within a repetition, `cpu_<peer>_over_onerec_N` too.

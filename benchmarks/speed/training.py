@@ -15,8 +15,8 @@ size. Semantic IDs are drawn at random: 3 levels of 256. Variants, each one opti
     packed windows    OneRec on windows packed into rows of 32 history items (PackedDataset)
     packed            OneRec with a causal encoder on packed prefixes: each history once for all its targets
 
-`packed_over_X` is packed's targets per second over those of X, at d = 256 unless the name says otherwise. `peak/...` is VmHWM of a process of
-its own that takes one step, of which the imports are about half a GiB.
+`packed_over_X` is packed's targets per second over those of X, at d = 256 unless the name says otherwise. `peak/...` is VmHWM of a separate
+process that takes one step; imports are about half a GiB of it.
 
 `moe_over_dense_4096_tokens`: CPU time of OneRecSparseMoeBlock (24 experts of width 512, top-2, routing included; forward and backward) over
 that of a dense SwiGLU of width 1024 on the same 4096 tokens of width 256.
@@ -172,7 +172,7 @@ def make_step(variant: str, width: int, layers: int, batches: list[dict[str, Any
 
 
 def peak_of_a_step(pipe, variant: str, width: int, layers: int, arrays: list[dict[str, np.ndarray]]) -> None:
-    """Sends the peak memory of this process after one step; it runs in a process of its own."""
+    """Sends the peak memory of this process after one step; runs in a separate process."""
     import torch
 
     one_thread()
@@ -224,7 +224,7 @@ def gemm_peak(repetitions: int = 6) -> float:
     seconds = []
     for _ in range(repetitions):
         before = cpu_seconds()
-        a @ b
+        torch.mm(a, b)
         seconds.append(cpu_seconds() - before)
     return 2 * 2048**3 / min(seconds)
 
