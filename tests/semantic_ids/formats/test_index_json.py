@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, catalogue):
     write_index_json(catalogue, path)
     before = path.read_bytes()
     wide = ItemCatalogue(["a"], [[0] * 27], [1] * 27)
-    with pytest.raises(ValueError, match="at most 26 levels .*; the catalogue has 27 levels"):
+    with pytest.raises(ValueError, match=r"at most 26 levels .*; the catalogue has 27 levels"):
         write_index_json(wide, path)
     assert path.read_bytes() == before
 
