@@ -20,7 +20,7 @@ from .requests import (
     ResolvedRequest,
     item_metadata,
     known_rows,
-    saved_items,
+    read_items,
 )
 
 
@@ -67,7 +67,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         max_history (`int`, *optional*): the latest items of a history that the model reads, the processor's own when not given.
         items (*optional*): titles and other fields that answers show beside the ids: a mapping from ids to titles or to dictionaries
             of fields, or a table with a column `item_id` (a DataFrame, a `datasets.Dataset`, columns, or rows). When not given, the
-            `items.parquet` of the model's repository, where it holds one and the package onerec_hf is installed.
+            `items.parquet` of the processor's repository, where it holds one and the package onerec_hf is installed.
 
     Raises:
         ValueError: model and processor have different catalogues, or none; `top_k > num_beams`; `items` that belong to another
@@ -103,16 +103,10 @@ class GenerativeRecommendationPipeline(Pipeline):
     _load_feature_extractor = False
     _preprocess_params: dict[str, Any] = {}  # what was said when the pipeline was made, once it is
 
-    def __init__(self, *args, local_files_only: bool | None = None, **kwargs):
+    def __init__(self, *args, local_files_only: bool | None = None, **kwargs):  # `pipeline()` hands it on
         super().__init__(*args, **kwargs)
-        config = self.model.config
-        if "items" not in self._forward_params and config._name_or_path:
-            self._forward_params["items"] = saved_items(
-                config._name_or_path,
-                self.processor.catalogue,
-                revision=getattr(config, "_commit_hash", None),  # only of a Hub repository
-                local_files_only=local_files_only,
-            )
+        if "items" not in self._forward_params:
+            self._forward_params["items"] = read_items(self.processor.items_file, self.processor.catalogue)
 
     def __call__(self, histories, **kwargs):
         """

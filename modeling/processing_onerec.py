@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
 from .files import find_file, pinned, refusing, replacing_files
 from .hub import CarriesCode, in_code
+from .requests import ITEMS_NAME, find_items
 from .tokenization_onerec import OneRecTokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         [['m17'], ['m17']]
     """
 
-    _files_beside = (CATALOGUE_NAME,)
+    _files_beside = (CATALOGUE_NAME, ITEMS_NAME)
+
+    #: Path of the items table (titles and other columns) of the repository, which is saved with the processor.
+    items_file: str | None = None
 
     def __init__(
         self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
@@ -224,12 +229,13 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
     def to_dict(self):
         output = super().to_dict()
         output.pop("catalogue", None)  # saved in its file
+        output.pop("items_file", None)
         output.pop("include_code", None)  # what to save, not how to read
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """
-        Writes the tokenizer's and the processor's configs, the item catalogue and the code. They are moved into the folder when all of
+        Writes the tokenizer's and the processor's configs, the item catalogue, the items table and the code. They are moved into the folder when all of
         them are written, the catalogue last: an interrupted save leaves no half-written processor.
 
         Args:
@@ -248,6 +254,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             with replacing_files(save_directory, last) as temporary:
                 if self.catalogue is not None:
                     self.catalogue.save(os.path.join(temporary, CATALOGUE_NAME))
+                if self.items_file is not None and os.path.isfile(self.items_file):
+                    shutil.copyfile(self.items_file, os.path.join(temporary, ITEMS_NAME))
                 if self.include_code if include_code is None else include_code:
                     self._save_code(temporary)
                     self.auto_map = {"AutoProcessor": in_code("processing_onerec.OneRecProcessor")}
@@ -293,6 +301,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
         except ValueError as error:
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+        processor.items_file = find_items(pretrained_model_name_or_path, **kwargs)
         return processor
 
 

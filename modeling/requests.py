@@ -21,7 +21,6 @@ from .files import find_file
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
-    from .processing_onerec import OneRecProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -274,7 +273,7 @@ class Recommender:
 
     Args:
         model: a `OneRecForConditionalGeneration`, or one with a PEFT adapter around it.
-        processor: with the same catalogue.
+        processor: a `OneRecProcessor` with the same catalogue.
         items: fields by item id, as [`item_metadata`] or [`saved_items`] give them.
 
     Raises:
@@ -292,7 +291,7 @@ class Recommender:
         ([['m256']], [[{'title': 'Heat'}]], 1)
     """
 
-    def __init__(self, model: Any, processor: OneRecProcessor, items: Mapping[Any, Mapping] | None = None):
+    def __init__(self, model: Any, processor: Any, items: Mapping[Any, Mapping] | None = None):
         if model.catalogue is None or processor.catalogue is None:
             raise ValueError(
                 f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); give it one with "
@@ -514,24 +513,30 @@ def _is_empty(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue, **kwargs) -> Mapping[Any, Mapping] | None:
+def find_items(repo: str | os.PathLike, **kwargs) -> str | None:
     """
-    The fields of the `items.parquet` in a local folder or Hub repository, by item id; None where it holds none. The package onerec_hf reads
-    it: code that was loaded with `trust_remote_code=True`, without the package, gives None and logs it.
+    Path of the `items.parquet` in a local folder or Hub repository; None where it holds none, or the Hub is out of reach.
 
     Args:
         kwargs: `from_pretrained`'s hub arguments.
-
-    Raises:
-        ValueError: the file is damaged, or belongs to another catalogue.
     """
     try:
-        path = find_file(repo, ITEMS_NAME, **kwargs)
+        return find_file(repo, ITEMS_NAME, **kwargs)
     except OSError as error:  # titles are optional: an unreachable Hub does not stop a model that is loaded
         logger.warning_once(
             f"cannot look for {ITEMS_NAME} in {os.fspath(repo)}, answers show no titles: {error!s:.200}"
         )
         return None
+
+
+def read_items(path: str | os.PathLike | None, catalogue: ItemCatalogue) -> Mapping[Any, Mapping] | None:
+    """
+    The fields of an `items.parquet` by item id; None for no path. The package onerec_hf reads it: code that was loaded with
+    `trust_remote_code=True`, without the package, gives None and logs it.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another catalogue.
+    """
     if path is None:
         return None
     # Parquet needs pyarrow, which transformers does not install. The package has it, and its checks of untrusted files.
@@ -539,6 +544,11 @@ def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue, **kwargs) -> 
         logger.warning_once(f"{ITEMS_NAME} is not read: pip install onerec-hf to show titles, or pass items=...")
         return None
     return import_module("onerec_hf.data.item_fields").read_items_file(path, catalogue)
+
+
+def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue) -> Mapping[Any, Mapping] | None:
+    """The fields of the `items.parquet` in a local folder or Hub repository; see [`find_items`] and [`read_items`]."""
+    return read_items(find_items(repo), catalogue)
 
 
 __all__ = [
@@ -554,8 +564,10 @@ __all__ = [
     "RequestError",
     "ResolvedRequest",
     "UnknownItemError",
+    "find_items",
     "item_metadata",
     "known_rows",
+    "read_items",
     "saved_items",
     "spell_argument",
 ]

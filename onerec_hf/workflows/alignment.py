@@ -144,7 +144,7 @@ def align(
     origin = find_origin(how.model, how.save_items)
     begin(folder, command, resumes)
     write_origin(folder, origin)
-    write_items(folder, dataset.items if how.save_items else None, processor.catalogue)
+    write_items(folder, dataset.items if how.save_items else None, processor)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         save_trained(trainer, folder)

@@ -200,22 +200,23 @@ def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | 
     Args:
         items: the items table of the data, for `write_items`; None if there is none, or it is not to be saved.
     """
+    write_items(folder, items, processor)
     if is_first():
         processor.save_pretrained(folder)
-    write_items(folder, items, processor.catalogue)
 
 
-def write_items(folder: Path, items: ItemTable | None, catalogue: ItemCatalogue | None) -> None:
+def write_items(folder: Path, items: ItemTable | None, processor: OneRecProcessor) -> None:
     """
     Writes titles and other columns of an items table into `items.parquet` beside the catalogue; the first rank writes. Items that the table
     does not hold keep what `write_origin` wrote for them.
     """
-    if items is None or catalogue is None or not is_first():
-        return
-    from onerec_hf.data.item_fields import save_items_table
+    if items is not None and processor.catalogue is not None and is_first():
+        from onerec_hf.data.item_fields import save_items_table
 
-    if left_out := save_items_table(folder, items, catalogue, keep=True):
-        say(left_out)
+        if left_out := save_items_table(folder, items, processor.catalogue, keep=True):
+            say(left_out)
+    path = folder / ITEMS_NAME
+    processor.items_file = str(path) if path.is_file() else None  # whoever saves the processor saves this table
 
 
 def find_origin(repo: str | os.PathLike, with_items: bool = True) -> dict[str, bytes]:

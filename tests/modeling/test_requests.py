@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -322,8 +323,6 @@ def test_a_given_table_wins_over_the_saved_one(folder, recommender, tmp_path):
 
 
 def test_a_damaged_table_is_named_by_all_four(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "items.parquet").write_bytes(b"PAR1 nothing")
     catalogue = make_catalogue(NUM_ITEMS)
@@ -335,3 +334,17 @@ def test_a_damaged_table_is_named_by_all_four(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"items\.parquet: cannot be read"):
             load()
+
+
+def test_the_processor_carries_the_table(folder, tmp_path):
+    processor = OneRecProcessor.from_pretrained(folder)
+    processor.save_pretrained(tmp_path / "copy", include_code=False)
+    wanted = (folder / "items.parquet").read_bytes()
+    assert (tmp_path / "copy" / "items.parquet").read_bytes() == wanted
+    assert "items_file" not in (tmp_path / "copy" / "processor_config.json").read_text()
+    processor.save_pretrained(folder, include_code=False)  # onto itself
+    assert (folder / "items.parquet").read_bytes() == wanted
+    shutil.rmtree(tmp_path / "copy")
+    pipe = pipeline("generative-recommendation", model=str(folder), device="cpu")
+    pipe.save_pretrained(tmp_path / "pipeline", include_code=False)
+    assert (tmp_path / "pipeline" / "items.parquet").read_bytes() == wanted
