@@ -195,10 +195,11 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with replacing_files(folder, last="index") as temporary:
         ...         for name in ("index", "volume"):
-        ...             _ = open(f"{temporary}/{name}", "w").write("whole")
+        ...             _ = Path(temporary, name).write_text("whole")
         ...     sorted(os.listdir(folder))
         ['index', 'volume']
     """

@@ -92,7 +92,8 @@ def session_examples(
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [6, 7, 8, 9], "timestamp": [0, 1, 500, 501], "like": [1, 1, 1, 0]})
         >>> import warnings
-        >>> with warnings.catch_warnings(record=True):  # the first session has no history
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # the first session has no history
         ...     data = session_examples(rows, SessionCriteria(min_views=2), PositiveFeedback({"like": 1}), gap_seconds=60)
         >>> data[0]
         {'user_id': 1, 'history': [6, 7], 'session': [8]}

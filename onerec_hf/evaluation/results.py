@@ -65,9 +65,10 @@ def write_results(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_results(f"{folder}/results.json", [result_row("seconds", 1.5, "s")], seed=0)
-        ...     sorted(json.load(open(f"{folder}/results.json")))
+        ...     sorted(json.loads(Path(folder, "results.json").read_text()))
         ['command', 'date', 'machine', 'rows', 'seed', 'versions']
     """
     content = {
