@@ -71,8 +71,8 @@ def assert_close(
         ]
         atol = terms * max((torch.finfo(each).eps for each in floats), default=0.0) * scale
         torch.testing.assert_close(
-            got[name].double(),
-            value.double(),
+            got[name].detach().double(),
+            value.detach().double(),
             atol=atol,
             rtol=0,
             equal_nan=True,
@@ -95,7 +95,9 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
         AssertionError: the models have different weights.
     """
     assert one.keys() == other.keys()
-    squares = [float((value.double() - other[name].double()).square().sum()) for name, value in one.items()]
+    squares = [
+        float((value.detach().double() - other[name].detach().double()).square().sum()) for name, value in one.items()
+    ]
     return sum(squares) ** 0.5
 
 
