@@ -149,7 +149,7 @@ def test_ctrl_c_anywhere(monkeypatch):
     assert (done.status, done.err) == (130, "\nonerec-hf: interrupted.\n")
 
 
-@pytest.mark.filterwarnings("default:.*repeat another row")  # as at a command line
+@pytest.mark.filterwarnings("default:.*exact duplicates")  # as at a command line
 def test_warnings_speak_to_people(data, tmp_path):
     """Repeated rows are counted in a plain line, without the place in the code that found them."""
     table = tmp_path / "twice.csv"
@@ -159,6 +159,6 @@ def test_warnings_speak_to_people(data, tmp_path):
             "semantic-ids", "fit", "--interactions", table, "--codebook_sizes", 8, 8, "--output_dir", tmp_path / "o"
         )
     )
-    (line,) = [line for line in done.err.splitlines() if "repeat another row" in line]
+    (line,) = [line for line in done.err.splitlines() if "exact duplicates" in line]
     assert line.startswith("onerec-hf: interactions: dropped 360 of 720 rows")
     assert "UserWarning" not in done.err
