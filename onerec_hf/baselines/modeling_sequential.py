@@ -154,8 +154,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     @torch.no_grad()
     def _set_features(self, items: ItemIndex, features: np.ndarray) -> None:
-        expected = (self.config.num_items, self.config.item_feature_dim)
-        if features.shape != expected or self.item_features is None or self.feature_proj is None:
+        expected, table = (self.config.num_items, self.config.item_feature_dim), self.item_features
+        if features.shape != expected or not isinstance(table, torch.Tensor) or self.feature_proj is None:
             raise ValueError(
                 f"features: expected shape {expected} (num_items, item_feature_dim); got {features.shape}"
             )
@@ -166,7 +166,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         # item by as much.
         centred = torch.from_numpy(features - features.mean(0))
         scaled = centred / centred.abs().sum(1).mean().clamp(min=1e-12)
-        self.item_features[1:] = scaled.to(self.item_features)
+        table[1:] = scaled.to(table)
         size = scaled.square().sum(1).mean().sqrt().clamp(min=1e-12)
         nn.init.normal_(self.feature_proj.weight, std=float(self.config.initializer_range / size))
 
