@@ -68,7 +68,7 @@ class Benchmark:
     def examples(self, split: str):
         return getattr(self.data, split)
 
-    def sequences(self) -> list[np.ndarray]:
+    def sequences(self) -> list[Any]:
         """The users' training sequences of item ids."""
         sequences = [np.asarray(sequence) for sequence in self.data.train_sequences]
         return sequences[:300] if self.quick else sequences
