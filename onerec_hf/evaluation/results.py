@@ -1,4 +1,4 @@
-"""The results file that quickstart, evaluation and benchmarks write: rows of named numbers with machine, versions, date and command."""
+"""Result files of quickstart, evaluation and benchmarks: rows of named values with machine, versions, date and command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from onerec_hf.modeling.files import replacing
@@ -21,7 +22,7 @@ def result_row(
     name: str, value: float, unit: str, against: str | None = None, spread: Sequence[float] | None = None
 ) -> dict[str, Any]:
     """
-    One row: what was measured, in which unit, beside what, and [min, max] over repetitions.
+    One result: name, value, unit, the name of a baseline result, and [min, max] over repetitions.
 
     Example:
         >>> result_row("onerec/recall@10", 0.1, "share", against="popularity/recall@10")["unit"]
@@ -56,18 +57,18 @@ def write_results(
     path: str | os.PathLike, rows: list[dict[str, Any]], command: str | None = None, **more: Any
 ) -> None:
     """
-    Writes `{"machine", "versions", "date", "command", "rows", ...}` as JSON, to a temporary name first.
+    Writes `{"machine", "versions", "date", "command", "rows", ...}` as JSON, under a temporary name that is then renamed.
 
     Args:
-        rows: of [`result_row`].
-        command: the command line; this process's when not given.
+        rows: from [`result_row`].
+        command: the command line (default: that of this process).
         more: further top-level entries (seed, protocol, ...).
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_results(f"{folder}/results.json", [result_row("seconds", 1.5, "s")], seed=0)
-        ...     sorted(json.load(open(f"{folder}/results.json")))
+        ...     sorted(json.loads(Path(folder, "results.json").read_text()))
         ['command', 'date', 'machine', 'rows', 'seed', 'versions']
     """
     content = {

@@ -53,7 +53,7 @@ def test_of_a_generator(catalogue, processor, tmp_path, packing):
     assert card.data.license == "mit"
     assert {"films", "onerec", "mixture-of-experts"} <= set(card.data.tags)
     assert card.data.eval_results is None  # of which data set, it does not know
-    assert "it does not know where they come from" in section(card.content, "Data")
+    assert "Not recorded" in section(card.content, "Data")
     run = section(card.content, "The run")
     assert "`OneRecTrainer` on 12 examples: steps 2," in run
     last = [entry for entry in trainer.state.log_history if "eval_recall@10" in entry][-1]
