@@ -37,7 +37,7 @@ def test_the_snippet_loads_the_table(tmp_path, name, monkeypatch):
 
 def test_the_counts_are_the_tables(tmp_path):
     card = write(tmp_path, pairs(), ALIGNMENT, catalogue_hash="abc" * 10, command="onerec-hf align")
-    assert "3 pairs of 2 different histories; chosen sessions hold 2 items, rejected ones 1." in card
+    assert "3 pairs for 2 distinct histories; chosen sessions have 2 items, rejected ones 1." in card
     assert "catalogue `abcabcabcabcabca`" in card
     assert table_of(section(card, "Columns"))[-2:] == ["| 0 | 2 |", "| 1 | 1 |"]
     assert "| history | list of string |" in card
@@ -58,7 +58,7 @@ def test_the_front_matter_is_a_dataset_card(tmp_path):
 
 def test_given_pairs_of_unknown_origin(tmp_path):
     card = write(tmp_path, Dataset.from_list([{"history": [1], "chosen": [2], "rejected": [[3], [4, 5]]}]))
-    assert "Not known to the run" in card
+    assert "Not recorded" in card
     assert "not from users" not in card
     assert "rejected ones 1 to 2." in card
     assert "| rejected | list of list of int64 |" in card

@@ -128,7 +128,7 @@ def test_refuses(tmp_path):
         arguments(tmp_path, loss_type=["simpo", "sft"])
     with pytest.raises(ValueError, match="loss has no reference"):
         arguments(tmp_path, loss_type="cpo", sync_ref_model=True)
-    with pytest.raises(ValueError, match="label_smoothing in .0, 0.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing in \[0, 0.5"):
         arguments(tmp_path, loss_type="cdpo", label_smoothing=0.5)
 
 
