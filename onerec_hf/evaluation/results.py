@@ -10,7 +10,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from onerec_hf.modeling.files import replacing

@@ -78,7 +78,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path, monkeypatch):
     assert contents(trained.folder) == before
     *ranking, picked, judged = done.out.splitlines()[1:]
     assert {line.split()[0] for line in ranking} == {"popularity", "item_knn", "before", "aligned"}
-    assert picked.startswith("mean reward of a session by the reward that selected the pairs: ")
+    assert picked.startswith("mean reward of a session by the reward that picked the pairs: ")
     assert judged.split(": ")[1] == picked.split(": ")[1]
     assert "40 examples, pairs for 20.0% of them" in done.err
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

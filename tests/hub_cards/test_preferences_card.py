@@ -42,7 +42,7 @@ def test_the_counts_are_the_tables(tmp_path):
     assert table_of(section(card, "Columns"))[-2:] == ["| 0 | 2 |", "| 1 | 1 |"]
     assert "| history | list of string |" in card
     drawn = section(card, "Sampling")
-    assert "In each iteration for 0.2% of 1,000 training examples. 6 candidates." in drawn
+    assert "Each iteration draws pairs for 0.2% of 1,000 training examples. 6 candidates." in drawn
     assert "Reward: the function f. Mean reward 0.7500 of chosen and 0.2500 of rejected sessions." in drawn
     assert "```sh\nonerec-hf align\n```" in card
 
