@@ -1,4 +1,4 @@
-"""Model and dataset cards: templates and the code that fills them from a run."""
+"""Model and dataset cards, filled from the facts of a run."""
 
 from onerec_hf.hub_cards.adapter import write_adapter_card
 from onerec_hf.hub_cards.alignment import Alignment

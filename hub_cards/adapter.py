@@ -1,4 +1,4 @@
-"""The card of an adapter (PEFT) of a generator: what it changes, of which base, and how the two are put together."""
+"""Card of an adapter (PEFT) of a generator: settings, base model, and how to load both."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_adapter_card(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `README.md` for an adapter into `folder`, in place of PEFT's template.
+    Writes `README.md` for an adapter to `folder`, instead of PEFT's template.
 
     Args:
         model: the `PeftModel` around a generator.
-        processor: what the adapter was trained with; the snippet loads it from `folder` where it is saved there, else from the base.
-        base: folder or Hub id of the base model, for the snippet; what it was loaded from when not given. A model that was never saved
-            gives a card without a snippet, which says so.
-        repo_id: the Hub repository of the adapter; `folder` when not given.
-        data: what it was trained on, sentences.
+        processor: the processor of the training; the snippet loads it from `folder` if it is saved there, else from the base.
+        base: folder or Hub id of the base model, for the snippet (default: where it was loaded from). If the base was never saved, the card
+            has no snippet.
+        repo_id: the Hub repository of the adapter (default: `folder`).
+        data: description of the training data.
         training, alignment, command, metadata: as for `write_generator_card`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What all cards share: templates, text that cannot become markup, and the names of things that a card points to."""
+"""Shared by all cards: templates, escaping of untrusted text, and names of repositories."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PACKAGES = ("onerec-hf", "torch", "transformers", "trl", "accelerate", "dataset
 
 def write_card(folder: str | os.PathLike, template: str, card_data: Any, **facts: Any) -> None:
     """
-    Fills a template and writes it as `folder/README.md`; a card that fails leaves the old one.
+    Renders a template to `folder/README.md`. On errors an existing card is kept.
 
     Args:
-        template: a file of `templates/`, without its suffix.
+        template: name of a file in `templates/`, without suffix.
         card_data: `huggingface_hub.CardData`, the front matter.
-        facts: what the template names; one that it lacks is an error.
+        facts: variables of the template; a missing one is an error.
     """
     import jinja2
 
@@ -42,7 +42,7 @@ def _template(name: str) -> str:
 
 def plain_text(value: object) -> str:
     """
-    A name as one line of Markdown text: nothing in it becomes markup, HTML or a table cell.
+    Escapes untrusted text to one line of Markdown: no markup, HTML or table cells.
 
     Example:
         >>> plain_text("<b>my_films*")
@@ -53,7 +53,7 @@ def plain_text(value: object) -> str:
 
 def fenced(text: str, language: str) -> str:
     """
-    A code block that ends where it should, whatever backticks the text holds.
+    A fenced code block that is safe for any backticks in the text.
 
     Example:
         >>> print(fenced("echo '```'", "sh"))
@@ -67,7 +67,7 @@ def fenced(text: str, language: str) -> str:
 
 def number(value: float | None) -> str:
     """
-    A measured number with four decimals; a dash where there was nothing to measure.
+    A number with four decimals; a dash for None and NaN.
 
     Example:
         >>> number(0.123456), number(float("nan")), number(None)
@@ -78,7 +78,7 @@ def number(value: float | None) -> str:
 
 def versions() -> str:
     """
-    The packages that a card names, with their versions, in one line.
+    The versions of the main packages in one line.
 
     Example:
         >>> "transformers 5." in versions()
@@ -89,7 +89,7 @@ def versions() -> str:
 
 
 def names(folder: str | os.PathLike, repo_id: str | None) -> dict[str, str]:
-    """A card's heading, and the path or Hub id that its snippet loads."""
+    """The card's title, and the path or Hub id that its snippet loads."""
     if repo_id is None:
         return {"name": Path(folder).resolve().name, "path": str(folder)}
     return {"name": repo_id.split("/")[-1], "path": repo_id}
@@ -97,8 +97,8 @@ def names(folder: str | os.PathLike, repo_id: str | None) -> dict[str, str]:
 
 def hub_id(config: Any) -> str | None:
     """
-    The Hub repository that a config was loaded from; None for a new one, one of a folder, and where the cache does not tell: a card names no
-    repository that may not exist.
+    The Hub repository that a config was loaded from. None for new configs, folders, and ids that the cache does not confirm, since a card must
+    not name a repository that may not exist.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -108,10 +108,10 @@ def hub_id(config: Any) -> str | None:
         return None
     try:
         return repo if isinstance(try_to_load_from_cache(repo, "config.json"), str) else None
-    except HFValidationError:  # a folder that is gone
+    except HFValidationError:  # a deleted folder
         return None
 
 
 def origin(config: Any) -> str:
-    """The Hub repository that a config was loaded from, or its folder's name; empty for a new one."""
+    """The Hub repository or folder name that a config was loaded from; empty for a new config."""
     return hub_id(config) or Path(config._name_or_path or "").name

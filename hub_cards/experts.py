@@ -1,4 +1,4 @@
-"""What a card says of the experts: how many parameters a token uses, and how evenly training's tokens went to the experts."""
+"""Facts about the experts for cards: active parameters, and the load of each expert in training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EXPERT_LOAD_NAME = "expert_load.png"
 
 def parameter_counts(model: OneRecForConditionalGeneration) -> tuple[int, int]:
     """
-    All parameters, and those that one token uses: of a layer's experts only the chosen ones.
+    Total parameters, and active parameters per token (only the routed experts of each layer).
 
     Example:
         >>> from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
         >>> sizes = dict(codebook_sizes=[4, 4], hidden_size=8, moe_intermediate_size=2, encoder_layers=1, decoder_layers=1)
         >>> total, active = parameter_counts(OneRecForConditionalGeneration(OneRecConfig(num_experts=4, **sizes)))
-        >>> total - active == 2 * 3 * 8 * 2  # two of four experts rest, three matrices of 8 x 2 each
+        >>> total - active == 2 * 3 * 8 * 2  # two of four experts are inactive, three matrices of 8 x 2 each
         True
     """
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -40,7 +40,7 @@ def parameter_counts(model: OneRecForConditionalGeneration) -> tuple[int, int]:
 
 def load_over_mean(tokens_per_expert: Any) -> np.ndarray:
     """
-    (layers, experts) float64: how many times the mean of its layer each expert got.
+    (layers, experts) float64 load of each expert, relative to the mean of its layer.
 
     Example:
         >>> load_over_mean([[30, 10], [20, 20]]).tolist()
@@ -52,10 +52,10 @@ def load_over_mean(tokens_per_expert: Any) -> np.ndarray:
 
 def plot_expert_load(tokens_per_expert: Any, path: str | os.PathLike) -> bool:
     """
-    Draws the load of every expert over its layer's mean as a PNG, a panel per decoder layer.
+    Plots the relative load of every expert as a PNG, one panel per decoder layer.
 
     Returns:
-        False, without a file, where matplotlib is not installed.
+        False, without writing a file, if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def plot_expert_load(tokens_per_expert: Any, path: str | os.PathLike) -> bool:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
         axes.tick_params(labelsize=7)
-    figure.axes[0].set_title("tokens of an expert over its layer's mean", fontsize=9)
+    figure.axes[0].set_title("expert load relative to the layer's mean", fontsize=9)
     figure.axes[-1].set_xlabel("expert", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -7,22 +7,22 @@ from typing import Any
 
 from onerec_hf.data.packing import PackedDataset
 
-# What a trainer logs of an evaluation that is no judgement of the model.
+# Evaluation log entries that are not model metrics.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
 @dataclass(frozen=True)
 class Training:
     """
-    The facts of a training that every trainer has; [`of`] reads them.
+    The facts of a training run, read from any trainer by [`of`].
 
     Args:
-        trainer: its class's name.
-        examples: rows of the training dataset, None for a stream.
-        settings: the arguments that decide about the result, by name.
-        loss: mean training loss, as the trainer logged it last; None where it did not.
-        evaluation: the last evaluation's metrics while it trained.
-        evaluated_at: the step of that evaluation.
+        trainer: class name of the trainer.
+        examples: number of training examples, None for a stream.
+        settings: the main hyperparameters, by name.
+        loss: the last logged mean training loss, or None.
+        evaluation: metrics of the last evaluation during training.
+        evaluated_at: step of that evaluation.
 
     Example:
         >>> Training("OneRecTrainer", 100, {"seed": 0}).evaluation
@@ -41,11 +41,11 @@ class Training:
 
     @classmethod
     def of(cls, trainer: Any) -> Training:
-        """Reads a `transformers.Trainer`: its arguments, how far it came, and the last losses and metrics that it logged."""
+        """Reads a `transformers.Trainer`: arguments, steps, and the last logged losses and metrics."""
         args, state = trainer.args, trainer.state
         dataset = trainer.train_dataset
         if isinstance(dataset, PackedDataset):
-            dataset = dataset.dataset  # the examples, which its rows pack
+            dataset = dataset.dataset  # the examples inside the packed rows
         settings = {
             "steps": state.global_step,
             "epochs": round(state.epoch or 0, 2),

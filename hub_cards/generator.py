@@ -1,4 +1,4 @@
-"""The generator's card: semantic IDs, model, data, ranking beside baselines, alignment; it says nothing that the run did not."""
+"""Card of the generator: semantic IDs, model, data, ranking metrics with baselines, alignment."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def write_generator_card(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `README.md` for a trained generator into `folder`, and beside it `expert_load.png` where matplotlib is installed and
-    `tokens_per_expert` is given. Codebooks and the report of the semantic IDs (`semantic_ids.json`) are looked for in the folder.
+    Writes `README.md` for a trained generator to `folder`, and `expert_load.png` if `tokens_per_expert` is given and matplotlib is installed.
+    Reads codebooks and the report of the semantic IDs (`semantic_ids.json`) from the folder if present.
 
     Args:
-        source: where the data came from; the card says that it is not known when not given.
-        protocol: how the data was filtered and split, sentences with counts.
+        source: the dataset (default: not recorded).
+        protocol: filtering and split of the data, sentences with counts.
         rows: result rows named `model/metric`; those of `onerec` become the card's model index, and `before/onerec/metric`,
             `reward/before`, `heldout_reward/before` with theirs after the table of the alignment.
-        repo_id: the Hub repository that the card's snippet loads; `folder` when not given.
-        exclude_seen, num_beams: whether the rows leave out what a user has seen, and the beams of the ranking.
-        counts: numbers of the data, by what they count.
-        training: what the trainer knows, `Training.of(trainer)`.
-        alignment: what the trainer knows of the pairs, `Alignment.of(trainer)`.
+        repo_id: the Hub repository for the card's snippet (default: `folder`).
+        exclude_seen, num_beams: whether the rows exclude seen items, and the beam width of the ranking.
+        counts: counts of the data, by name.
+        training: `Training.of(trainer)`.
+        alignment: `Alignment.of(trainer)`.
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
         command: the command line of the run.
         metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
@@ -122,7 +122,7 @@ def write_generator_card(
         table={
             scored: [values.get(metric) for metric in metrics]
             for scored, values in table.items()
-            if values.keys() & set(metrics)  # other rows, as of alignment, are no ranking
+            if values.keys() & set(metrics)  # other rows, such as those of alignment, are not ranking metrics
         },
         alignment=alignment,
         before_after=before_and_after(list(rows)),
@@ -153,7 +153,7 @@ def _eval_results(source: DataSource | None, scores: dict[str, float]) -> list |
 
 def code_use(catalogue: ItemCatalogue) -> list[dict[str, int]]:
     """
-    Per level the size of the codebook, how many of its codes some item has, and the fewest and most items on one code.
+    Per level: codebook size, number of codes in use, and the fewest and most items per code.
 
     Example:
         >>> from onerec_hf import ItemCatalogue
@@ -169,8 +169,8 @@ def code_use(catalogue: ItemCatalogue) -> list[dict[str, int]]:
 
 def popularity_facts(catalogue: ItemCatalogue) -> dict[str, float] | None:
     """
-    Items without a training interaction, and the share of the interactions that the most popular tenth of the items has; None where the
-    catalogue does not know.
+    Number of items without training interactions, and the share of interactions with the most popular 10 % of items. None if the catalogue
+    has no popularity.
 
     Example:
         >>> from onerec_hf import ItemCatalogue
@@ -185,7 +185,7 @@ def popularity_facts(catalogue: ItemCatalogue) -> dict[str, float] | None:
 
 
 def _report(folder: Path, catalogue: ItemCatalogue) -> SemanticIDReport | None:
-    """How the semantic IDs were made, where that stands beside them; a catalogue that has changed since is another."""
+    """The report of the semantic IDs if present; it does not apply to a catalogue that has changed since."""
     path = folder / REPORT_NAME
     if catalogue.version or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The card of a pair table: the preference dataset that `OneRecDPOTrainer` draws (`trainer.pairs`)."""
+"""Card of a preference dataset drawn by `OneRecDPOTrainer` (`trainer.pairs`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MEANINGS = {
-    "row": "row of the training dataset that the pair was drawn for",
+    "row": "row of the training dataset",
     "iteration": "iteration of the alignment, from 0",
-    "history": "what the user had seen, item ids, oldest first",
-    "chosen": "the preferred session, item ids",
-    "rejected": "the other session, item ids; several sessions for S-DPO",
+    "history": "item ids of the user's history, oldest first",
+    "chosen": "item ids of the preferred session",
+    "rejected": "item ids of the rejected session; several sessions for S-DPO",
     "chosen_reward": "reward of the chosen session",
-    "rejected_reward": "reward of the rejected session, of several that of the best",
+    "rejected_reward": "reward of the rejected session (of the best one for S-DPO)",
 }
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -38,18 +38,18 @@ def write_preferences_card(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `README.md` for a pair table into `folder`, which holds it as Parquet and nothing else.
+    Writes `README.md` for a pair table to `folder`, which contains the table as Parquet.
 
     Args:
-        pairs: rows with at least `history`, `chosen`, `rejected`; `trainer.pairs`, or several iterations' in one table.
-        alignment: what judged and how pairs were drawn, `Alignment.of(trainer)`; the card says that it is not known when not given.
-        repo_id: the Hub repository that the card's snippet loads; `folder` when not given.
-        catalogue_hash: of the catalogue whose items the sessions are made of.
-        data: where the histories come from, sentences.
+        pairs: rows with at least `history`, `chosen`, `rejected`; `trainer.pairs`, or those of several iterations.
+        alignment: `Alignment.of(trainer)` (default: not recorded).
+        repo_id: the Hub repository for the card's snippet (default: `folder`).
+        catalogue_hash: hash of the sessions' catalogue.
+        data: description of the histories' data.
         command, metadata: as for `write_generator_card`.
 
     Raises:
-        ValueError: a table without rows: there is nothing to say of it.
+        ValueError: a table without rows.
 
     Example:
         >>> trainer.pairs.to_parquet("my-pairs/pairs.parquet")  # doctest: +SKIP
@@ -58,7 +58,7 @@ def write_preferences_card(
     from huggingface_hub import DatasetCardData
 
     if not len(pairs):
-        raise ValueError("the pair table has no rows; a card of it would say nothing")
+        raise ValueError("the pair table has no rows; pass a table with pairs")
     extra = dict(metadata or {})
     rewards = {
         side: float(np.mean(pairs[f"{side}_reward"]))
@@ -96,6 +96,6 @@ def _type(feature: Any) -> str:
 
 
 def _lengths(sessions: Any) -> tuple[int, int]:
-    """Fewest and most items of a session."""
+    """Minimum and maximum number of items per session."""
     flat = [one for row in sessions for one in (row if row and isinstance(row[0], list) else [row])]
     return min(map(len, flat)), max(map(len, flat))

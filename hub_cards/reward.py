@@ -1,4 +1,4 @@
-"""The reward model's card: objectives and how they are fused, and how well they are predicted beside simpler models."""
+"""Card of the reward model: objectives, their fusion, and prediction metrics with baselines."""
 
 from __future__ import annotations
 
@@ -28,15 +28,13 @@ def write_reward_card(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `README.md` for a trained reward model into `folder`.
+    Writes `README.md` for a trained reward model to `folder`.
 
     Args:
-        description: data and split, sentences with counts (`SessionFeedback.description`); the card says that they are not known when
-            not given.
-        rows: result rows `model/objective/metric` on held-out data, those of `onerec_reward` beside the baselines', and
-            `test/objective/positives`.
-        dataset: the data set's name, for the model index.
-        repo_id: the Hub repository that the card's snippet loads; `folder` when not given.
+        description: data and split, sentences with counts (`SessionFeedback.description`; default: not recorded).
+        rows: result rows `model/objective/metric` on held-out data, for `onerec_reward` and baselines, and `test/objective/positives`.
+        dataset: name of the dataset, for the model index.
+        repo_id: the Hub repository for the card's snippet (default: `folder`).
         training, command, metadata: as for `write_generator_card`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What a trainer knows of its run, and the card that it writes of it (`create_model_card`, and so `push_to_hub=True`)."""
+"""Cards written by trainers (`create_model_card`, also through `push_to_hub=True`)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def write_trainer_card(
     **metadata: Any,
 ) -> None:
     """
-    Writes `README.md` into a trainer's output folder: the card of what it trains, from what it knows.
+    Writes the card of the trained model to a trainer's output folder.
 
     Args:
         trainer: a trainer of this package.
         model_name, tags: as for `transformers.Trainer.create_model_card`.
         alignment, tokens_per_expert: as for `write_generator_card`.
-        metadata: further front matter that the caller vouches for, e.g. `license="mit"`, `language="en"`, `datasets=["me/clicks"]`.
+        metadata: further front matter, e.g. `license="mit"`, `language="en"`, `datasets=["me/clicks"]`.
 
     Example:
         >>> write_trainer_card(trainer, license="mit")  # doctest: +SKIP
@@ -55,7 +55,7 @@ def write_trainer_card(
         },
     }
     folder, processor = trainer.args.output_dir, trainer.processing_class
-    os.makedirs(folder, exist_ok=True)  # TRL asks for a card before the first checkpoint makes it
+    os.makedirs(folder, exist_ok=True)  # TRL writes a card before the first checkpoint creates the folder
     if isinstance(base, OneRecForSessionReward):
         write_reward_card(folder, base, **shared)
     elif isinstance(base, SequentialRecommender):

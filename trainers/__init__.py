@@ -1,4 +1,4 @@
-"""Trainers, each beside its config."""
+"""Trainers and their training arguments."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Callbacks of the generator's training: expert balance, and a Ctrl-C that loses nothing."""
+"""Callbacks for training the generator: expert balancing, and a Ctrl-C that saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.get_logger(__name__)
 
 class RouterBalanceCallback(TrainerCallback, ExportableState):
     """
-    Loss-free balancing of the experts (technical report, arXiv 2506.13695; DeepSeek-V3): counts which experts the step's tokens chose,
-    over accumulation and ranks, and before each optimizer step moves the routers' bias. [`OneRecTrainer`] adds it by itself; give it to a plain
-    `Trainer` that trains a OneRec model with experts.
+    Loss-free balancing of the experts (technical report, arXiv 2506.13695; DeepSeek-V3): counts the tokens per expert
+    over accumulation steps and ranks, and updates the routers' bias before each optimizer step. [`OneRecTrainer`] adds it automatically; pass
+    it to a plain `Trainer` that trains a OneRec model with experts.
 
     Args:
         rate: step of the bias; 0 leaves it as it is.
 
-    `tokens_per_expert` is the sum over all steps, (decoder_layers, num_experts), None before the first. It stands in the checkpoints.
+    `tokens_per_expert` is the sum over all steps, (decoder_layers, num_experts), None before the first step. Checkpoints store it.
 
     Example:
         >>> from transformers import Trainer
@@ -45,12 +45,12 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         if self._model is None:
             raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
         self._tokens, self.tokens_per_expert = None, self._restored(state)
-        # A frozen router keeps its bias: an adapter's checkpoint would not hold the moved one.
+        # A frozen router keeps its bias, since an adapter's checkpoint would not store the updated one.
         if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
 
     def state(self) -> dict:
-        """What a checkpoint holds of this callback, in Trainer's form."""
+        """The callback's state in checkpoints, in Trainer's format."""
         counts = self.tokens_per_expert
         return {
             "args": {"rate": self.rate},
@@ -59,13 +59,11 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
 
     def _restored(self, state) -> torch.Tensor | None:
         name = type(self).__name__
-        saved = state.stateful_callbacks.setdefault(
-            name, self.state()
-        )  # absent where another trainer wrote the checkpoint
+        saved = state.stateful_callbacks.setdefault(name, self.state())  # missing in checkpoints of other trainers
         counts = saved["attributes"]["tokens_per_expert"] if state.global_step else None
         return None if counts is None else torch.tensor(counts, device=next(self._model.parameters()).device)
 
-    @torch.compiler.disable  # one addition, whose state would compile it anew whenever accumulation begins
+    @torch.compiler.disable  # one addition, which would recompile at every start of accumulation
     def _count(self, module, args, output):
         if output.tokens_per_expert is not None:
             self._tokens = output.tokens_per_expert + (0 if self._tokens is None else self._tokens)
@@ -87,7 +85,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
             self._hook = None
 
     def pop_logs(self) -> dict[str, float]:
-        """`router/max_violation` since the last call: how much more than the mean the busiest expert got, mean over layers and steps."""
+        """`router/max_violation` since the last call: relative excess load of the busiest expert, averaged over layers and steps."""
         if not self._violations:
             return {}
         mean, self._violations = sum(self._violations) / len(self._violations), []
@@ -96,8 +94,8 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
 
 class InterruptCallback(TrainerCallback):
     """
-    The first Ctrl-C lets the step finish, saves a checkpoint and stops; the second one interrupts at once. `interrupted` tells that it
-    happened.
+    The first Ctrl-C finishes the step, saves a checkpoint and stops training; a second one interrupts immediately. `interrupted` is True
+    afterwards.
     """
 
     def __init__(self):
@@ -113,7 +111,7 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        logger.warning("Ctrl-C: finishing this step and saving a checkpoint (Ctrl-C again stops at once)")
+        logger.warning("Ctrl-C: finishing this step and saving a checkpoint (press Ctrl-C again to stop immediately)")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -121,7 +119,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def restore(self) -> None:
-        """Gives Ctrl-C back to whoever had it."""
+        """Restores the previous signal handler."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, whatever ended their writing, and the newest of them to go on from."""
+"""Atomic checkpoints, and resuming from the newest complete one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.trainer_utils import sort_checkpoints
 
 from onerec_hf.modeling.files import cannot_write, remove_whole
 
-_UNFINISHED, _REMOVED = "_unfinished-", "_removed-"  # Trainer's uploads leave out what begins with an underscore
+_UNFINISHED, _REMOVED = "_unfinished-", "_removed-"  # Trainer does not upload names that start with an underscore
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. Those before it are whole; `checkpoint` is the newest of them, or None."""
+    """A checkpoint could not be written. Earlier ones are complete; `checkpoint` is the newest of them, or None."""
 
     def __init__(self, message: str, checkpoint: str | None):
         super().__init__(message)
@@ -27,7 +27,7 @@ class CheckpointError(OSError):
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """
-    Whether training can go on from this folder: the trainer's state, which is written last, is there and can be read.
+    Whether training can resume from this folder: the trainer's state, which is written last, exists and is readable.
 
     Example:
         >>> is_whole("no/such/checkpoint-5")
@@ -41,7 +41,7 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
 
 def newest_checkpoint(folder: str | os.PathLike) -> str | None:
     """
-    The whole checkpoint of most steps among a training's `checkpoint-N`; None where there is none.
+    The complete `checkpoint-N` with the most steps in a folder, or None.
 
     Example:
         >>> newest_checkpoint("no/such/folder") is None
@@ -53,13 +53,13 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
 
 class AtomicCheckpointMixin(Trainer):
     """
-    Mixin of trainers. A checkpoint is written under another name and renamed when all ranks have written their part, so that whatever
-    `checkpoint-N` there is, is whole; one that gives way to `save_total_limit` loses its name before its files.
+    Trainer mixin. A checkpoint is written under a temporary name and renamed when all ranks have written their part, so every `checkpoint-N`
+    is complete. Checkpoints beyond `save_total_limit` are renamed before their files are deleted.
 
-    `train(resume_from_checkpoint=True)`, or `"last"`, goes on from the newest whole one.
+    `train(resume_from_checkpoint=True)`, or `"last"`, resumes from the newest complete checkpoint.
 
     Raises:
-        CheckpointError: on all ranks, where one of them could not write: a full or read-only disk.
+        CheckpointError: on all ranks, if one of them cannot write (full or read-only disk).
     """
 
     _unfinished: str | None = None
@@ -69,20 +69,22 @@ class AtomicCheckpointMixin(Trainer):
         As `transformers.Trainer.train`.
 
         Raises:
-            ValueError: a folder that is no whole checkpoint, or none to go on from.
+            ValueError: the folder is not a complete checkpoint, or there is none to resume from.
         """
         folder = str(self.args.output_dir)
         if resume_from_checkpoint is True or resume_from_checkpoint == "last":
             resume_from_checkpoint = newest_checkpoint(folder)
             if resume_from_checkpoint is None:
-                raise ValueError(f"{folder} holds no whole checkpoint: leave resume_from_checkpoint out to begin anew")
+                raise ValueError(
+                    f"{folder} contains no complete checkpoint; omit resume_from_checkpoint to start a new run"
+                )
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             last = newest_checkpoint(folder)
             raise ValueError(
-                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is no whole checkpoint: its {TRAINER_STATE_NAME} is missing or cut "
-                "short; " + (f"the newest whole one is {last}" if last else f"there is none in {folder}")
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not a complete checkpoint: its {TRAINER_STATE_NAME} is missing or "
+                "truncated; " + (f"use the newest complete one, {last}" if last else f"there is none in {folder}")
             )
-        if self.args.should_save:  # what a process that was killed has left
+        if self.args.should_save:  # leftovers of killed processes
             for path in Path(folder).glob("_*-checkpoint-*"):
                 if path.name.startswith((_UNFINISHED, _REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
@@ -92,7 +94,7 @@ class AtomicCheckpointMixin(Trainer):
         return self._unfinished or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self._unfinished is None:  # it is uploaded by its own name, once it has that
+        if self._unfinished is None:  # uploaded after renaming
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial):
@@ -111,10 +113,10 @@ class AtomicCheckpointMixin(Trainer):
         finally:
             self._unfinished = None
         self._raise_together(name, run_dir)
-        # Ranks of other machines may write to disks of their own; on a shared one there is nothing left for them to rename.
+        # Ranks on other machines may use local disks; on a shared disk there is nothing left to rename.
         for mine in (self.args.should_save, self.args.local_process_index == 0):
             if mine and os.path.isdir(source):
-                remove_whole(target)  # of an earlier run
+                remove_whole(target)  # from an earlier run
                 os.replace(source, target)
                 shutil.rmtree(unfinished, ignore_errors=True)
             self.accelerator.wait_for_everyone()
@@ -123,7 +125,7 @@ class AtomicCheckpointMixin(Trainer):
         if self.args.should_save:
             self._rotate(run_dir)
 
-    # The parts are written between collectives that all ranks take part in: a rank that cannot write says so after them.
+    # All ranks take part in the collectives between these writes, so a failed rank reports its error afterwards.
     def _save(self, output_dir=None, state_dict=None):
         try:
             super()._save(output_dir, state_dict)
@@ -143,7 +145,7 @@ class AtomicCheckpointMixin(Trainer):
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
-        """Keeps the first failure to write a checkpoint for `_raise_together`, and raises everything else: but what follows from it."""
+        """Keeps the first write failure (and ignores its consequences) for `_raise_together`; re-raises all other errors."""
         if self._unfinished is None or (
             self._failure is None and cannot_write(str(self.args.output_dir), error) is None
         ):
@@ -159,21 +161,21 @@ class AtomicCheckpointMixin(Trainer):
             return
         if self.args.should_save:
             shutil.rmtree(os.path.join(run_dir, _UNFINISHED + name), ignore_errors=True)
-        told = None if self._failure is None else cannot_write(os.path.join(run_dir, name), self._failure)
-        reason = "another rank could not write its part" if told is None else str(told)
+        local_reason = None if self._failure is None else cannot_write(os.path.join(run_dir, name), self._failure)
+        reason = "another rank could not write its part" if local_reason is None else str(local_reason)
         last = newest_checkpoint(run_dir)
         raise CheckpointError(
             f"training stopped at step {self.state.global_step}: {reason} (fewer checkpoints: save_total_limit). "
             + (
-                f"The checkpoint before it is whole: go on with resume_from_checkpoint={last!r}"
+                f"Resume from the previous checkpoint with resume_from_checkpoint={last!r}"
                 if last
-                else "There is no earlier one"
+                else "There is no earlier checkpoint"
             ),
             last,
         ) from self._failure
 
     def _rotate(self, run_dir: str) -> None:
-        """As Trainer's, which removes a checkpoint's files under its name."""
+        """Like Trainer's rotation, but renames a checkpoint before deleting its files."""
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return

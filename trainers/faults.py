@@ -1,4 +1,4 @@
-"""What ends a training in the middle of a step, said so that one can mend it: a loss that is no number, memory, a rank that died."""
+"""Turns failures inside a step into actionable errors: non-finite loss, out of memory, lost ranks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from onerec_hf.trainers.checkpoints import newest_checkpoint
 
 logger = logging.get_logger(__name__)
 
-# What allocators say; accelerators raise torch.OutOfMemoryError. The last one is the C library's, for small pieces.
+# Messages of CPU allocators; accelerators raise torch.OutOfMemoryError. The last one is the C++ library's, for small allocations.
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
-# What gloo says when another process does not answer any more; NCCL raises torch.distributed.DistError.
-_NO_ANSWER = (
+# Messages of gloo about unresponsive processes; NCCL raises torch.distributed.DistError.
+_LOST_RANK = (
     "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
@@ -35,7 +35,7 @@ _NO_ANSWER = (
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is not finite. `path` is the file of this rank's examples, None where they are not to blame."""
+    """Non-finite loss or gradient. `path` is the file with this rank's examples, None if another rank caused it."""
 
     def __init__(self, message: str, path: str | None):
         super().__init__(message)
@@ -43,30 +43,29 @@ class NonFiniteError(FloatingPointError):
 
 
 class BatchOutOfMemoryError(torch.OutOfMemoryError, MemoryError):
-    """A batch does not fit into memory; the message has its shape and the settings to change."""
+    """A batch does not fit into memory. The message contains its shape and the settings to change."""
 
 
 class LostRankError(ConnectionError):
-    """Another rank died, or does not answer within `ddp_timeout` seconds."""
+    """Another rank died or did not respond within `ddp_timeout` seconds."""
 
 
 class StepFaults(Trainer):
     """
-    Mixin of trainers. With `args.stop_at_nonfinite` training stops before the optimizer steps on a loss or a gradient that is not finite, on
-    all ranks at once, and each rank whose loss it was writes the examples of the micro-batch to
-    `output_dir/nonfinite-step-S-rank-R.jsonl`. It costs one look at the gradient's norm per optimizer step; in exchange Trainer's
-    `logging_nan_inf_filter`, which looks at every micro-batch, is switched off. With fp16, whose scaler skips steps of infinite gradients, it
-    is the loss alone that counts.
+    Trainer mixin. With `args.stop_at_nonfinite`, training stops on all ranks before an optimizer step with a non-finite loss or gradient, and
+    each rank with a non-finite loss writes the examples of the micro-batch to `output_dir/nonfinite-step-S-rank-R.jsonl`. The check reads the
+    gradient norm once per optimizer step and replaces Trainer's `logging_nan_inf_filter`, which checks every micro-batch. With fp16 only the
+    loss is checked, since the scaler skips steps with infinite gradients.
 
-    Memory that does not suffice, and ranks that do not answer, end in an error that says what to do.
+    Out-of-memory errors and lost ranks raise errors with instructions.
 
     Raises:
-        NonFiniteError: as said.
-        BatchOutOfMemoryError: in training and in evaluation.
-        LostRankError: where several ranks train.
+        NonFiniteError: non-finite loss or gradient.
+        BatchOutOfMemoryError: in training and evaluation.
+        LostRankError: in distributed training.
     """
 
-    #: Settings that save memory, as the messages name them, beyond Trainer's own.
+    #: Memory-saving settings for the messages, in addition to Trainer's.
     _memory_settings = {"training": "", "evaluation": ""}
     _last_batch: dict[str, Any] = {}
 
@@ -75,7 +74,7 @@ class StepFaults(Trainer):
         self._step_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         if self._stops_at_nonfinite:
             self.args.logging_nan_inf_filter = False
-        # With use_cpu, TrainingArguments makes the process group without ddp_timeout.
+        # With use_cpu, TrainingArguments creates the process group without ddp_timeout.
         if self.args.use_cpu and self.args.world_size > 1:
             _set_pg_timeout(timedelta(seconds=self.args.ddp_timeout), None)
 
@@ -83,16 +82,16 @@ class StepFaults(Trainer):
     def _stops_at_nonfinite(self) -> bool:
         return self.args.stop_at_nonfinite  # type: ignore[attr-defined]
 
-    # -- a loss that is no number ------------------------------------------------------------
+    # -- non-finite loss ---------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self._stops_at_nonfinite and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = dict(inputs)  # Trainer takes the labels out for a compute_loss_func
+        batch = dict(inputs)  # Trainer removes the labels for a compute_loss_func
         computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = computed[0] if isinstance(computed, tuple) else computed
         plain = loss.detach()
         self._step_batches.append((batch, plain))
-        # One where the loss is finite. Else nothing, so that its gradient is nothing too, and reaches the norm of every rank.
+        # The factor is 1 for a finite loss and NaN otherwise, so the gradient is NaN too and reaches the norm of every rank.
         loss = loss * (1 + (plain - plain))
         return (loss, *computed[1:]) if isinstance(computed, tuple) else loss
 
@@ -107,26 +106,26 @@ class StepFaults(Trainer):
 
     def _stop_at(self, norm: float, batches: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
         losses = [float(loss.mean()) for _, loss in batches]
-        blamed = [place for place, (_, loss) in enumerate(batches) if not torch.isfinite(loss).all()]
-        somewhere: Any = torch.tensor(float(len(blamed)), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:  # the norm is the same on all of them, so all are here
-            somewhere = self.accelerator.reduce(somewhere)
-        if not somewhere.item():
+        causes = [place for place, (_, loss) in enumerate(batches) if not torch.isfinite(loss).all()]
+        anywhere: Any = torch.tensor(float(len(causes)), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:  # the norm is equal on all ranks, so all reach this line
+            anywhere = self.accelerator.reduce(anywhere)
+        if not anywhere.item():
             if self.accelerator.scaler is not None:
                 return
-            blamed = list(range(len(batches)))  # whose gradient it was, nobody can tell
+            causes = list(range(len(batches)))  # the micro-batch of a non-finite gradient is unknown
         step, rank = self.state.global_step + 1, self.args.process_index
-        path = self._write_examples(step, rank, [(place, losses[place], batches[place][0]) for place in blamed])
+        path = self._write_examples(step, rank, [(place, losses[place], batches[place][0]) for place in causes])
         if path is None:
-            what = "the loss is not finite on another rank, which names its examples"
-        elif somewhere.item():
-            what = f"the loss of micro-batch {blamed[0] + 1} of {len(batches)} is {losses[blamed[0]]}; its examples are in {path}"
+            what = "the loss is not finite on another rank, which saved its examples"
+        elif anywhere.item():
+            what = f"the loss of micro-batch {causes[0] + 1} of {len(batches)} is {losses[causes[0]]}; the examples are in {path}"
         else:
             what = f"the loss is {losses} and the norm of its gradient {norm}; the step's examples are in {path}"
         last = newest_checkpoint(str(self.args.output_dir))
         raise NonFiniteError(
-            f"training stopped at step {step}, before the weights changed: {what}. Look at them, lower learning_rate or set max_grad_norm, "
-            "use bf16 or fp32 in place of fp16; stop_at_nonfinite=False trains on. "
+            f"training stopped at step {step}, before the weights changed: {what}. Inspect them, lower learning_rate, set max_grad_norm, or "
+            "use bf16 or fp32 instead of fp16; stop_at_nonfinite=False disables this check. "
             + (f"The newest checkpoint is {last}" if last else "There is no checkpoint yet"),
             path,
         )
@@ -143,7 +142,7 @@ class StepFaults(Trainer):
                     file.write(json.dumps({"micro_batch": place + 1, "loss": str(loss), **example}) + "\n")
         return path
 
-    # -- memory, and ranks that do not answer ------------------------------------------------
+    # -- out of memory, lost ranks -----------------------------------------------------------
     def _prepare_inputs(self, inputs):
         self._last_batch = inputs
         return super()._prepare_inputs(inputs)
@@ -159,11 +158,11 @@ class StepFaults(Trainer):
 
     @contextlib.contextmanager
     def _explaining(self, phase: str) -> Iterator[None]:
-        """Turns what the libraries say of memory and of lost ranks into errors that say what to do."""
+        """Converts out-of-memory and communication errors to actionable ones."""
         try:
             yield
         except (BatchOutOfMemoryError, LostRankError):
-            raise  # said already, by an evaluation inside the training
+            raise  # already converted, by an evaluation inside training
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise BatchOutOfMemoryError(self._out_of_memory(phase, error)) from error
@@ -175,27 +174,27 @@ class StepFaults(Trainer):
 
     def _out_of_memory(self, phase: str, error: BaseException) -> str:
         size = "per_device_train_batch_size" if phase == "training" else "per_device_eval_batch_size"
-        cure = f"Lower {size} ({getattr(self.args, size)})"
+        fix = f"Lower {size} ({getattr(self.args, size)})"
         if phase == "training":
-            cure += (
+            fix += (
                 f" and raise gradient_accumulation_steps ({self.args.gradient_accumulation_steps}) by as much, or set "
             )
-            cure += "activation_checkpointing=True"
+            fix += "activation_checkpointing=True"
         shapes = _shapes(self._last_batch)
         where = f"on a batch of {shapes}" if shapes else "outside a batch"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         step = self.state.global_step + (phase == "training")
-        return f"out of memory at step {step}, in {phase} {where}. {cure}{self._memory_settings[phase]}. ({first})"
+        return f"out of memory at step {step}, in {phase} {where}. {fix}{self._memory_settings[phase]}. ({first})"
 
     def _lost_rank(self, phase: str, error: BaseException) -> str:
         last = newest_checkpoint(str(self.args.output_dir))
         return (
-            f"rank {self.args.process_index} of {self.args.world_size}: another rank died, or did not answer for {self.args.ddp_timeout} seconds "
-            f"(ddp_timeout), at step {self.state.global_step} of {self.state.max_steps}, in {phase}; the launcher's output says which. "
+            f"rank {self.args.process_index} of {self.args.world_size}: another rank died, or did not respond for {self.args.ddp_timeout} seconds "
+            f"(ddp_timeout), at step {self.state.global_step} of {self.state.max_steps}, in {phase}; see the launcher's output. "
             + (
-                f"Start all ranks again with resume_from_checkpoint={last!r}"
+                f"Restart all ranks with resume_from_checkpoint={last!r}"
                 if last
-                else "There is no checkpoint yet: start again"
+                else "There is no checkpoint yet; restart training"
             )
             + f". ({str(error).strip().splitlines()[0]})"
         )
@@ -203,7 +202,7 @@ class StepFaults(Trainer):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """
-    Whether memory was asked for in vain: of an accelerator, of the system, or of Python.
+    Whether an error means that an accelerator, the system or Python is out of memory.
 
     Example:
         >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), is_out_of_memory(RuntimeError("shapes"))
@@ -214,13 +213,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost_rank(error: BaseException) -> bool:
     """
-    Whether a collective failed because another process does not answer any more.
+    Whether a collective failed because another process does not respond.
 
     Example:
         >>> is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3821"))
         True
     """
-    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _NO_ANSWER)
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST_RANK)
 
 
 def _shapes(batch: dict[str, Any], before: str = "") -> str:
@@ -234,16 +233,16 @@ def _shapes(batch: dict[str, Any], before: str = "") -> str:
 
 def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: Any = None) -> list[dict[str, list]]:
     """
-    The examples of a batch, as far as the model reads them (histories are cut to what the encoder gets).
+    Decodes a batch to its examples, for inspection. Histories are truncated as in the batch.
 
     Args:
-        batch: what a collator of this package made: windows, packed rows, prefixes, preferences, alignment, reward, next items.
+        batch: from a collator of this package: windows, packed rows, prefixes, preferences, alignment, reward, next items.
         processing_class: the [`OneRecProcessor`], or the tokenizer of a text model.
         items: the item ids of a reward model or a sequence model.
 
     Returns:
-        per example `history` and `session` (or `chosen` and `rejected`, or `targets`), lists of item ids, None for tokens that name no item; of a
-        text model's batch the token ids.
+        for each example `history` and `session` (or `chosen` and `rejected`, or `targets`), lists of item ids, with None for invalid IDs; token
+        ids for the batch of a text model.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -288,7 +287,7 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
 
 
 def _histories(tokens: torch.Tensor, processor: OneRecProcessor) -> list[list]:
-    """Item ids of `SEP a b c` rows: sessions are written in the same way, with another token before each item."""
+    """Item ids of `SEP a b c` rows: like sessions, with SEP instead of BOS before each item."""
     tokenizer = processor.tokenizer
     return processor.batch_decode(tokens.masked_fill(tokens == tokenizer.sep_token_id, tokenizer.bos_token_id))
 

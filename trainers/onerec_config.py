@@ -10,21 +10,21 @@ from transformers import Seq2SeqTrainingArguments
 @dataclass
 class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     """
-    `Seq2SeqTrainingArguments` and how generated sessions are judged. `predict_with_generate` is on: evaluation ranks the whole
-    catalogue by constrained beam search; switch it off to compute the loss alone.
+    `Seq2SeqTrainingArguments` for the generator. With `predict_with_generate` (the default), evaluation ranks the full catalogue by
+    constrained beam search; without it, evaluation computes the loss only.
 
     Args:
         eval_top_k: the k of Recall@k, NDCG@k, ...
-        eval_num_beams: beams of the ranking; at least the largest k.
-        eval_exclude_seen: leave out the items of a user's history from the ranking.
+        eval_num_beams: beam width of the ranking; at least the largest k.
+        eval_exclude_seen: exclude the items of a user's history from the ranking.
         packing: train on rows of `packing_length` history items, filled with several examples, instead of padded batches;
-            `per_device_train_batch_size` then counts rows. Evaluation stays as it is.
-        packing_length: history items of a packed row; at least `max_history`.
-        pad_to_multiple_of: without packing, pad histories to a multiple of so many items, so that `torch_compile` sees few shapes.
+            `per_device_train_batch_size` then counts rows. Evaluation is not packed.
+        packing_length: history items per packed row; at least `max_history`.
+        pad_to_multiple_of: without packing, pad histories to a multiple of this number of items, so that `torch_compile` sees few shapes.
         session_loss_weights: loss weights of a session's items, first to last, relative to their mean; the last one holds for later items. Equal
             when not given, as in the paper's equation 4. The item head's loss and the loss of evaluations are not weighted.
         router_bias_update_rate: step of the loss-free balancing bias of the experts (technical report, arXiv 2506.13695); 0 switches it off.
-        stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
+        stop_at_nonfinite: stop at a non-finite loss or gradient; see [`~onerec_hf.trainers.StepFaults`].
 
     Example:
         >>> args = OneRecTrainingArguments("out", eval_top_k=[10], eval_num_beams=20, report_to="none")
@@ -33,25 +33,26 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     """
 
     predict_with_generate: bool = field(
-        default=True, metadata={"help": "Rank the catalogue by beam search in evaluation, beside the loss."}
+        default=True, metadata={"help": "Rank the catalogue by beam search in evaluation, in addition to the loss."}
     )
     eval_top_k: list[int] = field(
         default_factory=lambda: [5, 10], metadata={"help": "The k of Recall@k, NDCG@k, MRR@k and coverage@k."}
     )
-    eval_num_beams: int = field(default=50, metadata={"help": "Beams of the ranking; at least the largest k."})
+    eval_num_beams: int = field(default=50, metadata={"help": "Beam width of the ranking; at least the largest k."})
     eval_exclude_seen: bool = field(
-        default=True, metadata={"help": "Leave out the items of a user's history from the ranking."}
+        default=True, metadata={"help": "Exclude the items of a user's history from the ranking."}
     )
     packing: bool = field(
         default=False,
         metadata={"help": "Pack several examples into rows of packing_length history items instead of padding them."},
     )
     packing_length: int = field(
-        default=64, metadata={"help": "History items of a packed row; at least the longest history that is read."}
+        default=64,
+        metadata={"help": "History items per packed row; at least the longest history that the encoder reads."},
     )
     pad_to_multiple_of: int | None = field(
         default=None,
-        metadata={"help": "Pad histories to a multiple of so many items (few shapes for torch_compile)."},
+        metadata={"help": "Pad histories to a multiple of this number of items (few shapes for torch_compile)."},
     )
     session_loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Loss weights of a session's items, first to last; equal by default."}
@@ -61,15 +62,17 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     )
     stop_at_nonfinite: bool = field(
         default=True,
-        metadata={"help": "Stop on a loss or gradient that is not finite, and save the batch's examples."},
+        metadata={"help": "Stop at a non-finite loss or gradient, and save the batch's examples."},
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate (paper, section 4.1: 2e-4)."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
+        self.dataloader_pin_memory &= (
+            torch.accelerator.is_available()
+        )  # without an accelerator, torch warns once per loader
         if not self.eval_top_k or min(self.eval_top_k) < 1:
-            raise ValueError(f"eval_top_k must hold positive numbers; got {self.eval_top_k}")
+            raise ValueError(f"eval_top_k must contain positive numbers; got {self.eval_top_k}")
         if self.eval_num_beams < max(self.eval_top_k):
             raise ValueError(
                 f"eval_num_beams={self.eval_num_beams} cannot rank the top {max(self.eval_top_k)}; raise it to "
@@ -87,6 +90,6 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.packing and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
-                f"packing makes rows of one length, so there is nothing for train_sampling_strategy={self.train_sampling_strategy!r} to "
-                "even out: use 'random' with it"
+                f"packing makes rows of equal length, so train_sampling_strategy={self.train_sampling_strategy!r} does not apply; "
+                "use 'random'"
             )

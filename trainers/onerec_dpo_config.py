@@ -11,23 +11,23 @@ from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 @dataclass
 class OneRecDPOConfig(Seq2SeqDPOConfig):
     """
-    [`Seq2SeqDPOConfig`] and how pairs are drawn (OneRec paper, sections 3.3.2 and 3.3.3).
+    [`Seq2SeqDPOConfig`] and the settings for drawing pairs (OneRec paper, sections 3.3.2 and 3.3.3).
 
     Args:
-        epochs_per_iteration: epochs after which the policy becomes the next reference and new pairs are drawn; `num_train_epochs` over it
-            is the number of iterations.
-        dpo_ratio: share of the training examples that get a pair in an iteration (the paper's r_DPO; it finds 1 % enough).
+        epochs_per_iteration: epochs per iteration. At its start the policy becomes the reference and new pairs are drawn;
+            `num_train_epochs / epochs_per_iteration` is the number of iterations.
+        dpo_ratio: share of the training examples that get a pair in an iteration (the paper's r_DPO; 1 % suffices there).
         dpo_weight: lambda in L = L_NTP + lambda * L_DPO.
-        ntp_weight: weight of L_NTP; 0 leaves plain DPO.
+        ntp_weight: weight of L_NTP; 0 gives plain DPO.
         num_candidates: sessions generated per user (the paper's N).
-        candidates: "beam" for the most probable ones, "sample" for different ones at random.
-        temperature: of "sample".
-        candidate_length: items of a candidate; the model's when not given.
-        exclude_seen: leave the items of the history out of the candidates.
-        selection: "best_worst" or "random"; the trainer takes a function too.
-        min_margin: pairs whose rewards differ by no more than this are dropped.
-        reward_weights: weights of several reward functions; 1 each when not given.
-        draw_batch_size: users for whom candidates are generated at once.
+        candidates: "beam" for beam search, "sample" for sampling without replacement.
+        temperature: temperature of "sample".
+        candidate_length: items per candidate (default: the model's session length).
+        exclude_seen: exclude items of the history from candidates.
+        selection: "best_worst" or "random"; the trainer also accepts a function.
+        min_margin: minimum reward difference of a pair (exclusive).
+        reward_weights: weights of the reward functions (default: 1 each).
+        draw_batch_size: users per generation batch.
 
     Example:
         >>> args = OneRecDPOConfig("out", dpo_ratio=0.05, report_to="none", bf16=False, use_cpu=True)
@@ -39,19 +39,17 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
     dpo_ratio: float = field(default=0.01, metadata={"help": "Share of the training examples that get a pair."})
     dpo_weight: float = field(default=1.0, metadata={"help": "lambda in L = L_NTP + lambda * L_DPO."})
     ntp_weight: float = field(default=1.0, metadata={"help": "Weight of the next-token loss."})
-    num_candidates: int = field(default=128, metadata={"help": "Sessions generated per user."})
+    num_candidates: int = field(default=128, metadata={"help": "Candidate sessions per user."})
     candidates: str = field(default="beam", metadata={"help": "beam or sample.", "choices": ["beam", "sample"]})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampled candidates."})
     candidate_length: int | None = field(
-        default=None, metadata={"help": "Items of a candidate; the model's by default."}
+        default=None, metadata={"help": "Items per candidate (default: the model's session length)."}
     )
-    exclude_seen: bool = field(default=True, metadata={"help": "No candidate repeats an item of the history."})
+    exclude_seen: bool = field(default=True, metadata={"help": "Exclude items of the history from candidates."})
     selection: str = field(default="best_worst", metadata={"help": f"One of {', '.join(SELECTIONS)}."})
-    min_margin: float = field(
-        default=0.0, metadata={"help": "Pairs of a smaller or equal difference in reward are dropped."}
-    )
+    min_margin: float = field(default=0.0, metadata={"help": "Minimum reward difference of a pair (exclusive)."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward function."})
-    draw_batch_size: int = field(default=32, metadata={"help": "Users for whom candidates are generated at once."})
+    draw_batch_size: int = field(default=32, metadata={"help": "Users per generation batch."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,11 +59,11 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
             raise ValueError(f'candidates must be "beam" or "sample"; got {self.candidates!r}')
         if self.selection not in SELECTIONS:
             raise ValueError(
-                f"selection must be one of {sorted(SELECTIONS)}, or give the trainer a function; got {self.selection!r}"
+                f"selection must be one of {sorted(SELECTIONS)}, or pass a function to the trainer; got {self.selection!r}"
             )
         if not 0 < self.dpo_ratio <= 1:
             raise ValueError(
-                f"dpo_ratio={self.dpo_ratio} must lie in (0, 1]: the share of the examples that get a pair"
+                f"dpo_ratio={self.dpo_ratio} must be in (0, 1]: it is the share of examples that get a pair"
             )
         if min(self.epochs_per_iteration, self.draw_batch_size) < 1 or self.num_candidates < 2:
             raise ValueError(
@@ -75,7 +73,9 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
         for name in ("precompute_ref_log_probs", "sync_ref_model"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name} fixes or moves the reference; here it is the last iteration's policy: leave it out"
+                    f"{name} is not supported: the reference is the policy of the previous iteration. Omit it"
                 )
         if self.dataloader_num_workers:
-            raise ValueError("dataloader_num_workers must be 0: workers would keep the pairs of the first iteration")
+            raise ValueError(
+                "dataloader_num_workers must be 0, since workers would keep the pairs of the first iteration"
+            )

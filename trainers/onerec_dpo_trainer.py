@@ -1,4 +1,4 @@
-"""Iterative preference alignment (OneRec paper, section 3.3): the trainer draws its own pairs, and its reference follows."""
+"""Iterative preference alignment (OneRec paper, section 3.3): the trainer draws pairs and updates its reference."""
 
 from __future__ import annotations
 
@@ -33,29 +33,28 @@ RewardFunction = Callable[..., list[float]]
 
 class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     """
-    L = L_NTP + lambda * L_DPO on examples `{"history": [ids], "session": [ids]}`, the pairs drawn by a reward from the model's own
-    candidates for a share `dpo_ratio` of the examples. Every `epochs_per_iteration` epochs the policy becomes the reference and draws
-    anew: iterative preference alignment. Pairs, iteration and reference stand in the checkpoints, so that a resumed training goes on as
-    if it had not stopped.
+    Minimises L = L_NTP + lambda * L_DPO on examples `{"history": [ids], "session": [ids]}`. For a share `dpo_ratio` of the examples, the model
+    generates candidate sessions, and a reward selects pairs. Every `epochs_per_iteration` epochs the policy becomes the reference and new
+    pairs are drawn: iterative preference alignment. Checkpoints contain pairs, iteration and reference, so training resumes exactly.
 
-    Offline: rows that also have `chosen` and `rejected` (sessions of item ids) keep those pairs; nothing is generated and no reward is
-    needed.
+    Offline: rows with `chosen` and `rejected` (sessions of item ids) use these pairs, without generation or reward.
 
     Args:
-        model: a `OneRecForConditionalGeneration`, or a path or Hub id.
-        reward_funcs: as in TRL's GRPOTrainer one or several of: a function `(histories, sessions) -> list of floats` over lists of
-            item ids; a [`OneRecForSessionReward`]; a path or Hub id of one.
+        model: a `OneRecForConditionalGeneration`, or its path or Hub id.
+        reward_funcs: as in TRL's GRPOTrainer, one or several of: a function `(histories, sessions) -> list of floats` over lists of
+            item ids; a [`OneRecForSessionReward`]; its path or Hub id.
         args: [`OneRecDPOConfig`].
         train_dataset: rows as above.
         processing_class: the [`OneRecProcessor`].
-        selection: a function in place of `args.selection`, see [`onerec_hf.trainers.pair_selection`].
+        selection: a function instead of `args.selection`, see [`onerec_hf.trainers.pair_selection`].
         kwargs: as for [`Seq2SeqDPOTrainer`].
 
     `trainer.pairs` is the table of the current pairs, a `datasets.Dataset` with `row`, `iteration`, `history`, `chosen`, `rejected`,
-    `chosen_reward`, `rejected_reward`; it can be saved and pushed as any dataset.
+    `chosen_reward`, `rejected_reward`; it can be saved and pushed like any dataset.
 
     Raises:
-        ValueError: missing columns, rows that cannot be trained on ([`check_item_rows`]), no reward for rows without pairs, several iterations with an adapter (its reference is the base model).
+        ValueError: missing columns, invalid rows ([`check_item_rows`]), no reward for rows without pairs, or several iterations with an adapter
+            (its reference is the base model).
 
     Example:
         >>> def prefers_new(histories, sessions):
@@ -68,7 +67,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
 
     _tag_names = ["trl", "dpo", "onerec", "iterative-preference-alignment"]
     _memory_settings = {
-        "training": ", or a smaller max_history of the processor; where pairs are drawn, draw_batch_size or num_candidates",
+        "training": ", or a smaller max_history of the processor; for drawing pairs, draw_batch_size or num_candidates",
         "evaluation": "",
     }
     args: OneRecDPOConfig
@@ -90,13 +89,13 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
-                f"{len(weights)} reward_weights for {len(self.reward_funcs)} reward functions: give one each"
+                f"{len(weights)} reward_weights for {len(self.reward_funcs)} reward functions; pass one weight per function"
             )
         self._reward_weights = weights
         self._select = SELECTIONS[args.selection] if selection is None else selection
         if not isinstance(train_dataset, Dataset):
             raise ValueError(
-                "OneRecDPOTrainer needs a train_dataset that can be indexed (datasets.Dataset): pairs belong to its rows"
+                "OneRecDPOTrainer needs an indexable train_dataset, since pairs refer to its rows; pass a datasets.Dataset"
             )
         missing = {"history", "session"} - set(train_dataset.column_names)
         if missing:
@@ -106,18 +105,16 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             )
         self._offline = {"chosen", "rejected"} <= set(train_dataset.column_names)
         if processing_class is None:
-            raise ValueError("OneRecDPOTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
+            raise ValueError("OneRecDPOTrainer needs processing_class: pass the OneRecProcessor with the catalogue")
         columns = ("history", "session", *(("chosen", "rejected") if self._offline else ()))
         check_item_rows(train_dataset, processing_class, columns, "training")
         if not self._offline and not self.reward_funcs:
-            raise ValueError(
-                "give reward_funcs, or rows with chosen and rejected: without either there is nothing to prefer"
-            )
+            raise ValueError("neither reward_funcs nor columns chosen and rejected are given; pass one of them")
         has_adapter = kwargs.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         if has_adapter and not self._offline and args.num_train_epochs > args.epochs_per_iteration:
             raise ValueError(
-                "with an adapter the reference is the base model, in every iteration: train one iteration "
-                "(num_train_epochs = epochs_per_iteration), merge, and go on from the merged model"
+                "with an adapter the reference is the base model in every iteration; train one iteration "
+                "(num_train_epochs = epochs_per_iteration), merge, and continue from the merged model"
             )
         self._examples = train_dataset
         self._pairs: dict[int, list[dict[str, Any]]] = {}
@@ -148,30 +145,33 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         return Dataset.from_list([pair for row in sorted(self._pairs) for pair in self._pairs[row]])
 
     def begin_iteration(self, iteration: int) -> None:
-        """Makes the policy the reference and draws the iteration's pairs; once per iteration, also after a resume."""
+        """Copies the policy to the reference and draws the iteration's pairs, once per iteration."""
         if iteration == self.iteration or self._offline:
             return
-        self.iteration, self._last_batch = iteration, {}  # memory that does not suffice from here on is no batch's
+        self.iteration, self._last_batch = (
+            iteration,
+            {},
+        )  # out-of-memory errors from here on do not concern a training batch
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(policy.state_dict())
-        # Numbers of its own: a resumed training draws the same, and the training's random numbers stay as they were.
+        # A separate generator: a resumed run draws the same pairs, and the training's random state does not change.
         rng = np.random.default_rng((self.args.seed, iteration))
         count = max(1, round(self.args.dpo_ratio * len(self._examples)))
         drawn = np.sort(rng.choice(len(self._examples), size=count, replace=False))
         mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
         with unsharded_model(policy) as generator, generator.packed_experts():
-            drawn_for = gather_object(list(self._draw(generator, mine.tolist(), iteration)))
-        found = [pair for _, pairs in drawn_for for pair in pairs]
+            results = gather_object(list(self._draw(generator, mine.tolist(), iteration)))
+        found = [pair for _, pairs in results for pair in pairs]
         self._pairs = _by_row(found)
-        # A history whose candidates are all worth the same teaches nothing, and one with few candidates little: both are said.
-        without = sum(not pairs for _, pairs in drawn_for)
-        short = sum(candidates < self.args.num_candidates for candidates, _ in drawn_for)
+        # Histories with tied or few candidates contribute little, so they are reported.
+        without = sum(not pairs for _, pairs in results)
+        short = sum(candidates < self.args.num_candidates for candidates, _ in results)
         if without or short:
             logger.warning(
-                f"iteration {iteration}: of {count} histories {without} gave no pair (rewards tied, or no further apart than "
-                f"min_margin={self.args.min_margin}), and {short} had fewer than num_candidates={self.args.num_candidates} legal sessions"
-                + ("" if found else "; it trains on L_NTP alone")
+                f"iteration {iteration}: {without} of {count} histories gave no pair (reward difference at most "
+                f"min_margin={self.args.min_margin}), and {short} had fewer than num_candidates={self.args.num_candidates} valid sessions"
+                + ("" if found else "; this iteration trains on L_NTP only")
             )
         metrics = {"count": len(found), "without": without, "short_of_candidates": short}
         if found:
@@ -181,7 +181,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             self._metrics["train"][f"pairs/{name}"].append(float(value))
 
     def _draw(self, policy, rows: list[int], iteration: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Per row the number of its candidates and its pairs."""
+        """For each row, the number of candidates and the pairs."""
         args, processor = self.args, self.processing_class
         device = self.accelerator.device
         for start in range(0, len(rows), args.draw_batch_size):
@@ -195,7 +195,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 exclude=histories if args.exclude_seen else None,
                 do_sample=args.candidates == "sample",
                 temperature=args.temperature,
-                # One each: candidates are the same whoever shares the batch, and whatever rank draws them.
+                # One generator per history: candidates depend neither on the batch nor on the rank.
                 generator=[torch.Generator(device).manual_seed(_seed(args.seed, iteration, row)) for row in some],
             )
             sessions = processor.batch_decode(out)  # type: ignore[union-attr]
@@ -206,7 +206,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 rng = np.random.default_rng((args.seed, iteration, row))
                 found = []
                 for chosen, rejected in self._select(rewards, rng) if mine else []:
-                    # Of several rejected sessions the best is the one to be beaten.
+                    # Of several rejected sessions, the best one determines the margin.
                     worth = float(rewards[rejected].max())
                     if rewards[chosen] - worth > args.min_margin:
                         pair = {"row": row, "iteration": iteration, "history": history, "chosen": mine[chosen]}
@@ -216,7 +216,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 yield len(mine), found
 
     def rewards(self, histories: list[list], sessions: list[list]) -> np.ndarray:
-        """(sessions,) float64: the weighted sum of the reward functions. Raises ValueError where one is not a finite number."""
+        """(sessions,) float64: the weighted sum of the reward functions. Raises ValueError if one is not finite."""
         total = np.zeros(len(sessions))
         for function, weight in zip(self.reward_funcs, self._reward_weights, strict=True):
             values = np.asarray(function(histories, sessions), dtype=np.float64)
@@ -229,7 +229,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         return total
 
     def _compute_loss(self, model, inputs, return_outputs):
-        # Ranks hold different numbers of tokens and pairs, and gradients are averaged over ranks: each loss counts by its share of them.
+        # Gradients are averaged over ranks with different numbers of tokens and pairs, so each loss is weighted by its rank's share.
         ranks = self.accelerator.num_processes
         tokens = (inputs["ntp"]["labels"] != -100).sum()
         ntp = model(**inputs["ntp"], use_cache=False)
@@ -246,7 +246,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         return (loss, ntp) if return_outputs else loss
 
     def _share_of_pairs(self, inputs, ranks: int):
-        """What this rank's DPO loss counts among all; None where no rank has a pair, so that all do without."""
+        """Weight of this rank's DPO loss; None if no rank has a pair."""
         if "pairs" not in inputs:
             return None
         if ranks == 1:
@@ -261,7 +261,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and not self._offline:
-            # Not parquet: an iteration may have no pair, and no columns then.
+            # Not Parquet, since an iteration without pairs has no columns.
             with replacing(os.path.join(output_dir, _PAIRS_FILE)) as path:
                 Path(path).write_text(json.dumps({"iteration": self.iteration, "pairs": self._pairs}))
 
@@ -285,16 +285,16 @@ def _by_row(pairs: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _gathering_ragged(accelerator, empty: bool) -> Iterator[None]:
-    """TRL gathers a number per pair for its metrics, which hangs or aborts where ranks have different numbers of pairs; `empty` gives none."""
+    """Gathers unequal numbers of pairs for TRL's metrics, where TRL's gather would hang; with `empty` this rank contributes none."""
     if accelerator.num_processes == 1:
         yield
         return
 
-    whole = accelerator.gather
+    plain_gather = accelerator.gather
 
     def gather(values: torch.Tensor) -> torch.Tensor:
-        if values.dim() == 0:  # sums, which every rank has
-            return whole(values)
+        if values.dim() == 0:  # sums exist on every rank
+            return plain_gather(values)
         gathered = gather_object([] if empty else values.tolist())
         return torch.tensor(gathered, dtype=values.dtype, device=values.device)
 
@@ -315,8 +315,8 @@ class _DrawAtEpoch(TrainerCallback):
 
 class _AlignmentCollator:
     """
-    The next-token batch of all examples, and the preference batch of those that have a pair. Where several ranks train, every rank needs one,
-    for they run the same forwards: a batch without a pair gets `any_pair` of the table, which then counts nothing.
+    The next-token batch of all examples, and the preference batch of examples with a pair. In distributed training all ranks run the same
+    forward passes, so a batch without a pair gets `any_pair` with weight 0.
     """
 
     def __init__(
@@ -348,7 +348,7 @@ def _as_function(reward) -> RewardFunction:
     if isinstance(reward, PreTrainedModel):
         return reward.eval().reward
     if not callable(reward):
-        raise ValueError(f"a reward is a function, a reward model, or a path of one; got {type(reward).__name__}")
+        raise ValueError(f"reward_funcs must be functions, reward models or their paths; got {type(reward).__name__}")
     return reward
 
 

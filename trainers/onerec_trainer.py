@@ -1,4 +1,4 @@
-"""The generator's trainer: session-wise next-token prediction, judged by beam search over the whole catalogue."""
+"""Trainer of the generator: session-wise next-token prediction, evaluated by beam search over the full catalogue."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k
-    against the items of `session`, and the share of illegal ids (which constrained beam search holds at 0).
+    against the items of `session`, and the invalid-ID rate (0 with constrained beam search).
 
-    Experts are balanced without an extra loss (`RouterBalanceCallback`) and their imbalance is logged as `router/max_violation`. Checkpoints hold
-    the whole artefact (weights, processor, catalogue). Ctrl-C finishes the step, saves a checkpoint and raises `KeyboardInterrupt` with
-    the way to resume.
+    Experts are balanced without an auxiliary loss (`RouterBalanceCallback`), and their imbalance is logged as `router/max_violation`.
+    Checkpoints contain the complete artefact (weights, processor, catalogue). Ctrl-C finishes the step, saves a checkpoint and raises
+    `KeyboardInterrupt` with instructions to resume.
 
     A model with `encoder_is_causal=True` also trains on prefixes, `{"history", "sessions", "history_lengths"}`
-    ([`~onerec_hf.data.prefix_examples`]): each history is read once for all its sessions. `args.packing` packs windows or prefixes into
+    ([`~onerec_hf.data.prefix_examples`]): the encoder reads each history once for all its sessions. `args.packing` packs windows or prefixes into
     rows without padding.
 
     Args:
         model: a `OneRecForConditionalGeneration`, a PEFT model around one, or a path or Hub id.
         args: [`OneRecTrainingArguments`].
-        processing_class: the [`OneRecProcessor`]; its catalogue becomes the model's, its `max_history` says how much the encoder reads.
-        train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored. To train on, prefixes
-            as well, and an [`~onerec_hf.data.ExampleStream`], of which every rank reads its part.
+        processing_class: the [`OneRecProcessor`]; its catalogue is set on the model, and `max_history` limits the encoder's input.
+        train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored. `train_dataset` may also
+            hold prefixes, or be an [`~onerec_hf.data.ExampleStream`], of which every rank reads its part.
 
     Raises:
-        ValueError: no processor, prefixes for a fully visible encoder, or `args.packing` with what cannot be packed.
+        ValueError: no processor, prefixes with a fully visible encoder, or a dataset that `args.packing` does not support.
 
-    Faults of a training are those of [`StepFaults`] and [`AtomicCheckpointMixin`].
+    [`StepFaults`] and [`AtomicCheckpointMixin`] document the errors during training.
 
     Example:
         >>> trainer = OneRecTrainer(
@@ -92,7 +92,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         if isinstance(model, str):
             model = AutoModelForSeq2SeqLM.from_pretrained(model)
         if processing_class is None:
-            raise ValueError("OneRecTrainer needs processing_class: the OneRecProcessor that holds the catalogue")
+            raise ValueError("OneRecTrainer needs processing_class: pass the OneRecProcessor with the catalogue")
         generator = model.get_base_model() if hasattr(model, "get_base_model") else model
         generator.set_catalogue(processing_class.catalogue)
         self.eval_data_collator = data_collator or OneRecDataCollator(
@@ -120,7 +120,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             callbacks=[self._router_balance, self._interrupt, StreamPositionCallback(), *(callbacks or [])],
             **kwargs,
         )
-        self.label_smoother = None  # it would take the place of the model's loss, item loss and balancing loss with it
+        self.label_smoother = None  # it would replace the model's loss, including the item loss
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -138,7 +138,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         return super()._get_eval_sampler(eval_dataset)
 
     def _by_length(self, dataset: Dataset, batch_size: int) -> LengthGroupedSampler:
-        """By how many items of a history the encoder reads; Trainer itself would look for a text's token count."""
+        """Groups by the number of history items that the encoder reads; Trainer would use token counts of text."""
         lengths = pc.list_value_length(dataset.with_format("arrow")[:]["history"])
         read = pc.min_element_wise(lengths, self.processing_class.max_history)  # type: ignore[attr-defined]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -158,7 +158,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         return super().get_train_dataloader()
 
     def num_examples(self, dataloader) -> int:
-        # A stream's data loader counts batches.
+        # The data loader of a stream counts batches.
         return (
             len(dataloader.dataset.stream)
             if isinstance(dataloader.dataset, BatchStream)
@@ -167,7 +167,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and eval_dataset is not self._evaluated and not isinstance(eval_dataset, str):
-            # With persistent workers Trainer would answer with the loader of the data that was evaluated before.
+            # With persistent workers Trainer would return the loader of the previously evaluated dataset.
             vars(self).get("_eval_dataloaders", {}).pop("eval", None)
             self._evaluated = eval_dataset
         with self._collating_for_evaluation():
@@ -203,7 +203,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
 
     @property
     def tokens_per_expert(self) -> np.ndarray | None:
-        """(decoder_layers, num_experts) tokens that chose each expert in all steps; None without experts."""
+        """(decoder_layers, num_experts) number of tokens routed to each expert over all steps; None without experts."""
         counts = self._router_balance.tokens_per_expert
         return None if counts is None else counts.cpu().numpy()
 
@@ -211,19 +211,18 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
     ) -> None:
         """
-        Writes the card of the generator, or of its adapter, into `args.output_dir`, from what the trainer knows; see
-        [`~onerec_hf.hub_cards.write_trainer_card`].
+        Writes the card of the generator, or of its adapter, to `args.output_dir`; see [`~onerec_hf.hub_cards.write_trainer_card`].
         """
         write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         check_countable(dataloader, self.args.world_size)
-        # Seq2SeqTrainer would keep the users that fill up the ranks' last batches: they would count twice.
+        # Seq2SeqTrainer would keep the users that pad the ranks' last batches, and count them twice.
         self.gather_function = self.accelerator.gather_for_metrics
         if not self.args.predict_with_generate:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
-        # Packed: thousands of rankings by the same weights.
+        # Packed experts: the weights do not change during evaluation.
         with unsharded_model(policy) as self._generator, self._generator.packed_experts():
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
@@ -235,7 +234,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs,
     ):
-        """Loss, ranked catalogue rows (users, largest k) and target rows (users, items); -1 where a beam or target holds no item."""
+        """Loss, ranked item indices (users, largest k) and target item indices (users, items); -1 for invalid IDs and padding."""
         inputs = self._prepare_inputs(dict(inputs))
         exclude = inputs.pop("exclude", None)
         loss, _, _ = Trainer.prediction_step(self, model, inputs, prediction_loss_only=True)
@@ -254,9 +253,9 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         return loss, ranked, self.processing_class.item_rows(inputs["labels"])
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target rows."""
+        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target item indices."""
         ranked = np.asarray(prediction.predictions)
-        relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads ranks of unequal width
+        relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads results of ranks with unequal width
         metrics = ranking_metrics(
             ranked, relevant, ks=tuple(self.args.eval_top_k), num_items=len(self.processing_class.catalogue)
         )
@@ -264,7 +263,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
 
 
 class _SeededByLength(LengthGroupedSampler):
-    """An order of the seed and the epoch alone: ranks have to agree on it, and their own random numbers drift apart (dropout draws by length)."""
+    """Order by seed and epoch only, equal on all ranks; their global random states diverge (dropout depends on the lengths)."""
 
     def __init__(self, seed: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -287,23 +286,23 @@ def _are_prefixes(dataset) -> bool:
 def _require_causal(config) -> None:
     if not config.encoder_is_causal:
         raise ValueError(
-            "training on prefixes needs a causal encoder: a fully visible one reads the items that follow a prefix, which are the targets. "
-            "Make the model with encoder_is_causal=True, or train on windows"
+            "training on prefixes needs a causal encoder: a fully visible encoder also reads the items after a prefix, which are the targets. "
+            "Create the model with encoder_is_causal=True, or train on windows"
         )
 
 
 def _padding_collator(dataset, args: OneRecTrainingArguments, processor, config):
-    """Collator for windows or prefixes, a row each; with `pad_to_multiple_of`, for batches of few shapes."""
+    """Collator for unpacked windows or prefixes, padded to few shapes with `pad_to_multiple_of`."""
     settings: dict[str, Any] = {"pad_to_multiple_of": args.pad_to_multiple_of}
     if args.pad_to_multiple_of is not None and isinstance(dataset, Dataset):
         settings["session_items"] = example_sizes(dataset)[2]
     if not _are_prefixes(dataset):
         return OneRecDataCollator(processor, **settings)
     _require_causal(config)
-    # accelerate would cut a dispatched batch by its first tensor's rows; the decoder has more rows than the encoder.
+    # accelerate slices a dispatched batch by the rows of its first tensor, but the decoder has more rows than the encoder.
     if isinstance(dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
         raise ValueError(
-            "prefixes from a stream cannot be dispatched: set accelerator_config={'dispatch_batches': False}"
+            "prefixes from a stream do not support dispatched batches; set accelerator_config={'dispatch_batches': False}"
         )
     return PackedDataCollator(processor, encoder_is_causal=True, **settings)
 
@@ -312,12 +311,10 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
     """The packed dataset and the collator for its rows."""
     if data_collator is not None:
         raise ValueError(
-            "packing makes a collator of its own: leave data_collator out, or pack the dataset yourself (PackedDataset)"
+            "packing uses its own collator; omit data_collator, or pack the dataset yourself (PackedDataset)"
         )
     if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"packing needs a datasets.Dataset to train on, whose sizes are known; got {type(dataset).__name__}"
-        )
+        raise ValueError(f"packing needs a datasets.Dataset, whose sizes are known; got {type(dataset).__name__}")
     if _are_prefixes(dataset):
         _require_causal(config)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -328,29 +325,29 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
         packed.items,
         packed.slots,
         packed.session_items,
-        rows=args.train_batch_size if args.torch_compile else None,  # one shape, also for an epoch's last batch
+        rows=args.train_batch_size if args.torch_compile else None,  # one shape, also for the last batch of an epoch
     )
     return packed, collator
 
 
 def check_countable(dataloader: DataLoader, ranks: int) -> None:
     """
-    Checks that the evaluation's length is known where ranks share it: their last batches are filled up with users from the beginning, who can
-    be taken off again only if it is known how many there are.
+    Checks that the length of a distributed evaluation is known. The last batches are padded with users from the beginning, who can be
+    removed only if their number is known.
 
     Raises:
-        ValueError: a stream for more than one rank.
+        ValueError: a stream with more than one rank.
     """
     if ranks > 1 and not has_length(dataloader.dataset):
         raise ValueError(
-            f"the evaluation reads a stream, and {ranks} ranks share it: some users would count twice. Give a datasets.Dataset "
+            f"{ranks} ranks evaluate on a stream of unknown length, so some users would count twice. Pass a datasets.Dataset "
             "(Dataset.from_generator or from_parquet keep it on disk), or evaluate on one process"
         )
 
 
 def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) -> DataLoader:
     """
-    A data loader of this rank's batches. The stream is dealt out already: accelerate only moves batches to the device.
+    A data loader of this rank's batches. The stream is sharded already, so accelerate only moves batches to the device.
 
     Example:
         >>> loader = stream_dataloader(PreparedFolder("prepared").train(), args, collator)  # doctest: +SKIP
@@ -367,7 +364,7 @@ def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) 
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        # Its own numbers: how often workers are started must not decide what dropout draws.
+        # A separate generator: the start of workers must not change the random numbers of dropout.
         generator=torch.Generator().manual_seed(stream.seed),
     )
     return prepare_data_loader(
@@ -377,8 +374,7 @@ def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) 
 
 class StreamPositionCallback(TrainerCallback):
     """
-    Tells a stream how many batches of the epoch that begins were trained on before: those Trainer takes and throws away, and they need not
-    be read for that.
+    Tells a stream how many batches of the epoch were already trained on. Trainer discards them after a resume, so they need not be read.
 
     Example:
         >>> StreamPositionCallback().on_epoch_begin(None, None, None, train_dataloader=None)

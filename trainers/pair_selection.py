@@ -1,4 +1,4 @@
-"""Which of a user's candidate sessions become a preference pair."""
+"""Selects preference pairs from a user's candidate sessions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-# From the rewards of one user's candidates, best-scored by the generator first, to (chosen, rejected) places in them; for S-DPO several
-# rejected ones.
+# Maps the rewards of one user's candidates (in the order of the generator's scores) to (chosen, rejected) positions; for S-DPO with
+# several rejected ones.
 Selection = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]] | list[tuple[int, list[int]]]]
 
 
 def best_worst(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
     """
-    The candidate of the largest reward and that of the smallest (OneRec paper, equations 8 and 9); of equal ones the first.
+    The candidates with the largest and the smallest reward (OneRec paper, equations 8 and 9); the first one in ties.
 
     Example:
         >>> best_worst(np.array([0.2, 0.9, 0.1]), np.random.default_rng(0))
@@ -24,7 +24,7 @@ def best_worst(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int,
 
 def random_pair(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
     """
-    Two candidates at random, the one with the larger reward chosen: the paper's "DPO" row beside its own best and worst.
+    Two random candidates, of which the one with the larger reward is chosen: the paper's "DPO" row.
 
     Example:
         >>> chosen, rejected = random_pair(np.array([0.2, 0.9]), np.random.default_rng(0))[0]
@@ -39,7 +39,7 @@ def random_pair(rewards: np.ndarray, rng: np.random.Generator) -> list[tuple[int
 
 def top_k_pairs(k: int) -> Selection:
     """
-    The best with the worst, the second best with the second worst, ... up to k pairs.
+    Pairs the best with the worst candidate, the second best with the second worst, ... up to k pairs.
 
     Example:
         >>> top_k_pairs(2)(np.array([0.3, 0.1, 0.4, 0.2, 0.9]), np.random.default_rng(0))
@@ -55,7 +55,7 @@ def top_k_pairs(k: int) -> Selection:
 
 def one_against(several: int) -> Selection:
     """
-    S-DPO's rows: of `several + 1` candidates at random the one with the largest reward is chosen, the rest is rejected.
+    Rows for S-DPO: of `several + 1` random candidates, the one with the largest reward is chosen and the others are rejected.
 
     Example:
         >>> chosen, rejected = one_against(2)(np.array([0.3, 0.1, 0.4]), np.random.default_rng(0))[0]

@@ -1,4 +1,4 @@
-"""What is wrong with preference rows of items, found before training instead of at the step that meets it."""
+"""Validates preference rows of items before training starts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 def check_item_rows(dataset: Dataset, processor: OneRecProcessor, columns: tuple[str, ...], name: str) -> None:
     """
-    Rows of item ids that can be trained on: sessions are not empty, the catalogue knows every item, and what is preferred is not what is
-    rejected.
+    Checks that sessions are not empty, that all items are in the catalogue, and that chosen and rejected sessions differ.
 
     Args:
-        dataset: `columns` hold lists of item ids; `rejected` may hold several lists.
-        processor: with the catalogue.
-        columns: which of history, session, chosen, rejected to look at.
-        name: of the dataset, for messages.
+        dataset: `columns` contain lists of item ids; `rejected` may contain several lists.
+        processor: the processor with the catalogue.
+        columns: columns to check, of history, session, chosen, rejected.
+        name: name of the dataset, for messages.
 
     Raises:
-        ValueError: how many rows are wrong, which is the first, and what to do.
+        ValueError: invalid rows (with their number and the first).
 
     Example:
         >>> from onerec_hf import ItemCatalogue
@@ -32,7 +31,7 @@ def check_item_rows(dataset: Dataset, processor: OneRecProcessor, columns: tuple
         >>> check_item_rows(rows, processor, ("history", "chosen", "rejected"), "training")
         Traceback (most recent call last):
         ...
-        ValueError: the training dataset: chosen is rejected in 1 of 2 rows (first: row 1), which says nothing; leave these rows out
+        ValueError: the training dataset: chosen equals rejected in 1 of 2 rows (first: row 1); drop these rows
     """
     assert processor.catalogue is not None
     values = {column: _lists(dataset, column) for column in columns}
@@ -42,23 +41,23 @@ def check_item_rows(dataset: Dataset, processor: OneRecProcessor, columns: tuple
         if len(unknown):
             raise ValueError(
                 f"the {name} dataset: {len(unknown)} of {len(flat)} items of {column!r} are not in the model's catalogue (first: "
-                f"{flat[unknown[0]]!r}); these rows belong to another catalogue, or have to be left out"
+                f"{flat[unknown[0]]!r}); drop these rows, or use the catalogue that they were made with"
             )
         if column == "history":
             continue
         empty = [row for row, lists in enumerate(rows) if not lists or not all(lists)]
-        _refuse(empty, len(rows), name, f"{column!r} is empty in {{}}; leave these rows out")
+        _refuse(empty, len(rows), name, f"{column!r} is empty in {{}}; drop these rows")
     if {"chosen", "rejected"} <= values.keys():
         same = [
             row
             for row, (chosen, rejected) in enumerate(zip(values["chosen"], values["rejected"], strict=True))
             if chosen[0] in rejected
         ]
-        _refuse(same, len(dataset), name, "chosen is rejected in {}, which says nothing; leave these rows out")
+        _refuse(same, len(dataset), name, "chosen equals rejected in {}; drop these rows")
 
 
 def _lists(dataset: Dataset, column: str) -> list[list[list]]:
-    """Per row the lists of the column: one, or several rejected ones."""
+    """For each row the lists of the column: one, or several rejected ones."""
     rows = dataset[column][:]
     several = any(row and isinstance(row[0], list) for row in rows)
     return rows if several else [[row] for row in rows]

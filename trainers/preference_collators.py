@@ -1,4 +1,4 @@
-"""Collators of preference rows: decoder-first batches, chosen rows first, then the rejected ones."""
+"""Collators of preference pairs: decoder-first batches, chosen rows first, then rejected rows."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def _with_reference(batch: dict[str, torch.Tensor], examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Adds the reference's log-probabilities, where the dataset has them."""
+    """Adds the reference's log-probabilities if the dataset has them."""
     return batch | {
         name: torch.tensor([example[name] for example in examples]) for name in _REFERENCE if name in examples[0]
     }
 
 
 def _in_rows(chosen: list[list], rejected: list[list]) -> list[list]:
-    """Chosen rows, then rejected rows; of several rejected ones per example all first ones, then all second ones, ..."""
+    """Chosen rows, then rejected rows. With several rejected answers per example: all first ones, then all second ones, ..."""
     if not (rejected[0] and isinstance(rejected[0][0], list)):
         return [*chosen, *rejected]
     counts = {len(several) for several in rejected}
     if len(counts) > 1:
         raise ValueError(
-            f"examples of a batch have {min(counts)} to {max(counts)} rejected answers; give every example the same number"
+            f"examples of a batch have {min(counts)} to {max(counts)} rejected answers; pass the same number for every example"
         )
     return [*chosen, *(answer for answers in zip(*rejected, strict=True) for answer in answers)]
 
@@ -39,9 +39,9 @@ class Seq2SeqPreferenceCollator:
     Batches tokenized preference rows of an encoder-decoder text model.
 
     Args:
-        pad_token_id, decoder_start_token_id: the model's.
-        max_length: tokens of an answer to keep, its first ones.
-        pad_to_multiple_of: pads encoder and decoder further, so that there are few shapes.
+        pad_token_id, decoder_start_token_id: token ids of the model.
+        max_length: answers are truncated to their first `max_length` tokens.
+        pad_to_multiple_of: pad encoder and decoder inputs to a multiple of this length, for few shapes.
 
     Returns:
         int64 tensors: `input_ids`, `attention_mask`, `completion_mask` (2B, 1 + T), the decoder's, with its start token;
@@ -91,7 +91,7 @@ class OneRecPreferenceCollator:
     row. Reads a history as the processor does, its latest `max_history` items.
 
     Args:
-        processor: knows the catalogue.
+        processor: the model's processor, with its catalogue.
 
     Returns:
         As [`Seq2SeqPreferenceCollator`]; decoder rows are `BOS a b c BOS a b c`, and `completion_mask` is 1 on codes: a BOS is given, never
@@ -113,9 +113,9 @@ class OneRecPreferenceCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sessions = _in_rows([row["chosen"] for row in examples], [row["rejected"] for row in examples])
         history = self.processor([example["history"] for example in examples])
-        made = self.processor.sessions(sessions)
-        inputs, labels = made["decoder_input_ids"], made["labels"]
-        # TRL shifts by itself: it wants the whole sequence, where the processor gives inputs and labels one apart.
+        encoded = self.processor.sessions(sessions)
+        inputs, labels = encoded["decoder_input_ids"], encoded["labels"]
+        # TRL shifts the sequence itself, while the processor returns shifted inputs and labels.
         input_ids = torch.cat([inputs, labels[:, -1:].clamp(min=0)], dim=1)
         batch = {
             "input_ids": input_ids,

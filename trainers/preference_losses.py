@@ -1,13 +1,13 @@
 """
-Preference losses beyond the names that TRL's DPO knows. Most of them are TRL's own losses under a setting; only S-DPO is a formula of its own.
+Preference losses in addition to those of TRL's DPO. Most are combinations of TRL's losses; only S-DPO is implemented here.
 
 With d_w = log pi(y_w|x) - log ref(y_w|x) of the chosen answer, d_l of the rejected one, `x = beta * (d_w - d_l)` and s(x) = -log sigmoid(x):
 
-| loss | `loss_type` | what it is in TRL 1.16 |
+| loss | `loss_type` | implementation in TRL 1.16 |
 |---|---|---|
 | DPO, arXiv 2305.18290 | `"sigmoid"` | s(x) |
-| IPO, arXiv 2310.12036 | `"ipo"` | TRL's own: (mean-token d_w - mean-token d_l - 1 / (2 beta))^2 |
-| rDPO, arXiv 2403.00409 | `"robust"` | TRL's own: ((1 - e) s(x) - e s(-x)) / (1 - 2e), e = `label_smoothing` |
+| IPO, arXiv 2310.12036 | `"ipo"` | TRL's: (mean-token d_w - mean-token d_l - 1 / (2 beta))^2 |
+| rDPO, arXiv 2403.00409 | `"robust"` | TRL's: ((1 - e) s(x) - e s(-x)) / (1 - 2e), e = `label_smoothing` |
 | cDPO, Mitchell 2023 | `"cdpo"` | [`cdpo_settings`]: a sum of "sigmoid" and "robust" |
 | CPO, arXiv 2401.08417 | `"cpo"` | [`cpo_settings`]: "sigmoid" + "sft" against a reference of 0 |
 | SimPO, arXiv 2405.14734 | `"simpo"` | "sigmoid_norm" against the reference of [`simpo_reference`] |
@@ -23,7 +23,7 @@ REFERENCE_FREE = ("cpo", "simpo")
 
 def cdpo_settings(label_smoothing: float) -> dict[str, float]:
     """
-    Conservative DPO, `(1 - e) s(x) + e s(-x)`, for preferences of which a share e is flipped (Mitchell, "A note on DPO with noisy
+    Conservative DPO, `(1 - e) s(x) + e s(-x)`, if a share e of the preferences is flipped (Mitchell, "A note on DPO with noisy
     preferences", 2023), as weights of TRL's losses. With robust(x) = ((1 - e) s(x) - e s(-x)) / (1 - 2e) it is
     `2 (1 - e) s(x) - (1 - 2e) robust(x)`.
 
@@ -41,16 +41,14 @@ def cdpo_settings(label_smoothing: float) -> dict[str, float]:
         {'sigmoid': 1.5, 'robust': -0.5}
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"cdpo needs a label_smoothing from 0 to below 0.5, the share of flipped pairs; got {label_smoothing}"
-        )
+        raise ValueError(f"cdpo needs label_smoothing in [0, 0.5), the share of flipped pairs; got {label_smoothing}")
     return {"sigmoid": 2 * (1 - label_smoothing), "robust": -(1 - 2 * label_smoothing)}
 
 
 def cpo_settings(alpha: float = 1.0) -> dict[str, float]:
     """
     Contrastive preference optimization (arXiv 2401.08417), `s(beta (log pi(y_w) - log pi(y_l))) + alpha * NLL(y_w)`, as weights
-    of TRL's losses; the reference's log-probabilities have to be 0. The NLL is TRL's "sft": a mean over the chosen rows' tokens.
+    of TRL's losses. The reference's log-probabilities must be 0. The NLL is TRL's "sft", the mean over the tokens of the chosen rows.
 
     Args:
         alpha: weight of the chosen answer's likelihood.
@@ -67,8 +65,8 @@ def cpo_settings(alpha: float = 1.0) -> dict[str, float]:
 
 def simpo_reference(completion_mask: torch.Tensor, beta: float, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    SimPO (arXiv 2405.14734), `s(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)`, is TRL's "sigmoid_norm" against a
-    reference that is no model: `log ref(y_w) = |y_w| gamma / beta` and `log ref(y_l) = 0`.
+    SimPO (arXiv 2405.14734), `s(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)`, is TRL's "sigmoid_norm" with
+    constant reference terms: `log ref(y_w) = |y_w| gamma / beta` and `log ref(y_l) = 0`.
 
     Args:
         completion_mask: (2B, T), chosen rows first.
@@ -90,7 +88,7 @@ def simpo_reference(completion_mask: torch.Tensor, beta: float, gamma: float) ->
 def s_dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
     """
     S-DPO (arXiv 2406.09215): DPO with several rejected answers,
-    `-log sigmoid(-log sum_n exp(beta (d_l[n] - d_w)))`. One rejected answer makes it DPO.
+    `-log sigmoid(-log sum_n exp(beta (d_l[n] - d_w)))`. With one rejected answer it equals DPO.
 
     Args:
         chosen: (B,) log-ratios d_w of policy and reference, summed over tokens.

@@ -1,4 +1,4 @@
-"""The reward model's trainer: masked cross-entropy per objective, judged by AUC, calibration and log loss on held-out days."""
+"""Trainer of the reward model: masked cross-entropy per objective, evaluated by AUC, calibration and log loss."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from onerec_hf.trainers.reward_config import RewardTrainingArguments
 class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
     """
     Trains a [`~onerec_hf.OneRecForSessionReward`] on examples `{"history": [item ids], "session": [item ids], "labels": [rate or None]}`
-    (arXiv 2502.18965, section 3.3, equation 7; [`~onerec_hf.data.feedback_windows`] makes them). Evaluation reports per objective what
-    [`~onerec_hf.evaluation.reward_metrics.reward_metrics`] computes, against the model's `config.base_rates`.
+    (arXiv 2502.18965, section 3.3, equation 7; created by [`~onerec_hf.data.feedback_windows`]). Evaluation reports the metrics of
+    [`~onerec_hf.evaluation.reward_metrics.reward_metrics`] per objective, relative to `config.base_rates`.
 
-    Rare objectives are not reweighted: the predictions stay rates, and the towers start at the base rates. Checkpoints hold the items beside the
-    weights.
+    Rare objectives are not reweighted, so predictions are rates, and the towers are initialised to the base rates. Checkpoints contain the
+    weights and the items.
 
     Args:
-        model: an `OneRecForSessionReward` with its items, or a path or Hub id of one.
+        model: a `OneRecForSessionReward` with its items, or its path or Hub id.
         args: [`RewardTrainingArguments`].
         train_dataset, eval_dataset: datasets with the columns `history`, `session`, `labels`; others are ignored.
 
     Raises:
-        ValueError: a model without items, or a dataset whose labels are not one per objective.
+        ValueError: a model without items, or a dataset without one label per objective.
 
     Example:
         >>> trainer = RewardTrainer(model, RewardTrainingArguments("out"), feedback.train, feedback.validation)  # doctest: +SKIP
@@ -59,7 +59,7 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         )
         if reward_model.items is None:
             raise ValueError(
-                "RewardTrainer needs a model that knows its items: call model.set_items(RewardItems(ids), features)"
+                "RewardTrainer needs a model with items; call model.set_items(RewardItems(ids), features)"
             )
         for dataset in (
             train_dataset,
@@ -88,8 +88,7 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata
     ) -> None:
         """
-        Writes the reward model's card into `args.output_dir`, from what the trainer knows; see
-        [`~onerec_hf.hub_cards.write_trainer_card`].
+        Writes the reward model's card to `args.output_dir`; see [`~onerec_hf.hub_cards.write_trainer_card`].
         """
         write_trainer_card(self, model_name, tags, **metadata)
 
@@ -112,10 +111,10 @@ def _check_labels(dataset, objectives: list[str]) -> None:
     missing = {"history", "session", "labels"} - set(dataset.column_names)
     if missing:
         raise ValueError(
-            f"the dataset has no column {sorted(missing)[0]!r} among {dataset.column_names}; make it with onerec_hf.data.feedback_windows"
+            f"the dataset has no column {sorted(missing)[0]!r} (found: {dataset.column_names}); create it with onerec_hf.data.feedback_windows"
         )
     if len(dataset) and len(dataset[0]["labels"]) != len(objectives):
         raise ValueError(
-            f"column 'labels': {len(dataset[0]['labels'])} labels a row, and the model has the objectives {objectives}; make both with the same "
-            "objectives"
+            f"column 'labels': {len(dataset[0]['labels'])} labels per row, but the model has the objectives {objectives}; use the same objectives for "
+            "both"
         )

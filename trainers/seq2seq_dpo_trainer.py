@@ -1,4 +1,4 @@
-"""DPO for encoder-decoder models: TRL's trainer with batches and a model that it can score; its losses are TRL's own."""
+"""DPO for encoder-decoder models, based on TRL's trainer and losses."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ _REFERENCE_FILE = "reference.safetensors"
 
 class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
     """
-    `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and every other loss and option that
-    TRL has for it. The encoder reads the prompt once per pair; what is scored is the decoder's sequence alone.
+    `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and all other losses and options of TRL.
+    The encoder reads the prompt once per pair; only the decoder's sequence is scored.
 
     Rows of a text dataset have TRL's columns `prompt`, `chosen`, `rejected` (strings, conversations, or token ids `prompt_ids`,
-    `chosen_ids`, `rejected_ids`). With a [`OneRecProcessor`] they are `history`, `chosen`, `rejected`, lists of item ids. Rows that bring
-    `ref_chosen_logps` and `ref_rejected_logps` keep them under `precompute_ref_log_probs`.
+    `chosen_ids`, `rejected_ids`). With a [`OneRecProcessor`] they are `history`, `chosen`, `rejected`, lists of item ids. Rows with
+    `ref_chosen_logps` and `ref_rejected_logps` keep them with `precompute_ref_log_probs`.
 
     The routers of a OneRec decoder keep their balancing bias, and no auxiliary loss is added unless `router_aux_loss_coef` or the model's
-    `output_router_logits` asks for it. `disable_dropout` also reaches dropouts that are plain numbers (attention in T5, all of Bart), which TRL misses.
+    `output_router_logits` enables it. `disable_dropout` also covers dropout rates stored as numbers (attention in T5, all of Bart), unlike TRL's.
 
     Args:
         model: an encoder-decoder model, a PEFT model around one, or a path or Hub id.
-        ref_model: the reference; a frozen copy of `model` when not given. With PEFT it is the model without its adapter.
+        ref_model: the reference (default: a frozen copy of `model`, with PEFT the model without its adapter).
         args: [`Seq2SeqDPOConfig`].
-        data_collator: batches of your own in the layout of [`Seq2SeqPreferenceCollator`]; the dataset is then taken as it is.
+        data_collator: a custom collator with the output of [`Seq2SeqPreferenceCollator`]; the dataset is then used unchanged.
         processing_class: the tokenizer, or the [`OneRecProcessor`].
         kwargs: as for `trl.DPOTrainer`.
 
     Raises:
-        ValueError: a decoder-only model, missing columns, rows of items that cannot be trained on ([`check_item_rows`]), or a model that
-            TRL's fused head scores wrongly.
+        ValueError: a decoder-only model, missing columns, invalid rows of items ([`check_item_rows`]), or a model that TRL's fused head
+            scores wrongly.
 
     Example:
         >>> trainer = Seq2SeqDPOTrainer(
@@ -104,13 +104,13 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
             )
         if isinstance(processing_class, OneRecProcessor):
             generator.set_catalogue(processing_class.catalogue)
-            # TRL takes a processor for a vision model's, whose parameters may go unused; these are all used.
+            # TRL assumes a vision model for a processor and allows unused parameters; here all parameters are used.
             if args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = False
-        self._takes_rows_as_they_are = data_collator is not None
+        self._uses_rows_unchanged = data_collator is not None
         if data_collator is None:
             data_collator = _collator(generator, processing_class, args)
-        # TRL builds no reference model where log-probabilities are precomputed; without a reference there is nothing to compute either.
+        # With precomputed log-probabilities TRL creates no reference model, as needed for reference-free losses.
         args.precompute_ref_log_probs |= args.reference_free
         super().__init__(
             model=model,
@@ -130,19 +130,19 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
             for each in (self.model, self.ref_model):
                 if each is not None:
                     _disable_plain_dropout(each)
-        # A coefficient stands in OneRec's config for those who switch the loss on; TRL would add it by that alone.
+        # OneRec's config always has a coefficient, which alone would make TRL add the auxiliary loss.
         if args.router_aux_loss_coef is None and not getattr(generator.config, "output_router_logits", False):
             self.aux_loss_enabled = False
         if not takes_decoder_first(generator):
             check_scores(generator)
 
     def _prepare_dataset(self, dataset, processing_class, args: Seq2SeqDPOConfig, dataset_name):
-        if self._takes_rows_as_they_are:
+        if self._uses_rows_unchanged:
             return dataset
         first = next(iter(dataset))
         if isinstance(processing_class, OneRecProcessor):
             _with_columns(dataset, first, _ITEMS, dataset_name)
-            if isinstance(dataset, Dataset):  # a stream's rows are met only in training
+            if isinstance(dataset, Dataset):  # rows of a stream are only available in training
                 check_item_rows(dataset, processing_class, _ITEMS, dataset_name)
             return dataset
         if set(_TOKENS) <= set(first):
@@ -167,7 +167,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
             return dataset
         was_training = self.model.training
         self.model.eval()
-        # TRL shares the values through a cache file beside the dataset's own; one in memory has its file in a folder of each process.
+        # TRL shares the values through a cache file next to the dataset's; in-memory datasets have a separate folder per process.
         in_memory = isinstance(dataset, Dataset) and not dataset.cache_files
         if in_memory and self.accelerator.num_processes > 1:
             dataset = self._score_in_memory(dataset, batch_size)
@@ -177,7 +177,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
         return dataset
 
     def _score_in_memory(self, dataset: Dataset, batch_size: int) -> Dataset:
-        """The dataset with the reference's log-probabilities, which every rank gathers from all."""
+        """Adds the reference's log-probabilities, gathered from all ranks."""
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))  # type: ignore[arg-type]
         parts = [
             self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.ref_model or self.model, batch))
@@ -195,14 +195,13 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
         **metadata,
     ) -> None:
         """
-        Writes the model's card into `args.output_dir`, from what the trainer knows; see
-        [`~onerec_hf.hub_cards.write_trainer_card`]. `dataset_name` is a dataset of the Hub.
+        Writes the model's card to `args.output_dir`; see [`~onerec_hf.hub_cards.write_trainer_card`]. `dataset_name` is a Hub dataset id.
         """
         write_trainer_card(self, model_name, tags, alignment=Alignment.of(self), datasets=dataset_name, **metadata)
 
     @property
     def _reference_moves(self) -> bool:
-        """Whether the reference is a state of the training, like the optimizer's (TR-DPO); TRL would resume with the first one."""
+        """Whether the reference changes during training (TR-DPO) and belongs in checkpoints; TRL resumes with the initial one."""
         return self.args.sync_ref_model
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -269,11 +268,11 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
 
 
 def _load(path: str, args: Seq2SeqDPOConfig, quantization_config) -> PreTrainedModel:
-    """TRL itself looks the class up in transformers, and falls back to causal models for a plugin's."""
+    """Loads with AutoModelForSeq2SeqLM; TRL looks the class up in transformers and loads plugin models as causal LMs."""
     settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
-    args.model_init_kwargs = None  # used; TRL warns where a model comes with them
+    args.model_init_kwargs = None  # already used; TRL warns if they are passed with a model
     return AutoModelForSeq2SeqLM.from_pretrained(path, **settings)
 
 
@@ -281,14 +280,14 @@ def _check_adapter(peft_config, model) -> None:
     configs = [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values()
     if any(config.is_prompt_learning for config in configs):
         raise ValueError(
-            "prompt-learning adapters put virtual tokens before input_ids, which are the decoder's here; use LoRA or another adapter of weights"
+            "prompt-learning adapters prepend virtual tokens to input_ids, which belong to the decoder here; use LoRA or another weight adapter"
         )
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     if is_sharded(model):
         return sharded_copy(model)
-    # TRL's fused forward, left by an earlier trainer, holds the model that it was made for: a copy of it would run the original's weights.
+    # The fused forward of an earlier TRL trainer is bound to the original model; a copy would use the original's weights.
     forward = model.__dict__.pop("forward", None)
     copied = copy.deepcopy(model)
     if forward is not None:
@@ -311,7 +310,7 @@ def _collator(generator: PreTrainedModel, processing_class, args: Seq2SeqDPOConf
     start = generation.bos_token_id if generation.decoder_start_token_id is None else generation.decoder_start_token_id
     if start is None:
         raise ValueError(
-            f"{type(generator).__name__} does not say what its decoder begins with: set "
+            f"{type(generator).__name__} has no decoder start token; set "
             "model.generation_config.decoder_start_token_id"
         )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -324,13 +323,13 @@ def _with_columns(dataset, first: dict, wanted: tuple[str, ...], name: str):
     missing = [column for column in wanted if column not in first]
     if missing:
         raise ValueError(
-            f"the {name} dataset lacks the columns {missing}; preference rows have {list(wanted)}, this one has {sorted(first)}"
+            f"the {name} dataset lacks the columns {missing} (found: {sorted(first)}); preference rows need {list(wanted)}"
         )
     return dataset
 
 
 def _tokenize(row: dict[str, Any], tokenizer, max_prompt_length: int | None) -> dict[str, list]:
-    """Prompt and answers by themselves, each with the tokenizer's special tokens; an answer ends with EOS."""
+    """Tokenizes prompt and answers separately, each with special tokens; answers end with EOS."""
     templated = is_conversational(row)
     if templated:
         row = dict(apply_chat_template(row, tokenizer))

@@ -1,4 +1,4 @@
-"""Models that ranks hold in shards (transformers' DistributedConfig): a whole copy to generate with, a sharded one as reference."""
+"""Sharded models (transformers' DistributedConfig): an unsharded copy for generation, and sharded copies."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-# What a model has besides its weights.
-_BESIDE = ("catalogue", "items", "generation_config")
+# Attributes of a model besides its weights.
+_ATTRIBUTES = ("catalogue", "items", "generation_config")
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `from_pretrained(distributed_config=...)` gave each rank a part of the weights."""
+    """Whether the model was loaded with `from_pretrained(distributed_config=...)`."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 @contextmanager
 def unsharded_model(model: PreTrainedModel) -> Iterator[Any]:
     """
-    `model` itself, or for a sharded one (an adapter around it as well) a plain copy in evaluation mode with all its weights, on every rank, for as long as the context
-    lasts; all ranks have to enter it.
+    The model itself, or for a sharded model (also with an adapter) an unsharded copy in evaluation mode on every rank, inside the context.
+    All ranks must enter it.
 
-    Beam search on shards would gather every layer's weights at each code, and hang where one rank has a batch more than another. The copy
-    costs the memory of the weights alone: no gradients, no optimizer.
+    Beam search on shards would gather the weights of every layer for each code, and deadlock if ranks have unequal numbers of batches. The
+    copy takes the memory of the weights only: no gradients, no optimizer.
 
     Example:
         >>> with unsharded_model(trainer.model) as generator:  # doctest: +SKIP
@@ -41,18 +41,18 @@ def unsharded_model(model: PreTrainedModel) -> Iterator[Any]:
         return
     config = copy.copy(model.config)
     config.distributed_config = None
-    whole = _empty_like(model, config)
-    _fill(whole, model, {name: _whole(value) for name, value in model.state_dict().items()})
-    yield whole.eval()
+    unsharded = _empty_like(model, config)
+    _fill(unsharded, model, {name: _full(value) for name, value in model.state_dict().items()})
+    yield unsharded.eval()
 
 
 def shard(model: PreTrainedModel, distributed_config: DistributedConfig) -> PreTrainedModel:
     """
-    The rank's shard of a whole model that all ranks have alike, a new one, say; a saved one is sharded as it is read by
-    `from_pretrained(..., distributed_config=...)`, without being whole anywhere.
+    Shards a model that is equal on all ranks, such as a new one. A saved model is sharded while loading with
+    `from_pretrained(..., distributed_config=...)`, without an unsharded copy.
 
     Raises:
-        ValueError: sizes that do not fit the ranks or the model.
+        ValueError: sizes that do not match the ranks or the model.
 
     Example:
         >>> model = shard(OneRecForConditionalGeneration(config), DistributedConfig(fsdp_size=2, ep_size=2))  # doctest: +SKIP
@@ -61,20 +61,20 @@ def shard(model: PreTrainedModel, distributed_config: DistributedConfig) -> PreT
 
 
 def sharded_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a sharded model, sharded alike: what `copy.deepcopy` is for a plain one. On its way it is whole, in each rank's CPU memory."""
-    state = {name: _whole(value).cpu() for name, value in model.state_dict().items()}
+    """A copy of a sharded model with the same sharding. The full weights pass through each rank's CPU memory."""
+    state = {name: _full(value).cpu() for name, value in model.state_dict().items()}
     return _sharded(model, state, model.config.distributed_config)
 
 
 def _sharded(model: PreTrainedModel, state: dict[str, torch.Tensor], distributed_config) -> PreTrainedModel:
     config = copy.copy(model.config)
     config.distributed_config = None
-    # FSDP puts a class of its own in front of the model's.
+    # FSDP inserts a class in front of the model's class.
     original: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     sharded = original.from_pretrained(
         None, config=config, state_dict=state, distributed_config=distributed_config, dtype=model.dtype
     )
-    _set_beside(sharded, model)
+    _copy_attributes(sharded, model)
     return sharded.train(model.training)
 
 
@@ -89,19 +89,19 @@ def _empty_like(model: Any, config) -> Any:
 def _fill(empty: Any, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     empty.load_state_dict(state, assign=True)
     for name, buffer in model.named_buffers():
-        if name not in state:  # those that no state dict holds
+        if name not in state:  # non-persistent buffers
             owner, _, last = name.rpartition(".")
             setattr(empty.get_submodule(owner), last, buffer.clone())
     empty.tie_weights()
-    _set_beside(empty, model)
+    _copy_attributes(empty, model)
 
 
-def _set_beside(empty: Any, model: Any) -> None:
+def _copy_attributes(empty: Any, model: Any) -> None:
     empty, model = (each.get_base_model() if isinstance(each, PeftModel) else each for each in (empty, model))
-    for name in _BESIDE:
+    for name in _ATTRIBUTES:
         if name in vars(model):
             setattr(empty, name, getattr(model, name))
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()

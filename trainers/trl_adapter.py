@@ -1,4 +1,4 @@
-"""The seam to TRL: encoder-decoder models that take batches whose `input_ids` are the decoder's."""
+"""Adapter to TRL: encoder-decoder models for batches whose `input_ids` belong to the decoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BACKBONE = "decoder_first_backbone"
 
 
 class _ReachedHead(Exception):
-    """Carries what the head was about to be given."""
+    """Carries the input of the head."""
 
 
 def _standard_inputs(encoder: nn.Module, inputs: dict) -> dict:
-    """The model's own keywords for a decoder-first batch; the encoder runs once per user, whichever rows read it."""
+    """Converts a decoder-first batch to the model's keywords. The encoder runs once per user for all decoder rows."""
     inputs = dict(inputs)
     source, source_mask = inputs.pop("encoder_input_ids"), inputs.pop("encoder_attention_mask")
     states = encoder(input_ids=source, attention_mask=source_mask)[0]
@@ -39,8 +39,8 @@ def _rename_inputs(backbone: nn.Module, args: tuple, inputs: dict):
 
 def _run_to_head(self: PreTrainedModel, **inputs) -> BaseModelOutput:
     """
-    The backbone of a model that has none (T5 and its family): its own forward, up to what its head is given. The families scale the
-    decoder's output in different ways there; this takes it as each of them does, and computes no logits.
+    Backbone of models without one (T5 and its family): runs the model's forward up to the input of its head, without computing logits. Model
+    families scale the decoder's output differently before the head; this keeps their scaling.
     """
 
     def stop(head, args):
@@ -56,12 +56,12 @@ def _run_to_head(self: PreTrainedModel, **inputs) -> BaseModelOutput:
     finally:
         hook.remove()
     raise ValueError(
-        f"{type(self).__name__} computes its logits without its output embeddings: TRL's head cannot score it"
+        f"{type(self).__name__} does not compute its logits with its output embeddings, so TRL's fused head cannot score it; use another model"
     )
 
 
 def takes_decoder_first(model: PreTrainedModel) -> bool:
-    """Whether the model's backbone knows the layout itself, as OneRec's does."""
+    """Whether the model's backbone supports decoder-first batches itself, like OneRec's."""
     if model.base_model_prefix == _BACKBONE:
         return False
     return "encoder_input_ids" in inspect.signature(model.base_model.forward).parameters
@@ -69,15 +69,15 @@ def takes_decoder_first(model: PreTrainedModel) -> bool:
 
 def enable_decoder_first(model: PreTrainedModel) -> None:
     """
-    Lets TRL's fused head score an encoder-decoder model.
+    Adapts an encoder-decoder model to TRL's fused head.
 
-    TRL's trainers call `backbone(input_ids=<what is scored>, attention_mask=..., **rest of the batch)` and read `last_hidden_state`. Here
-    what is scored is the decoder's sequence, (r * B, T), and the batch brings `encoder_input_ids` and `encoder_attention_mask` (B, S): all
-    users once, then all users again. The backbone is taught to read that; the model's own forward, `generate()` and what it saves stay
-    as they are. A second call changes nothing.
+    TRL's trainers call `backbone(input_ids=<scored sequence>, attention_mask=..., **rest of the batch)` and read `last_hidden_state`. For
+    encoder-decoder models the scored sequence is the decoder's, (r * B, T), and the batch adds `encoder_input_ids` and
+    `encoder_attention_mask` (B, S); decoder rows repeat the users r times. The backbone is extended to accept such batches. The model's
+    forward, `generate()` and saved files do not change. The function is idempotent.
 
     Raises:
-        ValueError: the model is no encoder-decoder.
+        ValueError: not an encoder-decoder model.
 
     Example:
         >>> import torch
@@ -107,9 +107,9 @@ def enable_decoder_first(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def check_scores(model: PreTrainedModel) -> None:
     """
-    Compares log-probabilities of TRL's fused head with the model's own logits on one short sequence. The fused head is a matrix product
-    with the output embeddings: a model that does more between backbone and logits (Marian's `final_logits_bias`) would train on other
-    probabilities than it generates with, without any error.
+    Compares log-probabilities of TRL's fused head with the model's logits on one short sequence. The fused head is a matrix product with
+    the output embeddings. A model with further operations between backbone and logits (Marian's `final_logits_bias`) would silently train
+    on wrong probabilities.
 
     Raises:
         ValueError: they differ.
@@ -127,7 +127,7 @@ def check_scores(model: PreTrainedModel) -> None:
     tolerance = float(logits.abs().max()) * (1e-3 if model.dtype == torch.float32 else 2e-2)
     if not torch.allclose(got, wanted, rtol=0, atol=tolerance):
         raise ValueError(
-            f"TRL's fused head gives other log-probabilities than {type(model).__name__} itself ({got.flatten().tolist()} and "
-            f"{wanted.flatten().tolist()}): this class does more than a matrix product between its decoder and its logits, such as a "
-            "bias, and cannot be trained here"
+            f"the log-probabilities of TRL's fused head differ from those of {type(model).__name__} ({got.flatten().tolist()} and "
+            f"{wanted.flatten().tolist()}): this class applies more than a matrix product between decoder and logits, such as a "
+            "bias. Use another model"
         )

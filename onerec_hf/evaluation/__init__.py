@@ -1,4 +1,4 @@
-"""Metrics over ranked ids, and the same metrics as `evaluate` modules. Names are imported on first use."""
+"""Ranking metrics, also as `evaluate` modules."""
 
 from __future__ import annotations
 

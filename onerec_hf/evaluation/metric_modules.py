@@ -1,4 +1,4 @@
-"""Where the `evaluate` modules stand on disk. They are loaded by path, so no Hub is asked."""
+"""Paths of the `evaluate` modules, which are loaded from disk without the Hub."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _MODULES = Path(__file__).parent / "modules"
 
 def metric_path(name: str) -> str:
     """
-    The folder of one of our `evaluate` modules, for `evaluate.load(metric_path("recall_at_k"))`.
+    The folder of an `evaluate` module of this package, for `evaluate.load(metric_path("recall_at_k"))`.
 
     Args:
         name: `"recall_at_k"`, `"ndcg_at_k"`, `"mrr_at_k"` or `"coverage_at_k"`.
 
     Returns:
-        An absolute path; loading it needs no network (`HF_HUB_OFFLINE=1` is fine).
+        An absolute path; loading it needs no network (works with `HF_HUB_OFFLINE=1`).
 
     Raises:
-        ValueError: no module has this name.
+        ValueError: unknown name.
 
     Example:
         >>> metric_path("recall_at_k").endswith("recall_at_k")
@@ -26,5 +26,5 @@ def metric_path(name: str) -> str:
     """
     names = sorted(folder.parent.name for folder in _MODULES.glob("*/*_at_k.py"))
     if name not in names:
-        raise ValueError(f"no evaluate module {name!r}; there are {', '.join(names)}")
+        raise ValueError(f"no evaluate module {name!r}; choose one of {', '.join(names)}")
     return str(_MODULES / name)

@@ -1,8 +1,8 @@
-"""Ranking metrics over catalogue rows or item ids, as plain numpy functions.
+"""Ranking metrics over item indices or item ids, as plain numpy functions.
 
-All of them read `ranked` best first and share two conventions:
-  - the integer -1 means "no item" (an illegal semantic ID, or padding): it takes its place in the ranking and is never relevant;
-  - an item that is ranked twice counts at its first place only: the repetition takes a place and gains nothing.
+All metrics expect `ranked` in best-first order and share two conventions:
+  - the integer -1 means "no item" (an invalid semantic ID, or padding): it occupies its rank and is never relevant;
+  - a repeated item counts at its first rank only: repetitions occupy a rank without gain.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _SCALARS = (str, int, np.integer)
 
 def recall_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = False) -> float | np.ndarray:
     """
-    Recall@k: the share of a row's relevant items that stand among its first k, averaged over rows.
+    Recall@k: the share of a row's relevant items in its top k, averaged over rows.
 
     Args:
-        ranked: (n, R) integer array of catalogue rows, best first, -1 for "no item"; or n lists of ids, all strings or all integers.
-        relevant: n lists or sets of ids (repetitions count once), or an (n,) or (n, m) integer array padded with -1.
-        k: cut-off, at least 1. Places beyond R count as not found.
-        per_row: give the (n,) float64 array instead of its mean.
+        ranked: (n, R) integer array of item indices, best first, -1 for "no item"; or n lists of ids, all strings or all integers.
+        relevant: n lists or sets of ids (duplicates count once), or an (n,) or (n, m) integer array padded with -1.
+        k: cut-off, at least 1. Ranks beyond R contain no item.
+        per_row: return the (n,) float64 values instead of their mean.
 
     Returns:
         The mean over rows, in [0, 1].
 
     Raises:
-        ValueError: different numbers of rows, no rows, a row without a relevant item, k < 1, ids of mixed or different types.
+        ValueError: unequal numbers of rows, no rows, a row without a relevant item, k < 1, ids of mixed or different types.
 
     Example:
         >>> recall_at_k([["m1", "m2", "m3"], ["m1", "m2", "m3"]], [["m2"], ["m3", "m9"]], k=2)
@@ -46,8 +46,8 @@ def recall_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = F
 
 def ndcg_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = False) -> float | np.ndarray:
     """
-    NDCG@k with binary gains: a relevant item at place p (from 1) gains 1 / log2(p + 1); the sum is divided by that of the ideal
-    ranking, which has min(k, number of relevant items) at the top. Averaged over rows.
+    NDCG@k with binary gains: a relevant item at rank p (from 1) gains 1 / log2(p + 1); the sum is divided by that of the ideal
+    ranking with min(k, number of relevant items) relevant items at the top. Averaged over rows.
 
     Args, errors: as in `recall_at_k`.
 
@@ -64,7 +64,7 @@ def ndcg_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = Fal
 
 def mrr_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = False) -> float | np.ndarray:
     """
-    MRR@k: one over the place of the first relevant item, 0 where none stands among the first k. Averaged over rows.
+    MRR@k: the reciprocal rank of the first relevant item, 0 if none is in the top k. Averaged over rows.
 
     Args, errors: as in `recall_at_k`.
 
@@ -81,7 +81,7 @@ def mrr_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = Fals
 
 def hit_rate_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = False) -> float | np.ndarray:
     """
-    The share of rows with a relevant item among the first k. Equals `recall_at_k` where every row has one relevant item.
+    The share of rows with a relevant item in the top k. Equals `recall_at_k` if every row has one relevant item.
 
     Args, errors: as in `recall_at_k`.
 
@@ -98,7 +98,7 @@ def hit_rate_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool =
 
 def coverage_at_k(ranked: Ranked, num_items: int, k: int) -> float:
     """
-    The share of the catalogue that stands among the first k of any row.
+    The share of the catalogue in the top k of any row.
 
     Args:
         ranked: as in `recall_at_k`.
@@ -123,23 +123,23 @@ def coverage_at_k(ranked: Ranked, num_items: int, k: int) -> float:
     distinct = len(found) - (kind == "integers" and -1 in found)
     if distinct > num_items:
         raise ValueError(
-            f"ranked holds {distinct} distinct items in its first {k} places, but num_items is {num_items}"
+            f"ranked contains {distinct} distinct items in its top {k}, but num_items is {num_items}; pass the size of the catalogue"
         )
     return distinct / num_items
 
 
 def invalid_id_rate(ranked: np.ndarray) -> float:
     """
-    The share of -1 among all places: generated semantic IDs that belong to no item.
+    The share of -1 among all ranks: generated semantic IDs without an item.
 
     Args:
-        ranked: (n, R) integer array of catalogue rows, -1 for "no item".
+        ranked: (n, R) integer array of item indices, -1 for "no item".
 
     Returns:
         The share, in [0, 1].
 
     Raises:
-        ValueError: not a 2-D integer array, or an empty one.
+        ValueError: not a 2-D integer array, or empty.
 
     Example:
         >>> invalid_id_rate(np.array([[4, -1], [2, 0]]))
@@ -147,7 +147,7 @@ def invalid_id_rate(ranked: np.ndarray) -> float:
     """
     ranked = np.asarray(ranked)
     if ranked.dtype.kind not in "iu" or ranked.ndim != 2 or ranked.size == 0:
-        raise ValueError(f"ranked: expected a filled 2-D integer array, got shape {ranked.shape} of {ranked.dtype}")
+        raise ValueError(f"ranked: expected a non-empty 2-D integer array, got shape {ranked.shape} of {ranked.dtype}")
     return float(np.mean(ranked == -1))
 
 
@@ -155,7 +155,7 @@ def ranking_metrics(
     ranked: Ranked, relevant: Relevant, ks: Sequence[int] = (5, 10), num_items: int | None = None
 ) -> dict[str, float]:
     """
-    Recall, NDCG and MRR at every k (and coverage, where `num_items` is given), with the matching done once.
+    Recall, NDCG and MRR at every k (and coverage if `num_items` is given), computed in one pass.
 
     Args:
         ranked, relevant: as in `recall_at_k`.
@@ -174,7 +174,7 @@ def ranking_metrics(
          'recall@2': 1.0, 'ndcg@2': 0.6309297535714575, 'mrr@2': 0.5, 'coverage@2': 0.5}
     """
     if len(ks) == 0:
-        raise ValueError("ks is empty: name at least one cut-off")
+        raise ValueError("ks is empty; pass at least one cut-off")
     for k in ks:
         _check_k(k)
     hits, counts = _hits(ranked, relevant, max(ks))
@@ -217,22 +217,22 @@ def _check_k(k: int) -> None:
 
 def _hits(ranked: Ranked, relevant: Relevant, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where the relevant items stand: (n, min(k, R)) bool, true at the first place of each relevant item; and the (n,) numbers of
-    distinct relevant items. Work and memory follow the number of ids, whatever the longest row of `relevant`.
+    (n, min(k, R)) bool, true at the first rank of each relevant item; and the (n,) numbers of distinct relevant items. Time and memory
+    are proportional to the number of ids, independent of the longest row of `relevant`.
     """
     _check_k(k)
     ranked, owners, ids = _to_integers(ranked, relevant)
     num_rows = len(ranked)
     ranked = ranked[:, :k]
 
-    # A key per (row, relevant id); the ids are numbered by the relevant ones alone, so keys stay far from overflowing.
+    # One key per (row, relevant id). Only relevant ids are numbered, so keys do not overflow.
     vocabulary, numbers = np.unique(ids, return_inverse=True)
     keys = np.unique(owners * len(vocabulary) + numbers)
     counts = np.bincount(keys // max(len(vocabulary), 1), minlength=num_rows)
     if (counts == 0).any():
         raise ValueError(
-            f"relevant: row {np.argmin(counts)} has no item ({np.sum(counts == 0)} such rows of {num_rows}); "
-            "recall is not defined there: drop these rows from both ranked and relevant"
+            f"relevant: row {np.argmin(counts)} has no item ({np.sum(counts == 0)} such rows of {num_rows}), so recall is undefined; "
+            "drop these rows from ranked and relevant"
         )
     numbers = np.minimum(np.searchsorted(vocabulary, ranked), len(vocabulary) - 1)
     ranked_keys = np.arange(num_rows)[:, None] * len(vocabulary) + numbers
@@ -250,13 +250,15 @@ def _to_integers(ranked: Ranked, relevant: Relevant) -> tuple[np.ndarray, np.nda
     relevant_flat, relevant_lengths = _flatten(relevant, "relevant")
     if len(ranked_lengths) != len(relevant_lengths):
         raise ValueError(
-            f"ranked has {len(ranked_lengths)} rows, relevant {len(relevant_lengths)}: give one row per user"
+            f"ranked has {len(ranked_lengths)} rows, relevant {len(relevant_lengths)}; pass one row per user in both"
         )
     if len(ranked_lengths) == 0:
-        raise ValueError("ranked and relevant have no rows: there is nothing to average")
+        raise ValueError("ranked and relevant have no rows; pass at least one")
     ranked_kind, relevant_kind = _kind(ranked_flat, "ranked"), _kind(relevant_flat, "relevant")
     if ranked_kind and relevant_kind and ranked_kind != relevant_kind:
-        raise ValueError(f"ranked holds {ranked_kind}, relevant {relevant_kind}: no id can match, convert one of them")
+        raise ValueError(
+            f"ranked contains {ranked_kind}, relevant {relevant_kind}, so no id can match; convert one of them"
+        )
     if "strings" in (ranked_kind, relevant_kind):
         numbers: dict[str, int] = {}
         ranked_flat, relevant_flat = (
@@ -271,18 +273,18 @@ def _to_integers(ranked: Ranked, relevant: Relevant) -> tuple[np.ndarray, np.nda
 
 
 def _flatten(ids, name: str) -> tuple[np.ndarray | list, np.ndarray]:
-    """All ids in one row after the other, and the length of each row."""
+    """The ids of all rows in one sequence, and the length of each row."""
     if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
         if ids.ndim == 1 and name == "relevant":
             ids = ids[:, None]
         if ids.ndim != 2:
-            raise ValueError(f"{name}: expected a 2-D array of catalogue rows, got shape {ids.shape}")
+            raise ValueError(f"{name}: expected a 2-D array of item indices, got shape {ids.shape}")
         return ids.ravel(), np.full(len(ids), ids.shape[1])
     rows = list(ids)
     for number, row in enumerate(rows):
-        # A string is a collection of letters: without this check it would be taken apart.
+        # Without this check a string would be iterated by characters.
         if isinstance(row, _SCALARS):
-            raise ValueError(f"{name}: row {number} is the single id {row!r}; give a list of ids per row")
+            raise ValueError(f"{name}: row {number} is the single id {row!r}; pass a list of ids per row")
     return list(chain.from_iterable(rows)), np.fromiter(map(len, rows), np.int64, len(rows))
 
 

@@ -1,4 +1,4 @@
-"""The results file that quickstart, evaluation and benchmarks write: rows of named numbers with machine, versions, date and command."""
+"""Result files of quickstart, evaluation and benchmarks: rows of named values with machine, versions, date and command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def result_row(
     name: str, value: float, unit: str, against: str | None = None, spread: Sequence[float] | None = None
 ) -> dict[str, Any]:
     """
-    One row: what was measured, in which unit, beside what, and [min, max] over repetitions.
+    One result: name, value, unit, the name of a baseline result, and [min, max] over repetitions.
 
     Example:
         >>> result_row("onerec/recall@10", 0.1, "share", against="popularity/recall@10")["unit"]
@@ -56,11 +56,11 @@ def write_results(
     path: str | os.PathLike, rows: list[dict[str, Any]], command: str | None = None, **more: Any
 ) -> None:
     """
-    Writes `{"machine", "versions", "date", "command", "rows", ...}` as JSON, to a temporary name first.
+    Writes `{"machine", "versions", "date", "command", "rows", ...}` as JSON, under a temporary name that is then renamed.
 
     Args:
-        rows: of [`result_row`].
-        command: the command line; this process's when not given.
+        rows: from [`result_row`].
+        command: the command line (default: that of this process).
         more: further top-level entries (seed, protocol, ...).
 
     Example:

@@ -1,4 +1,4 @@
-"""How well predicted rates rank and how far they can be believed: AUC, calibration and log loss per objective."""
+"""Metrics of predicted rates per objective: AUC, calibration and log loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 def concordance(labels, scores) -> float:
     """
-    The share of pairs with different labels that the scores put in the right order, ties counting half: the ROC AUC where labels are 0 and 1,
-    and its generalisation (Harrell's C) where they are rates.
+    The share of pairs with different labels that the scores order correctly, ties counting half: the ROC AUC for labels 0 and 1, and its
+    generalisation (Harrell's C) for rates.
 
     Args:
         labels, scores: (n,) numbers.
 
     Returns:
-        NaN where all labels are equal.
+        NaN if all labels are equal.
 
     Example:
         >>> concordance([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), round(concordance([0.1, 0.5, 0.9], [1, 2, 2]), 3)
@@ -41,10 +41,10 @@ def concordance(labels, scores) -> float:
 
 def calibration_error(labels, probabilities, bins: int = 10) -> float:
     """
-    Expected calibration error: the sessions in the order of their prediction, cut into `bins` groups of (almost) equal size; mean over the groups,
-    weighted by size, of |mean prediction - mean label|. Groups of equal size, because rare objectives are all predicted near zero.
+    Expected calibration error: sessions sorted by prediction are divided into `bins` groups of (almost) equal size; the error is the mean of
+    |mean prediction - mean label| over the groups, weighted by size. Equal sizes suit rare objectives, whose predictions are all near zero.
 
-    Read it beside the base rate: for one of 0.001 an error of 0.001 is no calibration at all.
+    Compare it with the base rate: at a base rate of 0.001, an error of 0.001 means no calibration.
 
     Example:
         >>> calibration_error([0, 0, 1, 1], [0.2, 0.2, 0.7, 0.7], bins=2)
@@ -82,18 +82,18 @@ def reward_metrics(
     Per objective, over the sessions that have its label:
 
     - `auc`: see `concordance`.
-    - `calibration_error`: see `calibration_error`; `bias`: mean prediction over mean label (NaN where no label is above 0).
-    - `relative_log_loss`: cross-entropy over that of predicting the training base rate for all (normalised entropy, He et al. 2014); below 1
-      the model knows more than the base rate.
-    - `positives`: sessions with a label above 0. With few of them the other numbers are noise.
+    - `calibration_error`: see `calibration_error`; `bias`: mean prediction over mean label (NaN if no label is above 0).
+    - `relative_log_loss`: cross-entropy relative to a constant prediction of the training base rate (normalised entropy, He et al. 2014); below 1
+      the model is better than the base rate.
+    - `positives`: number of sessions with a label above 0. The other metrics are noisy if it is small.
 
     Args:
-        labels: (n, K), NaN or -100 where missing.
+        labels: (n, K), NaN or -100 for missing labels.
         probabilities: (n, K).
-        base_rates: K mean labels of training.
+        base_rates: (K,) mean training labels.
 
     Returns:
-        `{"<objective>/<metric>": value}`; an objective without labels has none.
+        `{"<objective>/<metric>": value}`; objectives without labels are omitted.
 
     Example:
         >>> found = reward_metrics(np.array([[0.0], [1.0], [-100]]), np.array([[0.2], [0.9], [0.5]]), ["vtr"], [0.5])
@@ -116,14 +116,14 @@ def reward_metrics(
 
 def within_group_concordance(labels, scores, groups) -> tuple[float, int]:
     """
-    [`concordance`] of pairs inside a group alone, e.g. of two sessions of one user: what a reward that picks among a user's own candidates
-    needs, where the AUC over all sessions is also earned by telling users apart.
+    [`concordance`] of pairs within a group, e.g. of sessions of one user. It measures how a reward ranks the candidates of a user, while the
+    AUC over all sessions also rewards distinguishing users.
 
     Args:
         labels, scores, groups: (n,).
 
     Returns:
-        The share of pairs in the right order, NaN without any, and the number of pairs with different labels.
+        The share of correctly ordered pairs (NaN without pairs), and the number of pairs with different labels.
 
     Example:
         >>> within_group_concordance([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], ["a", "a", "b", "b"])

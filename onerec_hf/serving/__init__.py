@@ -1,4 +1,4 @@
-"""A model behind HTTP: requests are checked, batched and answered; models are exchanged while it runs. Names are imported on first use."""
+"""Serves a model over HTTP: request validation, dynamic batching, and reloading without downtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may ask: tokens, and addresses that only this machine reaches."""
+"""Access control: bearer tokens and loopback addresses."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import socket
 from pathlib import Path
 
 TOKEN_VARIABLE = "ONEREC_HF_TOKEN"
-_SHORTEST = 16
+_MIN_LENGTH = 16
 
 
 def read_token(token: str | None, token_file: str | None) -> str | None:
     """
-    The token of a server: given, from a file's first line, or from the environment variable `ONEREC_HF_TOKEN`; None where there is none.
-    The variable is removed, so that no child process inherits it.
+    The server's token: from the argument, the first line of a file, or the environment variable `ONEREC_HF_TOKEN`; None without any.
+    The variable is removed, so that child processes do not inherit it.
 
     Raises:
-        ValueError: it is given twice, too short to be safe, or holds characters that a header cannot; the message does not repeat it.
-        OSError: the file cannot be read.
+        ValueError: two tokens, a token that is too short, or characters that are invalid in a header. The message does not contain the token.
+        OSError: unreadable file.
     """
     variable = os.environ.pop(TOKEN_VARIABLE, None)
     if token is not None and token_file is not None:
-        raise ValueError("give --token or --token_file, not both")
+        raise ValueError("--token and --token_file are both given; pass only one of them")
     source = "--token"
     if token_file is not None:
         source = f"--token_file {token_file}"
@@ -33,19 +33,19 @@ def read_token(token: str | None, token_file: str | None) -> str | None:
         source, token = TOKEN_VARIABLE, variable
     if token is None:
         return None
-    if len(token) < _SHORTEST or not all("!" <= character <= "~" for character in token):
+    if len(token) < _MIN_LENGTH or not all("!" <= character <= "~" for character in token):
         raise ValueError(
-            f"{source}: a token has at least {_SHORTEST} letters, digits or signs of ASCII, no spaces; `openssl rand -hex 16` makes one"
+            f"{source}: the token must have at least {_MIN_LENGTH} printable ASCII characters without spaces; create one with `openssl rand -hex 16`"
         )
     return token
 
 
 def is_loopback(host: str) -> bool:
     """
-    Whether only this machine reaches an address or all addresses of a name.
+    Whether an address, or all addresses of a host name, are loopback addresses.
 
     Raises:
-        OSError: there is no such host.
+        OSError: unknown host.
 
     Example:
         >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
@@ -55,14 +55,14 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
         raise OSError(
-            f"--host {host}: there is no such address; 127.0.0.1 is this machine, 0.0.0.0 all of its networks"
+            f"--host {host}: unknown address; use 127.0.0.1 for this machine only, or 0.0.0.0 for all networks"
         ) from None
     return bool(host) and all(ipaddress.ip_address(str(each[4][0]).split("%")[0]).is_loopback for each in found)
 
 
 def is_allowed(authorization: bytes | None, token: str) -> bool:
     """
-    Whether a request's `Authorization` header is `Bearer` and the token; takes the same time wherever they differ.
+    Whether a request's `Authorization` header is `Bearer` and the token, compared in constant time.
 
     Example:
         >>> is_allowed(b"Bearer a-token-of-ours", "a-token-of-ours"), is_allowed(None, "a-token-of-ours")

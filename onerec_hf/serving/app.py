@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, their schema, and errors that say what to mend."""
+"""The FastAPI application: routes and error responses."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ID_LISTS = ("history", "exclude", "allow")
 
 def create_app(service: RecommendationService, token: str | None = None) -> FastAPI:
     """
-    The application of a service, which begins and ends with it.
+    Creates the application of a service and runs the service during its lifespan.
 
     Args:
-        token: where given, every route but `/health`, `/ready` and `/openapi.json` needs `Authorization: Bearer TOKEN`; `/reload` is there
-            only with one.
+        token: if given, all routes except `/health`, `/ready` and `/openapi.json` require `Authorization: Bearer TOKEN`. `/reload` requires
+            a token.
     """
 
     @asynccontextmanager
@@ -41,7 +41,7 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
         version=__version__,
         description="Histories in, recommended items or sessions out.",
         lifespan=lifespan,
-        docs_url=None,  # those pages fetch scripts from elsewhere
+        docs_url=None,  # these pages load external scripts
         redoc_url=None,
     )
     app.add_middleware(Gate, service=service, token=token)
@@ -51,18 +51,18 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
     problems: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": text}
         for status, text in (
-            (400, "No JSON."),
-            (401, "No token, or another one."),
+            (400, "Invalid JSON."),
+            (401, "Missing or wrong token."),
             (413, "Too large."),
-            (422, "Wrong types, unknown keys, limits, or nothing to read or to recommend."),
-            (503, "The queue is full, or the server stops; `Retry-After` says when to come again."),
+            (422, "Wrong types, unknown keys, exceeded limits, an empty history, or no item to recommend."),
+            (503, "The queue is full, or the server is stopping; retry after `Retry-After` seconds."),
             (504, "No answer in time."),
         )
     }
 
     @app.post("/recommend", response_model=Answer | list[Answer], response_model_exclude_none=True, responses=problems)
     async def recommend(query: Annotated[Queries, Body()]) -> Response:
-        """Answers one query, or a list of queries by a list in its order."""
+        """Answers one query, or a list of queries with a list of answers in the same order."""
         if isinstance(query, Query):
             (answer,) = await service.recommend([query], ["history"])
             return JSONResponse(answer)
@@ -71,14 +71,14 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while the process works; 500 where it has to be started anew."""
+        """200 while the process works; 500 if it must be restarted."""
         if not service.batcher.alive:
-            return JSONResponse({"detail": "nothing is computed any more"}, status_code=500)
+            return JSONResponse({"detail": "the computation has stopped; restart the server"}, status_code=500)
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready", response_model=Readiness)
     async def ready() -> Response:
-        """200 while requests are taken, 503 once the server stops."""
+        """200 while requests are accepted, 503 while the server is stopping."""
         status = "stopping" if service.draining else "ready"
         return JSONResponse(
             {"status": status, "model": service.model.version}, status_code=503 if service.draining else 200
@@ -86,14 +86,17 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Counters in Prometheus' text format."""
+        """Metrics in Prometheus text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.post("/reload", response_model=Reloaded, responses={409: {"model": Problem}})
     async def reload() -> Response:
-        """Loads the model's folder anew and serves what it holds; 409 where that cannot be served, and the present model goes on."""
+        """Reloads the model's folder and serves the new model; 409 if it cannot be served, and the current model continues."""
         if token is None:
-            raise Refused(403, "reloading over HTTP needs a server with a token; send the process SIGHUP instead")
+            raise Refused(
+                403,
+                "reloading over HTTP requires a token; start the server with --token_file, or send the process SIGHUP",
+            )
         reloaded, version, previous = await service.reload()
         return JSONResponse({"reloaded": reloaded, "model": version, "previous": previous})
 
@@ -101,7 +104,7 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """`{"detail": ...}`; characters that no JSON text can hold are written as escapes."""
+    """`{"detail": ...}`; characters that are invalid in JSON are escaped."""
     return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
 
 
@@ -122,19 +125,19 @@ async def _http_error(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return problem(400, f"the request's body is no JSON: {first['ctx']['error']}")
+        return problem(400, f"the request body is not valid JSON: {first['ctx']['error']}")
     if not request.headers.get("content-type", "").startswith("application/json"):
-        return problem(415, "send JSON, with the header Content-Type: application/json")
+        return problem(415, "the request is not JSON; send the header Content-Type: application/json")
     return problem(422, explain(first))
 
 
 def explain(error: dict[str, Any]) -> str:
     """
-    One of pydantic's errors in a line, without what was sent.
+    Formats a pydantic error in one line, without the request's content.
 
     Example:
         >>> explain({"type": "int_type", "loc": ("body", "many", 0, "history", 3, "int"), "msg": "Input should be a valid integer"})
-        'query 0: history[3] must be an item id, an integer or a string'
+        'query 0: history[3] must be an item id (integer or string)'
         >>> explain({"type": "missing", "loc": ("body", "one", "history"), "msg": "Field required"})
         'history: Field required'
     """
@@ -142,12 +145,12 @@ def explain(error: dict[str, Any]) -> str:
     query = f"query {where[0]}: " if where and isinstance(where[0], int) else ""
     where = where[1:] if query else where
     if len(where) > 1 and where[0] in _ID_LISTS:
-        return f"{query}{where[0]}[{where[1]}] must be an item id, an integer or a string"
+        return f"{query}{where[0]}[{where[1]}] must be an item id (integer or string)"
     if not where:
         return f'{query}send an object like {{"history": [item ids]}}, or a list of them'
     name = ".".join(str(part)[:40] for part in where)
     if error["type"] == "extra_forbidden":
         from .schema import Query
 
-        return f"{query}unknown key {name!r}; there are {', '.join(Query.model_fields)}"
+        return f"{query}unknown key {name!r}; use {', '.join(Query.model_fields)}"
     return f"{query}{name}: {error['msg']}"

@@ -1,7 +1,7 @@
 """
-Dynamic batching: entries of concurrent requests wait in one bounded queue and are computed together, those of one kind at a time.
+Dynamic batching: entries of concurrent requests wait in a bounded queue and are computed in batches of equal keys.
 
-Nothing here knows what is computed. The queue lives in an event loop; the computation runs in one thread beside it.
+This module is independent of the computation. The queue belongs to an event loop; the computation runs in a separate thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class QueueFull(Exception):
-    """There is no room for the entries; `retry_after` says in how many seconds there may be some."""
+    """The queue has no room for the entries; retry after `retry_after` seconds."""
 
     def __init__(self, retry_after: float):
         super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
@@ -24,7 +24,7 @@ class QueueFull(Exception):
 
 
 class Aborted(Exception):
-    """The entry was given up before it was computed."""
+    """The entry was discarded before it was computed."""
 
 
 @dataclass
@@ -36,18 +36,18 @@ class _Entry:
 
 class Batcher:
     """
-    Computes what is submitted in batches.
+    Computes submitted entries in batches.
 
-    Entries with equal keys may share a batch. The key whose first entry has waited longest goes next: it waits until a batch is full or
-    that entry is `max_wait` seconds old, and while one batch is computed the next ones collect by themselves. Where a batch fails, its
-    entries are computed one by one, so that only the one at fault fails. An entry whose future was cancelled is not computed.
+    Entries with equal keys may share a batch. The key whose first entry has waited longest is next: its batch starts when it is full or when
+    that entry is `max_wait` seconds old. Further entries queue up during a computation. If a batch fails, its entries are computed one by
+    one, so that only the faulty one fails. Entries with cancelled futures are not computed.
 
     Args:
         compute: takes a key and a list of items, returns a result per item; called in a thread of its own, one call at a time.
-        max_batch_size: most entries of a batch.
+        max_batch_size: maximum number of entries per batch.
         max_wait: seconds that the first entry of a batch waits for others.
-        max_queue: most entries that wait, those in computation not counted.
-        on_batch: told the size and the seconds of every computed batch.
+        max_queue: maximum number of waiting entries, without those in computation.
+        on_batch: callback with size and seconds of every computed batch.
 
     Example:
         >>> async def main():
@@ -74,14 +74,14 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batcher")
         self._task: asyncio.Task | None = None
-        self._seconds_per_entry = 0.05  # a running mean, once there are batches
+        self._seconds_per_entry = 0.05  # initial value of a running mean
 
     async def __aenter__(self) -> Batcher:
         self._task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *exc) -> None:
-        """Gives up what waits; a batch in computation ends first."""
+        """Discards waiting entries after the current batch has finished."""
         self.abort()
         assert self._task is not None
         self._task.cancel()
@@ -95,15 +95,15 @@ class Batcher:
 
     @property
     def seconds_ahead(self) -> float:
-        """About how long what waits will take, in seconds."""
+        """Estimated seconds until all current entries are computed."""
         return self._seconds_per_entry * (self.queue_length + self.computing)
 
     def submit(self, entries: Sequence[tuple[Hashable, Any]]) -> list[asyncio.Future]:
         """
-        Puts (key, item) pairs into the queue, all of them or none, and returns a future for each.
+        Adds (key, item) pairs to the queue, all or none, and returns one future each.
 
         Raises:
-            QueueFull: there is no room for them.
+            QueueFull: the queue has no room for them.
         """
         if self.queue_length + len(entries) > self.max_queue:
             raise QueueFull(self.seconds_ahead)
@@ -118,7 +118,7 @@ class Batcher:
         return futures
 
     def abort(self) -> None:
-        """Gives up everything that waits: its futures raise [`Aborted`]."""
+        """Discards all waiting entries: their futures raise [`Aborted`]."""
         for entries in self._waiting.values():
             for entry in entries:
                 if not entry.future.done():
@@ -155,7 +155,7 @@ class Batcher:
                 return
 
     def _take(self, key: Hashable) -> list[_Entry]:
-        waiting = self._waiting.get(key, deque())  # what waited may have been aborted
+        waiting = self._waiting.get(key, deque())  # entries may have been aborted
         taken = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
         if not waiting:
             self._waiting.pop(key, None)

@@ -1,4 +1,4 @@
-"""The outermost layer of the application: who may pass, how much a request may hold, and what was asked and answered."""
+"""Outermost ASGI middleware: authentication, request size and time limits, request metrics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from .service import RecommendationService
 
-#: What probes ask, and what says nothing about a model.
+#: Routes without authentication: health probes and the schema, which reveal nothing about the model.
 OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
 KNOWN_PATHS = OPEN_PATHS | {"/recommend", "/metrics", "/reload"}
 
 
 class Gate:
     """
-    ASGI middleware: 401 without the token, before anything of the request's body is read; 413 for a body that is too large, and 408 for
-    one that does not arrive within the service's timeout; counts requests. What has no known path is counted as "other".
+    ASGI middleware: 401 without the token, before the request body is read; 413 for a body that is too large; 408 for a body that does not
+    arrive within the service's timeout. It also counts requests, with unknown paths as "other".
     """
 
     def __init__(self, app: ASGIApp, service: RecommendationService, token: str | None):
@@ -57,7 +57,10 @@ class Gate:
                 and not is_allowed(headers.get(b"authorization"), self.token)
             ):
                 await refuse(
-                    watched, 401, "this needs the header Authorization: Bearer TOKEN", (b"www-authenticate", b"Bearer")
+                    watched,
+                    401,
+                    "missing or wrong token; send the header Authorization: Bearer TOKEN",
+                    (b"www-authenticate", b"Bearer"),
                 )
             elif _length(headers) > self.service.settings.max_body_bytes:
                 await refuse(watched, 413, self._too_large(), (b"connection", b"close"))
@@ -70,7 +73,7 @@ class Gate:
             self.service.metrics.request(path, status, time.monotonic() - started)
 
     def _too_large(self) -> str:
-        return f"a request holds at most {self.service.settings.max_body_bytes} bytes on this server"
+        return f"the request body exceeds this server's limit of {self.service.settings.max_body_bytes} bytes; send fewer histories per request"
 
     def _limited(self, receive: Receive) -> Receive:
         settings = self.service.settings
@@ -78,7 +81,7 @@ class Gate:
 
         async def limited() -> Message:
             nonlocal total, complete
-            if complete:  # whoever asks on waits for the client to leave
+            if complete:  # later calls wait for the client to disconnect
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""Server metrics in Prometheus text format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 class ServingMetrics:
     """
-    Counters of one server.
+    Metrics of one server.
 
     Args:
-        queue_length: says how many histories wait at the moment.
+        queue_length: returns the number of waiting histories.
 
     Example:
         >>> metrics = ServingMetrics(queue_length=lambda: 3)
@@ -29,20 +29,22 @@ class ServingMetrics:
         self.registry = registry = CollectorRegistry()
         self._requests = Counter("onerec_requests", "Answered requests.", ["path", "status"], registry=registry)
         self._seconds = Histogram(
-            "onerec_request_seconds", "Seconds from a request's head to the end of its answer.", ["path"],
+            "onerec_request_seconds", "Seconds from request headers to the end of the response.", ["path"],
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self._batch_size = Histogram("onerec_batch_size", "Histories per batch.", buckets=_SIZES, registry=registry)
         self._batch_seconds = Histogram(
-            "onerec_batch_seconds", "Seconds of computation per batch.", buckets=_SECONDS, registry=registry
+            "onerec_batch_seconds", "Computation time per batch, in seconds.", buckets=_SECONDS, registry=registry
         )
-        Gauge("onerec_queue_length", "Histories that wait.", registry=registry).set_function(queue_length)
-        self.in_flight = Gauge(
-            "onerec_in_flight_requests", "Requests to /recommend without an answer yet.", registry=registry
+        Gauge("onerec_queue_length", "Waiting histories.", registry=registry).set_function(queue_length)
+        self.in_flight = Gauge("onerec_in_flight_requests", "Unanswered requests to /recommend.", registry=registry)
+        self._unknown = Counter(
+            "onerec_unknown_items", "Ids in requests that are not in the catalogue.", registry=registry
         )
-        self._unknown = Counter("onerec_unknown_items", "Ids in requests that the catalogue lacks.", registry=registry)
         self._reloads = Counter("onerec_model_reloads", "Reloads by result.", ["result"], registry=registry)
-        self._model = Gauge("onerec_model_info", "1 for the model that is served.", ["version"], registry=registry)
+        self._model = Gauge(
+            "onerec_model_info", "1 for the version of the served model.", ["version"], registry=registry
+        )
 
     def request(self, path: str, status: int, seconds: float) -> None:
         self._requests.labels(path, str(status)).inc()
@@ -64,5 +66,5 @@ class ServingMetrics:
         self._model.labels(version).set(1)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Request and response schemas as pydantic models: types are strict, unknown keys are refused, and the OpenAPI schema comes from here."""
+"""Request and response schema as pydantic models: strict types, no unknown keys; source of the OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
 
-# Of a list of half a million wrong ids, one error is enough.
+# Stop at the first error of a long list.
 ItemIds = Annotated[list[StrictInt | StrictStr], Field(fail_fast=True)]
 
 
 class Query(BaseModel):
-    """One history and what is wanted for it."""
+    """One history and the options of its recommendation."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"history": [260, 1196, 1210], "top_k": 5}]}
@@ -22,13 +22,13 @@ class Query(BaseModel):
     session_length: StrictInt = Field(
         1, ge=1, description="Items per session; 1 gives a ranked list of items under `items`."
     )
-    num_beams: StrictInt | None = Field(None, ge=1, description="Beams; 50, or `top_k` where that is more.")
-    exclude_seen: StrictBool = Field(True, description="Leave out the items of the history.")
-    exclude: ItemIds = Field(default_factory=list, description="More items to leave out.")
-    allow: ItemIds | None = Field(None, description="The only items to choose from.")
+    num_beams: StrictInt | None = Field(None, ge=1, description="Beam width; by default 50, or `top_k` if larger.")
+    exclude_seen: StrictBool = Field(True, description="Exclude the items of the history.")
+    exclude: ItemIds = Field(default_factory=list, description="Further items to exclude.")
+    allow: ItemIds | None = Field(None, description="Recommend only these items.")
     unknown: Annotated[StrictStr, Field(pattern="^(skip|error)$")] | None = Field(
         None,
-        description="Ids that the catalogue lacks: `skip` leaves them out and counts them, `error` answers 422. The server's default when not given.",
+        description="Ids that are not in the catalogue: `skip` ignores and counts them, `error` returns 422. Default: the server's setting.",
     )
 
 
@@ -43,7 +43,7 @@ Queries = Annotated[
 
 
 class Answer(BaseModel):
-    """The answer to one history: `items` where sessions of one item were asked for, else `sessions`."""
+    """The answer to one history: `items` for sessions of one item, else `sessions`."""
 
     items: list[int | str] | None = Field(None, description="Item ids, best first.")
     sessions: list[list[int | str]] | None = Field(None, description="Sessions of item ids, best first.")
@@ -53,26 +53,26 @@ class Answer(BaseModel):
         description="Titles and other fields, an object per item in the order of `items` (of `sessions`, a list of objects per session). "
         "Only of models with an items table.",
     )
-    unknown_items: int = Field(description="Ids of the request that the catalogue lacks and that were left out.")
-    model: str = Field(description="Version of the model that answered.")
+    unknown_items: int = Field(description="Number of ignored ids of the request that are not in the catalogue.")
+    model: str = Field(description="Version of the model.")
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """Error response."""
 
     detail: str
 
 
 class Readiness(BaseModel):
-    """Whether requests are taken, and by which model."""
+    """Readiness and model version."""
 
     status: str
     model: str
 
 
 class Reloaded(BaseModel):
-    """What a reload did."""
+    """Result of a reload."""
 
-    reloaded: bool = Field(description="False where the folder holds the model that is served already.")
+    reloaded: bool = Field(description="False if the folder contains the model that is already served.")
     model: str
     previous: str

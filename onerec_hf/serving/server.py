@@ -1,4 +1,4 @@
-"""Runs the application on a socket: uvicorn, with signals that let requests end and models change."""
+"""Runs the application with uvicorn: graceful shutdown and reload on signals."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 class DrainingServer(uvicorn.Server):
     """
-    uvicorn that ends gracefully: on SIGTERM or SIGINT new requests get 503 while those taken are answered, then it stops listening and
-    ends. A second signal, or `drain_timeout` seconds, ends the wait.
+    uvicorn server with graceful shutdown: after SIGTERM or SIGINT, new requests get 503 while accepted ones are answered; then the server
+    exits. A second signal, or `drain_timeout` seconds, ends the wait.
     """
 
     def __init__(self, config: uvicorn.Config, service: RecommendationService, drain_timeout: float):
@@ -32,28 +32,28 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not what uvicorn does, which raises the signal again at the end: a server that was told to stop, and did, has succeeded.
+        # Unlike uvicorn, which re-raises the signal at the end: a requested shutdown exits with status 0.
         self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
         if self._draining is None:
-            logger.info("stopping: %d requests are answered first", self.service.in_flight)
+            logger.info("stopping after %d open requests", self.service.in_flight)
             self._draining = self._loop.create_task(self._drain())
         else:
             self.service.batcher.abort()
 
     async def _drain(self) -> None:
         if not await self.service.drain(self.drain_timeout):
-            logger.warning("not all requests were answered within %g seconds", self.drain_timeout)
+            logger.warning("some requests were not answered within %g seconds", self.drain_timeout)
         self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    A socket that will listen on an address; port 0 takes a free one.
+    Binds a socket to an address; port 0 selects a free port.
 
     Raises:
-        OSError: the address is in use, or not this machine's.
+        OSError: the address is in use or does not belong to this machine.
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -73,9 +73,9 @@ def serve(app: FastAPI, service: RecommendationService, bound: socket.socket, dr
     Serves until SIGTERM or SIGINT; SIGHUP reloads the model.
 
     Args:
-        app: made for the service by [`create_app`].
-        bound: from [`listen`].
-        drain_timeout: seconds that requests have to be answered once the server stops.
+        app: from [`create_app`], for the same service.
+        bound: socket from [`listen`].
+        drain_timeout: seconds to answer open requests during shutdown.
     """
     config = uvicorn.Config(
         app,
@@ -107,7 +107,7 @@ def serve(app: FastAPI, service: RecommendationService, bound: socket.socket, dr
 async def _reload(service: RecommendationService) -> None:
     try:
         reloaded, version, _ = await service.reload()
-    except Refused:  # said in the log
+    except Refused:  # already logged
         return
     if not reloaded:
-        logger.info("reload: version %s is served already", version)
+        logger.info("reload: version %s is already served", version)

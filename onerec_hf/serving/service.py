@@ -1,4 +1,4 @@
-"""The service behind the routes: takes queries while it may, exchanges its model, and comes to an end."""
+"""The service behind the routes: answers queries, reloads its model, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """A request that is not answered: the HTTP status, why, and after how many seconds it may be sent again (or None)."""
+    """A rejected request: HTTP status, detail, and the seconds after which to retry (or None)."""
 
     def __init__(self, status: int, detail: str, retry_after: float | None = None):
         super().__init__(detail)
@@ -31,12 +31,12 @@ class Refused(Exception):
 
 class RecommendationService:
     """
-    Answers queries with the current model. To be used as an asynchronous context.
+    Answers queries with the current model. Use as an asynchronous context manager.
 
     Args:
-        model: the first one.
+        model: the initial model.
         settings: limits.
-        load: takes the version that is served and loads the model of a reload, or returns None where it is that one; called in a thread.
+        load: loads the model for a reload, given the served version; returns None if it has not changed. Called in a thread.
         unknown: "skip" or "error": what becomes of ids that the catalogue lacks, where a query does not say.
     """
 
@@ -50,7 +50,7 @@ class RecommendationService:
         self.model, self.settings, self.unknown = model, settings, unknown
         self._load = load
         self._reloading = asyncio.Lock()
-        self._users: dict[ServedModel, int] = {}  # requests that a model still has to answer
+        self._users: dict[ServedModel, int] = {}  # number of open requests per model
         self.draining = False
         self.in_flight = 0
         self.metrics = ServingMetrics(lambda: self.batcher.queue_length)
@@ -73,16 +73,17 @@ class RecommendationService:
 
     async def recommend(self, queries: Sequence[Query], names: Sequence[str]) -> list[dict[str, Any]]:
         """
-        One answer per query; `names` are those of their histories in messages.
+        Returns one answer per query; `names` name their histories in error messages.
 
         Raises:
-            Refused: 422 for what cannot be answered, 503 while the queue is full or the server stops, 504 after the timeout.
+            Refused: 422 for invalid queries, 503 if the queue is full or the server is stopping, 504 after the timeout.
         """
         if self.draining:
             raise Refused(503, "the server is stopping; send the request to another one", retry_after=1)
         if not 0 < len(queries) <= self.settings.max_histories:
             raise Refused(
-                422, f"a request holds 1 to {self.settings.max_histories} histories on this server; got {len(queries)}"
+                422,
+                f"this server accepts 1 to {self.settings.max_histories} histories per request; got {len(queries)}",
             )
         model = self.model
         try:
@@ -110,7 +111,7 @@ class RecommendationService:
             raise Refused(503, "the server stopped before this request was answered", retry_after=1) from None
         except Exception:
             logger.exception("a request failed")
-            raise Refused(500, "the server failed at this request; its log says why") from None
+            raise Refused(500, "internal error; see the server's log") from None
         finally:
             for future in futures:
                 future.cancel()
@@ -118,21 +119,20 @@ class RecommendationService:
             self._forget(model)
 
     def _forget(self, model: ServedModel) -> None:
-        """Frees a former model once nobody waits for its answers."""
+        """Closes a replaced model after its last request."""
         if model is not self.model and not self._users.get(model):
             self._users.pop(model, None)
             model.close()
 
     async def reload(self) -> tuple[bool, str, str]:
         """
-        Loads the model anew, beside the present one, and puts it in its place: requests that came before are answered by the former
-        model, later ones by the new one.
+        Loads the model again and replaces the current one. The current model answers earlier requests, the new one later requests.
 
         Returns:
-            Whether it is another model, its version, and the version before.
+            whether the model changed, its version, and the previous version.
 
         Raises:
-            Refused: 409 where the new model cannot be served; the present one goes on.
+            Refused: 409 if the new model cannot be served; the current one continues.
         """
         async with self._reloading:
             before = self.model
@@ -141,9 +141,9 @@ class RecommendationService:
                 model = await asyncio.to_thread(self._load, before.version)
             except Exception as error:
                 self.metrics.reload("refused")
-                logger.error("reload: the model was not taken: %s; version %s goes on serving", error, before.version)
+                logger.error("reload failed: %s; version %s is still served", error, before.version)
                 raise Refused(
-                    409, f"the model was not taken: {str(error)[:500]}; version {before.version} goes on serving"
+                    409, f"reload failed: {str(error)[:500]}; version {before.version} is still served"
                 ) from error
             if model is None:
                 self.metrics.reload("unchanged")
@@ -153,13 +153,12 @@ class RecommendationService:
             self.metrics.reload("taken")
             self._forget(before)
             seconds = time.monotonic() - started
-            logger.info("reload: version %s in place of %s, after %.1f s", model.version, before.version, seconds)
+            logger.info("reload: version %s replaces %s after %.1f s", model.version, before.version, seconds)
             return True, model.version, before.version
 
     async def drain(self, timeout: float) -> bool:
         """
-        Takes no new requests, waits until those taken are answered, and says whether all were. After `timeout` seconds the rest are
-        refused.
+        Rejects new requests and waits for open ones. After `timeout` seconds the rest are discarded. Returns whether all were answered.
         """
         self.draining = True
         end = time.monotonic() + timeout

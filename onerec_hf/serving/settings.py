@@ -1,4 +1,4 @@
-"""What a server allows: sizes of batches, queue and requests, and how long things may take."""
+"""Limits of a server: batch, queue and request sizes, and timeouts."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True)
 class ServingSettings:
     """
-    Limits of a server. A request beyond one gets an answer that says so.
+    Limits of a server. Requests beyond a limit get an error response.
 
     Args:
-        max_batch_size: histories that are answered at once.
-        max_wait_ms: how long the first history of a batch waits for others, in milliseconds; 0 takes what is there.
-        max_queue: histories that may wait; a request that finds less room gets 503.
+        max_batch_size: histories per batch.
+        max_wait_ms: milliseconds that the first history of a batch waits for others; 0 does not wait.
+        max_queue: maximum number of waiting histories; requests beyond it get 503.
         timeout: seconds until a request gets 504.
-        max_histories: histories of one request.
-        max_history_items: items of one history. The model reads the latest ones as it was trained; all are left out with `exclude_seen`.
-        max_list_items: items of one `exclude` or `allow`.
-        max_top_k, max_beams, max_session_length: the most that a request may ask for.
-        max_body_bytes: size of a request.
+        max_histories: histories per request.
+        max_history_items: items per history. The model reads the latest ones, as in training; `exclude_seen` excludes all.
+        max_list_items: items per `exclude` or `allow` list.
+        max_top_k, max_beams, max_session_length: maximum values of a request.
+        max_body_bytes: size of a request body.
 
     Raises:
-        ValueError: a number that cannot be.
+        ValueError: a limit out of range.
 
     Example:
         >>> ServingSettings(max_batch_size=0)
@@ -48,17 +48,17 @@ class ServingSettings:
             value = getattr(self, field.name)
             if field.name == "max_wait_ms":
                 if not 0 <= value <= 10_000:
-                    raise ValueError(f"max_wait_ms must lie between 0 and 10000; got {value:g}")
+                    raise ValueError(f"max_wait_ms must be between 0 and 10000; got {value:g}")
             elif field.name == "timeout":
                 if not 0 < value <= 3_600:
-                    raise ValueError(f"timeout must lie between 0 and 3600 seconds; got {value:g}")
+                    raise ValueError(f"timeout must be between 0 and 3600 seconds; got {value:g}")
             elif value < 1:
                 raise ValueError(f"{field.name} must be at least 1; got {value}")
         if self.max_top_k > self.max_beams:
             raise ValueError(
-                f"max_top_k={self.max_top_k} exceeds max_beams={self.max_beams}: there are no more sessions than beams"
+                f"max_top_k={self.max_top_k} exceeds max_beams={self.max_beams}, but a request returns at most one session per beam; raise max_beams"
             )
         if self.max_histories > self.max_queue:
             raise ValueError(
-                f"max_histories={self.max_histories} exceeds max_queue={self.max_queue}: such a request could never be taken"
+                f"max_histories={self.max_histories} exceeds max_queue={self.max_queue}, so such a request could never be queued; raise max_queue"
             )

@@ -67,7 +67,7 @@ def check_alignment(done, folder):
     assert all(moved)
     told = section((folder / "aligned" / "README.md").read_text(), "Alignment")
     before, after = (results(folder)[f"heldout_reward/{when}"] for when in ("before", "after"))
-    assert f"by a reward model that picked none | {before:.4f} | {after:.4f} |" in told
+    assert f"by a held-out judge | {before:.4f} | {after:.4f} |" in told
     assert "reward" not in (folder / "README.md").read_text()
 
 

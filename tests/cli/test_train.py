@@ -262,7 +262,7 @@ def test_seen_items_count_for_everyone_or_no_one(trained, data, tmp_path):
     for model in ("onerec", "item_knn", "popularity"):  # what they saw takes the places of what they will see
         assert with_seen[f"{model}/recall@10"] < without[f"{model}/recall@10"]
     assert "seen items included" in (folder / "README.md").read_text()
-    assert "the user's seen items left out" in (trained.folder / "README.md").read_text()
+    assert "seen items excluded" in (trained.folder / "README.md").read_text()
 
 
 def test_early_stopping(data, tmp_path, monkeypatch):

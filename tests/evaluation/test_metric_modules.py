@@ -84,6 +84,6 @@ def test_metric_path():
     for name in NAMES:
         assert (Path(metric_path(name)) / f"{name}.py").is_file()
     with pytest.raises(
-        ValueError, match="no evaluate module 'recall'; there are coverage_at_k, mrr_at_k, ndcg_at_k, recall_at_k"
+        ValueError, match="no evaluate module 'recall'; choose one of coverage_at_k, mrr_at_k, ndcg_at_k, recall_at_k"
     ):
         metric_path("recall")

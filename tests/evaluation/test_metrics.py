@@ -172,7 +172,7 @@ def test_large_ids_do_not_overflow():
         (np.array([[1.0]]), [[1]], "ranked: ids must be all strings or all integers, found float64"),
         ([["m1", 2]], [["m1"]], "ranked: .* found int, str"),
         ([["m1"]], [[None]], "relevant: .* found NoneType"),
-        ([["1"]], [[1]], "ranked holds strings, relevant integers"),
+        ([["1"]], [[1]], "ranked contains strings, relevant integers"),
         (["m1"], [["m1"]], "ranked: row 0 is the single id 'm1'"),
         ([["m1"]], ["m1"], "relevant: row 0 is the single id 'm1'"),
     ],
@@ -196,10 +196,10 @@ def test_errors_of_the_rest():
         ranking_metrics([[1]], [[1]], ks=(5, -1))
     with pytest.raises(ValueError, match="ks is empty"):
         ranking_metrics([[1]], [[1]], ks=())
-    with pytest.raises(ValueError, match="3 distinct items in its first 3 places, but num_items is 2"):
+    with pytest.raises(ValueError, match="3 distinct items in its top 3, but num_items is 2"):
         coverage_at_k([[0, 1, 2]], 2, 3)
     for wrong in (np.array([1, -1]), np.zeros((2, 0), dtype=int), np.array([[0.5]])):
-        with pytest.raises(ValueError, match="expected a filled 2-D integer array"):
+        with pytest.raises(ValueError, match="expected a non-empty 2-D integer array"):
             invalid_id_rate(wrong)
 
 

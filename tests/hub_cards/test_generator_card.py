@@ -167,12 +167,12 @@ def test_the_table_holds_the_rows(write):
 
 def test_it_claims_only_what_was_done(write, tmp_path):
     card = write()
-    assert "the user's seen items left out" in card
+    assert "seen items excluded" in card
     assert "popularity and item\\_knn" in card
     assert "coverage@k is" in card
     assert "item catalogue and codebooks" not in card
     (tmp_path / "shop" / "codebooks.safetensors").write_bytes(b"")
-    assert "item catalogue and codebooks are all in this repository" in write()
+    assert "item catalogue and codebooks." in write()
     alone = write(results=rows(["onerec"])[:1], exclude_seen=False)
     assert "seen items included" in alone
     assert "popularity and item" not in alone
@@ -220,7 +220,7 @@ def test_the_report_beside_the_codebooks_tells_of_collisions(write, processor, t
 def test_expert_load_is_what_was_counted(write, tmp_path, monkeypatch):
     counts = np.array([[10, 30, 20, 20], [0, 80, 0, 0]])
     described = section(write(tokens_per_expert=counts), "Model")
-    assert "Expert load over 40 tokens of training" in described  # two experts each
+    assert "Expert load over 40 training tokens" in described  # two experts each
     assert "layer 1 0.50 to 1.50; layer 2 0.00 to 4.00." in described
     assert "(expert_load.png)" in described
     assert (tmp_path / "shop" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
@@ -237,8 +237,8 @@ def test_limits_count_cold_items_and_what_is_popular(write):
     )
     processor = OneRecProcessor.from_catalogue(catalogue)
     limits = section(write(processor=processor, model=make_model(catalogue)), "Limits")
-    assert "2 of 20 items have no interaction in training" in limits
-    assert "the most popular tenth of the items has 85% of the training interactions" in limits  # 91 of 107
+    assert "2 of 20 items have no training interaction" in limits
+    assert "the most popular 10 % of items account for 85% of the training interactions" in limits  # 91 of 107
     assert "no interaction in training" not in section(write(), "Limits")
 
 
@@ -247,7 +247,7 @@ def test_command_counts_and_versions_stand_as_they_are(write):
     card = write(command=command, counts={"users": 1234}, num_beams=30)
     assert f"\n````sh\n{command}\n````\n" in card
     assert "| users | 1,234 |" in card
-    assert "beam search of 30 beams" in card
+    assert "beam search with 30 beams" in card
     assert f"transformers {transformers.__version__}" in card
     assert "co2" not in card.lower()
 
@@ -267,10 +267,10 @@ def test_alignment_before_and_after(write):
     assert "Reward: the function &lt;b&gt;f&lt;/b&gt;." in told
     assert table_of(told)[2:] == [
         "| recall@10 | 0.0500 | 0.1235 |",
-        "| mean reward of generated sessions, by the reward that picked the pairs | 1.0000 | 2.0000 |",
-        "| mean reward of generated sessions, by a reward model that picked none | 1.5000 | 1.2500 |",
+        "| mean reward of generated sessions, by the reward that selected the pairs | 1.0000 | 2.0000 |",
+        "| mean reward of generated sessions, by a held-out judge | 1.5000 | 1.2500 |",
     ]
     assert len(table_of(section(card, "Evaluation"))) == 5
     assert "## Alignment" not in write()
     given = section(write(alignment=Alignment([], {0: 20}, 0, 20, None, "", "DPO")), "Alignment")
-    assert "on given pairs: 20 of them. What judged them is not known" in given
+    assert "on given pairs: 20 of them. The source of the preferences is not recorded" in given

@@ -37,12 +37,12 @@ def test_the_snippet_loads_the_table(tmp_path, name, monkeypatch):
 
 def test_the_counts_are_the_tables(tmp_path):
     card = write(tmp_path, pairs(), ALIGNMENT, catalogue_hash="abc" * 10, command="onerec-hf align")
-    assert "3 pairs of 2 different histories; chosen sessions hold 2 items, rejected ones 1." in card
+    assert "3 pairs for 2 distinct histories; chosen sessions have 2 items, rejected ones 1." in card
     assert "catalogue `abcabcabcabcabca`" in card
     assert table_of(section(card, "Columns"))[-2:] == ["| 0 | 2 |", "| 1 | 1 |"]
     assert "| history | list of string |" in card
-    drawn = section(card, "How they were drawn")
-    assert "In each iteration for 0.2% of 1,000 training examples. 6 candidates." in drawn
+    drawn = section(card, "Sampling")
+    assert "Each iteration draws pairs for 0.2% of 1,000 training examples. 6 candidates." in drawn
     assert "Reward: the function f. Mean reward 0.7500 of chosen and 0.2500 of rejected sessions." in drawn
     assert "```sh\nonerec-hf align\n```" in card
 
@@ -58,8 +58,8 @@ def test_the_front_matter_is_a_dataset_card(tmp_path):
 
 def test_given_pairs_of_unknown_origin(tmp_path):
     card = write(tmp_path, Dataset.from_list([{"history": [1], "chosen": [2], "rejected": [[3], [4, 5]]}]))
-    assert "Not known to the run" in card
-    assert "No user was asked" not in card
+    assert "Not recorded" in card
+    assert "not from users" not in card
     assert "rejected ones 1 to 2." in card
     assert "| rejected | list of list of int64 |" in card
     assert "iteration |" not in card
@@ -72,7 +72,7 @@ def test_names_are_only_names(tmp_path, name):
     alignment = Alignment([f"the reward model {name}"], {0: 3}, 1, 10, 0.3, f"picked by {name}", "DPO")
     card = write(tmp_path, pairs(**{name: 1}), alignment, repo_id="me/pairs", data=f"Read from {name}.")
     text = DatasetCard.load(tmp_path / "README.md").text
-    assert headings(text) == ["# pairs", "## Columns", "## How they were drawn", "## Data", "## Limits"]
+    assert headings(text) == ["# pairs", "## Columns", "## Sampling", "## Data", "## Limits"]
     assert f"| {plain_text(name)} | int64 |  |" in card
     assert f"Reward: the reward model {plain_text(name)}." in card
     assert f"Read from {plain_text(name)}." in card

@@ -75,7 +75,7 @@ def test_without_rows_it_claims_nothing(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert "## Evaluation" not in card.content
     assert card.data.eval_results is None
-    assert "it does not know where they come from" in card.content
+    assert "Not recorded" in card.content
     assert "weighted mean of the predicted rates" in card.content
 
 

@@ -12,10 +12,10 @@ TOKEN = "a-token-of-the-tests"
 GOOD = {"history": ["m1", "m2"]}
 
 REFUSED = [
-    (b"{", 400, "no JSON: Expecting property name"),
-    (b"\xff\xfe", 400, "no JSON"),
+    (b"{", 400, "not valid JSON: Expecting property name"),
+    (b"\xff\xfe", 400, "not valid JSON"),
     (b"\xfa", 400, "parsing the body"),
-    (b'{"history": ["m1"]', 400, "no JSON"),
+    (b'{"history": ["m1"]', 400, "not valid JSON"),
     (b'{"history": [1' + b"0" * 5000 + b"]}", 400, "parsing the body"),
     (b"[" * 3000, 400, ""),
     (b"", 422, 'send an object like {"history"'),
@@ -23,8 +23,8 @@ REFUSED = [
     (["m1"], 422, "query 0: send an object"),
     ({}, 422, "history: Field required"),
     ([GOOD, {"top_k": 3}], 422, "query 1: history: Field required"),
-    ([], 422, "1 to 8 histories on this server; got 0"),
-    ([GOOD] * 9, 422, "1 to 8 histories on this server; got 9"),
+    ([], 422, "1 to 8 histories per request; got 0"),
+    ([GOOD] * 9, 422, "1 to 8 histories per request; got 9"),
     ({"history": []}, 422, "history is empty"),
     ([GOOD, {"history": ["x"]}], 422, "history of query 1 holds no item of the catalogue"),
     ({"history": "m1"}, 422, "history: Input should be a valid list"),
@@ -54,7 +54,7 @@ REFUSED = [
     (GOOD | {"session_length": 11}, 422, "session_length is at most 10"),
     (GOOD | {"exclude_seen": "no"}, 422, "exclude_seen: Input should be a valid boolean"),
     (GOOD | {"unknown": "ignore"}, 422, "unknown:"),
-    (GOOD | {"topk": 3}, 422, "unknown key 'topk'; there are history, top_k"),
+    (GOOD | {"topk": 3}, 422, "unknown key 'topk'; use history, top_k"),
     (GOOD | {"k" * 500: 3}, 422, "unknown key"),
 ]
 
@@ -71,7 +71,7 @@ def test_refused(server, body, status, fragment):
 def test_sizes(server):
     too_large = {"history": ["m1"], "exclude": ["m" * 20_000]}
     assert server.post(too_large).status_code == 413
-    assert "at most 20000 bytes" in server.post(too_large).json()["detail"]
+    assert "limit of 20000 bytes" in server.post(too_large).json()["detail"]
 
     def chunks():
         for _ in range(40):

@@ -168,7 +168,7 @@ def test_a_broken_model_does_not_get_in(shared, folder, tmp_path, how, fragment)
     response = server.post(b"", "/reload")
     assert response.status_code == 409, response.text
     assert fragment in response.json()["detail"]
-    assert response.json()["detail"].endswith(f"version {version} goes on serving")
+    assert response.json()["detail"].endswith(f"version {version} is still served")
     assert server.metric('onerec_model_reloads_total{result="refused"}') == refused + 1
     assert server.post({"history": ["m1"]}).json()["model"] == version
     turn(link, folder)

@@ -94,14 +94,14 @@ def test_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("ONEREC_HF_TOKEN", "a-token-of-the-variable")
     assert read_token(None, None) == "a-token-of-the-variable"
     assert "ONEREC_HF_TOKEN" not in os.environ
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="pass only one"):
         read_token("a-token-of-the-option", str(file))
     for bad in ("", "short", "sixteen letters !", "sixteen-létters-!"):
-        with pytest.raises(ValueError, match=r"^--token: a token has at least 16") as error:
+        with pytest.raises(ValueError, match=r"^--token: the token must have at least 16") as error:
             read_token(bad, None)
         assert not bad or bad not in str(error.value)
     file.write_text("")
-    with pytest.raises(ValueError, match=r"--token_file .*token: a token has"):
+    with pytest.raises(ValueError, match=r"--token_file .*token: the token must have"):
         read_token(None, str(file))
     with pytest.raises(OSError, match="nothing"):
         read_token(None, str(tmp_path / "nothing"))

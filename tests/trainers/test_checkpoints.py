@@ -71,10 +71,11 @@ def test_going_on_from_the_newest_whole_one(tmp_path):
         assert torch.equal(value, whole.model.state_dict()[name])
     assert losses(resumed) == losses(whole)
     with pytest.raises(
-        ValueError, match=r"is no whole checkpoint: its trainer_state.json .*; the newest whole one is .*checkpoint-4"
+        ValueError,
+        match=r"is not a complete checkpoint: its trainer_state.json .*; use the newest complete one, .*checkpoint-4",
     ):
         make_trainer(tmp_path / "whole").train(resume_from_checkpoint=str(cut))
-    with pytest.raises(ValueError, match="holds no whole checkpoint: leave resume_from_checkpoint out"):
+    with pytest.raises(ValueError, match="contains no complete checkpoint; omit resume_from_checkpoint"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 

@@ -225,7 +225,7 @@ def test_several_rewards_are_weighted_and_checked(tmp_path):
 
     trainer = make_trainer(tmp_path, rewards=[likes, length], reward_weights=[2.0, -1.0])
     assert trainer.rewards([["m1"]] * 2, [["m0", "m9"], ["m9"]]).tolist() == [0.0, -1.0]
-    with pytest.raises(ValueError, match=r"1 reward_weights for 2 reward functions: give one each"):
+    with pytest.raises(ValueError, match=r"1 reward_weights for 2 reward functions; pass one weight per function"):
         make_trainer(tmp_path, rewards=[likes, length], reward_weights=[2.0])
     for wrong in (lambda histories, sessions: [1.0], lambda histories, sessions: [float("nan")] * len(sessions)):
         with pytest.raises(ValueError, match="must return one finite number per session"):
@@ -242,11 +242,11 @@ def test_no_pair_trains_on_next_tokens_alone(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dpo_ratio": 0.0}, r"dpo_ratio=0.0 must lie in \(0, 1\]"),
+        ({"dpo_ratio": 0.0}, r"dpo_ratio=0.0 must be in \(0, 1\]"),
         ({"candidates": "greedy"}, 'candidates must be "beam" or "sample"'),
         ({"selection": "worst"}, "selection must be one of"),
         ({"num_candidates": 1}, "num_candidates at least 2"),
-        ({"sync_ref_model": True}, "sync_ref_model fixes or moves the reference"),
+        ({"sync_ref_model": True}, "sync_ref_model is not supported: the reference"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0"),
     ],
 )
@@ -256,11 +256,11 @@ def test_refuses_settings(tmp_path, settings, message):
 
 
 def test_refuses_what_cannot_be_aligned(tmp_path):
-    with pytest.raises(ValueError, match="give reward_funcs, or rows with chosen and rejected"):
+    with pytest.raises(ValueError, match="neither reward_funcs nor columns chosen and rejected"):
         make_trainer(tmp_path, rewards=None)
     with pytest.raises(ValueError, match=r"lacks \['session'\]"):
         make_trainer(tmp_path, dataset=examples().remove_columns("session"))
-    with pytest.raises(ValueError, match="a reward is a function, a reward model, or a path"):
+    with pytest.raises(ValueError, match="reward_funcs must be functions, reward models or their paths"):
         make_trainer(tmp_path, rewards=3)
 
 
@@ -273,9 +273,9 @@ def test_histories_without_a_pair_and_short_of_candidates_are_counted(tmp_path, 
     trainer = make_trainer(tmp_path, constant, num_candidates=32, candidate_length=1)
     with caplog.at_level("WARNING"):
         trainer.begin_iteration(0)
-    assert "of 12 histories 12 gave no pair" in caplog.text
+    assert "12 of 12 histories gave no pair" in caplog.text
     assert "12 had fewer than num_candidates=32" in caplog.text
-    assert "it trains on L_NTP alone" in caplog.text
+    assert "this iteration trains on L_NTP only" in caplog.text
     assert (
         trainer._metrics["train"]["pairs/without"] == trainer._metrics["train"]["pairs/short_of_candidates"] == [12.0]
     )
@@ -307,7 +307,7 @@ def test_one_row_is_enough(tmp_path):
     [
         ({"history": ["m1", "x9"]}, r"1 of \d+ items of 'history' are not in the model's catalogue \(first: 'x9'\)"),
         ({"session": []}, r"'session' is empty in 1 of 24 rows \(first: row 5\)"),
-        ({"rejected": ["m1", "m2"]}, r"chosen is rejected in 1 of 24 rows \(first: row 5\)"),
+        ({"rejected": ["m1", "m2"]}, r"chosen equals rejected in 1 of 24 rows \(first: row 5\)"),
         ({"rejected": ["m1", "other"]}, r"items of 'rejected' are not in the model's catalogue \(first: 'other'\)"),
     ],
 )

@@ -168,19 +168,19 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     for packing in (False, True):
         with pytest.raises(ValueError, match="training on prefixes needs a causal encoder"):
             make_trainer(tmp_path, PREFIXES, visible, packing=packing)
-    with pytest.raises(ValueError, match="nothing for train_sampling_strategy='group_by_length'"):
+    with pytest.raises(ValueError, match="so train_sampling_strategy='group_by_length' does not apply"):
         make_trainer(tmp_path, WINDOWS, packing=True, train_sampling_strategy="group_by_length")
-    with pytest.raises(ValueError, match="prefixes from a stream cannot be dispatched"):
+    with pytest.raises(ValueError, match="prefixes from a stream do not support dispatched batches"):
         make_trainer(tmp_path, PREFIXES.to_iterable_dataset())
     with pytest.raises(ValueError, match=r"needs a datasets\.Dataset"):
         make_trainer(tmp_path, WINDOWS.to_iterable_dataset(), packing=True)
     with pytest.raises(
-        ValueError, match=r"an example has 6 history items, a packed row holds 5: raise packing_length"
+        ValueError, match=r"an example has 6 history items, but a packed row holds 5; raise packing_length"
     ):
         make_trainer(tmp_path, WINDOWS, packing=True, packing_length=5)
-    with pytest.raises(ValueError, match="leave data_collator out"):
+    with pytest.raises(ValueError, match="omit data_collator"):
         make_trainer(tmp_path, WINDOWS, packing=True, data_collator=PackedDataCollator(PROCESSOR, True))
-    with pytest.raises(ValueError, match="the columns have to be history and session"):
+    with pytest.raises(ValueError, match="needs the columns history and session"):
         make_trainer(tmp_path, Dataset.from_dict({"text": ["a"]}), packing=True)
     with pytest.raises(ValueError, match="packing_length must be at least 1"):
         OneRecTrainingArguments(str(tmp_path), packing_length=0)

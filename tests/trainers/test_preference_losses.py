@@ -142,5 +142,5 @@ def test_settings(tmp_path):
     assert (mixed.loss_type, mixed.loss_weights) == (["sigmoid", "robust", "sft"], [1.5, -0.5, 0.5])
     plain = arguments(tmp_path, loss_type="ipo")
     assert (plain.loss_type, plain.loss_weights, plain.reference_free) == (["ipo"], None, False)
-    with pytest.raises(ValueError, match="stores one"):
+    with pytest.raises(ValueError, match="which stores one"):
         arguments(tmp_path, loss_type="s_dpo", precompute_ref_log_probs=True)

@@ -124,7 +124,7 @@ def test_what_cannot_be_trained_is_said(tmp_path):
     with pytest.raises(ValueError, match="no column 'labels'"):
         RewardTrainer(make_model(), arguments(tmp_path), synthetic(3, 0).remove_columns("labels"))
     wrong = Dataset.from_dict({"history": [[1]], "session": [[2]], "labels": [[0.5]]})
-    with pytest.raises(ValueError, match="1 labels a row"):
+    with pytest.raises(ValueError, match="1 labels per row"):
         RewardTrainer(make_model(), arguments(tmp_path), wrong)
     with pytest.raises(ValueError, match="calibration_bins"):
         arguments(tmp_path, calibration_bins=0)

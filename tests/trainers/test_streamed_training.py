@@ -87,7 +87,7 @@ def test_prefixes_stream_too(tmp_path):
     trainer.train()
     assert len(losses(trainer)) == 2
     with pytest.raises(
-        ValueError, match=r"packing needs a datasets.Dataset to train on, whose sizes are known; got ExampleStream"
+        ValueError, match=r"packing needs a datasets.Dataset, whose sizes are known; got ExampleStream"
     ):
         packed_trainer(tmp_path / "run", ExampleStream([file]), packing=True)
 

@@ -1,4 +1,4 @@
-"""Coverage@k as an `evaluate` metric; the computing is done by `onerec_hf.evaluation.metrics.coverage_at_k`."""
+"""Coverage@k as an `evaluate` metric, computed by `onerec_hf.evaluation.metrics.coverage_at_k`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import evaluate
 from onerec_hf.evaluation.metrics import coverage_at_k
 
 _DESCRIPTION = """\
-Coverage@k: the share of the catalogue that stands among the first k of any row.
+Coverage@k: the share of the catalogue in the top k of any row.
 """
 
 _INPUTS_DESCRIPTION = """
@@ -18,7 +18,7 @@ Args:
     k: cut-off, at least 1 (default 10).
 
 Returns:
-    {"coverage@<k>": the share}. References are not needed, and not looked at.
+    {"coverage@<k>": the share}. References are ignored.
 
 Example:
     >>> import evaluate
@@ -40,7 +40,7 @@ _CITATION = """\
 
 class CoverageAtK(evaluate.Metric):
     def _info(self):
-        # Strings first: read as integers, the ids "7" and "007" would become one.
+        # Strings first: converted to integers, the ids "7" and "007" would be equal.
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,

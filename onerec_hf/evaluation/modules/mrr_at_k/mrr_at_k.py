@@ -1,4 +1,4 @@
-"""MRR@k as an `evaluate` metric; the computing is done by `onerec_hf.evaluation.metrics.mrr_at_k`."""
+"""MRR@k as an `evaluate` metric, computed by `onerec_hf.evaluation.metrics.mrr_at_k`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import evaluate
 from onerec_hf.evaluation.metrics import mrr_at_k
 
 _DESCRIPTION = """\
-MRR@k: one over the place of the first relevant item among the first k, else 0; averaged over rows.
+MRR@k: the reciprocal rank of the first relevant item in the top k, else 0; averaged over rows.
 """
 
 _INPUTS_DESCRIPTION = """
@@ -18,7 +18,7 @@ Args:
     k: cut-off, at least 1 (default 10).
 
 Returns:
-    {"mrr@<k>": mean over rows}. An item ranked twice counts at its first place only.
+    {"mrr@<k>": mean over rows}. A repeated item counts at its first rank only.
 
 Example:
     >>> import evaluate
@@ -40,7 +40,7 @@ _CITATION = """\
 
 class MRRAtK(evaluate.Metric):
     def _info(self):
-        # Strings first: read as integers, the ids "7" and "007" would become one.
+        # Strings first: converted to integers, the ids "7" and "007" would be equal.
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,

@@ -1,4 +1,4 @@
-"""NDCG@k as an `evaluate` metric; the computing is done by `onerec_hf.evaluation.metrics.ndcg_at_k`."""
+"""NDCG@k as an `evaluate` metric, computed by `onerec_hf.evaluation.metrics.ndcg_at_k`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import evaluate
 from onerec_hf.evaluation.metrics import ndcg_at_k
 
 _DESCRIPTION = """\
-NDCG@k with binary gains: a relevant item at place p gains 1 / log2(p + 1), divided by the gain of the ideal ranking.
+NDCG@k with binary gains: a relevant item at rank p gains 1 / log2(p + 1), divided by the gain of the ideal ranking.
 """
 
 _INPUTS_DESCRIPTION = """
@@ -18,7 +18,7 @@ Args:
     k: cut-off, at least 1 (default 10).
 
 Returns:
-    {"ndcg@<k>": mean over rows}. An item ranked twice counts at its first place only.
+    {"ndcg@<k>": mean over rows}. A repeated item counts at its first rank only.
 
 Example:
     >>> import evaluate
@@ -42,7 +42,7 @@ _CITATION = """\
 
 class NDCGAtK(evaluate.Metric):
     def _info(self):
-        # Strings first: read as integers, the ids "7" and "007" would become one.
+        # Strings first: converted to integers, the ids "7" and "007" would be equal.
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,

@@ -1,4 +1,4 @@
-"""Recall@k as an `evaluate` metric; the computing is done by `onerec_hf.evaluation.metrics.recall_at_k`."""
+"""Recall@k as an `evaluate` metric, computed by `onerec_hf.evaluation.metrics.recall_at_k`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import evaluate
 from onerec_hf.evaluation.metrics import recall_at_k
 
 _DESCRIPTION = """\
-Recall@k: the share of a row's relevant items that stand among its first k, averaged over rows.
+Recall@k: the share of a row's relevant items in its top k, averaged over rows.
 """
 
 _INPUTS_DESCRIPTION = """
@@ -18,7 +18,7 @@ Args:
     k: cut-off, at least 1 (default 10).
 
 Returns:
-    {"recall@<k>": mean over rows}. An item ranked twice counts at its first place only.
+    {"recall@<k>": mean over rows}. A repeated item counts at its first rank only.
 
 Example:
     >>> import evaluate
@@ -40,7 +40,7 @@ _CITATION = """\
 
 class RecallAtK(evaluate.Metric):
     def _info(self):
-        # Strings first: read as integers, the ids "7" and "007" would become one.
+        # Strings first: converted to integers, the ids "7" and "007" would be equal.
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
