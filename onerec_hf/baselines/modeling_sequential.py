@@ -54,6 +54,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     config: SequentialConfig
     config_class = SequentialConfig
+    item_embedding: nn.Embedding
     item_keys: torch.Tensor | None
     item_features: torch.Tensor | None
     base_model_prefix = ""
@@ -173,7 +174,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     def get_input_embeddings(self):
         return self.item_embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding):
         self.item_embedding = value
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
