@@ -39,7 +39,7 @@ class World:
     test_windows: Any  # labelled windows of the test days, of all users
     users: dict[str, Any]  # "validation", "test": history and session (what was watched)
     observed: Any  # DataFrame: per item, mean feedback on the test days
-    sequences: list[np.ndarray]  # long views in time order, of all users, before May
+    sequences: list[Any]  # long views in time order, of all users, before May
     description: str
 
 
