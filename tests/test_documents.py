@@ -437,7 +437,7 @@ def test_the_table_of_alignment_is_that_of_the_results():
     for variant, row in zip(variants, rows, strict=True):
         _, watch_time, views, likes, observed, recall, items = row.split(" | ")
         told = {"heldout/swt_mean": watch_time, "heldout/vtr_mean": views, "heldout/ltr_mean": likes}
-        for metric, text in {**told, "observed/vtr": observed, "recall@10": recall, "items": items}.items():
+        for metric, text in {**told, "observed/vtr": observed, "recall@10": recall, "distinct_items": items}.items():
             shown = [float(part) for part in text.split(" ± ")]
             exact = [values[f"{variant}/{metric}"], values[f"{variant}/{metric}/std"]]
             digits = len(text.split(" ")[0].partition(".")[2])
