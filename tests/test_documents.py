@@ -432,12 +432,12 @@ def test_the_table_of_alignment_is_that_of_the_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "alignment.json").read_text(encoding="utf-8"))["rows"]
     values = {row["name"]: row["value"] for row in results}
     page = (ROOT / "docs" / "explanation" / "alignment.md").read_text(encoding="utf-8")
-    variants = ("sasrec", "onerec", "onerec_ntp", "dpo", "s_dpo", "ipa_2_percent", "ipa")
+    variants = ("sasrec", "onerec", "ntp_only", "dpo", "s_dpo", "ipa_2_percent", "ipa")
     rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)[1:]
     for variant, row in zip(variants, rows, strict=True):
         _, watch_time, views, likes, observed, recall, items = row.split(" | ")
         told = {"heldout/swt_mean": watch_time, "heldout/vtr_mean": views, "heldout/ltr_mean": likes}
-        for metric, text in {**told, "observed/vtr": observed, "recall@10": recall, "items": items}.items():
+        for metric, text in {**told, "observed/vtr": observed, "recall@10": recall, "distinct_items": items}.items():
             shown = [float(part) for part in text.split(" ± ")]
             exact = [values[f"{variant}/{metric}"], values[f"{variant}/{metric}/std"]]
             digits = len(text.split(" ")[0].partition(".")[2])
