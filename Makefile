@@ -1,4 +1,4 @@
-# One concern a target; every target works on a machine that has only python3 (3.10 or newer) and pip.
+# One concern a target; every target works on a machine that has only python3 (3.11 or newer) and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # The order of a file's tests is kept as far as the workers stay busy, so that a file's trained models serve all its tests.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
-.PHONY: install install-test quickstart test test-slow test-all lint bench audit site clean
+.PHONY: install install-test quickstart test test-slow test-all lint bench release-check audit site clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,7 +47,11 @@ lint: install-test
 	$(BIN)/pyright
 
 bench: install-test
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick || exit 1; done
+	for script in $$(grep -l 'parser(__doc__)' benchmarks/*/*.py); do $(BIN)/python $$script --quick || exit 1; done
+
+# What a release does, up to the upload (RELEASE.md).
+release-check:
+	$(PYTHON) .ci/release.py
 
 # Known vulnerabilities in what is installed; asks PyPI, so it needs a network.
 audit: install-test

@@ -245,7 +245,7 @@ def beam_search(
             session keeps the score of its first item. Sampling adds the increments to the logits.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config
-    device = trie.leaf_to_row.device
+    device = trie.leaf_to_index.device
     scores = torch.zeros(users, 1, device=device)
     sampled_from, perturbed = (torch.zeros_like(scores), torch.zeros_like(scores)) if sample else (None, None)
     nodes = torch.zeros(users, 1, dtype=torch.long, device=device)

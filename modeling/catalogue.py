@@ -71,12 +71,12 @@ class CatalogueTable:
 
     @property
     def item_ids(self) -> list:
-        """All item ids in row order."""
+        """All item ids, in the order of item indices."""
         return decode_ids(self._keys)
 
-    def rows(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+    def indices(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
         """
-        Rows of item ids, (n,) int64. Retired items have theirs.
+        Item indices of item ids, (n,) int64; retired items too.
 
         Args:
             item_ids: integers or strings, as the catalogue holds them.
@@ -107,15 +107,15 @@ class CatalogueTable:
         return wanted
 
     def ids(self, rows) -> list:
-        """Item ids of rows, as Python integers or strings; `None` for -1."""
+        """Item ids of item indices, as Python integers or strings; `None` for -1."""
         rows = np.asarray(rows, dtype=np.int64)
         found = decode_ids(self._keys[rows])
         for position in np.flatnonzero(rows < 0).tolist():
             found[position] = None
         return found
 
-    def rows_of_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Rows of code tuples: (..., L) integers give (...,) int64; -1 where the tuple names no item. Retired items are found."""
+    def indices_of_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Item indices of code tuples: (..., L) integers to (...,) int64; -1 where no item has the codes. Retired items are found."""
         wanted = codes.reshape(-1, len(self.codebook_sizes)).cpu().numpy()
         return torch.from_numpy(self._holders(wanted)).view(codes.shape[:-1]).to(codes.device)
 
@@ -205,7 +205,7 @@ class ItemCatalogue(CatalogueTable):
 
     Example:
         >>> catalogue = ItemCatalogue(["m17", "m4"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2])
-        >>> catalogue.rows(["m4", "m17"]).tolist(), catalogue.ids([1, 0])
+        >>> catalogue.indices(["m4", "m17"]).tolist(), catalogue.ids([1, 0])
         ([1, 0], ['m4', 'm17'])
         >>> grown = catalogue.add(["m256"], codes=[[1, 1]]).retire(["m17"])
         >>> grown
@@ -339,7 +339,7 @@ class ItemCatalogue(CatalogueTable):
             ValueError: no active item would be left.
         """
         named = np.zeros(len(self), dtype=bool)
-        named[self.rows(item_ids)] = True
+        named[self.indices(item_ids)] = True
         active = self.active & ~named
         if not (named if free_codes else named & self.active).any():
             return self
@@ -363,7 +363,7 @@ class ItemCatalogue(CatalogueTable):
             KeyError: unknown ids; `retire(..., free_codes=True)` makes them so, and [`add`] takes them as new items.
         """
         active = self.active.copy()
-        active[self.rows(item_ids)] = True
+        active[self.indices(item_ids)] = True
         return self if (active == self.active).all() else self._with_active(active)
 
     def _with_active(self, active: np.ndarray) -> ItemCatalogue:

@@ -17,7 +17,7 @@ class SemanticIDTrie:
     """
     A trie over M distinct code tuples. The codes are sorted lexicographically; leaf `i` is the i-th tuple in that order, and the nodes
     of a level are the distinct prefixes in that order, so that the leaves below a node, and its children, are contiguous ranges.
-    `leaf_to_row` (M,) and `row_to_leaf` (N,) lead from leaves to rows of `codes` and back; a row that the trie leaves out has leaf -1.
+    `leaf_to_index` (M,) and `index_to_leaf` (N,) map leaves to item indices (rows of `codes`) and back; an item that the trie leaves out has leaf -1.
 
     Per level `l` it keeps (all int64):
       - `codes[l]` (nodes,): the last code of each prefix,
@@ -34,7 +34,7 @@ class SemanticIDTrie:
         >>> trie = SemanticIDTrie([[1, 0], [0, 2], [1, 3]], codebook_sizes=[2, 4])
         >>> trie.find_leaves(torch.tensor([[1, 3], [0, 0]])).tolist()  # -1: no item has this semantic ID
         [2, -1]
-        >>> trie.leaf_to_row.tolist()
+        >>> trie.leaf_to_index.tolist()
         [1, 0, 2]
     """
 
@@ -42,9 +42,9 @@ class SemanticIDTrie:
         codes = np.asarray(codes)
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         order = np.lexsort(codes.T[::-1]) if order is None else np.asarray(order, dtype=np.int64)
-        self.leaf_to_row = torch.tensor(order)
-        self.row_to_leaf = torch.full((len(codes),), -1)
-        self.row_to_leaf[self.leaf_to_row] = torch.arange(len(order))
+        self.leaf_to_index = torch.tensor(order)
+        self.index_to_leaf = torch.full((len(codes),), -1)
+        self.index_to_leaf[self.leaf_to_index] = torch.arange(len(order))
         codes = codes.take(order, axis=0)
         self.num_leaves, self.num_levels = codes.shape
         self.codes, self.parents, self.children, self.leaves = [], [], [], []
@@ -76,7 +76,7 @@ class SemanticIDTrie:
     def to(self, device: torch.device | str) -> SemanticIDTrie:
         """A copy on `device` (itself where it already is there). It is made once: every request asks for it."""
         device = torch.device(device)
-        if self.leaf_to_row.device == device:
+        if self.leaf_to_index.device == device:
             return self
         if device not in self._copies:
             self._copies[device] = self._copy_to(device)

@@ -138,15 +138,17 @@ class OneRecGenerationMixin(GenerationMixin):
                 item_head.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
             elif self.catalogue is not None and own != catalogue.hash:
                 changes = self.catalogue.diff(catalogue)
-                freed = self.catalogue.codes[self.catalogue.rows([*changes.removed, *changes.recoded])]
+                freed = self.catalogue.codes[self.catalogue.indices([*changes.removed, *changes.recoded])]
                 item_head.forget(torch.tensor(freed, dtype=torch.long))
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
-    def history_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def history_indices(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Item indices of encoder inputs `SEP a b c ...`: (users, t) tokens to (users, t / (levels + 1)) indices, -1 for padding."""
         items = input_ids.view(len(input_ids), -1, self.config.tokens_per_item)[..., 1:]
-        return self.catalogue.rows_of_codes(items - torch.tensor(self.config.level_offsets, device=input_ids.device))
+        return self.catalogue.indices_of_codes(
+            items - torch.tensor(self.config.level_offsets, device=input_ids.device)
+        )
 
     def generate(
         self,
@@ -323,7 +325,7 @@ class OneRecGenerationMixin(GenerationMixin):
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
         if exclude_seen:
-            excluded.append(self.history_rows(input_ids))
+            excluded.append(self.history_indices(input_ids))
         constraint = self._constraint(
             torch.cat(excluded, dim=1) if excluded else None,
             None if allow is None else self._rows_per_user(allow, "allow", len(input_ids)),
@@ -421,7 +423,7 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def item_scorer(self, trie) -> ItemScorer:
         """The item head's scores of a trie's leaves."""
-        leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_row.device)
+        leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_index.device)
         return ItemScorer(self.get_encoder(), self._code_tokens(trie, leaves))
 
     @torch.no_grad()
@@ -464,7 +466,7 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         trie = self.catalogue.trie.to(self.device)
         leaves = [
-            rows if rows is None else torch.where(rows >= 0, trie.row_to_leaf[rows.clamp(min=0)], -1)
+            rows if rows is None else torch.where(rows >= 0, trie.index_to_leaf[rows.clamp(min=0)], -1)
             for rows in (
                 exclude if exclude is None else exclude.to(self.device),
                 allow if allow is None else allow.to(self.device),
@@ -477,7 +479,7 @@ class OneRecGenerationMixin(GenerationMixin):
         if isinstance(items, torch.Tensor):
             rows = items.to(self.device)
         else:
-            lists = [torch.from_numpy(self.catalogue.rows(each)) for each in items]
+            lists = [torch.from_numpy(self.catalogue.indices(each)) for each in items]
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
         if len(rows) not in (1, users):
             raise ValueError(

@@ -151,7 +151,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
     def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
         """Catalogue rows of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        rows = self.catalogue.rows(
+        rows = self.catalogue.indices(
             [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
         )
         owner = np.repeat(np.arange(len(lists)), lengths)
@@ -190,7 +190,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         items = sequences.shape[1] // width
         return sequences[:, : items * width].reshape(len(sequences), items, width)
 
-    def item_rows(self, sequences) -> torch.Tensor:
+    def item_indices(self, sequences) -> torch.Tensor:
         """
         Catalogue rows of generated sequences.
 
@@ -202,7 +202,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         """
         blocks = self._blocks(torch.as_tensor(sequences))
         codes = blocks[..., 1:] - torch.tensor(self.tokenizer.level_offsets, device=blocks.device)
-        return self.catalogue.rows_of_codes(codes)
+        return self.catalogue.indices_of_codes(codes)
 
     def batch_decode(self, sequences: torch.Tensor | ModelOutput, **kwargs) -> list[list]:
         """
@@ -210,7 +210,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         no further item) is left out.
         """
         sequences = torch.as_tensor(getattr(sequences, "sequences", sequences)).cpu()
-        rows, first_code = self.item_rows(sequences), self._blocks(sequences)[..., 1]
+        rows, first_code = self.item_indices(sequences), self._blocks(sequences)[..., 1]
         written = (first_code != self.tokenizer.pad_token_id) & (first_code != -100)
         ids = self.catalogue.ids(rows.flatten().numpy())
         width = rows.shape[1]

@@ -59,7 +59,7 @@ class RewardItems:
         """All item ids in row order."""
         return decode_ids(self._keys)
 
-    def rows(self, item_ids: Sequence, what: str = "item") -> np.ndarray:
+    def indices(self, item_ids: Sequence, what: str = "item") -> np.ndarray:
         """
         (n,) int64 rows of item ids.
 
@@ -141,7 +141,7 @@ class RewardItems:
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         mask = np.arange(max(1, int(lengths.max()))) < lengths[:, None]
         ids = np.zeros(mask.shape, dtype=np.int64)
-        ids[mask] = self.rows([item for items in lists for item in items], what) + 1
+        ids[mask] = self.indices([item for items in lists for item in items], what) + 1
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
     def save(self, path: str | os.PathLike) -> None:

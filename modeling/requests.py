@@ -433,7 +433,7 @@ def known_rows(catalogue: ItemCatalogue, ids: Any, name: str, unknown: str) -> t
         raise RequestError(f'{name} must be a list of item ids, e.g. ["m17", "m4"]; got {ids!r:.60}')
     ids = ids if isinstance(ids, list | np.ndarray | torch.Tensor) else list(ids)
     try:
-        rows = catalogue.rows(ids, unknown="mask")
+        rows = catalogue.indices(ids, unknown="mask")
     except TypeError as error:
         raise ItemIdTypeError(f"{name}: {error!s:.200}") from None
     except ValueError as error:

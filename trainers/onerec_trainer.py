@@ -249,8 +249,8 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             num_return_sequences=top,
             exclude=exclude,
         )
-        ranked = self.processing_class.item_rows(sequences).view(len(inputs["input_ids"]), top)
-        return loss, ranked, self.processing_class.item_rows(inputs["labels"])
+        ranked = self.processing_class.item_indices(sequences).view(len(inputs["input_ids"]), top)
+        return loss, ranked, self.processing_class.item_indices(inputs["labels"])
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target item indices."""

@@ -37,7 +37,7 @@ def check_item_rows(dataset: Dataset, processor: OneRecProcessor, columns: tuple
     values = {column: _lists(dataset, column) for column in columns}
     for column, rows in values.items():
         flat = list(chain.from_iterable(chain.from_iterable(rows)))
-        unknown = np.flatnonzero(processor.catalogue.rows(flat, unknown="mask") < 0) if flat else []
+        unknown = np.flatnonzero(processor.catalogue.indices(flat, unknown="mask") < 0) if flat else []
         if len(unknown):
             raise ValueError(
                 f"the {name} dataset: {len(unknown)} of {len(flat)} items of {column!r} are not in the model's catalogue (first: "

@@ -157,10 +157,10 @@ class _EvaluationCollator:
         self.items, self.max_history, self.exclude_seen = items, max_history, exclude_seen
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        histories = [self.items.rows(example["history"]) for example in examples]
+        histories = [self.items.indices(example["history"]) for example in examples]
         batch = {
             "input_ids": pad_left(histories, self.max_history),
-            "labels": pad_left([self.items.rows(example["session"]) for example in examples]) - 1,
+            "labels": pad_left([self.items.indices(example["session"]) for example in examples]) - 1,
         }
         if self.exclude_seen:
             batch["exclude_ids"] = pad_left(histories)
@@ -198,7 +198,7 @@ def _check_known(name: str, dataset: Dataset | None, items: ItemIndex) -> None:
 
 def _rows(name: str, item_ids: np.ndarray, items: ItemIndex) -> np.ndarray:
     try:
-        return items.rows(item_ids)
+        return items.indices(item_ids)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}: {error.args[0]}") from None
 

@@ -208,7 +208,7 @@ def ranked(world: World, model, histories: list[list], k: int = 10) -> np.ndarra
             out = model.recommend(
                 **world.processor(some), num_beams=2 * k, num_return_sequences=k, session_length=1, exclude=some
             )
-            parts.append(world.processor.item_rows(out).view(len(some), k).numpy())
+            parts.append(world.processor.item_indices(out).view(len(some), k).numpy())
     return np.concatenate(parts)
 
 
@@ -231,7 +231,7 @@ def evaluate_sessions(world: World, sessions: list[list[list]], top: np.ndarray,
         found[f"observed/{objective}"] = float(shown[objective].mean())
     found["observed/shown"] = float(shown["vtr"].notna().mean())
     found["distinct_items"] = float(len(np.unique(items)))
-    relevant = [world.processor.catalogue.rows(session) for session in rows["session"]]
+    relevant = [world.processor.catalogue.indices(session) for session in rows["session"]]
     found["recall@10"] = float(recall_at_k(top, relevant, 10))
     return found
 
@@ -253,7 +253,7 @@ def run_variant(world: World, name: str, base, split: str, quick: bool) -> dict[
             seed=world.seed,
             use_cpu=True,
         )
-        top = model.rank([catalogue.rows(history) for history in histories], SESSIONS * SESSION_LENGTH)
+        top = model.rank([catalogue.indices(history) for history in histories], SESSIONS * SESSION_LENGTH)
         sessions = [_in_fives(catalogue.ids(user)) for user in top]
         return evaluate_sessions(world, sessions, top[:, :10], split)
     if name == "tiger":

@@ -60,10 +60,10 @@ def ranking_reward(benchmark, processor, epochs: int):
 
     @torch.no_grad()
     def reward(histories: list[list], sessions: list[list]) -> list[float]:
-        inputs = pad_left([catalogue.rows(history) for history in histories], processor.max_history)
+        inputs = pad_left([catalogue.indices(history) for history in histories], processor.max_history)
         scores = ranker(inputs.to(ranker.device)).logits
         return [
-            float(scores[place, torch.as_tensor(catalogue.rows(session))].mean())
+            float(scores[place, torch.as_tensor(catalogue.indices(session))].mean())
             for place, session in enumerate(sessions)
         ]
 

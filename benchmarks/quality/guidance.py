@@ -50,7 +50,7 @@ def main() -> None:
     catalogue, benchmark = processor.catalogue, Benchmark(data, training_args.eval_exclude_seen, 0, options.users)
     assert benchmark.selection is not None
     users = benchmark.selection.with_format(None)[:]
-    relevant = catalogue.rows([session[0] for session in users["session"]])[:, None]
+    relevant = catalogue.indices([session[0] for session in users["session"]])[:, None]
     ways, rows = [("guided", options.beams), ("rescored", options.beams), ("rescored", 10 * options.beams)], []
     for weight in options.weights:
         ranked: dict[tuple[str, int], list] = {way: [] for way in ways}
@@ -94,7 +94,7 @@ def recommended(model, processor, histories, weight: float, beams: int, guided: 
         sums, order = (sums + weight * items.gather(1, names)).sort(dim=1, descending=True)
         sequences = sequences.gather(1, order[..., None].expand_as(sequences))
     best = min(10, beams)
-    rows = processor.item_rows(sequences[:, :best].flatten(0, 1)).view(-1, best).numpy()
+    rows = processor.item_indices(sequences[:, :best].flatten(0, 1)).view(-1, best).numpy()
     return np.pad(rows, ((0, 0), (0, 10 - best)), constant_values=-1), sums[:, :best].mean(1)
 
 

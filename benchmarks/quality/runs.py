@@ -301,7 +301,7 @@ def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
             batch["input_ids"], batch["attention_mask"], session_length=1, num_beams=depth, num_return_sequences=depth,
             exclude=batch["exclude"], return_dict_in_generate=True,
         )  # fmt: skip
-        rows.append(processor.item_rows(found.sequences).view(-1, depth).cpu().numpy().astype(np.int32))
+        rows.append(processor.item_indices(found.sequences).view(-1, depth).cpu().numpy().astype(np.int32))
         scores.append(found.sequences_scores.view(-1, depth).float().cpu().numpy().astype(np.float16))
     np.savez_compressed(path, rows=np.concatenate(rows), scores=np.concatenate(scores))
 

@@ -140,7 +140,7 @@ def _read_reward_items(path: Path) -> None:
     from onerec_hf import RewardItems
 
     items = RewardItems.load(path)
-    assert items.rows(items.item_ids).tolist() == list(range(len(items)))
+    assert items.indices(items.item_ids).tolist() == list(range(len(items)))
 
 
 def _sharded(folder: Path) -> None:

@@ -55,8 +55,8 @@ def _read_catalogue(path: Path) -> None:
     except ValueError as error:  # it knows no file any more; whoever calls it does
         raise ValueError(f"{path}: {error}") from error
     ids = catalogue.item_ids
-    assert catalogue.rows(ids).tolist() == list(range(len(ids)))
-    catalogue.rows_of_codes(torch.from_numpy(np.array(catalogue.codes)).long())
+    assert catalogue.indices(ids).tolist() == list(range(len(ids)))
+    catalogue.indices_of_codes(torch.from_numpy(np.array(catalogue.codes)).long())
     _ = catalogue.lineage, catalogue.num_active
     if sum(catalogue.codebook_sizes) < 10_000:
         _ = catalogue.trie

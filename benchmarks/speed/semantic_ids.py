@@ -143,12 +143,12 @@ def catalogue(count: int) -> list[dict]:
             loaded = ItemCatalogue.load(path)
             times.append(time.perf_counter() - start)
         start = time.perf_counter()
-        rows = loaded.rows(wanted)
+        rows = loaded.indices(wanted)
         to_codes = time.perf_counter() - start
         assert np.array_equal(rows * 3, wanted)
         wanted = torch.from_numpy(np.array(loaded.codes[rows], dtype=np.int64))
         start = time.perf_counter()
-        back = loaded.rows_of_codes(wanted)
+        back = loaded.indices_of_codes(wanted)
         to_ids = time.perf_counter() - start
         assert np.array_equal(back.numpy(), rows)
     return [

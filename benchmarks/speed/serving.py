@@ -113,7 +113,7 @@ def naive_app(folder: str, kind: str):
                     prefix_allowed_tokens_fn=lambda _, tokens: children[tuple(tokens[1:].tolist())],
                 )
             else:
-                rows = torch.from_numpy(processor.catalogue.rows(history))[None]
+                rows = torch.from_numpy(processor.catalogue.indices(history))[None]
                 out = model.generate(**inputs, **settings, num_return_sequences=TOP, exclude=rows)
         return {"items": [item for (item,) in processor.batch_decode(out) if item not in seen][:TOP]}
 

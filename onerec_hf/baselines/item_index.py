@@ -23,7 +23,7 @@ class ItemIndex:
 
     Example:
         >>> items = ItemIndex(["m17", "m4", "m256"])
-        >>> items.rows(["m256", "m17"]).tolist(), items.ids([1])
+        >>> items.indices(["m256", "m17"]).tolist(), items.ids([1])
         ([2, 0], ['m4'])
     """
 
@@ -49,7 +49,7 @@ class ItemIndex:
         """Item ids of indices."""
         return decode_ids(self._keys[np.asarray(rows, dtype=np.int64)])
 
-    def rows(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+    def indices(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
         """
         Indices of item ids, (n,) int64.
 

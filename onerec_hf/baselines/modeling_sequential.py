@@ -353,7 +353,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
         def known(ids: Sequence, name: str) -> np.ndarray:
             try:
-                rows = items.rows(ids, "mask" if unknown == "skip" else "error")
+                rows = items.indices(ids, "mask" if unknown == "skip" else "error")
             except (KeyError, TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error.args[0]}") from None
             return rows[rows >= 0]

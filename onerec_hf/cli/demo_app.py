@@ -129,14 +129,14 @@ class DemoRecommender:
         )
         (answer,) = self.recommender.recommend([request])
         read = answer.request.history
-        codes = self.catalogue.codes[self.catalogue.rows(read)]
+        codes = self.catalogue.codes[self.catalogue.indices(read)]
         return [
             (score, [self._item(item, read, codes) for item in session])
             for session, score in zip(answer.sessions, answer.scores, strict=True)
         ]
 
     def _item(self, item_id: Any, history: list, history_codes: np.ndarray) -> GeneratedItem:
-        codes = np.asarray(self.catalogue.codes[self.catalogue.rows([item_id])[0]])
+        codes = np.asarray(self.catalogue.codes[self.catalogue.indices([item_id])[0]])
         shared = (np.asarray(history_codes) == codes).cumprod(1).sum(1)
         nearest = int(shared.argmax())
         like = self.title(history[nearest]) if shared[nearest] else None

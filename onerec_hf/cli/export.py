@@ -140,7 +140,7 @@ def encoder_graph(model) -> Any:
             self.encoder, self.scorer = model.get_encoder(), None
             if model.config.item_head is not None and model.config.item_head.loss_weight:
                 trie = model.catalogue.trie
-                self.scorer, self.leaves = model.item_scorer(trie), trie.row_to_leaf
+                self.scorer, self.leaves = model.item_scorer(trie), trie.index_to_leaf
 
         def forward(self, input_ids, attention_mask):
             out = {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}

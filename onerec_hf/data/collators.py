@@ -63,7 +63,7 @@ class OneRecDataCollator:
         lengths = np.fromiter(map(len, histories), np.int64, len(histories))
         seen = np.full((len(histories), lengths.max()), -1, dtype=np.int64)
         assert self.processor.catalogue is not None  # the processor needed it to encode the histories
-        seen[np.arange(seen.shape[1]) < lengths[:, None]] = self.processor.catalogue.rows(
+        seen[np.arange(seen.shape[1]) < lengths[:, None]] = self.processor.catalogue.indices(
             [item for history in histories for item in history], unknown="mask"
         )
         return torch.from_numpy(seen)

@@ -64,7 +64,7 @@ class ItemFields(Mapping):
         found = self._cached.get(item_id)
         if found is None:
             try:
-                (row,) = self.catalogue.rows([item_id], unknown="mask")
+                (row,) = self.catalogue.indices([item_id], unknown="mask")
             except (TypeError, ValueError):
                 raise KeyError(item_id) from None
             place = int(self._places[row]) if row >= 0 else -1
@@ -175,7 +175,7 @@ def _read(path: Path, catalogue: ItemCatalogue) -> ItemTable:
 def _rows(items: ItemTable, catalogue: ItemCatalogue) -> np.ndarray:
     """The items' indices in the catalogue, -1 where it does not hold one."""
     try:
-        rows = catalogue.rows(items.item_ids, unknown="mask")
+        rows = catalogue.indices(items.item_ids, unknown="mask")
     except (TypeError, ValueError) as error:
         raise DataError(f"column 'item_id': {error}") from None
     if not (rows >= 0).any():

@@ -286,7 +286,7 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
         "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
     )
     try:
-        unknown = catalogue.rows(data.item_ids, unknown="mask") < 0
+        unknown = catalogue.indices(data.item_ids, unknown="mask") < 0
     except TypeError as error:
         raise ValueError(f"{option}: {error} in the data; {cure}") from error
     if unknown.any():

@@ -233,7 +233,7 @@ def baseline_rankings(
 
     histories, relevant = _indices(held_out(data, split), items)
     sequences = data.train_sequences
-    train = np.split(items.rows(sequences.item_ids), sequences.offsets[1:-1])
+    train = np.split(items.indices(sequences.item_ids), sequences.offsets[1:-1])
     rankings = {}
     for name, baseline in (("popularity", PopularityBaseline()), ("item_knn", ItemKNNBaseline())):
         rankings[name] = baseline.fit(train, len(items)).recommend(histories, k, exclude_seen)
@@ -242,8 +242,8 @@ def baseline_rankings(
 
 def _indices(examples: datasets.Dataset, items: ItemLookup) -> tuple[list[np.ndarray], np.ndarray]:
     """Histories and targets as item indices; targets are (users, items), padded with -1."""
-    histories = [items.rows(history) for history in examples["history"]]
-    sessions = [items.rows(session) for session in examples["session"]]
+    histories = [items.indices(history) for history in examples["history"]]
+    sessions = [items.indices(session) for session in examples["session"]]
     relevant = np.full((len(sessions), max(map(len, sessions))), -1)
     for row, session in zip(relevant, sessions, strict=True):
         row[: len(session)] = session

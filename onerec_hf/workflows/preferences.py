@@ -50,7 +50,7 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
     assert processor.catalogue is not None
     items = [item for rows in columns.values() for items in rows for item in items or ()]
     try:
-        unknown = (processor.catalogue.rows(items, unknown="mask") < 0).sum()
+        unknown = (processor.catalogue.indices(items, unknown="mask") < 0).sum()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     if unknown:

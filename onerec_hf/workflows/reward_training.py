@@ -153,7 +153,7 @@ def item_features(feedback: SessionFeedback, items: RewardItems, behaviour_dim: 
         parts.append(np.asarray(given))
         names.append("given")
     if behaviour_dim:
-        sequences = [items.rows(sequence.tolist()) for sequence in feedback.train_sequences]
+        sequences = [items.indices(sequence.tolist()) for sequence in feedback.train_sequences]
         parts.append(behaviour_embeddings(sequences, len(items), dim=behaviour_dim))
         names.append("behaviour")
     if not parts:
@@ -204,7 +204,9 @@ def predictions_beside_baselines(
 
     labels = label_matrix(feedback.train)
     columns = [
-        [items.rows(row) for row in part[name]] for part in (feedback.train, split) for name in ("history", "session")
+        [items.indices(row) for row in part[name]]
+        for part in (feedback.train, split)
+        for name in ("history", "session")
     ]
     x, x_split = session_features(features, *columns[:2]), session_features(features, *columns[2:])
     kinds = ("base_rate", "logistic_regression") if features.shape[1] else ("base_rate",)

@@ -193,7 +193,7 @@ def test_allow_takes_one_list_per_user_or_one_for_all():
     category = ["m0", "m3", "m7"]
     shared = recommend(MODEL, session_length=1, num_beams=5, allow=[category])
     assert all({item for _, session in answer for item in session} == set(category) for answer in shared)
-    rows = torch.from_numpy(CATALOGUE.rows(category))[None]
+    rows = torch.from_numpy(CATALOGUE.indices(category))[None]
     assert recommend(MODEL, session_length=1, num_beams=5, allow=rows) == shared
     apart = recommend(MODEL, session_length=1, num_beams=5, allow=[["m0"], ["m3", "m7"], category])
     assert [len([session for _, session in answer if session]) for answer in apart] == [1, 2, 3]
@@ -413,7 +413,7 @@ def test_samples_in_the_proportions_of_draws_without_replacement(temperature):
             return_dict_in_generate=True,
             generator=generator,
         )
-        items = processor.item_rows(out.sequences).view(users, 5)
+        items = processor.item_indices(out.sequences).view(users, 5)
         pairs.update(map(tuple, items[:, :2].tolist()))
         probabilities.update(zip(items.flatten().tolist(), out.sampling_scores.exp().tolist(), strict=True))
     total = users * draws

@@ -37,7 +37,7 @@ def test_ids_come_back_exactly(item_ids):
     catalogue = ItemCatalogue(item_ids, codes, [len(item_ids)])
     assert catalogue.item_ids == item_ids
     order = np.random.default_rng(0).permutation(len(item_ids))
-    assert catalogue.rows([item_ids[i] for i in order]).tolist() == order.tolist()
+    assert catalogue.indices([item_ids[i] for i in order]).tolist() == order.tolist()
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,7 +50,7 @@ def test_file_round_trip(tmp_path_factory, item_ids):
     loaded = ItemCatalogue.load(path)
     assert loaded.item_ids == item_ids
     assert loaded.hash == catalogue.hash
-    assert loaded.rows(item_ids).tolist() == list(range(len(item_ids)))
+    assert loaded.indices(item_ids).tolist() == list(range(len(item_ids)))
     assert loaded.popularity.tolist() == list(range(len(item_ids)))
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
     loaded.verify()
@@ -60,7 +60,7 @@ def test_rows_of_codes_equal_a_dictionary():
     catalogue = make_catalogue(50, (4, 5, 6))
     known = {tuple(code): row for row, code in enumerate(catalogue.codes.tolist())}
     every = torch.cartesian_prod(*(torch.arange(-1, size + 1) for size in catalogue.codebook_sizes))
-    found = catalogue.rows_of_codes(every).tolist()
+    found = catalogue.indices_of_codes(every).tolist()
     assert found == [known.get(tuple(code), -1) for code in every.tolist()]
 
 
@@ -95,21 +95,25 @@ def test_refuses(arguments, error, words):
 
 def test_unknown_items(catalogue):
     with pytest.raises(KeyError, match="2 of 3 item ids are not in the catalogue of 40 items"):
-        catalogue.rows(["m1", "zzz", "m999"])
-    assert catalogue.rows(["m1", "zzz"], unknown="mask").tolist() == [1, -1]
+        catalogue.indices(["m1", "zzz", "m999"])
+    assert catalogue.indices(["m1", "zzz"], unknown="mask").tolist() == [1, -1]
     with pytest.raises(TypeError, match="of type str; got 1"):
-        catalogue.rows([1])
+        catalogue.indices([1])
 
 
 def test_ids_of_every_sort(catalogue):
     """Longer than any id of the catalogue, beyond ASCII, or not a list."""
-    assert catalogue.rows(["m1" + "0" * 50, "é", "m3"], unknown="mask").tolist() == [-1, -1, 3]
-    assert catalogue.rows(np.array(["m3", "m4"])).tolist() == [3, 4]
-    assert catalogue.rows(f"m{i}" for i in range(3)).tolist() == [0, 1, 2]
-    assert catalogue.rows([]).tolist() == catalogue.rows(np.zeros(0)).tolist() == []
+    assert catalogue.indices(["m1" + "0" * 50, "é", "m3"], unknown="mask").tolist() == [-1, -1, 3]
+    assert catalogue.indices(np.array(["m3", "m4"])).tolist() == [3, 4]
+    assert catalogue.indices(f"m{i}" for i in range(3)).tolist() == [0, 1, 2]
+    assert catalogue.indices([]).tolist() == catalogue.indices(np.zeros(0)).tolist() == []
     assert catalogue.ids([3, -1]) == ["m3", None]
     numbers = ItemCatalogue(torch.tensor([5, -3]), [[0], [1]], [2])
-    assert numbers.rows(torch.tensor([-3, 5])).tolist() == numbers.rows(np.array([-3, 5], np.int8)).tolist() == [1, 0]
+    assert (
+        numbers.indices(torch.tensor([-3, 5])).tolist()
+        == numbers.indices(np.array([-3, 5], np.int8)).tolist()
+        == [1, 0]
+    )
     assert [type(item) for item in numbers.item_ids] == [int, int]
     with pytest.raises(ValueError, match="must not end in a NUL"):
         ItemCatalogue(["a", "b\0"], [[0], [1]], [2])
@@ -123,8 +127,8 @@ def test_code_spaces_beyond_64_bits():
     codes = rng.integers(0, 256, (500, 9))
     codes[:, :6] = codes[:1, :6]  # so that prefixes are shared
     catalogue = ItemCatalogue(range(500), codes, [256] * 9)
-    assert catalogue.rows_of_codes(torch.from_numpy(codes)).tolist() == list(range(500))
-    assert catalogue.trie.find_leaves(torch.from_numpy(codes)).tolist() == catalogue.trie.row_to_leaf.tolist()
+    assert catalogue.indices_of_codes(torch.from_numpy(codes)).tolist() == list(range(500))
+    assert catalogue.trie.find_leaves(torch.from_numpy(codes)).tolist() == catalogue.trie.index_to_leaf.tolist()
     free = catalogue.free_last_codes(codes[:, :-1])
     assert [bool(free[row, code]) for row, code in enumerate(codes[:, -1])] == [False] * 500
     assert (~free).sum() == sum((codes[:, :-1] == code[:-1]).all(1).sum() for code in codes)

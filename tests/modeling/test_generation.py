@@ -31,7 +31,7 @@ def brute_force(history, session_length, excluded=(), distinct=True):
     )
     scored = []
     for session in sessions:
-        codes = CATALOGUE.codes[CATALOGUE.rows(session)].tolist()
+        codes = CATALOGUE.codes[CATALOGUE.indices(session)].tolist()
         scored.append((float(reference.session_log_probability(tokens, codes, OFFSETS)), list(session)))
     return sorted(scored, reverse=True)
 

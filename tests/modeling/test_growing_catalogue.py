@@ -33,19 +33,19 @@ def assert_is(catalogue, wanted):
     assert state(catalogue) == wanted
     assert list(state(catalogue)) == list(wanted)  # the rows
     ids, codes = list(wanted), [code for code, _ in wanted.values()]
-    assert catalogue.rows(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
+    assert catalogue.indices(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
     assert catalogue.ids(np.arange(len(ids))) == ids
     assert catalogue.num_active == sum(active for _, active in wanted.values())
     row_of = {code: row for row, code in enumerate(codes)}
-    assert catalogue.rows_of_codes(torch.tensor(CODES)).tolist() == [row_of.get(code, -1) for code in CODES]
+    assert catalogue.indices_of_codes(torch.tensor(CODES)).tolist() == [row_of.get(code, -1) for code in CODES]
     prefixes = np.array([code[:-1] for code in CODES[:: SIZES[-1]]])
     assert catalogue.free_last_codes(prefixes).tolist() == [
         [(*prefix, last) not in row_of for last in range(SIZES[-1])] for prefix in prefixes.tolist()
     ]
     active = sorted(code for code, active in wanted.values() if active)
     trie = catalogue.trie
-    assert [codes[row] for row in trie.leaf_to_row.tolist()] == active
-    assert trie.row_to_leaf.tolist() == [active.index(code) if code in active else -1 for code in codes]
+    assert [codes[row] for row in trie.leaf_to_index.tolist()] == active
+    assert trie.index_to_leaf.tolist() == [active.index(code) if code in active else -1 for code in codes]
     catalogue.verify()
 
 
@@ -190,11 +190,11 @@ def test_freed_codes_may_be_given_away():
     base = ItemCatalogue(["a", "b", "c"], [[0], [1], [2]], [3], embedding_fingerprint="old")
     assert not base.free_last_codes(np.zeros((1, 0), dtype=int)).any()
     freed = base.retire(["b"]).retire(["b"], free_codes=True)
-    assert freed.rows(["b", "c"], unknown="mask").tolist() == [-1, 1]
+    assert freed.indices(["b", "c"], unknown="mask").tolist() == [-1, 1]
     with pytest.raises(KeyError, match="not in the catalogue"):
         freed.restore(["b"])
     grown = freed.add(["d"], [[1]], embedding_fingerprint="new")
-    assert grown.ids(grown.rows_of_codes(torch.tensor([[1]])).numpy()) == ["d"]
+    assert grown.ids(grown.indices_of_codes(torch.tensor([[1]])).numpy()) == ["d"]
     assert (base.embedding_fingerprint, freed.embedding_fingerprint) == ("old", "old")
     assert grown.embedding_fingerprint == "new"
     assert str(base.diff(grown)) == "1 added, 1 removed, 0 retired, 0 restored, 0 recoded"
@@ -310,11 +310,11 @@ def test_excluding_a_retired_item_is_harmless(model):
     model.set_catalogue(retired)
     plain = ranked(model, retired, 27)
     assert ranked(model, retired, 27, exclude=[[NEW]]) == plain
-    assert ranked(model, retired, 27, exclude=torch.from_numpy(retired.rows([NEW]))[None]) == plain
+    assert ranked(model, retired, 27, exclude=torch.from_numpy(retired.indices([NEW]))[None]) == plain
     without = ranked(model, retired, 27, exclude=[[NEW, f"g{GROUP}-3"]])
     assert set(plain) - set(without) == {f"g{GROUP}-3"}
     inputs = OneRecProcessor.from_catalogue(retired)([[NEW, f"g{GROUP}-2"]])
-    assert model.history_rows(inputs["input_ids"]).tolist() == [retired.rows([NEW, f"g{GROUP}-2"]).tolist()]
+    assert model.history_indices(inputs["input_ids"]).tolist() == [retired.indices([NEW, f"g{GROUP}-2"]).tolist()]
     seen = OneRecProcessor.from_catalogue(retired).batch_decode(
         model.recommend(**inputs, exclude_seen=True, num_beams=27, num_return_sequences=27)
     )

@@ -40,7 +40,7 @@ def weighted(model, weight):
 def vector(model, item):
     """The vector of an item by its place among all codes in order."""
     codes = [tuple(code) for code in CATALOGUE.codes.tolist()]
-    row = sorted(codes).index(codes[CATALOGUE.rows([item])[0]])
+    row = sorted(codes).index(codes[CATALOGUE.indices([item])[0]])
     return model.model.encoder.item_head.vectors.weight[row + 1]
 
 
@@ -48,7 +48,7 @@ def named_by(model, item):
     """What an item's score is the inner product with: its vector, and the embeddings of its codes where they count."""
     name = vector(model, item)
     if model.config.item_head.score_codes:
-        tokens = torch.tensor(CATALOGUE.codes[CATALOGUE.rows([item])[0]]) + torch.tensor(model.config.level_offsets)
+        tokens = torch.tensor(CATALOGUE.codes[CATALOGUE.indices([item])[0]]) + torch.tensor(model.config.level_offsets)
         name = name + model.get_input_embeddings().weight[tokens].sum(0)
     return name
 
@@ -91,7 +91,7 @@ def test_the_item_loss_is_a_cross_entropy_over_the_catalogue(parts, with_codes):
     for row, (history, session) in enumerate(zip(HISTORIES, SESSIONS, strict=True)):
         state = out.encoder_last_hidden_state[row, 4 * len(history) - 1]
         scores = torch.stack([state @ name for name in names])
-        values.append(F.cross_entropy(scores, torch.tensor(CATALOGUE.rows(session[:1])[0])))
+        values.append(F.cross_entropy(scores, torch.tensor(CATALOGUE.indices(session[:1])[0])))
     tokens = 9 if parts is None else parts  # three items of three codes
     wanted = 0.7 * 3 * sum(values) / tokens
     assert_close(out.loss - plain(**batch, **more).loss, wanted, scale=float(out.loss.detach()))
@@ -188,9 +188,9 @@ def test_sampled_items_follow_decoder_and_item_scores(sample):
     model, inputs, weight = make(loss_weight=1.0, score_codes=True), PROCESSOR(HISTORIES[:1]), 0.7
     trie = CATALOGUE.trie
     state = history_states(model.model.encoder(**inputs).last_hidden_state, inputs["attention_mask"])
-    tokens = torch.tensor(CATALOGUE.codes[trie.leaf_to_row].tolist()) + torch.tensor(model.config.level_offsets)
+    tokens = torch.tensor(CATALOGUE.codes[trie.leaf_to_index].tolist()) + torch.tensor(model.config.level_offsets)
     items = (state @ output_vectors(model.model.encoder, tokens).T)[0].log_softmax(-1)
-    first = torch.tensor(CATALOGUE.codes[trie.leaf_to_row][:, 0].tolist())
+    first = torch.tensor(CATALOGUE.codes[trie.leaf_to_index][:, 0].tolist())
     mass = torch.stack([items[first == code].logsumexp(0) for code in trie.codes[0]])
     logits = model(**inputs, decoder_input_ids=torch.tensor([[1]])).logits[0, 0, trie.codes[0] + 4]
     wanted = (logits + weight * mass).softmax(-1)
@@ -262,7 +262,7 @@ def test_what_a_user_must_not_get_guides_no_beam():
         others = (first != code).nonzero()[:, 0]
         assert scores[others].max() > scores[worst]
         sequences = model.recommend(**inputs, exclude=exclude, num_beams=1, session_length=1)
-        row = int(PROCESSOR.item_rows(sequences)[user])
+        row = int(PROCESSOR.item_indices(sequences)[user])
         mass = {int(c): scores[(first == c)].logsumexp(0) for c in first.unique() if c != code}
         likeliest = max({**mass, int(code): scores[worst]}.items(), key=lambda each: each[1])[0]
         assert int(first[row]) == likeliest
@@ -323,14 +323,14 @@ def test_items_that_come_later_are_read_by_their_codes(with_codes):
     assert_close(added[4], vector(model, "m1"))
     model.generation_config.item_score_weight = 1e6  # the items' scores alone decide
     everything = model.recommend(ids, num_beams=40, num_return_sequences=40, session_length=1)
-    rows = OneRecProcessor.from_catalogue(grown).item_rows(everything)
+    rows = OneRecProcessor.from_catalogue(grown).item_indices(everything)
     tokens = torch.tensor(grown.codes) + torch.tensor(model.config.level_offsets)
     scores = (
         model.get_encoder()(ids).last_hidden_state[0, -1] @ output_vectors(model.get_encoder(), tokens).T
     ).tolist()
-    new = int(grown.rows(["new"])[0])
+    new = int(grown.indices(["new"])[0])
     others = sorted(
-        (row for row in range(len(grown)) if row not in (new, grown.rows(["m39"])[0])), key=lambda row: -scores[row]
+        (row for row in range(len(grown)) if row not in (new, grown.indices(["m39"])[0])), key=lambda row: -scores[row]
     )
     if with_codes:
         wanted = sorted([*others, new], key=lambda row: -scores[row])
@@ -340,7 +340,7 @@ def test_items_that_come_later_are_read_by_their_codes(with_codes):
 
 
 def test_whoever_gets_freed_codes_does_not_get_the_vector(tmp_path):
-    before = CATALOGUE.codes[CATALOGUE.rows(["m4", "m5", "m6"])].tolist()
+    before = CATALOGUE.codes[CATALOGUE.indices(["m4", "m5", "m6"])].tolist()
     freed = CATALOGUE.retire(["m4", "m5"], free_codes=True)
     grown = freed.add(["new", "m5"], codes=before[:2])  # the codes of two that went, one of which came back
     again = grown.retire(["m6"], free_codes=True).add(["newer"], codes=before[2:])
@@ -438,5 +438,5 @@ def test_item_scores_are_exported(tmp_path, pooled):
     assert scores.shape == (2, 40)
     assert (scores[:, 39] == float("-inf")).all()
     everything = {"session_length": 1, "num_beams": 39, "num_return_sequences": 39, "item_score_weight": 1e6}
-    rows = processor.item_rows(model.recommend(**batch, **everything)).view(2, 39)
+    rows = processor.item_indices(model.recommend(**batch, **everything)).view(2, 39)
     assert torch.equal(torch.tensor(scores).argsort(descending=True)[:, :39], rows)

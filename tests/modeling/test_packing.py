@@ -97,7 +97,7 @@ def test_loss_equals_float64(config):
     model = make_model(CATALOGUE, encoder_is_causal=True, **config)
     reference, losses, tokens = Reference(model), 0.0, 0
     for window in windows_of(PREFIXES):
-        codes = CATALOGUE.codes[CATALOGUE.rows(window["session"])].tolist()
+        codes = CATALOGUE.codes[CATALOGUE.indices(window["session"])].tolist()
         history = PROCESSOR([window["history"]])["input_ids"][0]
         losses -= reference.session_log_probability(history, codes, PROCESSOR.tokenizer.level_offsets)
         tokens += 3 * len(codes)

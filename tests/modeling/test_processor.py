@@ -18,7 +18,7 @@ items = st.sampled_from(CATALOGUE.item_ids)
 def _tokens(separator, names):
     """The definition, item by item."""
     written = []
-    for row in CATALOGUE.rows(names):
+    for row in CATALOGUE.indices(names):
         codes = CATALOGUE.codes[row] + np.array(PROCESSOR.tokenizer.level_offsets)
         written += [separator, *codes.tolist()]
     return written
@@ -56,7 +56,7 @@ def test_generated_sequences_decode_by_position():
     broken = [1, *first[2:], 0]
     sequences = torch.tensor([first + second, broken + second, [*first, 0, 0, 0, 0], [1] + [0] * 7])
     assert PROCESSOR.batch_decode(sequences) == [["m1", "m2"], [None, "m2"], ["m1"], []]
-    assert PROCESSOR.item_rows(sequences).tolist() == [[1, 2], [-1, 2], [1, -1], [-1, -1]]
+    assert PROCESSOR.item_indices(sequences).tolist() == [[1, 2], [-1, 2], [1, -1], [-1, -1]]
     assert PROCESSOR.decode(sequences[0]) == ["m1", "m2"]
 
 

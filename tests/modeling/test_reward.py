@@ -224,7 +224,7 @@ def test_items_keep_their_ids_through_a_file(ids, tmp_path):
     loaded = RewardItems.load(tmp_path / "items.safetensors")
     assert loaded.item_ids == ids
     assert loaded.hash == items.hash
-    assert loaded.rows(ids[::-1]).tolist() == [2, 1, 0]
+    assert loaded.indices(ids[::-1]).tolist() == [2, 1, 0]
     with pytest.raises(ValueError, match="1 item ids repeat"):
         RewardItems([*ids, ids[0]])
 

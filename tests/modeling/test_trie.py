@@ -23,8 +23,8 @@ def test_nodes_children_and_leaves(case):
     codes, sizes = case
     trie = SemanticIDTrie(codes, sizes)
     ordered = sorted(map(tuple, codes.tolist()))
-    assert [tuple(codes[row]) for row in trie.leaf_to_row.tolist()] == ordered
-    assert trie.row_to_leaf[trie.leaf_to_row].tolist() == list(range(len(ordered)))
+    assert [tuple(codes[row]) for row in trie.leaf_to_index.tolist()] == ordered
+    assert trie.index_to_leaf[trie.leaf_to_index].tolist() == list(range(len(ordered)))
     for level in range(len(sizes)):
         prefixes = sorted({code[: level + 1] for code in ordered})
         above = sorted({code[:level] for code in ordered})
@@ -65,9 +65,9 @@ def test_rows_left_out_have_no_leaf(case, data):
     for name in ("codes", "parents", "children", "leaves"):
         for mine, theirs in zip(getattr(trie, name), getattr(alone, name), strict=True):
             assert torch.equal(mine, theirs)
-    assert trie.leaf_to_row.tolist() == order.tolist()
+    assert trie.leaf_to_index.tolist() == order.tolist()
     places = {row: leaf for leaf, row in enumerate(order.tolist())}
-    assert trie.row_to_leaf.tolist() == [places.get(row, -1) for row in range(len(codes))]
+    assert trie.index_to_leaf.tolist() == [places.get(row, -1) for row in range(len(codes))]
 
 
 def test_a_device_gets_one_copy():

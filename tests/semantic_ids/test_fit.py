@@ -47,7 +47,7 @@ def test_new_items_get_their_nearest_free_codes():
     grown = extend_catalogue(fitted.catalogue, fitted.quantizer, names, new)
     assert np.array_equal(grown.codes[:120], fitted.catalogue.codes)
     assert len(np.unique(grown.codes, axis=0)) == 130
-    codes = grown.codes[grown.rows(names)]
+    codes = grown.codes[grown.indices(names)]
     nearest = fitted.quantizer.encode(new).numpy()
     assert np.array_equal(codes[:, :2], nearest[:, :2])
     taken = {tuple(row) for row in fitted.catalogue.codes.tolist()}

@@ -29,8 +29,8 @@ def test_a_sequence_model_is_ranked_beside_the_baselines(sequential, tables, fil
     found = evaluate(dataset, model=str(folder), top_k=[3, 10]).metrics
     assert found.keys() >= {"gru4rec/recall@3", "gru4rec/coverage@10", "popularity/ndcg@3", "item_knn/mrr@10"}
     items, test = model.items, dataset.test
-    ranked = model.rank([items.rows(history) for history in test["history"]], 10)
-    wanted = np.array([items.rows(session) for session in test["session"]])
+    ranked = model.rank([items.indices(history) for history in test["history"]], 10)
+    wanted = np.array([items.indices(session) for session in test["session"]])
     for name, value in ranking_metrics(ranked, wanted, (3, 10), NUM_ITEMS).items():
         assert found[f"gru4rec/{name}"] == pytest.approx(value)
     json_file = tmp_path / "rows.json"

@@ -29,7 +29,7 @@ class TestGridTensor:
         assert imported.item_ids == [0, 1, 2]
         assert imported.codes.tolist() == [[3, 1, 0], [3, 1, 1], [0, 2, 0]]
         assert imported.codebook_sizes == [4, 3, 2]
-        assert imported.to_catalogue().catalogue.rows([2]).tolist() == [2]
+        assert imported.to_catalogue().catalogue.indices([2]).tolist() == [2]
         for dtype in (np.uint8, np.int16, np.uint64):
             assert (
                 read_grid_tensor(tensor.numpy().astype(dtype), list("xyz")).codes.tolist() == imported.codes.tolist()
