@@ -267,7 +267,7 @@ class ItemLookup(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+    def indices(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
         """Item indices; with "mask" -1 for unknown ids."""
         ...
 
