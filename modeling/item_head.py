@@ -243,7 +243,8 @@ def history_states(
     if attention_mask is None:
         return states[:, -1]
     last = (attention_mask.long() * torch.arange(1, states.shape[1] + 1, device=states.device)).argmax(-1)
-    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
+    # `len(states)` would make the number of users a constant of an exported graph.
+    return states[torch.arange(states.shape[0], device=states.device), last]
 
 
 def _table(embedding: nn.Module) -> torch.Tensor:

@@ -128,7 +128,7 @@ def test_refuses_with_one_message(trained, data, reward, tmp_path):
     refused(onerec("align", *out), "give --model")
     refused(onerec("align", *model, *out), "give either --reward", "or --preferences")
     refused(onerec("align", *model, "--reward", tmp_path / "nothing", *out), "--reward", "no such folder")
-    refused(onerec("align", *model, "--reward", reward, *out, "--dpo_ratio", "2"), "dpo_ratio=2.0 must lie in (0, 1]")
+    refused(onerec("align", *model, "--reward", reward, *out, "--dpo_ratio", "2"), "dpo_ratio=2.0 must be in (0, 1]")
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"history": ["m1"], "chosen": ["m2"]}')
     refused(onerec("align", *model, "--preferences", wrong, *out), "it needs rows with", "rejected")

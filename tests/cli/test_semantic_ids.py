@@ -98,7 +98,7 @@ def test_report_counts_collisions_where_a_prefix_is_crowded(data):
         onerec("semantic-ids", "report", *data.options, "--codebook_sizes", 2, 2, 2, "--quantizers", "balanced")
     )
     assert "items share the prefix" in done.err
-    assert "resolved by a level of" in done.out
+    assert "resolved by an additional level of" in done.out
 
 
 def test_report_names_the_quantisers_there_are(data):

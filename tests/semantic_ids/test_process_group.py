@@ -250,5 +250,5 @@ def test_shares_cover_all_rows_once(count, size):
 
 
 def test_ranks_need_torch_distributed():
-    with pytest.raises(ValueError, match=r"start the program by torchrun"):
+    with pytest.raises(ValueError, match=r"start the program with torchrun"):
         Ranks()

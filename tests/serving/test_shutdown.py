@@ -72,7 +72,7 @@ def test_the_command_refuses(folder, tmp_path, monkeypatch):
         message = refused(onerec("serve", "--model", folder, "--host", host, "--port", "0"), "token")
         assert "ONEREC_HF_TOKEN" in message
     refused(onerec("serve", "--model", folder, "--host", "no.such.host.invalid"), "--host no.such.host.invalid")
-    refused(onerec("serve", "--model", folder, "--host", ""), "--host", "no such address")
+    refused(onerec("serve", "--model", folder, "--host", ""), "--host", "unknown address")
     refused(onerec("serve", "--model", folder, "--port", "70000"), "--port 70000")
     refused(onerec("serve", "--model", folder, "--unknown", "ignore"), "--unknown")
     refused(onerec("serve", "--model", folder, "--max_batch_size", "0"), "max_batch_size must be at least 1")

@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, leave):
         with pytest.raises(
             CheckpointError,
             match=r"stopped at step 4: cannot write .*checkpoint-4: No space left on device; make room there.*"
-            r"go on with resume_from_checkpoint='.*checkpoint-2'",
+            r"Resume from the previous checkpoint with resume_from_checkpoint='.*checkpoint-2'",
         ):
             trainer.train()
         assert names(disk / "run") == ["checkpoint-2"]

@@ -290,7 +290,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "log.txt").write_text("")
     with pytest.raises(DataError, match="unsupported suffix"):
         prepare_log(tmp_path / "log.txt", tmp_path / "ready")
-    with pytest.raises(DataError, match="none of 1 items has so many positive interactions"):
+    with pytest.raises(DataError, match="none of 1 items has that many positive interactions"):
         prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="user")
     with pytest.raises(DataError, match="none of 1 users has 3 items"):
         prepare_log(
