@@ -107,6 +107,7 @@ def write_generator_card(
         report=_report(folder, catalogue),
         codebooks=(folder / "codebooks.safetensors").exists(),
         config=model.config,
+        item_score_weight=getattr(model.generation_config, "item_score_weight", 0),  # no field of transformers'
         parameters=total,
         active=active,
         load=None if load is None else load_over_mean(load),

@@ -155,6 +155,20 @@ def test_the_numbers_are_the_models_and_the_catalogues(write, experts):
     assert "| history | whole |" in write(model=model, processor=processor)
 
 
+def test_encoder_variants_and_the_item_head_are_named(write, processor):
+    catalogue = processor.catalogue
+    variants = {"encoder_attention": "pointwise", "encoder_pools_items": True, "encoder_scales_embeddings": True}
+    head = {"num_items": len(catalogue), "score_codes": True}
+    model = make_model(catalogue, **variants, item_head=head)
+    model.generation_config.item_score_weight = 32.0
+    lines = section(write(model=model), "Model").splitlines()
+    assert "| encoder | 2 layers, fully visible, pointwise attention, one position per item, scaled embeddings |" in lines
+    assert "| item head | 40 item vectors, item scores with codes of weight 32.0 in recommendations |" in lines
+    model.config.item_head.loss_weight = 0.0
+    assert "| item head | 40 item vectors |" in section(write(model=model), "Model").splitlines()
+    assert "item head" not in section(write(), "Model")
+
+
 def test_the_table_holds_the_rows(write):
     assert table_of(section(write(), "Evaluation")) == [
         "| | recall@10 | coverage@10 | ndcg@10 |",
