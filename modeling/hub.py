@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,7 +280,10 @@ class CarriesCode:
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         replace_template(os.path.join(working_dir, "README.md"), repo_id, self)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+        with warnings.catch_warnings():
+            # The table of titles is meant to be in the model's repository.
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
+            return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def _save_code(self, folder: str | os.PathLike) -> None:
         # The room travels whole: a trainer that pushes while it trains saves only the processor and the weights.

@@ -84,7 +84,9 @@ def test_a_reward_model_with_hostile_objectives(hub):
     assert type(snippet(card)["model"]) is OneRecForSessionReward
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks for the base model on the Hub
+@pytest.mark.filterwarnings(
+    "ignore:Could not find a config file:UserWarning"
+)  # PEFT looks for the base model on the Hub
 @pytest.mark.parametrize("adapted", [False, True])
 def test_trainer_pushes_our_card(hub, catalogue, processor, tmp_path, adapted):
     rows = Dataset.from_list([{"history": ["m1", "m2"], "session": ["m3"]}, {"history": ["m4"], "session": ["m5"]}])

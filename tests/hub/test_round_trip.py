@@ -2,14 +2,16 @@
 
 import time
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoProcessor, pipeline
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecForSessionReward, OneRecRewardConfig, RewardItems
+from onerec_hf.data.item_fields import save_items_table
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.onerec_trainer import OneRecTrainer
 from tests.conftest import make_catalogue, make_model
@@ -40,6 +42,20 @@ def test_model_processor_and_catalogue_come_back(hub, model, processor):
     assert loaded_processor.max_history == processor.max_history
     assert sessions(loaded, loaded_processor) == sessions(model, processor)
     assert not hub.unknown, "routes that the server lacks"
+
+
+def test_titles_are_pushed_and_shown(hub, model, processor, tmp_path):
+    titles = pd.DataFrame({"item_id": processor.catalogue.item_ids, "title": [f"Film {i}" for i in range(40)]})
+    save_items_table(tmp_path, titles, processor.catalogue)
+    processor.items_file = str(tmp_path / "items.parquet")
+    model.push_to_hub(REPO)
+    processor.push_to_hub(REPO)
+    assert "items.parquet" in hub.files(REPO)
+    best = pipeline("generative-recommendation", model=REPO, device="cpu")(HISTORY[0])
+    assert [each["title"] for each in best] == [f"Film {each['item'][1:]}" for each in best]
+    _, again = load()
+    again.push_to_hub("tester/copy")  # what was loaded carries it on
+    assert "items.parquet" in hub.files("tester/copy")
 
 
 def test_the_processor_alone_carries_the_catalogue(hub, processor):
