@@ -19,7 +19,7 @@ from .requests import (
     Request,
     ResolvedRequest,
     item_metadata,
-    known_rows,
+    known_indices,
     read_items,
 )
 
@@ -177,7 +177,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         preprocess: dict[str, Any] = {"options": options}
         for name, ids in (("exclude", exclude), ("allow", allow)):
             if ids is not None:
-                rows, skipped = known_rows(catalogue, ids, name, checked.unknown)
+                rows, skipped = known_indices(catalogue, ids, name, checked.unknown)
                 if skipped:
                     warnings.warn(f"left out {skipped} of {len(rows) + skipped} items of {name}: not in the catalogue")
                 preprocess[name] = np.unique(rows)

@@ -326,13 +326,13 @@ class Recommender:
                 catalogue's; with `unknown="error"` [`UnknownItemError`].
         """
         catalogue, name = self.catalogue, request.name
-        history, skipped = known_rows(catalogue, request.history, name, request.unknown)
+        history, skipped = known_indices(catalogue, request.history, name, request.unknown)
         length = len(history) + skipped
         if request.exclude is not None:
-            more, unknown = known_rows(catalogue, request.exclude, f"exclude of {name}", request.unknown)
+            more, unknown = known_indices(catalogue, request.exclude, f"exclude of {name}", request.unknown)
             exclude, skipped = np.concatenate([exclude, more]), skipped + unknown
         if request.allow is not None:
-            allow, unknown = known_rows(catalogue, request.allow, f"allow of {name}", request.unknown)
+            allow, unknown = known_indices(catalogue, request.allow, f"allow of {name}", request.unknown)
             skipped += unknown
         exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen else exclude)
         if allow is None:
@@ -418,7 +418,7 @@ def _padded(lists: list[np.ndarray]) -> torch.Tensor | None:
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, lists)), batch_first=True, padding_value=-1)
 
 
-def known_rows(catalogue: ItemCatalogue, ids: Any, name: str, unknown: str) -> tuple[np.ndarray, int]:
+def known_indices(catalogue: ItemCatalogue, ids: Any, name: str, unknown: str) -> tuple[np.ndarray, int]:
     """
     Item indices of those of `ids` that the catalogue holds, in order, and how many it does not hold.
 
@@ -489,7 +489,7 @@ def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
     taken = RESERVED_FIELDS & {name for fields in fields_of.values() for name in fields}
     if taken:
         raise ValueError(f"items has a field {min(taken)!r}, which answers have themselves; rename it")
-    rows, _ = known_rows(catalogue, list(fields_of), "items", "skip")
+    rows, _ = known_indices(catalogue, list(fields_of), "items", "skip")
     if not len(rows):
         raise ValueError(
             f"items: none of {len(fields_of)} ids is in the catalogue of {len(catalogue)} items, e.g. {next(iter(fields_of), None)!r}; "
@@ -566,7 +566,7 @@ __all__ = [
     "UnknownItemError",
     "find_items",
     "item_metadata",
-    "known_rows",
+    "known_indices",
     "read_items",
     "saved_items",
     "spell_argument",

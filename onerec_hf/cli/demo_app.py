@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.modeling.requests import Recommender, Request, RequestError, known_rows
+from onerec_hf.modeling.requests import Recommender, Request, RequestError, known_indices
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -103,7 +103,7 @@ class DemoRecommender:
         integers = self.catalogue.id_type == "int"
         ids = [int(text) if integers and text.removeprefix("-").isdecimal() else text for text in texts]
         try:
-            known_rows(self.catalogue, ids, "the history", unknown="error")
+            known_indices(self.catalogue, ids, "the history", unknown="error")
         except RequestError as error:
             raise ValueError(error.reason) from None
         return ids

@@ -162,7 +162,9 @@ def test_encoder_variants_and_the_item_head_are_named(write, processor):
     model = make_model(catalogue, **variants, item_head=head)
     model.generation_config.item_score_weight = 32.0
     lines = section(write(model=model), "Model").splitlines()
-    assert "| encoder | 2 layers, fully visible, pointwise attention, one position per item, scaled embeddings |" in lines
+    assert (
+        "| encoder | 2 layers, fully visible, pointwise attention, one position per item, scaled embeddings |" in lines
+    )
     assert "| item head | 40 item vectors, item scores with codes of weight 32.0 in recommendations |" in lines
     model.config.item_head.loss_weight = 0.0
     assert "| item head | 40 item vectors |" in section(write(model=model), "Model").splitlines()

@@ -24,7 +24,7 @@ from onerec_hf.modeling.requests import (
     Request,
     RequestError,
     UnknownItemError,
-    known_rows,
+    known_indices,
     saved_items,
 )
 from onerec_hf.serving.models import ServedModel, spell_key
@@ -273,13 +273,13 @@ def test_ids_in_every_form(recommender):
         (i for i in ["m1", "m2"]),
         pd.Series(["m1", "m2"]),
     ):
-        rows, skipped = known_rows(recommender.catalogue, ids, "the list", "error")
+        rows, skipped = known_indices(recommender.catalogue, ids, "the list", "error")
         assert (rows.tolist(), skipped) == ([1, 2], 0)
     for bad in ("m1", b"m1", {"m1": 1}, 7, None):
         with pytest.raises(RequestError, match=r"^the list must be a list of item ids"):
-            known_rows(recommender.catalogue, bad, "the list", "skip")
+            known_indices(recommender.catalogue, bad, "the list", "skip")
     with pytest.raises(TypeError, match=r"^the list: item ids of this catalogue are of type str; got 7") as error:
-        known_rows(recommender.catalogue, torch.tensor([7, 8]), "the list", "skip")
+        known_indices(recommender.catalogue, torch.tensor([7, 8]), "the list", "skip")
     assert isinstance(error.value, ItemIdTypeError)
 
 
