@@ -95,6 +95,8 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         """(rows, children) that the item scores add to the children of nodes (users, beams)."""
         if self._node_scores is None:
             self._node_scores = self.item_scores.at_nodes(slice(None), self.constraint)
+        # A constraint that holds for all users does not know their number.
+        nodes = nodes.view(len(self.item_scores.states), -1)
         return score_increments(self._node_scores, self.constraint.trie, level, nodes).flatten(0, 1)
 
 

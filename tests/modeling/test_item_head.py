@@ -182,6 +182,21 @@ def test_generate_finds_the_same_guided_beams(session_length, score_codes, more)
     assert torch.equal(model.generate(**inputs, **beams, **length, **more).sequences, ours.sequences)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transformers_search_has_several_rows_per_user(num_beams):
+    """A request without exclusions does not say how many users its rows belong to."""
+    model, inputs = make(loss_weight=1.0, initializer_range=0.3), PROCESSOR(HISTORIES)
+    rows = {"num_return_sequences": 3, "max_new_tokens": 3, "item_score_weight": 2.0}
+    drawn = model.generate(**inputs, **rows, do_sample=True, num_beams=num_beams)
+    assert (PROCESSOR.item_indices(drawn) >= 0).all()
+    assert len(drawn) == 6
+    beams = {**rows, "num_beams": 3}
+    assert torch.equal(
+        model.generate(**inputs, **beams, output_scores=True, return_dict_in_generate=True).sequences,
+        model.generate(**inputs, **beams),
+    )
+
+
 @pytest.mark.parametrize("sample", ["recommend", "generate"])
 def test_sampled_items_follow_decoder_and_item_scores(sample):
     """The shares of first codes are those of the product of decoder and item scores, each code normalised over the legal ones."""
