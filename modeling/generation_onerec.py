@@ -405,8 +405,9 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _item_score_weight(self, given: float | None, generation_config=None) -> float:
         """The weight that was given, or else the default of the generation config."""
-        config = self.generation_config if generation_config is None else generation_config
-        weight = getattr(config, "item_score_weight", None) if given is None else given  # no field of transformers'
+        for config in (generation_config, self.generation_config):  # as generate() fills in other options
+            given = getattr(config, "item_score_weight", None) if given is None else given  # no field of transformers'
+        weight = given
         if not weight:
             return 0.0
         if weight < 0:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from onerec_hf import OneRecConfig, OneRecProcessor
 from onerec_hf.cli.export import export_onnx
@@ -195,6 +195,17 @@ def test_transformers_search_has_several_rows_per_user(num_beams):
         model.generate(**inputs, **beams, output_scores=True, return_dict_in_generate=True).sequences,
         model.generate(**inputs, **beams),
     )
+
+
+def test_a_generation_config_is_completed_by_the_default_weight():
+    model, inputs = weighted(make(loss_weight=1.0, initializer_range=0.3), 2.0), PROCESSOR(HISTORIES)
+    options = {"num_beams": 6, "num_return_sequences": 6, "max_new_tokens": 3, "return_dict_in_generate": True}
+    given, own = GenerationConfig(**options), GenerationConfig(**options, item_score_weight=0.0)
+    wanted = model.generate(**inputs, **options)
+    assert_close(model.generate(**inputs, generation_config=given).sequences_scores, wanted.sequences_scores)
+    without = model.generate(**inputs, **options, item_score_weight=0.0)
+    assert_close(model.generate(**inputs, generation_config=own).sequences_scores, without.sequences_scores)
+    assert not torch.allclose(wanted.sequences_scores, without.sequences_scores)
 
 
 @pytest.mark.parametrize("sample", ["recommend", "generate"])
