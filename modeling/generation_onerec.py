@@ -435,12 +435,17 @@ class OneRecGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if kwargs.get("encoder_outputs") is None:
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            if input_ids is None:
+            embeds = kwargs.pop("inputs_embeds", None)
+            if input_ids is None and embeds is None:
                 raise ValueError("item_score_weight needs the history: pass input_ids or encoder_outputs")
-            if mask is None:
+            if mask is None and embeds is None:
                 mask = kwargs["attention_mask"] = (input_ids != self.config.pad_token_id).long()
             with _without_dropout(self):
-                kwargs["encoder_outputs"] = self.get_encoder()(input_ids.to(self.device), mask.to(self.device))
+                kwargs["encoder_outputs"] = self.get_encoder()(
+                    None if embeds is not None else input_ids.to(self.device),
+                    None if mask is None else mask.to(self.device),
+                    None if embeds is None else embeds.to(self.device),
+                )
         mask = None if mask is None else mask.to(self.device)
         return kwargs["encoder_outputs"][0], at_places(mask, self.config.encoder_stride)
 

@@ -208,6 +208,14 @@ def test_a_generation_config_is_completed_by_the_default_weight():
     assert not torch.allclose(wanted.sequences_scores, without.sequences_scores)
 
 
+def test_embedded_histories_have_item_scores():
+    model, inputs = weighted(make(loss_weight=1.0, initializer_range=0.3), 2.0), PROCESSOR(HISTORIES)
+    encoder, ids = model.get_encoder(), inputs["input_ids"]
+    embedded = {"inputs_embeds": encoder.embed_tokens(ids) + encoder.item_head(ids)}
+    options = {"num_beams": 6, "max_new_tokens": 3, "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(model.generate(**embedded, **options), model.generate(ids, **options))
+
+
 @pytest.mark.parametrize("sample", ["recommend", "generate"])
 def test_sampled_items_follow_decoder_and_item_scores(sample):
     """The shares of first codes are those of the product of decoder and item scores, each code normalised over the legal ones."""
