@@ -41,6 +41,7 @@ class ItemHead(nn.Module):
             list(config.codebook_sizes),
             list(config.level_offsets),
         )
+        self.dropout = float(self.config.dropout)  # a float of the module, which alignment's `disable_dropout` finds
         # Row 0 is for items without a vector.
         self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
         self.keys = nn.Buffer(torch.full((self.config.num_items,), prod(self.sizes), dtype=torch.long))
@@ -89,8 +90,8 @@ class ItemHead(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(rows, t) tokens `SEP a b c ...` to (rows, t, width): an item's vector at its SEP, zeros elsewhere."""
         rows = self.rows(input_ids.unflatten(1, (-1, len(self.sizes) + 1))[..., 1:])
-        if self.training and self.config.dropout > 0:
-            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.config.dropout)
+        if self.training and self.dropout > 0:
+            rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.dropout)
         return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
 
     def tokens(self) -> torch.Tensor:

@@ -128,6 +128,15 @@ def test_dropout_is_off_wherever_it_stands(tmp_path):
             assert kept.compute_loss(kept.model.train(), batch) != wanted
 
 
+def test_item_vectors_are_not_hidden_without_dropout(tmp_path):
+    head = {"num_items": len(CATALOGUE), "dropout": 0.5}
+    trainer = make_trainer(tmp_path, "onerec", model=make_model(CATALOGUE, item_head=head))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        wanted = trainer.compute_loss(trainer.model.eval(), batch)
+        assert trainer.compute_loss(trainer.model.train(), batch) == wanted
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, {"activation_checkpointing": True}],
