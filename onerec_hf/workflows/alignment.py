@@ -164,8 +164,15 @@ def align(
     return GeneratorResult(rows, folder, trainer)
 
 
-def _drawn(examples: Any, count: int | None, seed: int) -> Any:
-    """`count` of the examples in their order, drawn at random; all for None."""
+def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
+    """`count` of the examples in their order, drawn at random; all for None. Shards are read as one data set: pairs refer to rows by number."""
+    from datasets import Dataset
+
+    from onerec_hf.data import ExampleStream
+
+    if isinstance(examples, ExampleStream):
+        files: Any = examples.files  # its annotation wants paths of one class
+        examples = Dataset.from_parquet(files, columns=examples.column_names)
     if count is None or count >= len(examples):
         return examples
     return examples.select(np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from onerec_hf.data import ExampleSettings, prepare_log
 from onerec_hf.workflows import (
     DataSettings,
     RewardDataSettings,
@@ -88,6 +89,20 @@ def test_an_alignment_is_that_of_the_command(files, tables, reward, tmp_path):
     assert f"{metrics['reward/before']:.4f} -> {metrics['reward/after']:.4f}" in done.out
     history = [["m1", "m2"]]
     assert aligned.model.recommend(**aligned.processor(history), num_beams=4).shape[0] == 1
+
+
+def test_shards_are_aligned_on(files, reward, tmp_path):
+    prepared = tmp_path / "prepared"
+    prepare_log(files["interactions"], prepared, settings=ExampleSettings(), num_shards=4, rows_per_bucket=60)
+    dataset = load_dataset(prepared=str(prepared))
+    trained = train(dataset, output_dir=tmp_path / "model", **TINY)
+    settings = {**ALIGN, "model": str(trained.folder), "reward": [str(reward.folder)], "evaluate": False}
+    for count, folder in ((40, tmp_path / "some"), (None, tmp_path / "all")):
+        aligned = align(dataset, output_dir=folder, max_examples=count, **settings)
+        rows = pd.read_parquet(folder / "pairs" / "pairs.parquet")["row"]
+        assert len(rows)
+        assert rows.max() < (count or len(dataset.train))
+        assert aligned.model.recommend(**aligned.processor([["m1", "m2"]]), num_beams=4).shape[0] == 1
 
 
 def test_align_has_the_errors_of_the_command(reward, tmp_path):
