@@ -125,7 +125,7 @@ class OneRecGenerationMixin(GenerationMixin):
             if self.catalogue is not None and catalogue.hash in self.catalogue.lineage:
                 raise ValueError(
                     f"this catalogue is older than the model's own: version {catalogue.version} with {len(catalogue)} items, the model's "
-                    f"is version {self.catalogue.version} with {len(self.catalogue)}; give it a catalogue that grew from its own, or "
+                    f"is version {self.catalogue.version} with {len(self.catalogue)}; set a catalogue that grew from its own, or "
                     "set model.config.catalogue_hash to None to go back"
                 )
             raise ValueError(
@@ -320,7 +320,7 @@ class OneRecGenerationMixin(GenerationMixin):
                 f"temperature={temperature} must be positive; for the most probable sessions leave do_sample out"
             )
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
-            raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: give one each, or one for all")
+            raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: pass one each, or one for all")
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
@@ -462,7 +462,7 @@ class OneRecGenerationMixin(GenerationMixin):
         """
         if self.catalogue is None:
             raise ValueError(
-                "this model has no item catalogue; give it one with model.set_catalogue(processor.catalogue)"
+                "this model has no item catalogue; set one with model.set_catalogue(processor.catalogue)"
             )
         trie = self.catalogue.trie.to(self.device)
         leaves = [
@@ -483,7 +483,7 @@ class OneRecGenerationMixin(GenerationMixin):
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
         if len(rows) not in (1, users):
             raise ValueError(
-                f"{what} has lists for {len(rows)} users, input_ids has {users}; give one list per user, or one for all"
+                f"{what} has lists for {len(rows)} users, input_ids has {users}; pass one list per user, or one for all"
             )
         return rows.expand(users, -1)
 

@@ -214,7 +214,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecEncoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -313,7 +313,7 @@ class OneRecDecoder(OneRecPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecDecoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of decoder_input_ids and decoder_inputs_embeds")
+            raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None and not self.training:

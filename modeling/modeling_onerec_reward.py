@@ -313,9 +313,9 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
             ValueError: a model without items, unequal numbers, empty sessions. KeyError: unknown items.
         """
         if self.items is None:
-            raise ValueError("this reward model has no item ids; give it some with set_items(RewardItems(...))")
+            raise ValueError("this reward model has no item ids; set some with set_items(RewardItems(...))")
         if len(histories) != len(sessions):
-            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: give one history per session")
+            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: pass one history per session")
         training, parts = self.training, []
         self.eval()
         try:

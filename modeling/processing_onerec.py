@@ -111,8 +111,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r}')
         if self.catalogue is None:
             raise ValueError(
-                f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; give it "
-                "the model's with set_catalogue(...)"
+                f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; set the "
+                "model's with set_catalogue(...)"
             )
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')

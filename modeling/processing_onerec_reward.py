@@ -102,7 +102,7 @@ class RewardItems:
             ValueError: unequal numbers of histories and sessions, no session, or empty sessions (how many, which is the first).
         """
         if len(histories) != len(sessions):
-            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: give one history per session")
+            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: pass one history per session")
         batch = self.encode_shared(histories, range(len(sessions)), sessions, max_history)
         del batch["history_index"]
         return batch
@@ -119,7 +119,7 @@ class RewardItems:
         (sessions,) too.
         """
         if not len(sessions):
-            raise ValueError("there is no session to encode; give at least one")
+            raise ValueError("there is no session to encode; pass at least one")
         empty = np.flatnonzero([not len(session) for session in sessions])
         if len(empty):
             raise ValueError(

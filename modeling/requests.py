@@ -294,12 +294,12 @@ class Recommender:
     def __init__(self, model: Any, processor: Any, items: Mapping[Any, Mapping] | None = None):
         if model.catalogue is None or processor.catalogue is None:
             raise ValueError(
-                f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); give it one with "
+                f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); set one with "
                 "set_catalogue(...)"
             )
         if model.catalogue.hash != processor.catalogue.hash:
             raise ValueError(
-                f"the model has {model.catalogue}, the processor has {processor.catalogue}: give both the same one, e.g. "
+                f"the model has {model.catalogue}, the processor has {processor.catalogue}: set the same one on both, e.g. "
                 "model.set_catalogue(processor.catalogue)"
             )
         self.model, self.processor, self.items = model, processor, items

@@ -44,7 +44,7 @@ class DemoArguments(ShownItemArguments):
 def main(argv: list[str]) -> None:
     (args,) = parse((DemoArguments,), argv, "demo", required=["--model"])
     if not 0 < args.port < 65536:
-        raise ValueError(f"--port {args.port}: give a number from 1 to 65535")
+        raise ValueError(f"--port {args.port}: pass a number from 1 to 65535")
     try:
         import gradio  # noqa: F401
     except ImportError:

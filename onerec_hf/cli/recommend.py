@@ -54,7 +54,7 @@ class RecommendArguments(ShownItemArguments):
 def main(argv: list[str]) -> None:
     (args,) = parse((RecommendArguments,), argv, "recommend")
     if args.model is None:
-        raise ValueError("give --model: the folder or Hub id of a saved OneRec")
+        raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
     for option in ("top_k", "num_beams", "batch_size"):  # of num_beams the request sees the larger one of both
         if getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")

@@ -71,15 +71,15 @@ def main(argv: list[str]) -> None:
     if args.unknown not in ("error", "skip"):
         raise ValueError(f"--unknown is error or skip, not {args.unknown!r}")
     if not 0 <= args.port < 65536:
-        raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
+        raise ValueError(f"--port {args.port}: pass a number from 0 to 65535")
     if not 0 <= args.threads <= 1024:
-        raise ValueError(f"--threads {args.threads}: give a number from 0 to 1024")
+        raise ValueError(f"--threads {args.threads}: pass a number from 0 to 1024")
     if not 0 <= args.drain_timeout <= 86_400:
-        raise ValueError(f"--drain_timeout {args.drain_timeout:g}: give 0 to 86400 seconds")
+        raise ValueError(f"--drain_timeout {args.drain_timeout:g}: pass 0 to 86400 seconds")
     settings = ServingSettings(**{each.name: getattr(args, each.name) for each in fields(ServingSettings)})
     if token is None and not is_loopback(args.host):
         raise ValueError(
-            f"--host {args.host} lets other machines in, so requests must bear a token: set {TOKEN_VARIABLE}, or give --token_file; "
+            f"--host {args.host} lets other machines in, so requests must bear a token: set {TOKEN_VARIABLE}, or pass --token_file; "
             "`openssl rand -hex 16` makes one"
         )
     with listen(args.host, args.port) as bound:

@@ -74,12 +74,12 @@ class AlignSettings(ModelOutputSettings):
             ValueError: no model, neither or both of rewards and preferences, or a judge that is a reward too.
         """
         if self.model is None:
-            raise ValueError("give --model: the folder or Hub id of a trained OneRec")
+            raise ValueError("pass --model: the folder or Hub id of a trained OneRec")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1; got {self.max_examples}")
         if (self.reward is None) == (self.preferences is None):
             raise ValueError(
-                "give either --reward, models that score generated sessions, or --preferences, a file of pairs"
+                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs"
             )
         both = {os.path.realpath(path) for path in self.reward or []} & {
             os.path.realpath(path) for path in self.judge or []

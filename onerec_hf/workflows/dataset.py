@@ -283,7 +283,7 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
         ValueError: items are missing (how many, the first three), or ids are of the other type.
     """
     cure = (
-        "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
+        "pass the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
     )
     try:
         unknown = catalogue.indices(data.item_ids, unknown="mask") < 0

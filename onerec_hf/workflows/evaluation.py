@@ -65,7 +65,7 @@ class EvaluateSettings:
             ValueError: no model, an unknown split, or numbers that do not fit together.
         """
         if self.model is None:
-            raise ValueError("give --model: the folder or Hub id of a saved OneRec")
+            raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
         if self.split not in ("test", "validation"):
             raise ValueError(f"--split is test or validation, not {self.split!r}")
         if min(self.top_k) < 1 or self.num_beams < max(self.top_k) or self.batch_size < 1:

@@ -17,7 +17,7 @@ class RewardDataSettings:
     """Which impressions, and how they become labelled sessions."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "A named source: kuairand-pure. Or give --impressions."}
+        default=None, metadata={"help": "A named source: kuairand-pure. Or pass --impressions."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
     impressions: str | None = field(
@@ -85,7 +85,7 @@ def load_feedback(
     impressions = settings.impressions if impressions is None else impressions
     items = settings.items if items is None else items
     if (settings.dataset is None) == (impressions is None):
-        raise ValueError("give either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
+        raise ValueError("pass either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
     if impressions is None:
         if settings.dataset != "kuairand-pure" or settings.data_dir is None:
             raise ValueError(

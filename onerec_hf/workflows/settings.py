@@ -43,7 +43,7 @@ class DataSettings(WindowSettings):
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or give --interactions."
+            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or pass --interactions."
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})

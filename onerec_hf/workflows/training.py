@@ -131,7 +131,7 @@ def _settings(
     kinds = (SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments)
     ids, model, sharding, run, args = gather(kinds, settings, options)
     if model.model is not None and ids.semantic_ids is not None:
-        raise ValueError("give --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
+        raise ValueError("pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
     if run.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise ValueError(
             "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"

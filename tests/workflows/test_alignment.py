@@ -93,8 +93,8 @@ def test_an_alignment_is_that_of_the_command(files, tables, reward, tmp_path):
 def test_align_has_the_errors_of_the_command(reward, tmp_path):
     data, out = DataSettings(), {"output_dir": tmp_path / "out", **QUIET}
     for options, message in (
-        ({}, "give --model: the folder or Hub id of a trained OneRec"),
-        ({"model": "x"}, "give either --reward, .* or --preferences"),
+        ({}, "pass --model: the folder or Hub id of a trained OneRec"),
+        ({"model": "x"}, "pass either --reward, .* or --preferences"),
         (
             {"model": "x", "reward": [str(reward.folder)], "judge": [str(reward.folder)]},
             "a judge is a model that picks no",
