@@ -1,5 +1,5 @@
 """
-The pictures of the documentation, drawn as SVG: `python docs/images/make.py` writes them beside this file.
+The pictures of the documentation, drawn as SVG: `python docs/images/make.py` writes them into this folder.
 
 Every picture has a light panel behind it, so that it reads the same on light and dark pages.
 """
@@ -18,7 +18,7 @@ EDGE = {PLAIN: "#b6bfcd", BLUE: "#6172d6", GREEN: "#2f9a78", AMBER: "#c98a1e", R
 
 
 class Picture:
-    """Boxes, labels and arrows on a panel of the given size; `title` is what screen readers say."""
+    """Boxes, labels and arrows on a panel of the given size; `title` is the text for screen readers."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height, self.title = width, height, title
