@@ -461,9 +461,7 @@ class OneRecGenerationMixin(GenerationMixin):
         retired items have no leaf.
         """
         if self.catalogue is None:
-            raise ValueError(
-                "this model has no item catalogue; set one with model.set_catalogue(processor.catalogue)"
-            )
+            raise ValueError("this model has no item catalogue; set one with model.set_catalogue(processor.catalogue)")
         trie = self.catalogue.trie.to(self.device)
         leaves = [
             rows if rows is None else torch.where(rows >= 0, trie.index_to_leaf[rows.clamp(min=0)], -1)

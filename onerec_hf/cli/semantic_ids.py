@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         argv = ["fit", *argv]
     if argv[:1] not in (["fit"], ["report"]):
-        raise ValueError("choose a subcommand: onerec-hf semantic-ids fit --help, or onerec-hf semantic-ids report --help")
+        raise ValueError(
+            "choose a subcommand: onerec-hf semantic-ids fit --help, or onerec-hf semantic-ids report --help"
+        )
     (fit if argv[0] == "fit" else report)(argv[1:])
 
 

@@ -30,9 +30,7 @@ class ServeArguments(ShownItemArguments):
     token_file: str | None = field(default=None, metadata={"help": "File whose first line is the token."})
     unknown: str = field(
         default="skip",
-        metadata={
-            "help": "Default for ids that are not in the catalogue: skip (counted) or error (422)."
-        },
+        metadata={"help": "Default for ids that are not in the catalogue: skip (counted) or error (422)."},
     )
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 for torch's default."})
     drain_timeout: float = field(default=30.0, metadata={"help": "Seconds to answer accepted requests on shutdown."})
@@ -40,7 +38,9 @@ class ServeArguments(ShownItemArguments):
     max_wait_ms: float = field(
         default=2.0, metadata={"help": "Milliseconds that the first history of a batch waits for others."}
     )
-    max_queue: int = field(default=512, metadata={"help": "Largest number of waiting histories; further requests get 503."})
+    max_queue: int = field(
+        default=512, metadata={"help": "Largest number of waiting histories; further requests get 503."}
+    )
     timeout: float = field(default=30.0, metadata={"help": "Seconds until a request gets 504."})
     max_histories: int = field(default=64, metadata={"help": "Largest number of histories per request."})
     max_history_items: int = field(default=2000, metadata={"help": "Largest number of items per history."})

@@ -29,7 +29,7 @@ def load_dataset(
     `onerec-hf prepare`.
 
     Args:
-        settings: which data, and how examples are cut.
+        settings: the data and the cutting of examples.
         interactions: a path, a DataFrame or a `datasets.Dataset` with user, item and timestamp.
         items: the same kinds of tables, with item ids and text columns.
         embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.

@@ -1,4 +1,4 @@
-"""One short round of preference alignment from ratings, for `onerec-hf quickstart`, with a held-out reward model beside it."""
+"""One short round of preference alignment from ratings, for `onerec-hf quickstart`, with a held-out reward model."""
 
 from __future__ import annotations
 

@@ -111,5 +111,8 @@ def test_refuses(impressions, tmp_path, more, fragments):
 def test_says_what_is_lacking(impressions, tmp_path):
     out = ["--output_dir", tmp_path / "judge"]
     refused(onerec("reward", *out), "pass either --dataset kuairand-pure")
-    refused(onerec("reward", "--dataset", "movielens", *out), "there is kuairand-pure")
+    refused(
+        onerec("reward", "--dataset", "movielens", *out),
+        "the only data set with labelled impressions is kuairand-pure",
+    )
     refused(onerec("reward", "--impressions", impressions, *out), "--impressions needs --objectives, --history_end")
