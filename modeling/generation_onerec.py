@@ -108,8 +108,8 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """
-        Gives the model its catalogue, and writes its hash into the config: the first one, and later any that grew from it
-        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, new items' as all others'. Items
+        Sets the model's catalogue and writes its hash into the config: the first one, and later any that grew from it
+        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, of new items as of all others. Items
         whose codes were freed lose their vectors, if the model has any.
 
         Raises:
@@ -171,7 +171,7 @@ class OneRecGenerationMixin(GenerationMixin):
             exclude: (users, e) int64 item indices to leave out per user, padded with -1.
             allow: (users, a) int64 item indices, the only items to choose from per user, padded with -1.
             distinct: whether an item may occur only once in a session.
-            item_score_weight: weight of the item head's log-probability of the first item, beside the decoder's; see [`recommend`].
+            item_score_weight: weight of the item head's log-probability of the first item, added to the decoder's; see [`recommend`].
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
@@ -210,7 +210,7 @@ class OneRecGenerationMixin(GenerationMixin):
     def _fast_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         """
         `generate`'s result for greedy and beam search by [`beam_search`], or None for requests that it does not support: other logits processors or stopping criteria, sampling, sessions that end inside an item, scores or states of each
-        step, a prompt, dropout, ranks that wait for each other.
+        step, a prompt, dropout, synchronised ranks.
         """
         if len(logits_processor) != 1 or not isinstance(logits_processor[0], SemanticIDLogitsProcessor):
             return None
@@ -378,7 +378,7 @@ class OneRecGenerationMixin(GenerationMixin):
         generator=None,
         **sampling,
     ) -> Beams:
-        # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
+        # With a few users at a time, the search of a CPU stays in its caches; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
         compile_config = self.generation_config.compile_config

@@ -63,7 +63,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def set_catalogue(self, catalogue: ItemCatalogue | None) -> None:
         """
-        Gives the processor its catalogue, e.g. a grown one.
+        Sets the processor's catalogue, e.g. a grown one.
 
         Raises:
             ValueError: its codebooks have other sizes than the tokenizer's.
@@ -129,7 +129,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def sessions(self, sessions: Sequence[Sequence], unknown: str = "error") -> dict[str, torch.Tensor]:
         """
-        The decoder's side of a batch, for sessions that do not each have a history of their own: `decoder_input_ids`,
+        The decoder's side of a batch, for sessions that share histories: `decoder_input_ids`,
         `decoder_attention_mask` and `labels`, as `__call__` makes them.
 
         Example:
@@ -149,7 +149,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         }
 
     def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
-        """Catalogue rows of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
+        """Item indices of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         rows = self.catalogue.indices(
             [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
@@ -192,13 +192,13 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def item_indices(self, sequences) -> torch.Tensor:
         """
-        Catalogue rows of generated sequences.
+        Item indices of generated sequences.
 
         Args:
             sequences: (n, t) token ids as `generate()` returns them (beginning with BOS), or labels (beginning with a code).
 
         Returns:
-            (n, items) int64: the row of each item by its position; -1 where the tokens name no item of the catalogue.
+            (n, items) int64: the item indices by position; -1 where the tokens are no semantic ID of the catalogue.
         """
         blocks = self._blocks(torch.as_tensor(sequences))
         codes = blocks[..., 1:] - torch.tensor(self.tokenizer.level_offsets, device=blocks.device)

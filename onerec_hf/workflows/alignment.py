@@ -69,7 +69,7 @@ class AlignSettings(ModelOutputSettings):
     def check(self) -> None:
         """
         Raises:
-            ValueError: no model, neither or both of rewards and preferences, or a judge that is a reward too.
+            ValueError: no model, neither or both of rewards and preferences, or a held-out judge that is also a reward.
         """
         if self.model is None:
             raise ValueError("pass --model: the folder or Hub id of a trained OneRec")

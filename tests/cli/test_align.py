@@ -144,4 +144,4 @@ def test_refuses_with_one_message(trained, data, reward, tmp_path):
 
 def test_a_judge_picks_no_pair(trained, data, reward, tmp_path):
     options = ["--model", trained.folder, "--reward", reward, "--judge", reward, *data.options, *QUICK]
-    refused(onerec("align", *options, "--output_dir", tmp_path / "aligned"), "is a --reward too")
+    refused(onerec("align", *options, "--output_dir", tmp_path / "aligned"), "is also a --reward")
