@@ -97,7 +97,7 @@ def test_align_has_the_errors_of_the_command(reward, tmp_path):
         ({"model": "x"}, "pass either --reward, .* or --preferences"),
         (
             {"model": "x", "reward": [str(reward.folder)], "judge": [str(reward.folder)]},
-            "a judge is a model that picks no",
+            "is also a --reward; pass a held-out reward",
         ),
         ({"model": str(tmp_path / "absent"), "reward": ["x"]}, "--model .*absent: there is no such folder"),
     ):
