@@ -170,10 +170,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = cannot_write(path, error)
-        if told is None:
+        reported = cannot_write(path, error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
     finally:
         with suppress(OSError):  # nothing there, or nothing can be written at all
             os.unlink(temporary)
@@ -219,10 +219,10 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = cannot_write(folder, error)
-        if told is None:
+        reported = cannot_write(folder, error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if new:
@@ -266,9 +266,9 @@ def cannot_write(path: str | os.PathLike, error: Exception) -> OSError | None:
         named = [name for name in (error.filename, error.filename2) if name is not None]
         if not any(os.path.abspath(os.fspath(name)).startswith(place) for name in named):
             return None  # another file, which was to be read
-    told = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
-    told.errno = code
-    return told
+    reported = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
+    reported.errno = code
+    return reported
 
 
 def sort_header(path: str | os.PathLike) -> None:

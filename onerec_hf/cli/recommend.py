@@ -33,7 +33,7 @@ class RecommendArguments(ShownItemArguments):
             "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, optionally with "exclude" and "allow", or a bare list of ids. "-" is stdin.'
         },
     )
-    session_length: int = field(default=1, metadata={"help": "Items per session; 1 gives a ranked list of items."})
+    session_length: int = field(default=1, metadata={"help": "Items per session; 1 returns a ranked list of items."})
     top_k: int = field(default=10, metadata={"help": "Sessions (or items) per user, best first."})
     num_beams: int = field(default=50, metadata={"help": "Beam width; raised to top_k if smaller."})
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})

@@ -111,7 +111,7 @@ class ServedModel:
 
         Args:
             unless: a version; None is returned where the folder holds that one.
-            load_items: takes the folder and its catalogue and gives the items' fields; those saved with the model when not given.
+            load_items: takes the folder and its catalogue and returns the items' fields (default: those saved with the model).
 
         Raises:
             ValueError, OSError: it is not there, damaged, incomplete, changing, or not a generator.
@@ -154,7 +154,7 @@ class ServedModel:
         return served
 
     def close(self) -> None:
-        """Gives the packed experts back."""
+        """Releases the packed experts."""
         self._resources.close()
 
     def _try_out(self) -> None:
