@@ -41,7 +41,8 @@ _KINDS = {
 def replace_template(path: str | os.PathLike, repo_id: str, saved: Any) -> None:
     """
     Puts a card of a few facts where `push_to_hub` has put the library's template, or an earlier one of these. Any other card is its
-    author's, and stays. Processors and adapters, which are no complete models, get no card.
+    author's, and stays. Processors and adapters get no card: the
+    template is removed.
 
     Args:
         path: `README.md` as it is about to be uploaded; it need not exist.

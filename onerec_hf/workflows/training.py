@@ -262,7 +262,7 @@ def report(
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,
     )
-    say(f"saved to {folder}")
+    say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
         hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)
         say(f"uploaded to {repo_id}")
