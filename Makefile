@@ -53,7 +53,7 @@ bench: install-test
 release-check:
 	$(PYTHON) .ci/release.py
 
-# Known vulnerabilities in what is installed; asks PyPI, so it needs a network.
+# Known vulnerabilities of the installed packages; queries PyPI, so it needs a network.
 audit: install-test
 	$(PIP) install -q pip-audit
 	$(BIN)/pip-audit

@@ -3,8 +3,8 @@ A catalogue grows and its audience changes: a trained OneRec model is adapted by
 
     python examples/fine_tune.py
 
-First the model that one has: trained on 240 films. Then 60 new ones come. `extend_catalogue` gives them semantic IDs under the codes that
-the model knows, so it can recommend them at once; from few sessions of new users an adapter on attention and experts learns how. The
+A model is trained on 240 films. Then 60 new films are added: `extend_catalogue` assigns them semantic IDs from the existing codes, so the model
+can recommend them at once. An adapter on attention and experts is trained on a few sessions of new users. The
 numbers are recall@10 on users held out from both. The films are made up: points on a circle, and users walk around it.
 """
 
@@ -33,7 +33,7 @@ EMBEDDINGS = np.stack([wave(k * ANGLES) for k in (1, 2, 4) for wave in (np.cos, 
 
 
 def users(count: int, films: int, step: float, seed: int) -> Dataset:
-    """Histories of five films and the one that follows: each the nearest to `step` behind the one before it, give or take."""
+    """Histories of five films and the next one; each film is about `step` from the one before it."""
     rng = np.random.default_rng(seed)
     place = rng.uniform(0, 2 * np.pi, count)
     seen: list[np.ndarray] = []
@@ -60,7 +60,7 @@ def recall_at_10(model, processor, held_out: Dataset) -> dict[str, float]:
 def train(
     model, processor, rows: Dataset, output_dir: str, max_steps: int, learning_rate: float, callbacks=None
 ) -> float:
-    """Trains with transformers' own Trainer; gives the seconds that it took."""
+    """Trains with transformers' Trainer and returns the seconds."""
     arguments = TrainingArguments(
         output_dir,
         max_steps=max_steps,

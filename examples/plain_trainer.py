@@ -3,7 +3,7 @@ A OneRec model is a transformers model: it trains with the plain `Trainer` and t
 
     python examples/plain_trainer.py
 
-First all weights are trained; then a copy for another audience is made by LoRA on the attention alone, and merged.
+First all weights are trained. Then LoRA on the attention adapts a copy to another audience, and is merged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ITEMS = 48
 
 
 def examples(step: int, count: int = 512) -> Dataset:
-    """Histories of four items, each `step` places behind the one before it on a ring, and the two items that follow."""
+    """Histories of four items, each `step` positions after the one before it on a ring, and the two items that follow."""
     starts = np.random.default_rng(step).integers(0, ITEMS, count)
     walks = [[int(start + step * i) % ITEMS for i in range(6)] for start in starts]
     return Dataset.from_dict({"history": [walk[:4] for walk in walks], "session": [walk[4:] for walk in walks]})

@@ -1,10 +1,10 @@
 """
-`onerec-hf prepare` on a Ray cluster: the same examples from the same Parquet log, made by as many workers as there are.
+`onerec-hf prepare` on a Ray cluster: the same examples from the same Parquet log, made by all workers of the cluster.
 
     pip install "onerec-hf[ray]"
     python examples/prepare_with_ray.py --interactions 'logs/*.parquet' --output_dir prepared --positive 'like>=1'
 
-A file of the log is a worker's task, then a bucket of users is one; what they do is what `onerec-hf prepare` does. Into the output folder go
+There is one task per file of the log, then one per bucket of users, with the functions of `onerec-hf prepare`. The output folder contains
 `split=train`, `split=validation` and `split=test`, folders of Parquet files with `user_id`, `history` and `session`;
 `ExampleStream(glob("prepared/split=train/*.parquet"))` trains on them. On a cluster all paths must be readable by all workers.
 """
@@ -23,7 +23,7 @@ from onerec_hf.data import ExampleSettings, PositiveFeedback
 from onerec_hf.data.shards.buckets import BucketExamples, tidy
 from onerec_hf.data.shards.logs import Checks, Log, find_log_files
 
-TYPED = {"user": False, "item": False, "time": False}  # Parquet says itself what is a number
+TYPED = {"user": False, "item": False, "time": False}  # Parquet has column types
 
 
 def prepare_with_ray(

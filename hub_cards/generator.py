@@ -24,7 +24,7 @@ REPORT_NAME = "semantic_ids.json"
 
 
 class DataSource(Protocol):
-    """What a card says of the data: its short name, and its origin and licence."""
+    """Description of the data: short name, origin and licence."""
 
     @property
     def name(self) -> str: ...

@@ -32,8 +32,8 @@ class BeamDecoder:
         history_mask: (users, t), 1 for tokens, or None where nothing is padding.
         max_beams: most beams of a user.
         max_tokens: most tokens that will be fed.
-        static: attend to all `max_tokens` places behind a mask instead of to those filled so far: shapes then depend on the number of
-            beams and of tokens fed alone, as CUDA graphs and `torch.compile` want it.
+        static: attend to all `max_tokens` positions under a mask instead of to those filled so far: shapes then depend only on the number
+            of beams and of tokens per step, as CUDA graphs and `torch.compile` require.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BeamDecoder:
         self._grouped = config.num_key_value_heads != config.num_attention_heads
         groups = config.num_key_value_heads * config.head_dim
         shape = (self.users * max_beams, max_tokens, config.decoder_layers, 2, groups)
-        # Behind the mask, too, values must be numbers.
+        # Masked values must be finite too.
         new = history.new_zeros if static else history.new_empty
         self.buffer, self._spare = new(shape), new(shape)
         positions = torch.arange(max_tokens, device=history.device)
@@ -76,7 +76,7 @@ class BeamDecoder:
         return key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
 
     def reorder(self, origin: torch.Tensor) -> None:
-        """Row `i` goes on from row `origin[i]`: (rows,) int64; their number may change."""
+        """Row `i` continues row `origin[i]`: (rows,) int64; their number may change."""
         source = self.buffer if self.static else self.buffer[:, : self.length]
         target = self._spare[: len(origin)] if self.static else self._spare[: len(origin), : self.length]
         torch.index_select(source, 0, origin, out=target)
@@ -116,7 +116,7 @@ class BeamDecoder:
         return self.decoder.norm(hidden[:, -1])
 
     def _at(self, places):
-        """Rotary embeddings of both attentions and the causal mask at these places of the session."""
+        """Rotary embeddings of both attentions and the causal mask at these positions of the session."""
         rope = self._cos[places], self._sin[places]
         cross_rope = self._cross_rope and tuple(part[:, :, places] for part in self._cross_rope)
         return rope, cross_rope, self._visible[:, :, places]
@@ -184,13 +184,13 @@ class Beams:
 
 def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k largest of each row, best first, equal ones in the order of their places: `torch.topk` with a rule for ties.
+    The k largest of each row, best first, ties in the order of their positions: `torch.topk` with a rule for ties.
 
     Args:
         scores: (rows, n) floats, -inf where there is no candidate.
 
     Returns:
-        (rows, min(k, n)) values and int64 places.
+        (rows, min(k, n)) values and int64 positions.
 
     Example:
         >>> top_candidates(torch.tensor([[1.0, 3.0, 1.0, 3.0]]), k=3)
@@ -204,7 +204,7 @@ def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
         # The k best are in the k blocks with the best maxima: for any other block, k blocks hold a better value (or an equal one before it).
         blocks = F.pad(scores, (0, -n % _BLOCK), value=float("-inf")).view(rows, -1, _BLOCK)
         _, chosen = top_candidates(blocks.amax(2), k)
-        chosen = chosen.sort(dim=1).values  # in order of places, for the ties
+        chosen = chosen.sort(dim=1).values  # in order of positions, for the ties
         values, inside = top_candidates(blocks.gather(1, chosen[..., None].expand(-1, -1, _BLOCK)).view(rows, -1), k)
         return values, chosen.gather(1, inside // _BLOCK) * _BLOCK + inside % _BLOCK
     threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
@@ -241,7 +241,7 @@ def beam_search(
         decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
         generator: of the Gumbel noise, on the device of the model; or one per user, so that sessions do not depend on the other users of the batch.
-        guide: per level (users, nodes) floats ([`~item_head.node_scores`]), added to the scores of beams at these nodes of their first item; a whole
+        guide: per level (users, nodes) floats ([`~item_head.node_scores`]), added to the scores of beams at these nodes of their first item; a complete
             session keeps the score of its first item. Sampling adds the increments to the logits.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config

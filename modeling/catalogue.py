@@ -179,13 +179,13 @@ class CatalogueDiff:
 
 class ItemCatalogue(CatalogueTable):
     """
-    Item ids and their semantic IDs: N distinct ids, N distinct code tuples, in a fixed row order.
+    Item ids and their semantic IDs: N distinct ids, N distinct code tuples, in a fixed order.
 
     Ids are integers or strings and are returned exactly as given. The rest of the code computes with item indices (int64, 0..N-1); -1 means
     "no item".
 
     A catalogue never changes: [`add`], [`retire`] and [`restore`] return a new one, its `version` one higher and this one's hash at
-    the end of its `lineage`. A model takes any catalogue that descends from its own, without training. A retired item keeps its row
+    the end of its `lineage`. A model takes any catalogue that descends from its own, without training. A retired item keeps its index
     and its codes, so that histories with it can be read, but is not generated any more.
 
     Args:
@@ -193,7 +193,7 @@ class ItemCatalogue(CatalogueTable):
         codes: (N, L) integers, rows distinct, `0 <= codes[:, l] < codebook_sizes[l]`.
         codebook_sizes: size of each level.
         popularity: (N,) interaction counts, optional.
-        embedding_fingerprint: names the embeddings that the codes came from, for the record.
+        embedding_fingerprint: identifies the embeddings behind the codes.
 
     Attributes:
         codes: (N, L) int32, read-only.
@@ -248,8 +248,8 @@ class ItemCatalogue(CatalogueTable):
     @property
     def hash(self) -> str:
         """
-        SHA-256 over the parent's hash, ids, codes, activity and codebook sizes in row order: two catalogues with one hash name the
-        same items. A loaded catalogue has the one that its file was saved with; [`verify`] computes it anew.
+        SHA-256 over the parent's hash, ids, codes, activity and codebook sizes in the order of item indices: catalogues with equal
+        hashes have equal items. A loaded catalogue has the one that its file was saved with; [`verify`] computes it anew.
         """
         if self._hash is None:
             self._hash = self._digest()
@@ -266,7 +266,7 @@ class ItemCatalogue(CatalogueTable):
         self, item_ids: Sequence | np.ndarray, codes, popularity=None, embedding_fingerprint: str | None = None
     ) -> ItemCatalogue:
         """
-        The catalogue with new items: their rows follow the present ones, which keep their numbers and codes.
+        The catalogue with new items appended; present items keep their indices and codes.
 
         Args:
             item_ids: n ids of the catalogue's type, none of which it holds. With none, the catalogue itself is returned.
@@ -326,13 +326,13 @@ class ItemCatalogue(CatalogueTable):
 
     def retire(self, item_ids: Iterable, free_codes: bool = False) -> ItemCatalogue:
         """
-        The catalogue with items that are not generated any more. They keep their rows and codes, so that histories with them are read
-        as before and no other item takes their place; [`restore`] brings them back.
+        The catalogue with items that are not generated any more. They keep their indices and codes, so that histories with them are
+        read as before and no other item takes their codes; [`restore`] brings them back.
 
         Args:
             item_ids: ids of the catalogue; those retired before stay so. Where none changes, the catalogue itself is returned.
-            free_codes: drop the items, retired ones too, so that `add` may give their codes to new items: their ids become unknown,
-                in histories too, and the rows of later items move up.
+            free_codes: drop the items, retired ones too, so that `add` may assign their codes to new items: their ids become unknown,
+                in histories too, and the indices of later items decrease.
 
         Raises:
             KeyError: unknown ids.
@@ -349,7 +349,7 @@ class ItemCatalogue(CatalogueTable):
             )
         if not free_codes:
             return self._with_active(active)
-        moved = np.cumsum(~named) - 1  # the new row of each item that stays
+        moved = np.cumsum(~named) - 1  # the new index of each item that stays
         id_order, code_order = (moved[order[~named.take(order)]] for order in (self._id_order, self._code_order))
         popularity = None if self.popularity is None else self.popularity[~named]
         return self._next(self._keys[~named], self.codes[~named], active[~named], popularity, id_order, code_order)

@@ -1,4 +1,4 @@
-"""Configuration of the item head: a learned vector per item beside its semantic ID, and item scores from it."""
+"""Configuration of the item head: a learned vector per item in addition to its semantic ID, and item scores from it."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig

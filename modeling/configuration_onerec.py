@@ -125,7 +125,7 @@ class OneRecConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        for name in kwargs.keys() & _FORMER_OPTIONS.keys():  # the base class would take any name without a word
+        for name in kwargs.keys() & _FORMER_OPTIONS.keys():  # the base class accepts any name silently
             raise ValueError(f"{name} is no option of OneRecConfig any more: use {_FORMER_OPTIONS[name]}")
         if self.codebook_sizes is None:
             self.codebook_sizes = [256, 256, 256]
@@ -194,7 +194,7 @@ class OneRecConfig(PreTrainedConfig):
 
     @property
     def encoder_stride(self) -> int:
-        """Tokens of a history that share a place in the encoder: all of an item with `encoder_pools_items`, otherwise one."""
+        """Tokens of a history that share a position in the encoder: all of an item with `encoder_pools_items`, otherwise one."""
         return self.tokens_per_item if self.encoder_pools_items else 1
 
     @property

@@ -12,13 +12,13 @@ class OneRecRewardConfig(PreTrainedConfig):
     r"""
     Configuration of [`OneRecForSessionReward`] (arXiv 2502.18965, section 3.3: the reward model R(u, S)). The paper gives no sizes.
 
-    Item row r of the table that [`RewardItems`] holds has the input id r + 1; 0 is padding.
+    The item of index i in [`RewardItems`] has the input id i + 1; 0 is padding.
 
     Args:
         num_items (`int`, defaults to 1):
             Number of items.
         item_feature_dim (`int`, defaults to 0):
-            Width of the fixed item features beside the learned item embeddings; 0 for none.
+            Width of the fixed item features, in addition to the learned item embeddings; 0 for none.
         objectives (`list[str]`, defaults to `["swt", "vtr", "wtr", "ltr"]`):
             One sigmoid tower each: session watch time, view, follow and like rates (equation 6). They become `id2label`.
         base_rates (`list[float]`, *optional*):
@@ -28,7 +28,7 @@ class OneRecRewardConfig(PreTrainedConfig):
             Weight of each objective in `score()`; objectives that are left out count nothing, and every one counts 1 when not given.
         score_fusion (`str`, defaults to `"lift"`):
             `"lift"`: the weighted mean of `r_k / base_rate_k`, so that a session like the average one scores 1 and rare objectives count
-            as much as common ones; `"probability"`: the weighted mean of `r_k`. The paper leaves the fusion open.
+            as much as common ones; `"probability"`: the weighted mean of `r_k`. The paper does not specify the fusion.
         pooling (`str`, defaults to `"sum"`):
             How a session's items are pooled before the towers: `"sum"` (equation 6) or `"mean"`.
         hidden_size, num_attention_heads, intermediate_size:
@@ -40,9 +40,9 @@ class OneRecRewardConfig(PreTrainedConfig):
         max_history (`int`, defaults to 50):
             Latest items of a history that are read.
         items_hash (`str`, *optional*):
-            Hash of the items' ids in row order; a model refuses another table.
+            Hash of the items' ids in order; a model refuses other items.
         feature_fingerprint (`str`, *optional*):
-            Names the item features, for the record (`onerec_hf.semantic_ids.embedding_fingerprint`).
+            Identifies the item features (`onerec_hf.semantic_ids.embedding_fingerprint`).
         format_version (`int`):
             The checkpoint format; a newer format than the code's is refused.
 
@@ -53,7 +53,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     """
 
     model_type = "onerec_reward"
-    encoder_is_causal = False  # no field: the generator's encoder layers, which the model is made of, ask for it
+    encoder_is_causal = False  # not a field: the generator's encoder layers, which this model uses, read it
     base_model_fsdp_plan = None
 
     num_items: int = 1

@@ -74,7 +74,7 @@ class SemanticIDTrie:
         self._copies: dict[torch.device, SemanticIDTrie] = {}
 
     def to(self, device: torch.device | str) -> SemanticIDTrie:
-        """A copy on `device` (itself where it already is there). It is made once: every request asks for it."""
+        """A copy on `device` (itself where it already is there). It is made once and used by every request."""
         device = torch.device(device)
         if self.leaf_to_index.device == device:
             return self
@@ -242,7 +242,7 @@ class CatalogueConstraint:
         if dead:
             dead = torch.cat(dead, dim=2)
             column = dead - first[..., None]
-            # Dead nodes below other nodes go into a column of their own.
+            # Dead nodes below other nodes go into a separate column.
             column = torch.where((dead >= 0) & (column >= 0) & (column < width), column, width)
             blocked = torch.zeros(*nodes.shape, width + 1, dtype=torch.bool, device=nodes.device)
             legal &= ~blocked.scatter_(2, column, True)[..., :width]

@@ -1,5 +1,5 @@
 """
-How the experts are computed where speed counts: the implementation "onerec" of transformers' experts interface, the model's default
+Fast computation of the experts: the implementation "onerec" of transformers' experts interface, the model's default
 (`experts_implementation=` of `from_pretrained` selects another one).
 
 On accelerators, in other types than float32, under `torch.compile`, autocast and expert parallelism it is transformers' "grouped_mm". On a CPU

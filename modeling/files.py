@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, found beside a model's weights, and read from untrusted sources with errors that name them."""
+"""Files: written completely or not at all, found next to a model's weights, and read from untrusted sources with errors that name them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-# What readers of others raise on content that they did not expect, as well as their own errors.
+# What library readers raise on unexpected content, in addition to their own errors.
 UNEXPECTED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
 
@@ -73,7 +73,7 @@ def map_npy(path: str | os.PathLike) -> np.memmap:
     Maps a .npy file, read-only: only its header is read, and nothing unpickled.
 
     Raises:
-        ValueError: no such file format, a header that lies, Python objects.
+        ValueError: no such file format, a false header, Python objects.
         OSError: no such file.
 
     Example:
@@ -131,7 +131,7 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-#: The folder inside another one in which files wait until all of them are written.
+#: Subfolder for files until all of them are written.
 UNFINISHED_NAME = ".unfinished"
 _CURES = {
     errno.ENOSPC: "make room there, or name a folder on another disk",
@@ -151,7 +151,7 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """
-    Yields a temporary name beside `path` to write to, and renames it to `path` when the block ends. If the block fails, `path` stays as it was
+    Yields a temporary name in the folder of `path` to write to, and renames it to `path` when the block ends. If the block fails, `path` stays as it was
     and no temporary file is left.
 
     Raises:
@@ -170,10 +170,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = cannot_write(path, error)
-        if told is None:
+        reported = cannot_write(path, error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
     finally:
         with suppress(OSError):  # nothing there, or nothing can be written at all
             os.unlink(temporary)
@@ -219,10 +219,10 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     except (OSError, SafetensorError, RuntimeError) as error:
-        told = cannot_write(folder, error)
-        if told is None:
+        reported = cannot_write(folder, error)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if new:
@@ -266,15 +266,15 @@ def cannot_write(path: str | os.PathLike, error: Exception) -> OSError | None:
         named = [name for name in (error.filename, error.filename2) if name is not None]
         if not any(os.path.abspath(os.fspath(name)).startswith(place) for name in named):
             return None  # another file, which was to be read
-    told = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
-    told.errno = code
-    return told
+    reported = OSError(f"cannot write {os.fspath(path)}: {os.strerror(code)}; {_CURES[code]}")
+    reported.errno = code
+    return reported
 
 
 def sort_header(path: str | os.PathLike) -> None:
     """
-    Puts a safetensors file's header in order. The library writes metadata in a random one, so that the same content would be another
-    file each time it is saved, and be uploaded again.
+    Sorts a safetensors file's header. The library writes metadata in random order, so that equal content would be a different
+    file after each save, and be uploaded again.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -296,7 +296,7 @@ def find_file(repo: str | os.PathLike, name: str, **kwargs) -> str | None:
     try:
         return cached_file(repo, name, **hub)
     except OSError as error:
-        # Asked not to raise, it would keep quiet about a lost connection as well; raised, an absent file is known by its words alone.
+        # Without exceptions it would also hide a lost connection; with them, only the message identifies an absent file.
         if "does not appear to have a file named" in str(error):
             return None
         raise

@@ -110,8 +110,8 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """
-        Gives the model its catalogue, and writes its hash into the config: the first one, and later any that grew from it
-        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, new items' as all others'. Items
+        Sets the model's catalogue and writes its hash into the config: the first one, and later any that grew from it
+        ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, of new items as of all others. Items
         whose codes were freed lose their vectors, if the model has any.
 
         Raises:
@@ -127,7 +127,7 @@ class OneRecGenerationMixin(GenerationMixin):
             if self.catalogue is not None and catalogue.hash in self.catalogue.lineage:
                 raise ValueError(
                     f"this catalogue is older than the model's own: version {catalogue.version} with {len(catalogue)} items, the model's "
-                    f"is version {self.catalogue.version} with {len(self.catalogue)}; give it a catalogue that grew from its own, or "
+                    f"is version {self.catalogue.version} with {len(self.catalogue)}; set a catalogue that grew from its own, or "
                     "set model.config.catalogue_hash to None to go back"
                 )
             raise ValueError(
@@ -173,7 +173,7 @@ class OneRecGenerationMixin(GenerationMixin):
             exclude: (users, e) int64 item indices to leave out per user, padded with -1.
             allow: (users, a) int64 item indices, the only items to choose from per user, padded with -1.
             distinct: whether an item may occur only once in a session.
-            item_score_weight: weight of the item head's log-probability of the first item, beside the decoder's; see [`recommend`].
+            item_score_weight: weight of the item head's log-probability of the first item, added to the decoder's; see [`recommend`].
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
@@ -212,7 +212,7 @@ class OneRecGenerationMixin(GenerationMixin):
     def _fast_generate(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         """
         `generate`'s result for greedy and beam search by [`beam_search`], or None for requests that it does not support: other logits processors or stopping criteria, sampling, sessions that end inside an item, scores or states of each
-        step, a prompt, dropout, ranks that wait for each other.
+        step, a prompt, dropout, synchronised ranks.
         """
         if len(logits_processor) != 1 or not isinstance(logits_processor[0], SemanticIDLogitsProcessor):
             return None
@@ -322,7 +322,7 @@ class OneRecGenerationMixin(GenerationMixin):
                 f"temperature={temperature} must be positive; for the most probable sessions leave do_sample out"
             )
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
-            raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: give one each, or one for all")
+            raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: pass one each, or one for all")
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
@@ -380,7 +380,7 @@ class OneRecGenerationMixin(GenerationMixin):
         generator=None,
         **sampling,
     ) -> Beams:
-        # A CPU works in its caches where a few users at a time are searched for; the answer is the same.
+        # With a few users at a time, the search of a CPU stays in its caches; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
         compile_config = self.generation_config.compile_config
@@ -469,9 +469,7 @@ class OneRecGenerationMixin(GenerationMixin):
         retired items have no leaf.
         """
         if self.catalogue is None:
-            raise ValueError(
-                "this model has no item catalogue; give it one with model.set_catalogue(processor.catalogue)"
-            )
+            raise ValueError("this model has no item catalogue; set one with model.set_catalogue(processor.catalogue)")
         trie = self.catalogue.trie.to(self.device)
         leaves = [
             rows if rows is None else torch.where(rows >= 0, trie.index_to_leaf[rows.clamp(min=0)], -1)
@@ -491,7 +489,7 @@ class OneRecGenerationMixin(GenerationMixin):
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
         if len(rows) not in (1, users):
             raise ValueError(
-                f"{what} has lists for {len(rows)} users, input_ids has {users}; give one list per user, or one for all"
+                f"{what} has lists for {len(rows)} users, input_ids has {users}; pass one list per user, or one for all"
             )
         return rows.expand(users, -1)
 

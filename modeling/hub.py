@@ -41,7 +41,8 @@ _KINDS = {
 def replace_template(path: str | os.PathLike, repo_id: str, saved: Any) -> None:
     """
     Puts a card of a few facts where `push_to_hub` has put the library's template, or an earlier one of these. Any other card is its
-    author's, and stays. What is no whole model (a processor, an adapter) gets no card in the template's place.
+    author's, and stays. Processors and adapters get no card: the
+    template is removed.
 
     Args:
         path: `README.md` as it is about to be uploaded; it need not exist.
@@ -93,7 +94,7 @@ Training data, settings and results were not recorded.
         Path(temporary).write_text(text, encoding="utf-8")
 
 
-# Counts up when a checkpoint of today's code means something else, or nothing, to yesterday's.
+# Increased when earlier code cannot read new checkpoints correctly.
 FORMAT_VERSION = 2
 #: The folder of a repository that holds the code.
 CODE_FOLDER = "code"
@@ -128,7 +129,7 @@ def checked_format(config: dict) -> dict:
         )
     config = {**config, "format_version": FORMAT_VERSION}
     if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-        # Where the config names a pipeline, `pipeline()` takes the repository's, or asks for trust: not where the package has it.
+        # With a pipeline in the config, `pipeline()` would require trust_remote_code; the installed package has the class.
         config.pop("custom_pipelines", None)
     return config
 
@@ -136,7 +137,7 @@ def checked_format(config: dict) -> dict:
 @contextmanager
 def reading_config(repo: str | os.PathLike) -> Iterator[None]:
     """
-    What the libraries raise about a config.json becomes one error that names its repository.
+    Converts library errors about a config.json to one error that names its repository.
 
     Raises:
         ValueError: in place of those; no file, no access and the like remain OSErrors.
@@ -150,7 +151,7 @@ def reading_config(repo: str | os.PathLike) -> Iterator[None]:
 
 def check_sizes(config, sizes: str, layers: str) -> None:
     """
-    Refuses sizes that no model has: a config.json is a few hundred bytes, and would otherwise ask for any amount of memory
+    Refuses sizes that no model has: a config.json of a few hundred bytes could otherwise request any amount of memory
     and time: a layer's modules take some milliseconds to make, before a weight is found to be missing.
 
     Raises:
@@ -306,7 +307,7 @@ def in_code(reference: str) -> str:
 
 
 class HubModel(CarriesCode):
-    """Mixin of models: safetensors only, code beside the weights, and whatever `_save_beside` and `_load_beside` add."""
+    """Mixin of models: safetensors only, code next to the weights, and the files of `_save_beside` and `_load_beside`."""
 
     #: What the Auto classes find in the repository's code, "module.Class" by the Auto class's name.
     _auto_map: dict[str, str] = {}
@@ -316,7 +317,7 @@ class HubModel(CarriesCode):
     _former_weights: dict[str, str] = {}
 
     def _save_beside(self, folder: str | os.PathLike) -> None:
-        """Writes what belongs to the model and is no weight."""
+        """Writes the files of the model other than its weights."""
 
     def _load_beside(self, repo: str | os.PathLike, **kwargs) -> None:
         """Reads it back."""
@@ -382,7 +383,7 @@ class HubModel(CarriesCode):
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
             if renamed:
-                model._weight_conversions = None  # the library would save the former names again
+                model._weight_conversions = None  # the library would save under the former names
             places: list[tuple[str | os.PathLike | None, dict]] = [
                 (source, kwargs if source == repo else {**kwargs, "revision": None})
             ]

@@ -1,5 +1,5 @@
 """
-The item head (`config.item_head`): a learned vector per item beside its semantic ID. Codes say what an item is like, the vector tells it apart.
+The item head (`config.item_head`): a learned vector per item in addition to its semantic ID. Codes describe an item, the vector identifies it.
 
 The encoder adds the vectors to a history's embeddings. With a `loss_weight` the state at the end of a history also learns to predict the next item by
 a softmax over the catalogue, and these item scores guide the beams of `recommend()` and `generate()` (`item_score_weight`).
@@ -178,7 +178,7 @@ class ItemScorer:
 class ItemScores:
     """
     Item scores of histories as a guide of beam search. The probability of a node of the catalogue's trie is the sum over the items below it, so that the
-    scores count from a session's first code on, and not only among the items that the decoder finds by itself.
+    scores count from a session's first code on, and not only among the items that the decoder alone would find.
 
     Args:
         scorer: of the trie's leaves, in order.

@@ -1,4 +1,4 @@
-"""What the catalogue looks up with: ids as sortable arrays, orders, and a binary search over rows of codes. No loop over items."""
+"""Lookups of the catalogue: ids as sortable arrays, orders, and a binary search over rows of codes. No loop over items."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encode_ids(item_ids) -> tuple[np.ndarray, str]:
 
 
 def decode_ids(keys: np.ndarray) -> list:
-    """Item ids as Python integers or strings, from what [`encode_ids`] made of them."""
+    """Item ids as Python integers or strings, from the result of [`encode_ids`]."""
     return keys.tolist() if keys.dtype.kind == "i" else list(map(bytes.decode, keys.tolist()))
 
 

@@ -1,7 +1,7 @@
 """
 The layers of OneRec's encoder and decoder (arXiv 2502.18965, section 3.2): norm, rotary positions, packing masks, attention, feed-forward, experts.
 
-cpu_experts.py computes the experts where speed counts; everything else of a layer is in this file.
+cpu_experts.py has the fast computation of the experts; everything else of a layer is in this file.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, 
 def history_positions(
     states: torch.Tensor, attention_mask: torch.Tensor | None, segment_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(users or 1, t) position of each token among the real tokens of its history, whichever side is padded."""
+    """(users or 1, t) position of each token among the real tokens of its history, with padding on either side."""
     if segment_ids is not None:
         return segment_positions(segment_ids)
     if attention_mask is None:
@@ -427,7 +427,7 @@ class OneRecSparseMoeBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_experts = config.num_experts  # under expert parallelism `experts` knows only the rank's own
+        self.num_experts = config.num_experts  # under expert parallelism `experts` has only those of the rank
         self.experts = OneRecExperts(config)
         self.gate = OneRecTopKRouter(config)
 

@@ -103,7 +103,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        """Refuses a tied embedding that torch 2.13 would train wrong from the second step on, without a message, also in models of transformers."""
+        """Refuses a tied embedding that torch 2.13 would train incorrectly from the second step on, without a message, also in models of transformers."""
         if mesh_manager is not None and model.config.tie_word_embeddings:
             rows, shards = model.config.vocab_size, distributed_config.fsdp_size
             if rows % shards:
@@ -214,7 +214,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecEncoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -313,7 +313,7 @@ class OneRecDecoder(OneRecPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecDecoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of decoder_input_ids and decoder_inputs_embeds")
+            raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None and not self.training:
@@ -478,7 +478,7 @@ class OneRecModel(OneRecPreTrainedModel):
         attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
         history_ranges = ranges_of_places(history_ranges, stride)
         encoder_hidden_states, cross_attention_mask = encoder_outputs[0], attention_mask
-        if encoder_input_ids is not None:  # one encoder pass per user, whichever rows read it
+        if encoder_input_ids is not None:  # one encoder pass per user, for all decoder rows
             repeats = decoder_input_ids.shape[0] // encoder_hidden_states.shape[0]
             encoder_hidden_states = encoder_hidden_states.repeat(repeats, 1, 1)
             if attention_mask is not None:

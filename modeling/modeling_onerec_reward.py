@@ -1,7 +1,7 @@
 """
-The session reward model R(u, S) of OneRec (arXiv 2502.18965, section 3.3): how a user would take a whole session.
+The session reward model R(u, S) of OneRec (arXiv 2502.18965, section 3.3): the rates at which a user responds to a whole session.
 
-What the paper leaves open is decided here: the target-aware item is `W [v_i; u_i; v_i * u_i]` with `u_i` the history as target attention from
+Choices where the paper leaves details open: the target-aware item is `W [v_i; u_i; v_i * u_i]` with `u_i` the history as target attention from
 item `v_i` sees it; the history passes through self-attention layers first, behind a learned vector that an empty history reads alone.
 """
 
@@ -169,14 +169,14 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
 
     def set_items(self, items: RewardItems, features: np.ndarray | torch.Tensor | None = None) -> None:
         """
-        Gives the model the ids of its items, and a new model their features, which are saved with its weights.
+        Sets the ids of the model's items, and for a new model their features, which are saved with its weights.
 
         Args:
-            items: N items in row order.
+            items: N items in the order of their indices.
             features: (N, item_feature_dim) finite floats, row by row.
 
         Raises:
-            ValueError: another number of items than `config.num_items`, another table than `config.items_hash`, features of another
+            ValueError: another number of items than `config.num_items`, other items than `config.items_hash`, features of another
                 shape or not finite.
         """
         if len(items) != self.config.num_items:
@@ -213,7 +213,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         return self.rotary_emb(states, positions)
 
     def _encode_history(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """(users, 1 + t, width) states and (users, 1 + t) mask; the first place is always there."""
+        """(users, 1 + t, width) states and (users, 1 + t) mask; the first position is never padding."""
         states = torch.cat([self.history_start.expand(len(input_ids), 1, -1), self._embed(input_ids)], dim=1)
         mask = F.pad(attention_mask, (1, 0), value=1)
         attend = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=mask)
@@ -236,9 +236,9 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
     ) -> OneRecRewardOutput:
         r"""
         input_ids (`torch.LongTensor` of shape `(users, t)`):
-            Item rows + 1 of the histories, oldest first, padded with 0 on the right.
+            Item indices + 1 of the histories, oldest first, padded with 0 on the right.
         session_input_ids (`torch.LongTensor` of shape `(sessions, m)`):
-            Item rows + 1 of the sessions, padded with 0 on the right.
+            Item indices + 1 of the sessions, padded with 0 on the right.
         session_attention_mask (`torch.LongTensor` of shape `(sessions, m)`, *optional*):
             1 on items, 0 on padding; from `session_input_ids` when not given, as `attention_mask` from `input_ids`.
         history_index (`torch.LongTensor` of shape `(sessions,)`, *optional*):
@@ -299,7 +299,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         self, histories: Sequence[Sequence], sessions: Sequence[Sequence], batch_size: int = 512
     ) -> torch.Tensor:
         """
-        Probabilities of sessions of item ids, without dropout; a history is read once for all the sessions beside it in a batch.
+        Probabilities of sessions of item ids, without dropout; a history is encoded once for all its sessions in a batch.
 
         Args:
             histories: per session, the user's item ids, oldest first; may be empty. The latest `config.max_history` are read.
@@ -313,9 +313,9 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
             ValueError: a model without items, unequal numbers, empty sessions. KeyError: unknown items.
         """
         if self.items is None:
-            raise ValueError("this reward model has no item ids; give it some with set_items(RewardItems(...))")
+            raise ValueError("this reward model has no item ids; set some with set_items(RewardItems(...))")
         if len(histories) != len(sessions):
-            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: give one history per session")
+            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: pass one history per session")
         training, parts = self.training, []
         self.eval()
         try:

@@ -26,7 +26,7 @@ from .requests import (
 
 @dataclass
 class _Numbered:
-    """What the caller gave, and its place among what was given; a lone one has none."""
+    """One input and its number in the caller's list; None for a single input."""
 
     number: int | None
     history: Any
@@ -61,11 +61,11 @@ class GenerativeRecommendationPipeline(Pipeline):
         exclude_seen (`bool`, defaults to `True`): leave out all items of the history, those that are too old to be read as well.
         exclude (list of item ids, *optional*): more items to leave out, for all histories.
         allow (list of item ids, *optional*): the only items to choose from (a category, what is in stock), for all histories.
-        unknown ("skip" or "error", defaults to "skip"): what becomes of ids that the catalogue lacks, and of histories without any
+        unknown ("skip" or "error", defaults to "skip"): handling of unknown ids and of histories without any
             item. They are skipped, a history without a known item getting an empty answer, and one warning at the end counts them; or
             they raise.
         max_history (`int`, *optional*): the latest items of a history that the model reads, the processor's own when not given.
-        items (*optional*): titles and other fields that answers show beside the ids: a mapping from ids to titles or to dictionaries
+        items (*optional*): titles and other fields of items in answers: a mapping from ids to titles or to dictionaries
             of fields, or a table with a column `item_id` (a DataFrame, a `datasets.Dataset`, columns, or rows). When not given, the
             `items.parquet` of the processor's repository, where it holds one and the package onerec_hf is installed.
 
@@ -101,7 +101,7 @@ class GenerativeRecommendationPipeline(Pipeline):
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
-    _preprocess_params: dict[str, Any] = {}  # what was said when the pipeline was made, once it is
+    _preprocess_params: dict[str, Any] = {}  # the constructor's options, once it has run
 
     def __init__(self, *args, local_files_only: bool | None = None, **kwargs):  # `pipeline()` hands it on
         super().__init__(*args, **kwargs)
@@ -116,7 +116,7 @@ class GenerativeRecommendationPipeline(Pipeline):
             histories: one history, oldest item first; or a list of histories; or a dataset, generator or other iterable of them. A
                 history is a list of item ids, or a dictionary with one under "history" and, for it alone, lists of item ids under
                 "exclude" (on top of the option's) and "allow" (in place of it); other keys are ignored, so that a `datasets.Dataset`
-                with a column `history` can be given as it is.
+                with a column `history` can be passed directly.
             kwargs: the class's options, and `batch_size` (1 by default) and `num_workers` of transformers' pipelines.
 
         Returns:
@@ -210,12 +210,12 @@ class GenerativeRecommendationPipeline(Pipeline):
 
 
 def _is_history(value) -> bool:
-    """Whether this can be a history, among others; an item id cannot."""
+    """Whether this is one of several histories, and not an item id."""
     return isinstance(value, list | tuple | Mapping | np.ndarray | torch.Tensor)
 
 
 def _told(answers: Iterable[Answer]) -> Iterator[list[dict]]:
-    """What the caller gets, and at the end one warning of all that was left out."""
+    """Yields the answers, and at the end one warning that counts everything left out."""
     counts = AnswerCounts()
     for answer in answers:
         counts.add(answer)

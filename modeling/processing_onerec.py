@@ -63,7 +63,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def set_catalogue(self, catalogue: ItemCatalogue | None) -> None:
         """
-        Gives the processor its catalogue, e.g. a grown one.
+        Sets the processor's catalogue, e.g. a grown one.
 
         Raises:
             ValueError: its codebooks have other sizes than the tokenizer's.
@@ -111,8 +111,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r}')
         if self.catalogue is None:
             raise ValueError(
-                f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; give it "
-                "the model's with set_catalogue(...)"
+                f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; set the "
+                "model's with set_catalogue(...)"
             )
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
@@ -129,7 +129,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def sessions(self, sessions: Sequence[Sequence], unknown: str = "error") -> dict[str, torch.Tensor]:
         """
-        The decoder's side of a batch, for sessions that do not each have a history of their own: `decoder_input_ids`,
+        The decoder's side of a batch, for sessions that share histories: `decoder_input_ids`,
         `decoder_attention_mask` and `labels`, as `__call__` makes them.
 
         Example:
@@ -149,7 +149,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         }
 
     def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
-        """Catalogue rows of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
+        """Item indices of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         rows = self.catalogue.indices(
             [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
@@ -192,13 +192,13 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def item_indices(self, sequences) -> torch.Tensor:
         """
-        Catalogue rows of generated sequences.
+        Item indices of generated sequences.
 
         Args:
             sequences: (n, t) token ids as `generate()` returns them (beginning with BOS), or labels (beginning with a code).
 
         Returns:
-            (n, items) int64: the row of each item by its position; -1 where the tokens name no item of the catalogue.
+            (n, items) int64: the item indices by position; -1 where the tokens are no semantic ID of the catalogue.
         """
         blocks = self._blocks(torch.as_tensor(sequences))
         codes = blocks[..., 1:] - torch.tensor(self.tokenizer.level_offsets, device=blocks.device)

@@ -19,9 +19,9 @@ _FORMAT = "onerec-reward-items"
 
 class RewardItems:
     """
-    N distinct item ids in row order. Item row r has the input id r + 1; 0 is padding.
+    N distinct item ids in the order of item indices. Item i has the input id i + 1; 0 is padding.
 
-    It is not the generator's catalogue: a reward model reads items by what they are, so semantic IDs may change beneath it.
+    It is not the generator's catalogue: a reward model does not read semantic IDs, so they may change.
 
     Args:
         item_ids: N distinct integers or strings.
@@ -56,12 +56,12 @@ class RewardItems:
 
     @property
     def item_ids(self) -> list:
-        """All item ids in row order."""
+        """All item ids in the order of item indices."""
         return decode_ids(self._keys)
 
     def indices(self, item_ids: Sequence, what: str = "item") -> np.ndarray:
         """
-        (n,) int64 rows of item ids.
+        (n,) int64 item indices of item ids.
 
         Raises:
             KeyError: unknown ids (how many, the first three).
@@ -102,7 +102,7 @@ class RewardItems:
             ValueError: unequal numbers of histories and sessions, no session, or empty sessions (how many, which is the first).
         """
         if len(histories) != len(sessions):
-            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: give one history per session")
+            raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions: pass one history per session")
         batch = self.encode_shared(histories, range(len(sessions)), sessions, max_history)
         del batch["history_index"]
         return batch
@@ -119,7 +119,7 @@ class RewardItems:
         (sessions,) too.
         """
         if not len(sessions):
-            raise ValueError("there is no session to encode; give at least one")
+            raise ValueError("there is no session to encode; pass at least one")
         empty = np.flatnonzero([not len(session) for session in sessions])
         if len(empty):
             raise ValueError(

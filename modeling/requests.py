@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-#: Titles and other columns of the items, beside the catalogue.
+#: Titles and other columns of the items, next to the catalogue.
 ITEMS_NAME = "items.parquet"
 DEFAULT_BEAMS = 50
 _COUNTS = ("top_k", "num_beams", "session_length", "max_history")
@@ -128,7 +128,7 @@ class Request:
 
 
 class BatchKind(NamedTuple):
-    """What requests of one search have in common."""
+    """The options shared by the requests of one search."""
 
     session_length: int
     num_beams: int
@@ -274,7 +274,7 @@ class Recommender:
     Args:
         model: a `OneRecForConditionalGeneration`, or one with a PEFT adapter around it.
         processor: a `OneRecProcessor` with the same catalogue.
-        items: fields by item id, as [`item_metadata`] or [`saved_items`] give them.
+        items: fields by item id, from [`item_metadata`] or [`saved_items`].
 
     Raises:
         ValueError: model and processor have different catalogues, or none.
@@ -294,12 +294,12 @@ class Recommender:
     def __init__(self, model: Any, processor: Any, items: Mapping[Any, Mapping] | None = None):
         if model.catalogue is None or processor.catalogue is None:
             raise ValueError(
-                f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); give it one with "
+                f"the {'model' if model.catalogue is None else 'processor'} has no item catalogue (catalogue.safetensors); set one with "
                 "set_catalogue(...)"
             )
         if model.catalogue.hash != processor.catalogue.hash:
             raise ValueError(
-                f"the model has {model.catalogue}, the processor has {processor.catalogue}: give both the same one, e.g. "
+                f"the model has {model.catalogue}, the processor has {processor.catalogue}: set the same one on both, e.g. "
                 "model.set_catalogue(processor.catalogue)"
             )
         self.model, self.processor, self.items = model, processor, items
@@ -322,7 +322,7 @@ class Recommender:
             allow: item indices to choose from where the request has no `allow`.
 
         Raises:
-            RequestError: a list that is none, or ids that cannot be item ids. [`ItemIdTypeError`] for ids of another type than the
+            RequestError: a value that is not a list, or invalid item ids. [`ItemIdTypeError`] for ids of another type than the
                 catalogue's; with `unknown="error"` [`UnknownItemError`].
         """
         catalogue, name = self.catalogue, request.name
@@ -427,7 +427,7 @@ def known_indices(catalogue: ItemCatalogue, ids: Any, name: str, unknown: str) -
         unknown: "skip" or "error".
 
     Raises:
-        RequestError: as [`Recommender.resolve`] says.
+        RequestError: as [`Recommender.resolve`].
     """
     if not isinstance(ids, Iterable) or isinstance(ids, str | bytes | Mapping):
         raise RequestError(f'{name} must be a list of item ids, e.g. ["m17", "m4"]; got {ids!r:.60}')
@@ -501,7 +501,7 @@ def item_metadata(items: Any, catalogue: ItemCatalogue) -> dict[Any, dict]:
     }
 
 
-#: What answers say of an item beside its fields.
+#: Keys of answers that fields may not use.
 RESERVED_FIELDS = frozenset({"item", "items", "score"})
 
 
@@ -532,7 +532,7 @@ def find_items(repo: str | os.PathLike, **kwargs) -> str | None:
 def read_items(path: str | os.PathLike | None, catalogue: ItemCatalogue) -> Mapping[Any, Mapping] | None:
     """
     The fields of an `items.parquet` by item id; None for no path. The package onerec_hf reads it: code that was loaded with
-    `trust_remote_code=True`, without the package, gives None and logs it.
+    `trust_remote_code=True`, without the package, returns None and logs it.
 
     Raises:
         ValueError: the file is damaged, or belongs to another catalogue.

@@ -89,7 +89,7 @@ class _Finder(MetaPathFinder):
 
 
 class _CountingLoader(Loader):
-    """A module's loader, which tells the finder when the module's import begins and ends."""
+    """A module's loader, which notifies the finder when the module's import begins and ends."""
 
     def __init__(self, loader, finder: _Finder):
         self.loader, self.finder = loader, finder

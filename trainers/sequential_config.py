@@ -15,7 +15,7 @@ class SequentialTrainingArguments(TrainingArguments):
     Args:
         eval_top_k: the k of Recall@k, NDCG@k, MRR@k and coverage@k.
         eval_exclude_seen: leave out the items of a user's history from the ranking.
-        early_stopping_patience: evaluations without a gain of `metric_for_best_model` before training stops; None trains to the end.
+        early_stopping_patience: evaluations without an improvement of `metric_for_best_model` before training stops; None trains to the end.
         target_share: share of a batch's targets that a step trains on, drawn anew in each. The scores of all items for all targets are most of the
             work: 0.25 takes a third of the time with large catalogues.
         stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
@@ -34,7 +34,8 @@ class SequentialTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Leave out the items of a user's history from the ranking."}
     )
     early_stopping_patience: int | None = field(
-        default=20, metadata={"help": "Evaluations without a gain before training stops; None trains to the end."}
+        default=20,
+        metadata={"help": "Evaluations without an improvement before training stops; None trains to the end."},
     )
     target_share: float = field(
         default=1.0, metadata={"help": "Share of a batch's targets that a step trains on, drawn anew in each."}
@@ -53,7 +54,7 @@ class SequentialTrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
     save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints to keep beside the best one; None keeps all."}
+        default=1, metadata={"help": "Checkpoints to keep in addition to the best one; None keeps all."}
     )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint's weights."})
     metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What selects the checkpoint."})

@@ -42,7 +42,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         eval_dataset: examples with the columns `history` and `session` (item ids), as [`~onerec_hf.data.leave_one_out`] makes them.
 
     Raises:
-        ValueError: a model without item ids, no sequence of two items, or items that the model does not know.
+        ValueError: a model without item ids, no sequence of two items, or items that are not in the model's catalogue.
 
     Example:
         >>> split = leave_one_out(sequences)  # doctest: +SKIP

@@ -1,5 +1,5 @@
 """
-The pictures of the documentation, drawn as SVG: `python docs/images/make.py` writes them beside this file.
+The pictures of the documentation, drawn as SVG: `python docs/images/make.py` writes them into this folder.
 
 Every picture has a light panel behind it, so that it reads the same on light and dark pages.
 """
@@ -18,7 +18,7 @@ EDGE = {PLAIN: "#b6bfcd", BLUE: "#6172d6", GREEN: "#2f9a78", AMBER: "#c98a1e", R
 
 
 class Picture:
-    """Boxes, labels and arrows on a panel of the given size; `title` is what screen readers say."""
+    """Boxes, labels and arrows on a panel of the given size; `title` is the text for screen readers."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width, self.height, self.title = width, height, title
@@ -91,7 +91,7 @@ def overview() -> Picture:
     picture.line((779, 134), (779, 184))
     picture.line((684, 217), (636, 217))
     picture.line((539, 186), (539, 136))
-    picture.note(552, 165, "aligned, again and again", "start")
+    picture.note(552, 165, "iterative alignment", "start")
     picture.rect(24, 272, 850, 38, PLAIN, dash="5 4")
     picture.text(449, 296, "One folder = one Hub repository: weights, processor, catalogue, titles, model card", 14)
     return picture
@@ -203,7 +203,7 @@ def alignment() -> Picture:
     picture.box(270, 280, 290, 60, ["Reference = last snapshot", "renewed at every iteration"], PLAIN)
     picture.line((268, 310), (110, 310), (110, 232))
     picture.note(180, 302, "log-ratio")
-    picture.box(620, 280, 250, 60, ["Held-out reward model", "picks nothing, only evaluates"], PLAIN)
+    picture.box(620, 280, 250, 60, ["Held-out reward model", "held out, only evaluates"], PLAIN)
     picture.line((872, 75), (886, 75), (886, 310), (872, 310), dash="5 4")
     return picture
 
@@ -292,9 +292,9 @@ def data() -> Picture:
     picture.tokens(170, 232, names[:8], [PLAIN] * 8, 64)
     picture.tokens(170 + 8 * 64, 232, names[8:], [ROSE], 64)
     picture.rect(170, 286, 16, 16, PLAIN, radius=4)
-    picture.note(194, 299, "history: what the encoder reads", "start")
+    picture.note(194, 299, "history: input of the encoder", "start")
     picture.rect(430, 286, 16, 16, GREEN, radius=4)
-    picture.note(454, 299, "session: what the decoder learns to write", "start")
+    picture.note(454, 299, "session: target of the decoder", "start")
     return picture
 
 

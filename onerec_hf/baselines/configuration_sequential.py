@@ -38,7 +38,7 @@ class SequentialConfig(PreTrainedConfig):
             `"ce"`: cross-entropy over all items, the stronger one on public data (arXiv 2309.07602). `"bce"`: binary cross-entropy with one random
             negative per target (SASRec, equation 6).
         item_feature_dim (`int`, defaults to 0):
-            Width of the fixed item features (text embeddings, say) beside the learned item embeddings; 0 for none.
+            Width of the fixed item features (such as text embeddings), in addition to the learned item embeddings; 0 for none.
         item_id_bytes (`int`, *optional*):
             How the item ids are saved with the weights: 0 for integers, the length of the longest string in UTF-8 otherwise, `None` without ids.
         initializer_range (`float`, defaults to 0.02):

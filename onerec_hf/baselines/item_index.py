@@ -1,4 +1,4 @@
-"""Item ids and their indices: what a sequence model reads and ranks, saved with its weights."""
+"""Item ids and their indices, saved with the weights of a sequence model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ItemIndex:
 
         Args:
             item_ids: integers or strings, as the index holds them.
-            unknown: `"error"` raises on an unknown id; `"mask"` gives -1 for it.
+            unknown: `"error"` raises on an unknown id; `"mask"` returns -1 for it.
 
         Raises:
             KeyError: unknown ids.

@@ -96,7 +96,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
         Args:
             item_ids: N distinct integers or strings.
-            features: (N, d) finite floats, one row per item: text embeddings, say.
+            features: (N, d) finite floats, one row per item, such as text embeddings.
             config: settings of [`SequentialConfig`], without `num_items` and `item_feature_dim`.
 
         Raises:
@@ -133,7 +133,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     def set_items(self, item_ids: Iterable | ItemIndex, features: np.ndarray | None = None) -> None:
         """
-        Gives the model the ids of its items, and a new model their features. Features are centred and scaled, and their projection is initialised
+        Sets the ids of the model's items, and for a new model their features. Features are centred and scaled, and their projection is initialised
         to the size of the item embeddings: do not call it with features on a trained model.
 
         Args:
@@ -214,7 +214,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         labels (`torch.LongTensor` of shape `(users, t)`, *optional*):
             The input id of the item that follows each position; -100 where there is none.
         seen_ids (`torch.LongTensor` of shape `(users, s)`, *optional*):
-            For `loss="bce"`, the items that are no negatives; those of `input_ids` and `labels` when not given.
+            For `loss="bce"`, items that are never drawn as negatives; those of `input_ids` and `labels` when not given.
         label_smoothing (`float`, *optional*):
             Share of a target's probability that `loss="ce"` spreads over all items.
         """
@@ -250,7 +250,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             input_ids: (users, t).
             exclude_ids: (users, e) input ids to leave out, padded with 0.
             allowed: (num_items,) bool, False for items to leave out for all users.
-            vectors: `item_vectors()`, for a caller with many batches.
+            vectors: `item_vectors()`, precomputed for many batches.
 
         Returns:
             (users, k) item indices, best first, -1 where fewer than k items remain, and their scores.
@@ -295,7 +295,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         for number, history in enumerate(histories):
             if not len(history):
                 raise ValueError(
-                    f"histories[{number}] holds no item that the model knows; leave it out, or rank it by PopularityBaseline"
+                    f"histories[{number}] holds no item of the model's catalogue; leave it out, or rank it by PopularityBaseline"
                 )
             if np.min(history) < 0 or np.max(history) >= self.config.num_items:
                 raise ValueError(
@@ -363,7 +363,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         if allow is not None:
             chosen = known(allow, "allow")
             if not len(chosen):
-                raise ValueError("allow holds no item that the model knows")
+                raise ValueError("allow holds no item of the model's catalogue")
             allowed = torch.zeros(self.config.num_items, dtype=torch.bool, device=self.device)
             allowed[torch.from_numpy(chosen).to(self.device)] = True
         return [

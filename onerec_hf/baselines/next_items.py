@@ -77,7 +77,7 @@ class NextItemCollator:
     Rows of a [`NextItemDataset`] to the inputs of [`SequentialRecommender`]: `input_ids` and `labels`, (rows, t), padded on the left.
 
     Args:
-        with_seen: also `seen_ids`, (rows, longest): all items of each row's user, which a random negative must not be.
+        with_seen: also `seen_ids`, (rows, longest): all items of each row's user, which are never drawn as negatives.
 
     Example:
         >>> rows = [{"inputs": np.array([4, 2]), "targets": np.array([-1, 7])}, {"inputs": np.array([5]), "targets": np.array([0])}]

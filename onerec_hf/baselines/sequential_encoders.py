@@ -1,4 +1,4 @@
-"""What turns a history of item embeddings into states: the networks of SASRec, HSTU and GRU4Rec."""
+"""The networks of SASRec, HSTU and GRU4Rec: from the item embeddings of a history to states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`onerec-hf align`: a trained generator to an aligned one, by reward models or given preferences; its results before and after."""
+"""`onerec-hf align`: aligns a trained generator with reward models or given preferences, and prints results before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def print_rewards(metrics: dict[str, float]) -> None:
     """The mean reward of generated sessions before and after, a line per kind of reward model."""
     for name, who in (
         ("reward", "the reward that picked the pairs"),
-        ("heldout_reward", "the judge, which picked none"),
+        ("heldout_reward", "a held-out judge"),
     ):
         if f"{name}/before" in metrics:
             before, after = (metrics[f"{name}/{when}"] for when in ("before", "after"))

@@ -21,7 +21,7 @@ def parse(
     Parses `argv` into the dataclasses.
 
     Args:
-        required: options without which the command fails, whatever default the dataclass has.
+        required: required options, whatever default the dataclass has.
 
     Raises:
         ValueError: an unknown option (in the YAML file too), a missing one, or a value that does not fit.
@@ -44,7 +44,7 @@ def command_line(prog: str, argv: Sequence[str]) -> str:
 
 @dataclass
 class ShownItemArguments:
-    """What answers show of an item beside its id."""
+    """Item fields in answers, in addition to the id."""
 
     items: str | None = field(
         default=None,

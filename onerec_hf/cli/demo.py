@@ -21,9 +21,9 @@ class DemoArguments(ShownItemArguments):
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})
     title_column: str = field(
-        default="title", metadata={"help": "The column that names an item; its id does where there is none."}
+        default="title", metadata={"help": "Column with the name of an item; items without one show their id."}
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets others in."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 accepts other machines."})
     port: int = field(default=7860, metadata={"help": "Port."})
 
     def load(self, repo: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFields | None:
@@ -44,7 +44,7 @@ class DemoArguments(ShownItemArguments):
 def main(argv: list[str]) -> None:
     (args,) = parse((DemoArguments,), argv, "demo", required=["--model"])
     if not 0 < args.port < 65536:
-        raise ValueError(f"--port {args.port}: give a number from 1 to 65535")
+        raise ValueError(f"--port {args.port}: pass a number from 1 to 65535")
     try:
         import gradio  # noqa: F401
     except ImportError:

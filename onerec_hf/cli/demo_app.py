@@ -56,7 +56,7 @@ class DemoRecommender:
     Args:
         model, processor: as loaded from one folder.
         items: fields by item id.
-        title_column: the field that names an item; its id does where there is none.
+        title_column: the field with the name of an item; items without one show their id.
 
     Example:
         >>> recommender = DemoRecommender(model, processor, {"m17": {"title": "Alien"}})  # doctest: +SKIP
@@ -81,7 +81,7 @@ class DemoRecommender:
         return self.recommender.items.get(item_id, {})
 
     def choices(self) -> list[tuple[str, str]]:
-        """(label, id as text), by label, of the items, or of the most popular 20,000; two items of one title are told apart by their ids."""
+        """(label, id as text), by label, of the items, or of the most popular 20,000; items with equal titles are distinguished by their ids."""
         popularity = self.catalogue.popularity
         rows = np.arange(len(self.catalogue)) if popularity is None else np.argsort(-popularity, kind="stable")
         rows = rows[:MAX_CHOICES]
@@ -174,7 +174,7 @@ def render(sessions: list[tuple[float, list[GeneratedItem]]]) -> str:
             f'<div class="onerec-session"><b>Session {place}</b> <span class="onerec-score">log-probability {score:.2f}</span>'
             f"<ol>{''.join(rows)}</ol></div>"
         )
-    return "".join(parts) if sessions else f"{_STYLE}<p>No legal session is left: loosen the settings.</p>"
+    return "".join(parts) if sessions else f"{_STYLE}<p>No legal session is left: relax the settings.</p>"
 
 
 def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), name: str = "OneRec") -> Any:

@@ -1,4 +1,4 @@
-"""`onerec-hf evaluate`: a saved model ranks the whole catalogue for held-out items, beside popularity and item-kNN."""
+"""`onerec-hf evaluate`: a saved model ranks the whole catalogue for held-out items, with popularity and item-kNN as baselines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from onerec_hf.workflows.settings import DataSettings
 
 @dataclass
 class EvaluateOptions:
-    """Where the rows go."""
+    """Output of the results."""
 
-    json: str | None = field(default=None, metadata={"help": "File for the rows as JSON."})
+    json: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     settings.check()
     if options.json is not None and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(
-            f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}; make it first"
+            f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}; create it first"
         )
     dataset = load_dataset(data)
     result = evaluate(dataset, settings)

@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # of logits, float32 in both
 
 @dataclass
 class ExportArguments(OutputSettings):
-    """What is exported, and where to."""
+    """The model to export and the output folder."""
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})
     output_dir: str = field(default="onerec-onnx", metadata={"help": "Folder for the graphs and the processor."})
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             shutil.move(path, folder / path.name)
     for name, difference in differences.items():
         print(f"{name}.onnx: largest difference from the model in onnxruntime {difference:.1e}")
-    say(f"saved to {folder}; the catalogue's constraint is not part of the graphs (docs/cli.md#export)")
+    say(f"saved to {folder}; the catalogue's constraint is not part of the graphs (docs/reference/cli.md#export)")
 
 
 def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, float]:

@@ -11,18 +11,18 @@ from onerec_hf.workflows.distributed import is_first, leave, say
 from onerec_hf.workflows.errors import RunComplete
 
 COMMANDS = {
-    "quickstart": "from ratings to a saved, recommending model on one page, with its baselines",
-    "prepare": "raw logs of any size to sharded training examples, with bounded memory",
-    "semantic-ids": "fit: item embeddings to balanced, unique semantic IDs; report: quantizers compared",
+    "quickstart": "train, evaluate and save a first model from ratings, with baselines",
+    "prepare": "convert raw logs of any size to sharded training examples, with bounded memory",
+    "semantic-ids": "fit: balanced, unique semantic IDs from item embeddings; report: compare quantizers",
     "train": "train a generator on interactions",
-    "plan": "memory per GPU, communication and time per step of a model, computed from its config",
-    "reward": "impressions with feedback to a reward model that scores sessions",
-    "align": "preference alignment of a trained generator, by reward models or given pairs",
-    "evaluate": "rank the full catalogue for held-out items, beside popularity and item-kNN",
-    "export": "a trained generator as ONNX graphs, compared with the model",
-    "serve": "a saved model behind HTTP: batching, per-request constraints, metrics, reload",
-    "demo": "a saved model as a page in the browser: pick a history, see generated sessions",
-    "recommend": "histories (file or stdin) to recommended items, as JSON lines",
+    "plan": "compute memory per GPU, communication and time per step of a model from its config",
+    "reward": "train a reward model that scores sessions, from impressions with feedback",
+    "align": "align a trained generator with preferences, from reward models or given pairs",
+    "evaluate": "rank the full catalogue for held-out items, with popularity and item-kNN as baselines",
+    "export": "export a trained generator as ONNX graphs and compare them with the model",
+    "serve": "serve a saved model over HTTP: batching, per-request constraints, metrics, reload",
+    "demo": "open a page in the browser: pick a history, see generated sessions",
+    "recommend": "recommend items for histories (file or stdin), as JSON lines",
 }
 
 USAGE = "\n".join(
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nonerec-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) has ended
+    except BrokenPipeError:  # the reader of the output (`| head`) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.planning import Gpu
 
-# Options of `train` with another name here, so that its recipes work.
+# Options with another name in `train`, so that recipes for `train` work.
 SAME_AS = {"per_device_train_batch_size": "batch", "activation_checkpointing": "checkpointing"}
 
 

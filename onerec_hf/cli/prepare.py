@@ -11,7 +11,7 @@ from onerec_hf.workflows.settings import OutputSettings, WindowSettings
 
 @dataclass
 class PrepareOptions(OutputSettings):
-    """Which log, and how the folder is laid out."""
+    """The log and the layout of the output folder."""
 
     interactions: str | None = field(
         default=None,
@@ -21,7 +21,7 @@ class PrepareOptions(OutputSettings):
     train_on: str = field(
         default="windows",
         metadata={
-            "help": "windows (a history per session) or prefixes (a history once for all its sessions; for --encoder_is_causal)."
+            "help": "windows (one history per session) or prefixes (one history for all its sessions; for --encoder_is_causal)."
         },
     )
     num_shards: int = field(
@@ -29,7 +29,7 @@ class PrepareOptions(OutputSettings):
     )
     rows_per_bucket: int = field(
         default=2_000_000,
-        metadata={"help": "About how many rows of the log are in memory at a time; fewer take less memory."},
+        metadata={"help": "Approximate number of log rows in memory at a time."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the training examples."})
 

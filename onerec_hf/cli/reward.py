@@ -1,4 +1,4 @@
-"""`onerec-hf reward`: impressions with feedback to a saved session reward model, evaluated on a later period beside simpler predictors."""
+"""`onerec-hf reward`: trains a session reward model from impressions with feedback, and evaluates it with baselines on a later period."""
 
 from __future__ import annotations
 

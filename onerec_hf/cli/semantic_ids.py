@@ -18,20 +18,22 @@ from onerec_hf.workflows.settings import DataSettings, SemanticIDSettings
 
 @dataclass
 class ReportOptions:
-    """Which quantizers are compared, and where the comparison goes."""
+    """The quantizers to compare and the output files."""
 
     quantizers: list[str] = field(
         default_factory=lambda: ["balanced", "kmeans", "rq-vae"], metadata={"help": "Quantizers to compare."}
     )
     json: str | None = field(default=None, metadata={"help": "File for the reports as JSON."})
-    png: str | None = field(default=None, metadata={"help": "File for the picture."})
+    png: str | None = field(default=None, metadata={"help": "PNG file for the plots."})
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         argv = ["fit", *argv]
     if argv[:1] not in (["fit"], ["report"]):
-        raise ValueError("say what to do: onerec-hf semantic-ids fit --help, or onerec-hf semantic-ids report --help")
+        raise ValueError(
+            "choose a subcommand: onerec-hf semantic-ids fit --help, or onerec-hf semantic-ids report --help"
+        )
     (fit if argv[0] == "fit" else report)(argv[1:])
 
 

@@ -1,4 +1,4 @@
-"""`onerec-hf serve`: a saved model behind HTTP."""
+"""`onerec-hf serve`: serves a saved model over HTTP."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ class ServeArguments(ShownItemArguments):
     model: str = field(default="", metadata={"help": "A saved OneRec: folder or Hub id."})
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address to listen on. Any other than this machine's own needs a token."},
+        metadata={"help": "Address to listen on. Any address except loopback needs a token."},
     )
     port: int = field(default=8000, metadata={"help": "Port; 0 takes a free one."})
     token: str | None = field(
         default=None,
         metadata={
-            "help": "Token that requests must bear. Every user of the machine sees it in the list of processes: better the environment variable ONEREC_HF_TOKEN, or --token_file."
+            "help": "Token that requests must carry. The process list shows it to all users of the machine: prefer the environment variable ONEREC_HF_TOKEN, or --token_file."
         },
     )
     token_file: str | None = field(default=None, metadata={"help": "File whose first line is the token."})
     unknown: str = field(
         default="skip",
-        metadata={
-            "help": "Ids that the catalogue lacks, where a request does not say: skip (counted) or error (422)."
-        },
+        metadata={"help": "Default for ids that are not in the catalogue: skip (counted) or error (422)."},
     )
-    threads: int = field(default=0, metadata={"help": "CPU threads of a computation; 0 leaves it to torch."})
-    drain_timeout: float = field(default=30.0, metadata={"help": "Seconds to answer requests once told to stop."})
-    max_batch_size: int = field(default=32, metadata={"help": "Histories that are answered at once."})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 for torch's default."})
+    drain_timeout: float = field(default=30.0, metadata={"help": "Seconds to answer accepted requests on shutdown."})
+    max_batch_size: int = field(default=32, metadata={"help": "Largest number of histories per batch."})
     max_wait_ms: float = field(
         default=2.0, metadata={"help": "Milliseconds that the first history of a batch waits for others."}
     )
-    max_queue: int = field(default=512, metadata={"help": "Histories that may wait; beyond it requests get 503."})
+    max_queue: int = field(
+        default=512, metadata={"help": "Largest number of waiting histories; further requests get 503."}
+    )
     timeout: float = field(default=30.0, metadata={"help": "Seconds until a request gets 504."})
-    max_histories: int = field(default=64, metadata={"help": "Histories of one request."})
-    max_history_items: int = field(default=2000, metadata={"help": "Items of one history."})
-    max_list_items: int = field(default=10000, metadata={"help": "Items of one exclude or allow list."})
+    max_histories: int = field(default=64, metadata={"help": "Largest number of histories per request."})
+    max_history_items: int = field(default=2000, metadata={"help": "Largest number of items per history."})
+    max_list_items: int = field(default=10000, metadata={"help": "Largest number of items per exclude or allow list."})
     max_top_k: int = field(default=100, metadata={"help": "Largest top_k of a request."})
     max_beams: int = field(default=128, metadata={"help": "Largest num_beams of a request."})
     max_session_length: int = field(default=10, metadata={"help": "Largest session_length of a request."})
-    max_body_bytes: int = field(default=1 << 20, metadata={"help": "Size of a request."})
+    max_body_bytes: int = field(default=1 << 20, metadata={"help": "Largest size of a request in bytes."})
 
 
 def main(argv: list[str]) -> None:
@@ -71,15 +71,15 @@ def main(argv: list[str]) -> None:
     if args.unknown not in ("error", "skip"):
         raise ValueError(f"--unknown is error or skip, not {args.unknown!r}")
     if not 0 <= args.port < 65536:
-        raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
+        raise ValueError(f"--port {args.port}: pass a number from 0 to 65535")
     if not 0 <= args.threads <= 1024:
-        raise ValueError(f"--threads {args.threads}: give a number from 0 to 1024")
+        raise ValueError(f"--threads {args.threads}: pass a number from 0 to 1024")
     if not 0 <= args.drain_timeout <= 86_400:
-        raise ValueError(f"--drain_timeout {args.drain_timeout:g}: give 0 to 86400 seconds")
+        raise ValueError(f"--drain_timeout {args.drain_timeout:g}: pass 0 to 86400 seconds")
     settings = ServingSettings(**{each.name: getattr(args, each.name) for each in fields(ServingSettings)})
     if token is None and not is_loopback(args.host):
         raise ValueError(
-            f"--host {args.host} lets other machines in, so requests must bear a token: set {TOKEN_VARIABLE}, or give --token_file; "
+            f"--host {args.host} accepts other machines, so requests must carry a token: set {TOKEN_VARIABLE}, or pass --token_file; "
             "`openssl rand -hex 16` makes one"
         )
     with listen(args.host, args.port) as bound:

@@ -135,7 +135,7 @@ class UserSequences:
                 break
         if not keep.any():
             raise DataError(
-                f"filtering removes all {len(self):,} users and {len(items):,} interactions: no user has {min_user} items "
-                f"with {min_item} interactions each. Lower min_user or min_item."
+                f"filtering removes all {len(self):,} users and {len(items):,} interactions: no user has "
+                f"at least {min_user} items with at least {min_item} interactions each. Lower min_user or min_item."
             )
         return self.where(keep)

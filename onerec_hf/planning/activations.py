@@ -70,7 +70,7 @@ class Activations:
 
     Args:
         encoder_layer, decoder_layer: one layer.
-        boundary: the inputs of all layers, which is all that checkpointing keeps of them.
+        boundary: the inputs of all layers, the only tensors of a layer that checkpointing keeps.
         shared: outside the layers: embeddings, rotary angles, final norms, the encoder's output, targets, the item head.
         logits: copies of the logits (tokens, and items of the item head) at the peak, between forward and backward pass.
         exchange: token rows that expert parallelism sends in one layer, in addition to those that are kept.

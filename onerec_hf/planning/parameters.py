@@ -57,7 +57,7 @@ def _attention(config: OneRecConfig) -> list[Shape]:
 
 
 def _encoder_attention(config: OneRecConfig) -> list[Shape]:
-    """Pointwise attention has a gate beside queries, keys and values, and a norm before the output."""
+    """Pointwise attention has a gate in addition to queries, keys and values, and a norm before the output."""
     queries, _ = attention_widths(config)
     gate = [(queries, config.hidden_size), (queries,)] if is_pointwise(config) else []
     return [*_attention(config), *gate]

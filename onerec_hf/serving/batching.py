@@ -43,7 +43,7 @@ class Batcher:
     one, so that only the faulty one fails. Entries with cancelled futures are not computed.
 
     Args:
-        compute: takes a key and a list of items, returns a result per item; called in a thread of its own, one call at a time.
+        compute: takes a key and a list of items, returns a result per item; called in a separate thread, one call at a time.
         max_batch_size: maximum number of entries per batch.
         max_wait: seconds that the first entry of a batch waits for others.
         max_queue: maximum number of waiting entries, without those in computation.

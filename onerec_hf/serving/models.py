@@ -59,11 +59,11 @@ class ServedModel:
 
     Args:
         model, processor: with the same catalogue. The model is put into evaluation mode and, until [`close`], keeps its experts packed.
-        version: tells models apart.
+        version: identifies the model.
         items: fields by item id, for answers.
 
     Raises:
-        ValueError: no catalogue, or two different ones; or the model cannot recommend (its weights are not numbers, say).
+        ValueError: no catalogue, or two different ones; or the model cannot recommend (non-finite weights, for example).
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
@@ -111,7 +111,7 @@ class ServedModel:
 
         Args:
             unless: a version; None is returned where the folder holds that one.
-            load_items: takes the folder and its catalogue and gives the items' fields; those saved with the model when not given.
+            load_items: takes the folder and its catalogue and returns the items' fields (default: those saved with the model).
 
         Raises:
             ValueError, OSError: it is not there, damaged, incomplete, changing, or not a generator.
@@ -154,7 +154,7 @@ class ServedModel:
         return served
 
     def close(self) -> None:
-        """Gives the packed experts back."""
+        """Releases the packed experts."""
         self._resources.close()
 
     def _try_out(self) -> None:
@@ -176,7 +176,7 @@ class ServedModel:
 
         Args:
             name: of the query's history in messages.
-            unknown: "skip" or "error", where the query does not say.
+            unknown: "skip" or "error", default of queries without the option.
 
         Raises:
             RequestError: it goes beyond a limit, names unknown items where that is an error, or leaves nothing to read or to recommend.
@@ -251,7 +251,7 @@ def find_folder(repo: str) -> Path:
 
 
 def _model_type(folder: Path) -> Any:
-    """What config.json says."""
+    """The content of config.json."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")

@@ -20,7 +20,7 @@ class Query(BaseModel):
     history: ItemIds = Field(description="Item ids, oldest first.")
     top_k: StrictInt = Field(10, ge=1, description="Items (or sessions) to return, best first.")
     session_length: StrictInt = Field(
-        1, ge=1, description="Items per session; 1 gives a ranked list of items under `items`."
+        1, ge=1, description="Items per session; 1 returns a ranked list of items under `items`."
     )
     num_beams: StrictInt | None = Field(None, ge=1, description="Beam width; by default 50, or `top_k` if larger.")
     exclude_seen: StrictBool = Field(True, description="Exclude the items of the history.")

@@ -37,7 +37,7 @@ class RecommendationService:
         model: the initial model.
         settings: limits.
         load: loads the model for a reload, given the served version; returns None if it has not changed. Called in a thread.
-        unknown: "skip" or "error": what becomes of ids that the catalogue lacks, where a query does not say.
+        unknown: "skip" or "error": handling of unknown ids in queries without the option.
     """
 
     def __init__(

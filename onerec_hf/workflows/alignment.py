@@ -45,7 +45,7 @@ REWARDED_USERS = 1000
 
 @dataclass
 class AlignSettings(ModelOutputSettings):
-    """What is aligned, and with what."""
+    """The model to align and the source of preferences."""
 
     model: str | None = field(default=None, metadata={"help": "A trained OneRec to align: folder or Hub id."})
     reward: list[str] | None = field(
@@ -57,42 +57,40 @@ class AlignSettings(ModelOutputSettings):
     )
     judge: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Held-out reward models: they pick no pair and only score generated sessions before and after."
-        },
+        metadata={"help": "Held-out reward models, which only score generated sessions before and after."},
     )
     max_examples: int | None = field(
-        default=None, metadata={"help": "Training examples to align on, drawn at random; all when not given."}
+        default=None, metadata={"help": "Random sample of training examples to align on; all by default."}
     )
     evaluate: bool = field(
-        default=True, metadata={"help": "Rank the test items before and after, beside popularity and item-kNN."}
+        default=True, metadata={"help": "Rank the test items before and after, also with popularity and item-kNN."}
     )
 
     def check(self) -> None:
         """
         Raises:
-            ValueError: no model, neither or both of rewards and preferences, or a judge that is a reward too.
+            ValueError: no model, neither or both of rewards and preferences, or a held-out judge that is also a reward.
         """
         if self.model is None:
-            raise ValueError("give --model: the folder or Hub id of a trained OneRec")
+            raise ValueError("pass --model: the folder or Hub id of a trained OneRec")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1; got {self.max_examples}")
         if (self.reward is None) == (self.preferences is None):
             raise ValueError(
-                "give either --reward, models that score generated sessions, or --preferences, a file of pairs"
+                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs"
             )
         both = {os.path.realpath(path) for path in self.reward or []} & {
             os.path.realpath(path) for path in self.judge or []
         }
         if both:
-            raise ValueError(f"--judge {sorted(both)[0]} is a --reward too: a judge is a model that picks no pair")
+            raise ValueError(f"--judge {sorted(both)[0]} is also a --reward; pass a held-out reward model")
 
 
 def align(
     data: RecommendationDataset | DataSettings, *settings: object, command: str | None = None, **options
 ) -> GeneratorResult:
     """
-    Aligns a saved generator by DPO, with pairs drawn from its own sessions by reward models or with given pairs, and saves the aligned
+    Aligns a saved generator by DPO, with pairs of its sessions selected by reward models or with given pairs, and saves the aligned
     model, its pairs, `results.json` and card into `output_dir`. `resume_from_checkpoint="last"` resumes a run that was killed.
 
     Args:
@@ -181,7 +179,7 @@ def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
 def make_trainer(
     model, rewards: list, args: OneRecDPOConfig, processor: OneRecProcessor, examples: datasets.Dataset
 ) -> Any:
-    """The trainer that draws its own pairs with the rewards; without rewards the one that takes given pairs."""
+    """The trainer that draws pairs with the rewards; without rewards the trainer for given pairs."""
     from onerec_hf.trainers import OneRecDPOTrainer, Seq2SeqDPOTrainer
 
     if not rewards:
@@ -200,7 +198,7 @@ def report(
     command: str | None,
 ) -> None:
     """
-    Writes pairs, `results.json` and card beside the aligned model.
+    Writes pairs, `results.json` and card into the folder of the aligned model.
 
     Args:
         drawn: whether the trainer drew its pairs.

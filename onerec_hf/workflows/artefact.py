@@ -30,7 +30,7 @@ CODEBOOKS_NAME, REPORT_NAME, ITEMS_NAME = "codebooks.safetensors", "semantic_ids
 @contextlib.contextmanager
 def naming(option: str, repo: str) -> Iterator[None]:
     """
-    Turns what the libraries raise about an artefact that is absent or damaged into one error that names the option and the folder.
+    Converts library errors about an absent or damaged artefact to one error that names the option and the folder.
 
     Raises:
         ValueError: in place of those.
@@ -173,7 +173,7 @@ def new_model(
 
 
 def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
-    """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the one it has."""
+    """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the present one."""
     if weight is not None and model.generation_config is not None:
         model.generation_config.item_score_weight = weight  # pyright: ignore[reportAttributeAccessIssue] (a field of ours)
 
@@ -198,7 +198,7 @@ def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | 
     Saves the processor with its catalogue; the first rank writes.
 
     Args:
-        items: the items table of the data, for `write_items`; None if there is none, or it is not to be saved.
+        items: the items table of the data, for `write_items`; None if there is none or it is not saved.
     """
     write_items(folder, items, processor)
     if is_first():
@@ -207,7 +207,7 @@ def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | 
 
 def write_items(folder: Path, items: ItemTable | None, processor: OneRecProcessor) -> None:
     """
-    Writes titles and other columns of an items table into `items.parquet` beside the catalogue; the first rank writes. Items that the table
+    Writes titles and other columns of an items table into `items.parquet` next to the catalogue; the first rank writes. Items that the table
     does not hold keep what `write_origin` wrote for them.
     """
     if items is not None and processor.catalogue is not None and is_first():
@@ -216,13 +216,13 @@ def write_items(folder: Path, items: ItemTable | None, processor: OneRecProcesso
         if left_out := save_items_table(folder, items, processor.catalogue, keep=True):
             say(left_out)
     path = folder / ITEMS_NAME
-    processor.items_file = str(path) if path.is_file() else None  # whoever saves the processor saves this table
+    processor.items_file = str(path) if path.is_file() else None  # saved with the processor
 
 
 def find_origin(repo: str | os.PathLike, with_items: bool = True) -> dict[str, bytes]:
     """
     The files that belong to the semantic IDs in a folder or Hub repository, as far as it has them: codebooks, report, and `with_items` the
-    items table. A run that takes the semantic IDs over copies these files.
+    items table. A run that reuses the semantic IDs copies these files.
     """
     from transformers.utils.hub import cached_file
 

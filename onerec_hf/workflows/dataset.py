@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 class RecommendationDataset(Protocol):
     """
-    Interactions as training and held-out examples, and the items that they are about. Examples have the columns `user_id`, `history` and
-    `session`; `session_length` and `max_history` are those that the training examples were cut with.
+    Interactions as training and held-out examples, and their items. Examples have the columns `user_id`, `history` and
+    `session`; `session_length` and `max_history` are those of the training examples.
     """
 
     @property
@@ -77,11 +77,11 @@ class RecommendationDataset(Protocol):
 
     @property
     def train_sequences(self) -> UserSequences:
-        """All that may be learned from; in memory."""
+        """All training sequences, in memory."""
         ...
 
     def counts(self) -> dict[str, int]:
-        """How much of everything there is, for cards."""
+        """Counts of the data, for cards."""
         ...
 
     def train_rows(self) -> list[np.ndarray]:
@@ -175,7 +175,7 @@ class InMemoryDataset:
 @dataclass(frozen=True, eq=False)
 class ShardedDataset:
     """
-    A folder of `onerec-hf prepare`: training examples are streamed, sequences are read when something is learned from them.
+    A folder of `onerec-hf prepare`: training examples are streamed, sequences are read on first use.
 
     Args:
         folder: the prepared folder.
@@ -224,7 +224,7 @@ class ShardedDataset:
     def test(self) -> datasets.Dataset:
         return self._test
 
-    # Read once, on first use: trainers tell data sets apart by identity.
+    # Read once, on first use: trainers identify data sets by identity.
     @cached_property
     def _train(self) -> ExampleStream:
         return self.folder.train()
@@ -263,7 +263,7 @@ def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:
 
 
 class ItemLookup(Protocol):
-    """The items that a model knows: a [`~onerec_hf.ItemCatalogue`], or the item index of a sequence model."""
+    """The items of a model: a [`~onerec_hf.ItemCatalogue`], or the item index of a sequence model."""
 
     def __len__(self) -> int: ...
 
@@ -283,7 +283,7 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
         ValueError: items are missing (how many, the first three), or ids are of the other type.
     """
     cure = (
-        "give the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
+        "pass the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
     )
     try:
         unknown = catalogue.indices(data.item_ids, unknown="mask") < 0

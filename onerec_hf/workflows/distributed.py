@@ -50,7 +50,7 @@ def all_ranks() -> Ranks | None:
 
 
 def wait() -> None:
-    """Waits for the other ranks: what the first rank writes is complete for all of them then."""
+    """Waits for the other ranks: afterwards, everything that the first rank wrote is complete."""
     if num_ranks() == 1:
         return
     import torch.distributed as dist

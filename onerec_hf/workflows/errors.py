@@ -2,4 +2,4 @@
 
 
 class RunComplete(Exception):
-    """A run that was resumed has ended already: its folder holds the model and the results."""
+    """The resumed run is already complete: its folder contains the model and the results."""

@@ -1,4 +1,4 @@
-"""A saved or trained model ranks the whole catalogue for held-out items, beside popularity and item-kNN."""
+"""A saved or trained model ranks the whole catalogue for held-out items, with popularity and item-kNN as baselines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SEQUENTIAL = "onerec_baseline"
 
 @dataclass
 class EvaluateSettings:
-    """What is evaluated and how."""
+    """The model to evaluate and the options of the ranking."""
 
     model: str | None = field(
         default=None, metadata={"help": "A saved OneRec, or a SASRec, HSTU or GRU4Rec: folder or Hub id."}
@@ -50,13 +50,11 @@ class EvaluateSettings:
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of a user's history."})
     baselines: bool = field(
         default=True,
-        metadata={
-            "help": "Rank with popularity and item-kNN beside the model; they hold all training sequences in memory."
-        },
+        metadata={"help": "Also rank with popularity and item-kNN, which need all training sequences in memory."},
     )
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     item_score_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the item head's scores; the model's own when not given."}
+        default=None, metadata={"help": "Weight of the item head's scores; the model's default if not given."}
     )
 
     def check(self) -> None:
@@ -65,7 +63,7 @@ class EvaluateSettings:
             ValueError: no model, an unknown split, or numbers that do not fit together.
         """
         if self.model is None:
-            raise ValueError("give --model: the folder or Hub id of a saved OneRec")
+            raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
         if self.split not in ("test", "validation"):
             raise ValueError(f"--split is test or validation, not {self.split!r}")
         if min(self.top_k) < 1 or self.num_beams < max(self.top_k) or self.batch_size < 1:
@@ -85,7 +83,7 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
         options: single fields of them, e.g. `model="runs/mine"`.
 
     Raises:
-        ValueError: options that do not fit together, no model at the place, or items of the data that its catalogue lacks.
+        ValueError: options that do not fit together, no model in the folder, or items of the data that its catalogue lacks.
 
     Example:
         >>> evaluate(dataset, model="runs/mine", top_k=[10]).metrics["onerec/recall@10"]  # doctest: +SKIP
@@ -160,10 +158,10 @@ def ranking_rows(
     model, processor: OneRecProcessor, data: RecommendationDataset, use_cpu: bool
 ) -> list[dict[str, Any]]:
     """
-    Result rows of a model in memory on the test split, beside the baselines.
+    Result rows of a model in memory and of the baselines, on the test split.
 
     Args:
-        use_cpu: as in the arguments of the training: the last arguments that are made decide how the ranks are joined.
+        use_cpu: as in the training arguments: the latest arguments determine how the ranks are joined.
     """
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
@@ -180,7 +178,7 @@ def evaluate_beside_baselines(
 ) -> list[dict[str, Any]]:
     """
     Result rows of the trainer's model and, with `baselines`, of popularity and item-kNN on a split: full catalogue, seen items excluded as
-    `trainer.args` say. Ranks share the model's users; the first rank gets the rows, the others none.
+    in `trainer.args`. Ranks share the model's users; the first rank gets the rows, the others none.
     """
     args, processor = cast("OneRecTrainingArguments", trainer.args), cast("OneRecProcessor", trainer.processing_class)
     catalogue = processor.catalogue

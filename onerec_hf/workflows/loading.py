@@ -29,7 +29,7 @@ def load_dataset(
     `onerec-hf prepare`.
 
     Args:
-        settings: which data, and how examples are cut.
+        settings: the data and the cutting of examples.
         interactions: a path, a DataFrame or a `datasets.Dataset` with user, item and timestamp.
         items: the same kinds of tables, with item ids and text columns.
         embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.
@@ -51,7 +51,7 @@ def load_dataset(
     if settings.prepared is None:
         return load_in_memory(settings, interactions=interactions, items=items, embeddings=embeddings)
     if settings.dataset is not None or settings.interactions is not None or interactions is not None:
-        raise ValueError("give --prepared, --interactions or --dataset; one of them")
+        raise ValueError("pass --prepared, --interactions or --dataset; one of them")
     items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
     return _open_shards(settings, settings.prepared, items, embeddings)
 
@@ -86,14 +86,14 @@ def load_in_memory(
     if settings.eval_users is not None:
         raise ValueError("--eval_users goes with --prepared")
     if (settings.dataset is None) == (interactions is None):
-        raise ValueError("give either --dataset (a named source) or --interactions (your own table)")
+        raise ValueError("pass either --dataset (a named source) or --interactions (your own table)")
     for option, value, needs, given in (
         ("--items", items, "--interactions", interactions),
         ("--embeddings", embeddings, "--items", items),
         ("--data_dir", settings.data_dir, "--dataset", settings.dataset),
     ):
         if value is not None and given is None:
-            raise ValueError(f"{option} goes with {needs}; give both or neither")
+            raise ValueError(f"{option} goes with {needs}; pass both or neither")
     for option in ("min_item_interactions", "session_length", "max_history", "stride"):
         if getattr(settings, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
@@ -176,7 +176,7 @@ def _open_shards(
                 "the option out, or prepare the log again"
             )
     if items is None and embeddings is not None:
-        raise ValueError("--embeddings goes with --items; give both or neither")
+        raise ValueError("--embeddings goes with --items; pass both or neither")
     table = None if items is None else _items_of(folder, items, settings.item_column, embeddings)
     dataset = ShardedDataset(folder, table, settings.eval_users)
     say(

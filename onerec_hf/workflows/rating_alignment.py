@@ -1,4 +1,4 @@
-"""One short round of preference alignment from ratings, for `onerec-hf quickstart`, with a held-out reward model beside it."""
+"""One short round of preference alignment from ratings, for `onerec-hf quickstart`, with a held-out reward model."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
     processor, rows = trainer.processing_class, data.train
     rng = np.random.default_rng(seed)
     prompts = rows.select(np.sort(rng.choice(len(rows), size=min(EXAMPLES, len(rows)), replace=False)))
+    say(f"alignment: two reward models of ratings, then DPO with {len(prompts):,} training examples")
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         picker, judge = (
             small_reward_model(windows, data, features, seed + place, {**quiet, "output_dir": scratch})

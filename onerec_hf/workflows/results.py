@@ -59,7 +59,7 @@ class GeneratorResult(Result):
 
     @property
     def processor(self) -> OneRecProcessor:
-        """The processor with the catalogue, as it is saved beside the model."""
+        """The processor with the catalogue, as saved with the model."""
         return cast("OneRecProcessor", self.trainer.processing_class)
 
 

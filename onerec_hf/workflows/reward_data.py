@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class RewardDataSettings:
-    """Which impressions, and how they become labelled sessions."""
+    """The impressions and the cutting of labelled sessions."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "A named source: kuairand-pure. Or give --impressions."}
+        default=None, metadata={"help": "A named data set: kuairand-pure. Or pass --impressions."}
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
     impressions: str | None = field(
         default=None,
-        metadata={"help": "Your own table, a row per impression: user, item, timestamp and a column per objective."},
+        metadata={"help": "Your own table, one row per impression: user, item, timestamp and a column per objective."},
     )
     objectives: list[str] | None = field(
         default=None, metadata={"help": "NAME=COLUMN of --impressions, values in [0, 1], e.g. vtr=viewed ltr=liked."}
@@ -44,10 +44,10 @@ class RewardDataSettings:
         metadata={"help": "Your items: item_id, and any of tags, author, type, duration_ms as features."},
     )
     embeddings: str | None = field(
-        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items, as features."}
+        default=None, metadata={"help": ".npy of item embeddings, one row per row of --items, as features."}
     )
-    min_items: int = field(default=5, metadata={"help": "Fewest impressions of a session."})
-    max_items: int = field(default=10, metadata={"help": "Most impressions of a session."})
+    min_items: int = field(default=5, metadata={"help": "Minimum number of impressions per session."})
+    max_items: int = field(default=10, metadata={"help": "Maximum number of impressions per session."})
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
@@ -65,7 +65,7 @@ def load_feedback(
     Labelled windows of a named source or of the user's own table.
 
     Args:
-        settings: which impressions, and how they become labelled sessions.
+        settings: the impressions and the cutting of labelled sessions.
         max_history: latest items of a history.
         impressions, items: a path, a DataFrame or a `datasets.Dataset`.
         options: single fields of [`RewardDataSettings`], over `settings`.
@@ -85,11 +85,11 @@ def load_feedback(
     impressions = settings.impressions if impressions is None else impressions
     items = settings.items if items is None else items
     if (settings.dataset is None) == (impressions is None):
-        raise ValueError("give either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
+        raise ValueError("pass either --dataset kuairand-pure with --data_dir, or --impressions, your own table")
     if impressions is None:
         if settings.dataset != "kuairand-pure" or settings.data_dir is None:
             raise ValueError(
-                f"--dataset {settings.dataset}: with labelled impressions there is kuairand-pure, and it needs --data_dir"
+                f"--dataset {settings.dataset}: the only data set with labelled impressions is kuairand-pure, with --data_dir"
             )
         return load_kuairand_feedback(
             settings.data_dir,
@@ -110,7 +110,7 @@ def load_feedback(
     assert settings.validation_start is not None
     assert settings.test_start is not None
     if settings.embeddings is not None and items is None:
-        raise ValueError("--embeddings needs --items: they have a row per row of it")
+        raise ValueError("--embeddings needs --items: one embedding per row")
     return load_impressions(
         impressions,
         {pair.split("=")[0]: pair.split("=")[-1] for pair in settings.objectives},

@@ -1,4 +1,4 @@
-"""From labelled impressions to a saved session reward model, evaluated on a later period beside simpler predictors."""
+"""From labelled impressions to a saved session reward model, evaluated with baselines on a later period."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ATTRIBUTES = ("tags", "author", "type", "duration_ms")
 
 @dataclass
 class RewardModelSettings:
-    """Size of the reward model, and how its objectives become one number."""
+    """Size of the reward model and fusion of its objectives."""
 
     hidden_size: int = field(default=64, metadata={"help": "Width."})
     intermediate_size: int = field(default=128, metadata={"help": "Width of the feed-forward layers."})
@@ -41,7 +41,7 @@ class RewardModelSettings:
     session_layers: int = field(default=1, metadata={"help": "Self-attention layers over the session."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
     tower_size: int = field(default=32, metadata={"help": "Width of an objective's tower."})
-    max_history: int = field(default=50, metadata={"help": "Latest items of a history that are read."})
+    max_history: int = field(default=50, metadata={"help": "Number of latest history items to read."})
     pooling: str = field(default="sum", metadata={"help": "sum (the paper's) or mean of a session's items."})
     dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
     score_fusion: str = field(
@@ -57,7 +57,7 @@ def train_reward(
     data: SessionFeedback | RewardDataSettings, *settings: object, command: str | None = None, **options
 ) -> RewardResult:
     """
-    Trains a session reward model, evaluates it on the test period beside base rate and logistic regression, and saves it with
+    Trains a session reward model, evaluates it with base rate and logistic regression on the test period, and saves it with
     `results.json` and card into `output_dir`. `resume_from_checkpoint="last"` resumes a run that was killed.
 
     Args:

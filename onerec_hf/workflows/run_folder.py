@@ -48,8 +48,8 @@ _WRITTEN = (
 
 def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     """
-    The output folder, untouched so far: `claim_folder` makes it ready once the input has been checked. Only the first rank looks: it may
-    have begun to write when another rank comes.
+    The output folder, untouched so far: `claim_folder` makes it ready once the input has been checked. Only the first rank checks, since it
+    may already write when another rank arrives.
 
     Raises:
         FileExistsError: the folder is not empty and `overwrite` is not set.
@@ -96,7 +96,7 @@ def open_folder(folder: Path, overwrite: bool, args: TrainingArguments) -> bool:
         Whether the run resumes from a checkpoint of this folder, which then keeps its checkpoints.
 
     Raises:
-        RunComplete: `resume_from_checkpoint="last"` and the folder holds a complete run.
+        RunComplete: `resume_from_checkpoint="last"` and the folder contains a complete run.
         ValueError: an incomplete checkpoint, or processes that transformers would not join.
         FileExistsError: the folder is another run's, as in `check_folder`.
     """
@@ -187,14 +187,14 @@ def discard(folder: Path) -> None:
 @contextlib.contextmanager
 def resumable(folder: Path, command: str | None, keep: bool = True) -> Iterator[None]:
     """
-    After Ctrl-C, says how to resume; a run without a checkpoint is removed.
+    After Ctrl-C, raises the instructions to resume; a run without a checkpoint is removed.
 
     Args:
         command: the command line of the run; None for a call from Python.
         keep: False for a run that cannot be resumed, which is removed then.
 
     Raises:
-        KeyboardInterrupt: in place of the one that came.
+        KeyboardInterrupt: with the instructions.
     """
     try:
         yield

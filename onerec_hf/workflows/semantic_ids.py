@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitSettings(ModelOutputSettings):
-    """Where the semantic IDs go."""
+    """Output folder of the semantic IDs."""
 
     output_dir: str = field(
         default="semantic-ids", metadata={"help": "Folder for processor, catalogue, codebooks and report."}
@@ -101,7 +101,7 @@ def embed_items(
     data: RecommendationDataset, settings: SemanticIDSettings, rows: slice = slice(None)
 ) -> tuple[np.ndarray, str]:
     """
-    (items, d) float32 embeddings in the order of `data.item_ids`, and a line that says how they were made. Behaviour is learned from
+    (items, d) float32 embeddings in the order of `data.item_ids`, and a description of their sources. Behaviour is learned from
     training sequences only.
 
     Args:

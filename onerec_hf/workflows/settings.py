@@ -1,4 +1,4 @@
-"""Settings of the workflows as dataclasses: which data, how semantic IDs are fitted, the size of a model, where results go."""
+"""Settings of the workflows as dataclasses: data, semantic IDs, model size, output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class WindowSettings:
-    """How interactions become training examples."""
+    """The cutting of interactions to training examples."""
 
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
@@ -21,7 +21,7 @@ class WindowSettings:
     positive: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What counts as positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); the source's rule by default."
+            "help": "Positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); by default the data set's rule."
         },
     )
     min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
@@ -33,7 +33,7 @@ class WindowSettings:
 @dataclass
 class DataSettings(WindowSettings):
     """
-    Which interactions, and how they become examples.
+    The interactions and the cutting of examples.
 
     Example:
         >>> DataSettings(interactions="ratings.csv", items="films.csv", positive=["rating>=4"]).session_length
@@ -43,10 +43,10 @@ class DataSettings(WindowSettings):
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A named source: movielens, movielens-small, amazon-beauty, kuairand-pure. Or give --interactions."
+            "help": "A named data set: movielens, movielens-small, amazon-beauty, kuairand-pure. Or pass --interactions."
         },
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the named source's files."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
     interactions: str | None = field(
         default=None,
         metadata={
@@ -57,7 +57,7 @@ class DataSettings(WindowSettings):
         default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
     )
     embeddings: str | None = field(
-        default=None, metadata={"help": ".npy of item embeddings, a row per row of --items."}
+        default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
     prepared: str | None = field(
         default=None,
@@ -71,7 +71,7 @@ class DataSettings(WindowSettings):
 
 @dataclass
 class SemanticIDSettings:
-    """How items get their semantic IDs."""
+    """Source of the semantic IDs, or options to fit them."""
 
     semantic_ids: str | None = field(
         default=None, metadata={"help": "Folder of `semantic-ids fit` to take the IDs from; fitted by default."}
@@ -83,21 +83,23 @@ class SemanticIDSettings:
     embedding: str = field(
         default="auto",
         metadata={
-            "help": "What the IDs are made from, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
+            "help": "Sources of the item embeddings, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
         },
     )
     embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
-    behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of behaviour beside the other embeddings."})
+    behaviour_weight: float = field(
+        default=1.0, metadata={"help": "Weight of behaviour relative to the other embeddings."}
+    )
     quantizer: str = field(
         default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
     )
     on_collision: str = field(
         default="assign",
         metadata={
-            "help": "Items with equal codes: assign gives them other codes at the least cost, extra-digit adds a level (TIGER)."
+            "help": "Items with equal codes: assign moves items to other codes at the least cost, extra-digit adds a level (TIGER)."
         },
     )
-    kmeans_iterations: int = field(default=20, metadata={"help": "Most iterations of k-means per level."})
+    kmeans_iterations: int = field(default=20, metadata={"help": "Maximum number of k-means iterations per level."})
     semantic_id_seed: int = field(default=0, metadata={"help": "Seed of the clustering."})
 
 
@@ -125,24 +127,30 @@ class ModelSettings:
     encoder_is_causal: bool = field(default=False, metadata={"help": "Causal encoder."})
     encoder_attention: str = field(
         default="softmax",
-        metadata={"help": "Or pointwise: the encoder's self-attention without a softmax, as in HSTU."},
+        metadata={"help": "softmax, or pointwise: self-attention of the encoder without a softmax, as in HSTU."},
     )
     encoder_pools_items: bool = field(
-        default=False, metadata={"help": "One place per item in the encoder: its tokens' embeddings are summed."}
+        default=False,
+        metadata={"help": "One position per item in the encoder: the embeddings of its tokens are summed."},
     )
     encoder_scales_embeddings: bool = field(
-        default=False, metadata={"help": "The encoder multiplies embeddings by the root of the hidden size."}
+        default=False, metadata={"help": "Multiply the encoder's embeddings by the square root of the hidden size."}
     )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_head: bool = field(
         default=False,
         metadata={
-            "help": "A learned vector per item: read beside its codes in histories, and scored as the next item."
+            "help": "A learned vector per item: an input of the encoder in addition to its codes, and scored as the next item."
         },
     )
-    item_head_dropout: float = field(default=0.0, metadata={"help": "Share of items whose vector is hidden."})
+    item_head_dropout: float = field(
+        default=0.0, metadata={"help": "Share of history items whose vector is hidden in training."}
+    )
     item_head_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the item loss beside the codes' loss; 0: vectors are read only."}
+        default=1.0,
+        metadata={
+            "help": "Weight of the item loss, added to the loss of the codes; with 0 the vectors are inputs only."
+        },
     )
     item_head_codes: bool = field(
         default=False, metadata={"help": "Add the embeddings of an item's codes to its vector in the item scores."}
@@ -150,7 +158,7 @@ class ModelSettings:
     item_score_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of item scores in rankings, saved as the model's default; a saved model keeps its own, 0 for a new one."
+            "help": "Weight of item scores in rankings, saved as the model's default (default: that of the saved model, 0 for a new one)."
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
@@ -209,13 +217,11 @@ class OutputSettings:
 
 @dataclass
 class ModelOutputSettings(OutputSettings):
-    """Where a model or its semantic IDs go, and what is saved beside the catalogue."""
+    """Output folder and the files saved in it."""
 
     save_items: bool = field(
         default=True,
-        metadata={
-            "help": "Save titles and other columns of the items beside the catalogue (items.parquet), to show them in answers."
-        },
+        metadata={"help": "Save titles and other columns of the items (items.parquet), to show them in answers."},
     )
 
 

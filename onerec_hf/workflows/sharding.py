@@ -1,4 +1,4 @@
-"""Settings for models that ranks hold in shards: FSDP2 and expert parallelism through transformers' DistributedConfig."""
+"""Settings of sharded models: FSDP2 and expert parallelism through transformers' DistributedConfig."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class ShardingSettings:
-    """How ranks share a model; by default each rank has the unsharded model (DDP)."""
+    """Sharding over ranks; by default each rank has the unsharded model (DDP)."""
 
     fsdp_size: int = field(
         default=1, metadata={"help": "Ranks that share weights, gradients and optimizer (FSDP2); under torchrun."}
     )
     dp_replicate_size: int = field(
-        default=1, metadata={"help": "How many such groups of ranks there are, each with all weights (HSDP)."}
+        default=1, metadata={"help": "Number of such groups of ranks, each with all weights (HSDP)."}
     )
     ep_size: int = field(
         default=1, metadata={"help": "Ranks that the experts are split over; divides fsdp_size (expert parallelism)."}
@@ -46,7 +46,7 @@ class ShardingSettings:
             )
 
     def shard(self, model: Any) -> Any:
-        """The rank's shard of a model that all ranks have alike; the model itself without sharding."""
+        """The rank's shard of a model that is equal on all ranks; the model itself without sharding."""
         if self.fsdp_size == 1:
             return model
         from transformers.distributed.configuration_utils import DistributedConfig

@@ -1,4 +1,4 @@
-"""From a dataset to a trained, evaluated and saved generator: semantic IDs, training, ranking beside baselines, results and card."""
+"""From a dataset to a trained, evaluated and saved generator: semantic IDs, training, ranking with baselines, results and card."""
 
 from __future__ import annotations
 
@@ -43,25 +43,21 @@ NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
 
 @dataclass
 class TrainSettings(ModelOutputSettings):
-    """What is trained on, when training stops and what is evaluated and kept."""
+    """Training examples, early stopping, evaluation and checkpoints."""
 
     train_on: str = field(
         default="windows",
         metadata={
-            "help": "windows (a history per session) or prefixes (a history once for all its sessions; with --encoder_is_causal)."
+            "help": "windows (one history per session) or prefixes (one history for all its sessions; with --encoder_is_causal)."
         },
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={
-            "help": "Evaluations without a better metric_for_best_model after which training stops; off when not given."
-        },
+        metadata={"help": "Stop after this many evaluations without a better metric_for_best_model; off by default."},
     )
     baselines: bool = field(
         default=True,
-        metadata={
-            "help": "Rank with popularity and item-kNN beside the model; they hold all training sequences in memory."
-        },
+        metadata={"help": "Also rank with popularity and item-kNN, which need all training sequences in memory."},
     )
     keep_checkpoints: bool = field(
         default=False,
@@ -75,8 +71,8 @@ def train(
     data: RecommendationDataset | DataSettings, *settings: object, command: str | None = None, **options
 ) -> GeneratorResult:
     """
-    Trains a generator and saves it: fits semantic IDs (or takes those of a folder, or goes on from a saved model), trains, ranks the test
-    items beside the baselines, and writes model, processor, catalogue, `results.json` and card into `output_dir`. With
+    Trains a generator and saves it: fits semantic IDs (or takes those of a folder, or continues from a saved model), trains, ranks the test
+    items with model and baselines, and writes model, processor, catalogue, `results.json` and card into `output_dir`. With
     `resume_from_checkpoint="last"` the same call resumes a run that was killed. Under torchrun every rank makes the call.
 
     Args:
@@ -90,7 +86,7 @@ def train(
     Raises:
         ValueError: options that do not fit together or to the data, or a damaged artefact to start from. `output_dir` is untouched then.
         FileExistsError: `output_dir` is not empty and `overwrite` is not set.
-        RunComplete: a run to resume that has ended.
+        RunComplete: the run to resume is complete.
         KeyboardInterrupt: Ctrl-C, with the way to resume.
         TypeError: an unknown option.
 
@@ -131,7 +127,7 @@ def _settings(
     kinds = (SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments)
     ids, model, sharding, run, args = gather(kinds, settings, options)
     if model.model is not None and ids.semantic_ids is not None:
-        raise ValueError("give --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
+        raise ValueError("pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
     if run.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise ValueError(
             "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
@@ -164,7 +160,7 @@ def train_generator(
     Args:
         args: its `output_dir` becomes the folder of the checkpoints.
         can_resume: False where Ctrl-C removes the run.
-        save_items: save titles and other columns of the items beside the catalogue.
+        save_items: save titles and other columns of the items.
 
     Raises:
         ValueError: an artefact to start from that is absent, damaged or made for other items. `folder` is untouched then.
@@ -238,7 +234,7 @@ def report(
     rows: list[dict[str, Any]],
     command: str | None,
 ) -> None:
-    """Writes `results.json` and the card beside the model, and uploads the folder with `push_to_hub`."""
+    """Writes `results.json` and the card into the model's folder, and uploads the folder with `push_to_hub`."""
     from huggingface_hub import HfApi
 
     from onerec_hf.hub_cards import Training, write_generator_card
@@ -266,7 +262,7 @@ def report(
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,
     )
-    say(f"saved to {folder}")
+    say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
         hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)
         say(f"uploaded to {repo_id}")

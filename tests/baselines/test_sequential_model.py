@@ -168,7 +168,7 @@ def test_bad_requests_are_refused_in_one_sentence():
     ):
         model.recommend([["m1"], ["m2", "x"]], unknown="error")
     assert model.recommend([["m2", "x"]]) == model.recommend([["m2"]])
-    with pytest.raises(ValueError, match=r"histories\[1\] holds no item that the model knows"):
+    with pytest.raises(ValueError, match=r"histories\[1\] holds no item of the model's catalogue"):
         model.recommend([["m1"], ["x"]])
     with pytest.raises(ValueError, match=r"histories\[0\] holds no item"):
         model.rank([np.array([], dtype=int)], 1)

@@ -125,8 +125,8 @@ def test_by_given_pairs(trained, data, tmp_path):
 def test_refuses_with_one_message(trained, data, reward, tmp_path):
     out = ["--output_dir", tmp_path / "out", *data.options, *QUICK]
     model = ["--model", trained.folder]
-    refused(onerec("align", *out), "give --model")
-    refused(onerec("align", *model, *out), "give either --reward", "or --preferences")
+    refused(onerec("align", *out), "pass --model")
+    refused(onerec("align", *model, *out), "pass either --reward", "or --preferences")
     refused(onerec("align", *model, "--reward", tmp_path / "nothing", *out), "--reward", "no such folder")
     refused(onerec("align", *model, "--reward", reward, *out, "--dpo_ratio", "2"), "dpo_ratio=2.0 must be in (0, 1]")
     wrong = tmp_path / "wrong.jsonl"
@@ -144,4 +144,4 @@ def test_refuses_with_one_message(trained, data, reward, tmp_path):
 
 def test_a_judge_picks_no_pair(trained, data, reward, tmp_path):
     options = ["--model", trained.folder, "--reward", reward, "--judge", reward, *data.options, *QUICK]
-    refused(onerec("align", *options, "--output_dir", tmp_path / "aligned"), "is a --reward too")
+    refused(onerec("align", *options, "--output_dir", tmp_path / "aligned"), "is also a --reward")

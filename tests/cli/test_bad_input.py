@@ -357,7 +357,7 @@ def integer_items(folder):
             unknown_item,
             ["1 of 41 items of the data", "catalogue of 40 items", "['gadget']", "--min_item_interactions"],
         ),
-        (integer_items, ["of type str", "got 0", "give the data"]),
+        (integer_items, ["of type str", "got 0", "pass the data"]),
     ],
 )
 @pytest.mark.parametrize("origin", ["--model", "--semantic_ids"])

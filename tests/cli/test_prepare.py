@@ -94,7 +94,7 @@ def test_bad_options(prepared, data, tmp_path):
         (["prepare", "--interactions", data.interactions, *out, "--stride", "0"], "stride must be at least 1; got 0"),
         (["prepare", "--interactions", data.interactions, *out, "--num_shards", "0"], "num_shards must be at least 1"),
         (["prepare", "--interactions", data.interactions, *out, "--train_on", "x"], "choose windows or prefixes"),
-        ([*train, "--interactions", data.interactions], "give --prepared, --interactions or --dataset; one of them"),
+        ([*train, "--interactions", data.interactions], "pass --prepared, --interactions or --dataset; one of them"),
         ([*train, "--max_history", "7"], f"--max_history 7: {folder} was prepared with 50; leave the option out"),
         (
             [*train, "--positive", "rating>=4"],

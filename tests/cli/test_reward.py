@@ -94,7 +94,7 @@ def test_without_features_there_is_no_regression(impressions, tmp_path):
 @pytest.mark.parametrize(
     ("more", "fragments"),
     [
-        (["--dataset", "kuairand-pure"], ["give either --dataset", "or --impressions"]),
+        (["--dataset", "kuairand-pure"], ["pass either --dataset", "or --impressions"]),
         (["--score_weights", "ltr"], ["--score_weights ltr: write NAME=NUMBER"]),
         (["--score_weights", "clicks=1"], ["score_weights names ['clicks']"]),
         (["--pooling", "max"], ["model options:"]),
@@ -110,6 +110,9 @@ def test_refuses(impressions, tmp_path, more, fragments):
 
 def test_says_what_is_lacking(impressions, tmp_path):
     out = ["--output_dir", tmp_path / "judge"]
-    refused(onerec("reward", *out), "give either --dataset kuairand-pure")
-    refused(onerec("reward", "--dataset", "movielens", *out), "there is kuairand-pure")
+    refused(onerec("reward", *out), "pass either --dataset kuairand-pure")
+    refused(
+        onerec("reward", "--dataset", "movielens", *out),
+        "the only data set with labelled impressions is kuairand-pure",
+    )
     refused(onerec("reward", "--impressions", impressions, *out), "--impressions needs --objectives, --history_end")

@@ -198,7 +198,7 @@ def test_allow_takes_one_list_per_user_or_one_for_all():
     apart = recommend(MODEL, session_length=1, num_beams=5, allow=[["m0"], ["m3", "m7"], category])
     assert [len([session for _, session in answer if session]) for answer in apart] == [1, 2, 3]
     with pytest.raises(
-        ValueError, match="allow has lists for 2 users, input_ids has 3; give one list per user, or one"
+        ValueError, match="allow has lists for 2 users, input_ids has 3; pass one list per user, or one"
     ):
         recommend(MODEL, allow=[category, category])
 
@@ -457,7 +457,7 @@ def test_with_a_generator_of_its_own_a_user_does_not_depend_on_the_others():
         for other in (backwards, drawn([place])):
             assert other[place][0] == together[place][0]
             assert_close(other[place][1], together[place][1])
-    with pytest.raises(ValueError, match="1 generators for 2 users: give one each, or one for all"):
+    with pytest.raises(ValueError, match="1 generators for 2 users: pass one each, or one for all"):
         MODEL.recommend(**PROCESSOR([["m1"], ["m2"]]), do_sample=True, generator=[torch.Generator()])
 
 

@@ -108,11 +108,11 @@ def test_shards_are_aligned_on(files, reward, tmp_path):
 def test_align_has_the_errors_of_the_command(reward, tmp_path):
     data, out = DataSettings(), {"output_dir": tmp_path / "out", **QUIET}
     for options, message in (
-        ({}, "give --model: the folder or Hub id of a trained OneRec"),
-        ({"model": "x"}, "give either --reward, .* or --preferences"),
+        ({}, "pass --model: the folder or Hub id of a trained OneRec"),
+        ({"model": "x"}, "pass either --reward, .* or --preferences"),
         (
             {"model": "x", "reward": [str(reward.folder)], "judge": [str(reward.folder)]},
-            "a judge is a model that picks no",
+            "is also a --reward; pass a held-out reward",
         ),
         ({"model": str(tmp_path / "absent"), "reward": ["x"]}, "--model .*absent: there is no such folder"),
     ):

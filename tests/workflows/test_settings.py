@@ -60,13 +60,13 @@ def test_unknown_and_missing_options(tmp_path, monkeypatch, call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give either --dataset .a named source. or --interactions"),
-        ({"interactions": "x.csv", "dataset": "movielens"}, "give either --dataset"),
+        ({}, "pass either --dataset .a named source. or --interactions"),
+        ({"interactions": "x.csv", "dataset": "movielens"}, "pass either --dataset"),
         ({"dataset": "movielens", "items": "x.csv"}, "--items goes with --interactions"),
         ({"interactions": "x.csv", "embeddings": "x.npy"}, "--embeddings goes with --items"),
         ({"interactions": "x.csv", "stride": 0}, "--stride must be at least 1; got 0"),
         ({"interactions": "x.csv", "eval_users": 3}, "--eval_users goes with --prepared"),
-        ({"interactions": "x.csv", "prepared": "x"}, "give --prepared, --interactions or --dataset; one of them"),
+        ({"interactions": "x.csv", "prepared": "x"}, "pass --prepared, --interactions or --dataset; one of them"),
         ({"interactions": "absent.csv"}, "absent.csv: no such file"),
     ],
     ids=str,
@@ -80,7 +80,7 @@ def test_data_settings_that_contradict_each_other(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "x", "semantic_ids": "y"}, "give --model, .* or --semantic_ids for a new model; not both"),
+        ({"model": "x", "semantic_ids": "y"}, "pass --model, .* or --semantic_ids for a new model; not both"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience needs --eval_strategy"),
         ({"train_on": "prefixes"}, "--train_on prefixes needs --encoder_is_causal"),
         ({"train_on": "pairs"}, "--train_on pairs: choose windows or prefixes"),
