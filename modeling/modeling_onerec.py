@@ -627,9 +627,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             loss = session_loss(logits, labels, self.config.tokens_per_item, code_tokens, session_weights, smoothing)
             if item_loss_weight:
                 if out.item_loss is None:
-                    raise ValueError(
-                        "the item head's loss needs the history: pass input_ids, not encoder_outputs alone"
-                    )
+                    raise ValueError("the encoder computes the item loss: pass input_ids without encoder_outputs")
                 loss = loss + item_loss_weight * out.item_loss / code_tokens
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 class SequentialTrainingArguments(TrainingArguments):
     """
     `TrainingArguments` and how next items are ranked. The defaults select the checkpoint with the best NDCG@10 on held-out users: an evaluation and
-    a checkpoint after each epoch, and training stops after 20 epochs without a gain. Without `eval_dataset`, the last weights are kept.
+    a checkpoint after each epoch, and training stops after 20 epochs without a gain. Without `eval_dataset`, `eval_strategy` or
+    `save_strategy`, the last weights are kept.
 
     Args:
         eval_top_k: the k of Recall@k, NDCG@k, MRR@k and coverage@k.
@@ -61,6 +62,8 @@ class SequentialTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether the metric grows."})
 
     def __post_init__(self):
+        if "no" in (self.save_strategy, self.eval_strategy):  # nothing to select a checkpoint by, or from
+            self.load_best_model_at_end = False
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
         if not self.eval_top_k or min(self.eval_top_k) < 1:

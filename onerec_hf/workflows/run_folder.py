@@ -166,7 +166,10 @@ def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*(() if keep_checkpoints else ("checkpoints",)), "_removed-checkpoints", "aligned", ".unfinished"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in (*_WRITTEN, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
+    # A resumed run reads these from its folder and writes them again: after a kill in between they would be lost.
+    kept = (REPORT_NAME, CODEBOOKS_NAME, ITEMS_NAME) if keep_checkpoints else ()
+    written = [name for name in _WRITTEN if name not in kept]
+    for pattern in (*written, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
         for path in folder.glob(pattern):
             path.unlink()
     for name in ("code", "pairs"):

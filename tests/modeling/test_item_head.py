@@ -277,7 +277,7 @@ def test_a_model_without_item_scores_refuses_a_weight():
 def test_the_item_loss_needs_the_history():
     model, batch = make(loss_weight=1.0), PROCESSOR(HISTORIES, SESSIONS)
     states = model.model.encoder(batch["input_ids"], batch["attention_mask"])
-    with pytest.raises(ValueError, match="pass input_ids, not encoder_outputs alone"):
+    with pytest.raises(ValueError, match="pass input_ids without encoder_outputs"):
         model(encoder_outputs=states, attention_mask=batch["attention_mask"], labels=batch["labels"])
 
 

@@ -112,13 +112,21 @@ class Process:
 
     def __init__(self, folder, log, *options, **env):
         self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "onerec_hf.cli.main", "serve", "--model", str(folder), "--port", "0", *options],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | env,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-        )
+        command = [
+            sys.executable,
+            "-m",
+            "onerec_hf.cli.main",
+            "serve",
+            "--model",
+            str(folder),
+            "--port",
+            "0",
+            *options,
+        ]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=Path(__file__).parents[2], env=os.environ | env, stdout=subprocess.PIPE, stderr=file
+            )
         self.wait_for("http://")
         self.url = next(part for part in log.read_text().split() if part.startswith("http://"))
         self.url = self.url.replace("0.0.0.0", "127.0.0.1")
@@ -145,6 +153,8 @@ class Process:
     def __exit__(self, *exc):
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
+        self.client.close()
 
 
 @pytest.mark.slow
@@ -162,7 +172,7 @@ def test_signals_in_mid_flight_lose_nothing(folder, save, tmp_path, sent):
         link.unlink()
         link.symlink_to(save(seed=1))
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for(f"in place of {before}")
+        server.wait_for(f"replaces {before}")
         assert server.client.get(server.url + "/ready").json()["model"] != before
         body = GOOD | {"num_beams": 128, "session_length": 5}
         done = []

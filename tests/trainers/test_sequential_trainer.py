@@ -220,3 +220,9 @@ def test_one_call_writes_a_folder_with_its_card(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "GRU4Rec" in card
     assert "`SequentialTrainer` on 2 examples" in card
+
+
+@pytest.mark.parametrize("strategy", ["save_strategy", "eval_strategy"])
+def test_without_checkpoints_or_evaluations_the_last_weights_stay(tmp_path, strategy):
+    args = SequentialTrainingArguments(str(tmp_path), **{strategy: "no"}, report_to="none")
+    assert not args.load_best_model_at_end
