@@ -264,7 +264,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_all_go_on(tmp_path, what)
         survivor.kill()
     assert survivor.returncode not in (0, -signal.SIGKILL)
     assert (
-        "LostRankError: rank 0 of 2: another rank died, or did not answer for 30 seconds (ddp_timeout), at step 4 of 6"
+        "LostRankError: rank 0 of 2: another rank died, or did not respond for 30 seconds (ddp_timeout), at step 4 of 6"
         in err
     )
     assert f"resume_from_checkpoint={str(tmp_path / 'checkpoint-4')!r}" in err
@@ -284,7 +284,7 @@ def test_one_rank_s_loss_stops_all_and_it_alone_names_examples(tmp_path):
     rank = int(path.stem[-1])
     assert "NonFiniteError" in errors[rank]
     assert str(path) in errors[rank]
-    assert "the loss is not finite on another rank, which names its examples" in errors[1 - rank]
+    assert "the loss is not finite on another rank, which saved its examples" in errors[1 - rank]
     assert len(lines(path)) == 4
     assert ["m29", "m3", "m29"] in [line["history"] for line in lines(path)]
 
