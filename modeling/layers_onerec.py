@@ -331,7 +331,8 @@ class OneRecPointwiseAttention(nn.Module):
         key, value = (states.repeat_interleave(self.groups, dim=1) for states in (key, value))
         weights = F.silu(query @ key.mT * self.head_dim**-0.5) / _POINTWISE_LENGTH
         weights = weights.masked_fill(~attention_mask, 0.0)
-        out = self.norm((self.attention_dropout(weights) @ value).transpose(1, 2).flatten(2))
+        out = (self.attention_dropout(weights) @ value).transpose(1, 2).flatten(2)
+        out = self.norm(out.to(self.norm.weight.dtype))  # autocast leaves the norm's weight in float32
         return self.o_proj(out * F.silu(self.u_proj(hidden_states))), weights
 
 

@@ -150,10 +150,8 @@ def read_items_file(path: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFi
         DataError: the file is damaged, has no column `item_id`, or belongs to another catalogue.
 
     Example:
-        >>> read_items_file("/tmp/nothing/items.parquet", catalogue=None)
-        Traceback (most recent call last):
-        ...
-        onerec_hf.data.columns.DataError: /tmp/nothing/items.parquet: no such file.
+        >>> read_items_file("my-model/items.parquet", processor.catalogue)["m17"]  # doctest: +SKIP
+        {'title': 'Heat', 'year': 1995}
     """
     return ItemFields(_read(Path(path), catalogue), catalogue)
 

@@ -128,11 +128,11 @@ class _Counter:
 
     def pointwise_attention(self, tokens: int, users: int) -> int:
         """
-        All users together: outputs of the linear maps before and after activation and rotation, input and result of the norm in float32, gated output.
+        All users together: outputs of the linear maps before and after activation and rotation, input and result of the norm in float32 (in mixed precision the input in bfloat16, too), gated output.
         Per token and head a row of attention weights, before and after activation, and the mask: quadratic in the history.
         """
         matrix, length = self.precision.matrix, tokens // users
-        states = matrix * (8 * self.heads + 2 * self.keys) + 8 * self.heads + 4
+        states = matrix * (8 * self.heads + 2 * self.keys) + (10 if self.precision.autocast else 8) * self.heads + 4
         weights = length * (2 * matrix * self.config.num_attention_heads + 1)
         return tokens * (states + weights)
 

@@ -56,8 +56,6 @@ def log_softmax(config, batch):
     return 4 * (batch.tokens(config)[1] * config.vocab_size + batch.users * scored_items(config))
 
 
-# Pointwise attention's norm in mixed precision.
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES)
