@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_item_head import ItemHeadConfig
-from .hub import FORMAT_VERSION, check_sizes, checked_format, reading_config
+from .hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4
@@ -24,7 +24,7 @@ _FORMER_OPTIONS = {
 
 
 @strict
-class OneRecConfig(PreTrainedConfig):
+class OneRecConfig(CheckedConfig, PreTrainedConfig):
     r"""
     Configuration of a OneRec generator (arXiv 2502.18965, section 3.2): an encoder over the user's history, written as
     `SEP a b c` per item, and a decoder with sparse mixture-of-experts layers that writes a session as `BOS a b c` per item.
@@ -146,12 +146,7 @@ class OneRecConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         if config_dict.get("format_version", 1) == 1:
             config_dict = _from_version_1(config_dict)
-        return super().from_dict(checked_format(config_dict), **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        with reading_config(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
         check_sizes(

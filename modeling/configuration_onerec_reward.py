@@ -4,11 +4,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .hub import FORMAT_VERSION, check_sizes, checked_format, reading_config
+from .hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 
 @strict
-class OneRecRewardConfig(PreTrainedConfig):
+class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
     r"""
     Configuration of [`OneRecForSessionReward`] (arXiv 2502.18965, section 3.3: the reward model R(u, S)). The paper gives no sizes.
 
@@ -98,15 +98,6 @@ class OneRecRewardConfig(PreTrainedConfig):
         kwargs["problem_type"] = "multi_label_classification"
         kwargs.pop("num_labels", None)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(checked_format(config_dict), **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        with reading_config(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def validate_architecture(self):
         check_sizes(

@@ -149,6 +149,19 @@ def reading_config(repo: str | os.PathLike) -> Iterator[None]:
             raise ValueError(short(error.__cause__ or error, 500)) from error
 
 
+class CheckedConfig:
+    """Mixin of configs: refuses a newer checkpoint format, and names the repository in errors about its config.json."""
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(checked_format(config_dict), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        with reading_config(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+
 def check_sizes(config, sizes: str, layers: str) -> None:
     """
     Refuses sizes that no model has: a config.json of a few hundred bytes could otherwise request any amount of memory
@@ -413,6 +426,7 @@ __all__ = [
     "CODE_FOLDER",
     "FORMAT_VERSION",
     "CarriesCode",
+    "CheckedConfig",
     "HubModel",
     "check_complete",
     "check_sizes",

@@ -3,13 +3,13 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from onerec_hf.modeling.hub import FORMAT_VERSION, check_sizes, checked_format, reading_config
+from onerec_hf.modeling.hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
 
 
 @strict
-class SequentialConfig(PreTrainedConfig):
+class SequentialConfig(CheckedConfig, PreTrainedConfig):
     r"""
     Configuration of [`SequentialRecommender`]. The item of index i has the input id i + 1; 0 is padding.
 
@@ -78,15 +78,6 @@ class SequentialConfig(PreTrainedConfig):
         if self.scale_embeddings is None:
             self.scale_embeddings = not recurrent
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(checked_format(config_dict), **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        with reading_config(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def validate_architecture(self):
         if self.architecture not in ARCHITECTURES:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids import SemanticIDs
     from onerec_hf.workflows.settings import ModelSettings
 
+# ITEMS_NAME is modeling.requests' too; importing it from there would import torch when the command line prints help.
 CODEBOOKS_NAME, REPORT_NAME, ITEMS_NAME = "codebooks.safetensors", "semantic_ids.json", "items.parquet"
 
 
