@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .constraint import CatalogueConstraint, SemanticIDTrie
+from .constraint import CatalogueConstraint
 from .cpu_experts import product
+from .item_scores import SessionGuide
 from .layers_onerec import history_positions, rotate
 
 
@@ -224,7 +225,8 @@ def beam_search(
     sample: bool = False,
     temperature: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    guide: Sequence[torch.Tensor] | None = None,
+    guide: SessionGuide | None = None,
+    decoder_weight: float = 1.0,
 ) -> Beams:
     """
     The `num_beams` most probable sessions of `session_length` items per user, level by level; or with `sample` as many sessions drawn
@@ -241,8 +243,8 @@ def beam_search(
         decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
         generator: of the Gumbel noise, on the device of the model; or one per user, so that sessions do not depend on the other users of the batch.
-        guide: per level (users, nodes) floats ([`~item_head.node_scores`]), added to the scores of beams at these nodes of their first item; a complete
-            session keeps the score of its first item. Sampling adds the increments to the logits.
+        guide: item scores of nodes, added to the scores of beams there; a complete item keeps its score. Sampling adds the increments to the logits.
+        decoder_weight: factor of the decoder's log-probabilities (and, when sampling, of its logits) beside the guide.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config
     device = trie.leaf_to_index.device
@@ -253,6 +255,8 @@ def beam_search(
     tokens = nodes.new_full((users, 1), config.bos_token_id)
     first_row = torch.arange(users, device=device)[:, None]
     for item in range(session_length):
+        if guide is not None:
+            guide.begin(item, leaves)
         for level in range(trie.num_levels):
             first = trie.children[level][nodes]
             legal = constraint.legal_children(level, nodes, leaves)
@@ -265,13 +269,14 @@ def beam_search(
             )
             logits = logits.view(users, beams, width).masked_fill_(~legal, float("-inf"))
             normalizer = normalizer.view(users, beams, 1)
+            if decoder_weight != 1:
+                logits, normalizer = logits * decoder_weight, normalizer * decoder_weight
+                logits.masked_fill_(~legal, float("-inf"))  # 0 times -inf is no number
             added = None
-            if guide is not None and item == 0:
-                added = (
-                    guide[level].gather(1, _children(first, width, len(trie.codes[level])).flatten(1)).view_as(logits)
-                )
+            if guide is not None and guide.guides(item):
+                added = guide.at_children(item, level, nodes)
             if sample:
-                scored = logits if added is None else logits + score_increments(guide, trie, level, nodes)
+                scored = logits if added is None else logits + guide.increments(item, level, nodes)
                 conditional = (scored / temperature).log_softmax(-1)
                 # A beam without any legal child has nan here.
                 drawn_from = (sampled_from[..., None] + conditional).masked_fill_(~legal, float("-inf"))
@@ -296,33 +301,11 @@ def beam_search(
                 nodes = torch.zeros_like(nodes)
                 # BOS is given: it goes in together with the code before it.
                 tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
+            if guide is not None:
+                guide.reorder(origin)
             if item < session_length - 1 or level < trie.num_levels - 1:
                 decoder.reorder((origin + beams * first_row).flatten())
     return Beams(leaves, scores, perturbed, sampled_from)
-
-
-def score_increments(
-    node_scores: Sequence[torch.Tensor], trie: SemanticIDTrie, level: int, nodes: torch.Tensor
-) -> torch.Tensor:
-    """
-    What the scores of nodes add from a node to its children; the root has the score 0.
-
-    Args:
-        node_scores: per level (users, nodes) floats.
-        level: the level of the children.
-        nodes: (users, beams) nodes of `level - 1`; 0, the root, on level 0.
-
-    Returns:
-        (users, beams, children) floats, `max_children[level]` columns; those beyond a node's children are of other nodes.
-    """
-    children = _children(trie.children[level][nodes], trie.max_children[level], len(trie.codes[level]))
-    scores = node_scores[level].gather(1, children.flatten(1)).view(children.shape)
-    return scores if level == 0 else scores - node_scores[level - 1].gather(1, nodes)[..., None]
-
-
-def _children(first: torch.Tensor, width: int, count: int) -> torch.Tensor:
-    """(users, beams, width) nodes from `first` (users, beams) on, of a level of `count` nodes."""
-    return (first[..., None] + torch.arange(width, device=first.device)).clamp_(max=count - 1)
 
 
 def _child_logits(hidden, lm_head, vocab_size, level_tokens, codes):

@@ -22,6 +22,12 @@ class ItemHeadConfig(PreTrainedConfig):
         score_codes (`bool`, defaults to `False`):
             Adds the embeddings of an item's codes to its vector in the scores, as the encoder does when it reads the item. Items that share codes
             then learn from each other, and an item that joins the catalogue later has a score.
+        content_dim (`int`, defaults to 0):
+            Width of fixed content vectors of the items (text, images), which are projected and added to their vectors; 0 for none.
+        evidence (`bool`, defaults to `False`):
+            Adds evidence about pairs of items to the scores: counts from training sequences and cosines of content ([`ItemEvidence`]).
+        neighbours (`int`, defaults to 50):
+            Length of the neighbour lists of the evidence.
 
     Raises:
         ValueError: a size or weight outside its range.
@@ -39,11 +45,22 @@ class ItemHeadConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     loss_weight: float | int = 1.0
     score_codes: bool = False
+    content_dim: int = 0
+    evidence: bool = False
+    neighbours: int = 50
 
     def validate_architecture(self):
         if self.num_items is None:
             raise ValueError("item_head needs num_items, the number of items of the catalogue")
-        check_sizes(self, sizes="num_items", layers="")
+        check_sizes(self, sizes="num_items neighbours", layers="")
+        if not 0 <= self.content_dim < 2**20:
+            raise ValueError(
+                f"item_head: content_dim={self.content_dim} must not be negative, nor larger than a vector"
+            )
+        if self.evidence and not self.loss_weight:
+            raise ValueError(
+                "item_head: evidence=True needs a loss_weight above 0, otherwise there are no item scores to add it to"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")
         if self.loss_weight < 0:

@@ -16,12 +16,13 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
-from .beam_search import BeamDecoder, Beams, beam_search, score_increments
+from .beam_search import BeamDecoder, Beams, beam_search, top_candidates
 from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
 from .files import find_file, read_json_object
-from .item_head import ItemScorer, ItemScores, history_states
+from .item_head import history_states
+from .item_scores import ItemScorer, ItemScores, SessionGuide
 from .layers_onerec import at_places
 
 _CPU_ROWS_AT_ONCE = 1024
@@ -50,7 +51,8 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         constraint: the legal items, on the device of the scores. Each user has the same number of rows of `input_ids`, in order.
         level_offsets: token id of code 0 of each level.
         bos_token_id: the token that opens an item.
-        item_scores: the item head's scores, added to the scores of a session's first item.
+        item_scores: the item head's scores, added to those of the decoder.
+        decoder_weight: factor of the decoder's scores.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         level_offsets: Sequence[int],
         bos_token_id: int,
         item_scores: ItemScores | None = None,
+        decoder_weight: float = 1.0,
     ):
         self.constraint, self.level_offsets, self.bos_token_id = constraint, level_offsets, bos_token_id
-        self.item_scores = item_scores
-        self._node_scores: list[torch.Tensor] | None = None
+        self.item_scores, self.decoder_weight = item_scores, decoder_weight
+        self._guide: SessionGuide | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         trie, rows = self.constraint.trie, len(input_ids)
@@ -81,7 +84,9 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         legal = self.constraint.legal_children(level, nodes.view(users, beams), own.view(users, beams, items))
         legal = legal.flatten(0, 1)
         nothing = float("-inf")
-        added = 0.0 if items or self.item_scores is None else self._increments(level, nodes.view(users, beams))
+        added = self._increments(items, level, nodes, own)
+        if self.decoder_weight != 1:
+            scores = torch.nan_to_num(scores * self.decoder_weight, nan=nothing, neginf=nothing)
         if level == 0:  # all rows have the same children
             tokens = trie.codes[0] + self.level_offsets[0]
             values = scores.index_select(1, tokens) + added
@@ -91,13 +96,17 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
         tokens = torch.where(legal, tokens, 0)
         return constrained.scatter_(1, tokens, torch.where(legal, scores.gather(1, tokens) + added, nothing))
 
-    def _increments(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
-        """(rows, children) that the item scores add to the children of nodes (users, beams)."""
-        if self._node_scores is None:
-            self._node_scores = self.item_scores.at_nodes(slice(None), self.constraint)
-        # A constraint that holds for all users does not know their number.
-        nodes = nodes.view(len(self.item_scores.states), -1)
-        return score_increments(self._node_scores, self.constraint.trie, level, nodes).flatten(0, 1)
+    def _increments(self, item: int, level: int, nodes: torch.Tensor, own: torch.Tensor) -> torch.Tensor | float:
+        """(rows, children) that the item scores add to the children of nodes (rows,) of beams with the items `own` (rows, items)."""
+        if self.item_scores is None:
+            return 0.0
+        if self._guide is None:
+            self._guide = self.item_scores.guide(slice(None), self.constraint)
+        if not self._guide.guides(item):
+            return 0.0
+        users = len(self.item_scores.states)  # a constraint that holds for all users does not know their number
+        self._guide.begin(item, own.unflatten(0, (users, -1)))
+        return self._guide.increments(item, level, nodes.view(users, -1)).flatten(0, 1)
 
 
 class OneRecGenerationMixin(GenerationMixin):
@@ -163,6 +172,7 @@ class OneRecGenerationMixin(GenerationMixin):
         allow: torch.Tensor | None = None,
         distinct: bool = True,
         item_score_weight: float | None = None,
+        decoder_weight: float | None = None,
         **kwargs,
     ):
         """
@@ -173,7 +183,8 @@ class OneRecGenerationMixin(GenerationMixin):
             exclude: (users, e) int64 item indices to leave out per user, padded with -1.
             allow: (users, a) int64 item indices, the only items to choose from per user, padded with -1.
             distinct: whether an item may occur only once in a session.
-            item_score_weight: weight of the item head's log-probability of the first item, added to the decoder's; see [`recommend`].
+            item_score_weight: weight of the item head's log-probabilities, added to the decoder's; see [`recommend`].
+            decoder_weight: factor of the decoder's log-probabilities; see [`recommend`].
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
@@ -181,11 +192,14 @@ class OneRecGenerationMixin(GenerationMixin):
         if constrained:
             constraint, item_scores = self._constraint(exclude, allow, distinct), None
             if weight := self._item_score_weight(item_score_weight, generation_config):
-                history, mask = self._encoded(inputs, kwargs)
-                item_scores = self._item_scores(history, mask, constraint.trie, weight)
+                history, mask, input_ids = self._encoded(inputs, kwargs)
+                item_scores = self._item_scores(history, mask, constraint.trie, weight, input_ids)
+            decoder_weight = self._decoder_weight(decoder_weight, weight, generation_config)
             logits_processor = LogitsProcessorList(logits_processor or [])
             logits_processor.append(
-                SemanticIDLogitsProcessor(constraint, self.config.level_offsets, self.config.bos_token_id, item_scores)
+                SemanticIDLogitsProcessor(
+                    constraint, self.config.level_offsets, self.config.bos_token_id, item_scores, decoder_weight
+                )
             )
         elif item_score_weight:
             raise ValueError(
@@ -241,6 +255,7 @@ class OneRecGenerationMixin(GenerationMixin):
             config.num_beams,
             session_length,
             item_scores=logits_processor[0].item_scores,
+            decoder_weight=logits_processor[0].decoder_weight,
         )
         sequences, scores = self._sequences(beams, config.num_return_sequences)
         if not config.return_dict_in_generate:
@@ -269,6 +284,7 @@ class OneRecGenerationMixin(GenerationMixin):
         allow: torch.Tensor | Sequence[Sequence] | None = None,
         distinct: bool = True,
         item_score_weight: float | None = None,
+        decoder_weight: float | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -287,8 +303,11 @@ class OneRecGenerationMixin(GenerationMixin):
             exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1.
             allow: the only items to choose from, in the same forms (a category, what is in stock); one row holds for all users.
             distinct: whether an item may occur only once in a session.
-            item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own. It guides the beams
-                from the first code on. `generation_config.item_score_weight` when not given, 0 where that has none.
+            item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own; with evidence
+                ([`ItemEvidence`]) of each item, given the items before it. It guides the beams from the first code on.
+                `generation_config.item_score_weight` when not given, 0 where that has none.
+            decoder_weight: factor of the decoder's log-probabilities beside the item scores. With 0 and sessions of one item the item head
+                alone ranks, and no decoder runs. `generation_config.decoder_weight` when not given, 1 where that has none.
             do_sample: draw `num_beams` sessions without replacement (stochastic beam search) instead of finding the most probable
                 ones. The distribution is the model's (and the item head's) at this `temperature`, over the legal items at each code.
             temperature: divides the logits that are sampled from; scores are those of the model itself.
@@ -303,7 +322,7 @@ class OneRecGenerationMixin(GenerationMixin):
             legal sessions exist than requested, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, an `item_score_weight` for a model without item scores, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
+            ValueError: no catalogue, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
                 than users, or exclusions that leave a user no item.
             KeyError: an id in `exclude` or `allow` that the catalogue lacks.
         """
@@ -339,9 +358,17 @@ class OneRecGenerationMixin(GenerationMixin):
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
             if weight := self._item_score_weight(item_score_weight):
-                item_scores = self._item_scores(history, attention_mask, constraint.trie, weight)
+                item_scores = self._item_scores(history, attention_mask, constraint.trie, weight, input_ids)
+            decoder_weight = self._decoder_weight(decoder_weight, weight)
             beams = self._search(
-                history, attention_mask, constraint, num_beams, session_length, item_scores=item_scores, **sampling
+                history,
+                attention_mask,
+                constraint,
+                num_beams,
+                session_length,
+                item_scores=item_scores,
+                decoder_weight=decoder_weight,
+                **sampling,
             )
         sequences, scores = self._sequences(beams, num_return_sequences)
         if not return_dict_in_generate:
@@ -376,10 +403,13 @@ class OneRecGenerationMixin(GenerationMixin):
         constraint,
         num_beams,
         session_length,
-        item_scores=None,
+        item_scores: ItemScores | None = None,
+        decoder_weight: float = 1.0,
         generator=None,
         **sampling,
     ) -> Beams:
+        if decoder_weight == 0 and session_length == 1 and not sampling.get("sample") and item_scores is not None:
+            return _best_items(item_scores, constraint, num_beams)
         # With a few users at a time, the search of a CPU stays in its caches; the answer is the same.
         users = len(history)
         at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
@@ -399,8 +429,19 @@ class OneRecGenerationMixin(GenerationMixin):
             if compile_config is not None:
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
-            guide = None if item_scores is None else item_scores.at_nodes(some, legal)
-            parts.append(beam_search(decoder, self.lm_head, legal, num_beams, session_length, guide=guide, **sampling))
+            guide = None if item_scores is None else item_scores.guide(some, legal)
+            parts.append(
+                beam_search(
+                    decoder,
+                    self.lm_head,
+                    legal,
+                    num_beams,
+                    session_length,
+                    guide=guide,
+                    decoder_weight=decoder_weight,
+                    **sampling,
+                )
+            )
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
     def _item_score_weight(self, given: float | None, generation_config=None) -> float:
@@ -420,9 +461,28 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         return float(weight)
 
-    def _item_scores(self, history, attention_mask, trie, weight: float) -> ItemScores:
-        """Of encoder states and their mask."""
-        return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight)
+    def _decoder_weight(self, given: float | None, item_score_weight: float, generation_config=None) -> float:
+        """The weight that was given, or else the default of the generation config."""
+        asked = given
+        for config in (generation_config, self.generation_config):
+            given = getattr(config, "decoder_weight", None) if given is None else given  # no field of transformers'
+        weight = 1.0 if given is None else float(given)
+        if weight < 0:
+            raise ValueError(f"decoder_weight={weight} must not be negative")
+        if weight == 0 and not item_score_weight:
+            if asked is None:  # the default of a model that is ranked without its item scores for once
+                return 1.0
+            raise ValueError(
+                "decoder_weight=0 leaves nothing to rank by: pass an item_score_weight above 0, or a decoder_weight above 0"
+            )
+        return weight
+
+    def _item_scores(self, history, attention_mask, trie, weight: float, input_ids=None) -> ItemScores:
+        """Of encoder states and their mask; evidence reads the histories' tokens too."""
+        head, rows = self.get_encoder().item_head, None
+        if head.evidence is not None and input_ids is not None:
+            rows = head.history_rows(input_ids)
+        return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight, rows)
 
     def item_scorer(self, trie) -> ItemScorer:
         """The item head's scores of a trie's leaves."""
@@ -430,11 +490,10 @@ class OneRecGenerationMixin(GenerationMixin):
         return ItemScorer(self.get_encoder(), self._code_tokens(trie, leaves))
 
     @torch.no_grad()
-    def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encoder states and their mask for `generate`'s arguments; the states are kept among them, so that it does not compute them again."""
-        mask = kwargs.get("attention_mask")
+    def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encoder states, their mask and the tokens for `generate`'s arguments; the states are kept among them, so that it does not compute them again."""
+        mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids") if inputs is None else inputs
         if kwargs.get("encoder_outputs") is None:
-            input_ids = kwargs.get("input_ids") if inputs is None else inputs
             embeds = kwargs.pop("inputs_embeds", None)
             if input_ids is None and embeds is None:
                 raise ValueError("item_score_weight needs the history: pass input_ids or encoder_outputs")
@@ -447,7 +506,8 @@ class OneRecGenerationMixin(GenerationMixin):
                     None if embeds is None else embeds.to(self.device),
                 )
         mask = None if mask is None else mask.to(self.device)
-        return kwargs["encoder_outputs"][0], at_places(mask, self.config.encoder_stride)
+        input_ids = None if input_ids is None else input_ids.to(self.device)
+        return kwargs["encoder_outputs"][0], at_places(mask, self.config.encoder_stride), input_ids
 
     def _code_tokens(self, trie, leaves: torch.Tensor) -> torch.Tensor:
         """(..., levels) tokens of leaves."""
@@ -507,6 +567,21 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
+
+
+# Scores of this many users times items exist at once: 128 MiB of float32.
+_SCORES_AT_ONCE = 1 << 25
+
+
+def _best_items(item_scores: ItemScores, constraint: CatalogueConstraint, count: int) -> Beams:
+    """The items with the best item scores as sessions of one item, in the form of a beam search: a stable order, -inf where no item is left."""
+    users, items, parts = len(item_scores.states), item_scores.trie.num_leaves, []
+    at_once = max(1, _SCORES_AT_ONCE // items)
+    for start in range(0, users, at_once):
+        some = slice(start, start + at_once)
+        scores, leaves = top_candidates(item_scores.at_leaves(some, constraint.of(some)), count)
+        parts.append(Beams(leaves[..., None], scores * item_scores.weight))
+    return Beams.cat(parts)
 
 
 def _first(values: torch.Tensor, count: int, fill: float = float("-inf")) -> torch.Tensor:

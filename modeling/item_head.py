@@ -1,7 +1,7 @@
 """
 The item head (`config.item_head`): a learned vector per item in addition to its semantic ID. Codes describe an item, the vector identifies it.
 
-The encoder adds the vectors to a history's embeddings. With a `loss_weight` the state at the end of a history also learns to predict the next item by
+The encoder adds the vectors, and a projection of the items' content vectors, to a history's embeddings. With a `loss_weight` the state at the end of a history also learns to predict the next item by
 a softmax over the catalogue, and these item scores guide the beams of `recommend()` and `generate()` (`item_score_weight`).
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .constraint import CatalogueConstraint, SemanticIDTrie
+from .item_evidence import ItemEvidence
 
 
 class ItemHead(nn.Module):
@@ -45,6 +45,15 @@ class ItemHead(nn.Module):
         # Row 0 is for items without a vector.
         self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
         self.keys = nn.Buffer(torch.full((self.config.num_items,), prod(self.sizes), dtype=torch.long))
+        self.content = self.content_proj = self.content_mean = self.evidence = None
+        if width := self.config.content_dim:
+            # Row 0 is for items without content, like all rows of zeros.
+            self.content = nn.Buffer(torch.zeros(self.config.num_items + 1, width, dtype=torch.float16))
+            self.content_mean = nn.Buffer(torch.zeros(width))
+            self.content_scale = nn.Buffer(torch.ones(()))
+            self.content_proj = nn.Linear(width, config.hidden_size, bias=False)
+        if self.config.evidence:
+            self.evidence = ItemEvidence(self.config.num_items, self.config.neighbours)
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """
@@ -61,6 +70,76 @@ class ItemHead(nn.Module):
                 f"the model's item_head has num_items={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
             )
         self.keys.copy_(self._keys(codes.to(self.keys.device)).sort().values)
+
+    @torch.no_grad()
+    def set_content(self, codes: torch.Tensor, content: torch.Tensor) -> None:
+        """
+        Sets the content vectors of all items, scaled to length 1, and initialises their projection to the size of the item vectors: for a new model.
+
+        Args:
+            codes: (num_items, levels) codes of the items.
+            content: (num_items, content_dim) finite floats; a row of zeros for an item without content.
+
+        Raises:
+            ValueError: a head without content, another shape, values that are not finite.
+        """
+        content = self._normalised(content, len(self.keys))
+        self.content[self.rows_of(codes)] = content.to(self.content)
+        known = content.any(-1)
+        mean = content[known].mean(0) if known.any() else content.new_zeros(content.shape[1])
+        self.content_mean.copy_(mean)
+        # A step of Adam moves each weight of the projection as far as each of a vector: with absolute values that sum to 1 both move an item
+        # by as much.
+        centred = (content[known] - mean) if known.any() else content[:1]
+        scale = centred.abs().sum(1).mean().clamp(min=1e-6).reciprocal()
+        self.content_scale.fill_(scale)
+        size = (centred * scale).square().sum(1).mean().sqrt().clamp(min=1e-6)
+        nn.init.normal_(self.content_proj.weight, std=float(self.vectors.weight[1:].std() / size))
+
+    def _normalised(self, content: torch.Tensor, items: int) -> torch.Tensor:
+        """Checked content vectors in float32, of length 1."""
+        if self.content is None:
+            raise ValueError("this item_head has no content; make the model with item_head={'content_dim': ..., ...}")
+        expected = (items, self.content.shape[1])
+        if tuple(content.shape) != expected:
+            raise ValueError(f"content: expected shape {expected} (items, content_dim); got {tuple(content.shape)}")
+        if not content.isfinite().all():
+            bad = (~content.isfinite().all(1)).nonzero().flatten()
+            raise ValueError(f"content: {len(bad)} rows hold NaN or infinity (first: row {int(bad[0])})")
+        return F.normalize(content.to(self.content.device, torch.float32), dim=1)
+
+    @torch.no_grad()
+    def extend(self, codes: torch.Tensor, content: torch.Tensor | None = None) -> None:
+        """
+        Adds rows for items that joined the catalogue: their vectors are zeros, so that content and codes score them, and their lists are empty.
+
+        Args:
+            codes: (n, levels) codes that no row has.
+            content: (n, content_dim) their content vectors.
+        """
+        if content is not None:
+            content = self._normalised(content, len(codes))
+        old = len(self.keys)
+        keys, order = torch.cat([self.keys, self._keys(codes.to(self.keys.device))]).sort(stable=True)
+        row = torch.empty_like(order)
+        row[order] = torch.arange(1, len(order) + 1, device=order.device)
+        row = F.pad(row, (1, 0))  # new rows of the old rows, row 0 among them, and of the items
+
+        def spread(table: torch.Tensor) -> torch.Tensor:
+            larger = table.new_zeros(len(order) + 1, *table.shape[1:])
+            larger[row[: old + 1]] = table
+            return larger
+
+        self.vectors.weight = nn.Parameter(spread(self.vectors.weight))
+        self.vectors.num_embeddings = len(order) + 1
+        self.keys = keys
+        if self.content is not None:
+            self.content = spread(self.content)
+            if content is not None:
+                self.content[row[old + 1 :]] = content.to(self.content)
+        if self.evidence is not None:
+            self.evidence.extend(spread, row)
+        self.config.num_items = len(order)
 
     def forget(self, codes: torch.Tensor) -> None:
         """
@@ -82,17 +161,34 @@ class ItemHead(nn.Module):
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of `vectors` of items given as code tokens (..., levels); 0 for padding and for items without a vector."""
-        codes = tokens - torch.tensor(self.offsets, device=tokens.device)
+        return self.rows_of(tokens - torch.tensor(self.offsets, device=tokens.device))
+
+    def rows_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """Rows of `vectors` of codes (..., levels); 0 for negative ones and for items without a row."""
+        codes = codes.to(self.keys.device)
         keys = torch.where((codes >= 0).all(-1), self._keys(codes), -1)
         places = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         return torch.where(self.keys[places] == keys, places + 1, 0)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(rows, t) tokens `SEP a b c ...` to (rows, t, width): an item's vector at its SEP, zeros elsewhere."""
-        rows = self.rows(input_ids.unflatten(1, (-1, len(self.sizes) + 1))[..., 1:])
+        rows = seen = self.history_rows(input_ids)
         if self.training and self.dropout > 0:
             rows = rows * (torch.rand(rows.shape, device=rows.device) >= self.dropout)
-        return F.pad(self.vectors(rows).unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
+        vectors = self.vectors(rows)
+        if self.content_proj is not None:
+            vectors = vectors + self._projected(self.content[seen])
+        return F.pad(vectors.unsqueeze(2), (0, 0, 0, len(self.sizes))).flatten(1, 2)
+
+    def history_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the items of histories: (users, t) tokens to (users, items); 0 for padding and for items without a row."""
+        return self.rows(input_ids.unflatten(1, (-1, len(self.sizes) + 1))[..., 1:])
+
+    def _projected(self, content: torch.Tensor) -> torch.Tensor:
+        """(..., width) of content vectors (..., content_dim), zeros where there is no content."""
+        known = content.any(-1, keepdim=True)
+        centred = (content.to(self.content_mean.dtype) - self.content_mean) * self.content_scale
+        return self.content_proj((centred * known).to(self.vectors.weight.dtype))
 
     def tokens(self) -> torch.Tensor:
         """(num_items, levels) code tokens of the items, in the order of their vectors."""
@@ -111,8 +207,10 @@ class ItemHead(nn.Module):
             token_embedding: the encoder's embedding of tokens; with `score_codes` the embeddings of an item's codes are added.
             code_tokens: (items, levels) code tokens of the items; those of `vectors` from row 1, in order, when None.
         """
-        vectors = _table(self.vectors)
-        vectors = vectors[1:] if code_tokens is None else F.embedding(self.rows(code_tokens), vectors)
+        vectors, rows = _table(self.vectors), None if code_tokens is None else self.rows(code_tokens)
+        vectors = vectors[1:] if rows is None else F.embedding(rows, vectors)
+        if self.content_proj is not None:
+            vectors = vectors + self._projected(self.content[1:] if rows is None else self.content[rows])
         if not self.config.score_codes:
             return vectors
         code_tokens = self.tokens() if code_tokens is None else code_tokens
@@ -144,84 +242,6 @@ class ItemHead(nn.Module):
         known = rows > 0  # slots without a session cost no scores
         scores = (states[known] @ self.output_vectors(token_embedding).T).float()
         return levels * F.cross_entropy(scores, rows[known] - 1, reduction="sum", label_smoothing=label_smoothing)
-
-
-class ItemScorer:
-    """
-    Scores of given items by an item head.
-
-    Args:
-        encoder: the model's encoder, with an item head that has a `loss_weight`.
-        code_tokens: (items, levels) code tokens of the items.
-    """
-
-    def __init__(self, encoder, code_tokens: torch.Tensor):
-        head, self.scored = encoder.item_head, None
-        rows = head.rows(code_tokens)
-        # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
-        if torch.equal(rows, torch.arange(1, len(head.keys) + 1, device=rows.device)):
-            self.vectors = head.output_vectors(encoder.embed_tokens)
-        else:
-            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
-            if not (head.config.score_codes or rows.all()):
-                self.scored = rows > 0
-
-    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
-        """(users, items) float32 for states (users, width). A new item without a vector scores as the least probable item that has one."""
-        scores = (states @ self.vectors.T).float()
-        if self.scored is None:
-            return scores.log_softmax(-1)
-        scores = scores.masked_fill(~self.scored, float("-inf")).log_softmax(-1)
-        return torch.where(self.scored, scores, scores.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True))
-
-
-class ItemScores:
-    """
-    Item scores of histories as a guide of beam search. The probability of a node of the catalogue's trie is the sum over the items below it, so that the
-    scores count from a session's first code on, and not only among the items that the decoder alone would find.
-
-    Args:
-        scorer: of the trie's leaves, in order.
-        states: (users, width) states at the ends of the histories ([`history_states`]).
-        trie: the catalogue's semantic IDs, on the device of the states.
-        weight: factor of the log-probabilities, positive.
-    """
-
-    def __init__(self, scorer: ItemScorer, states: torch.Tensor, trie: SemanticIDTrie, weight: float):
-        self.scorer, self.states, self.trie, self.weight = scorer, states, trie, weight
-
-    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
-        """Scores of the nodes of each level for some of the users ([`node_scores`]), of the items that `constraint` allows them."""
-        leaves, legal = self.scorer.log_probs(self.states[users]), constraint.legal_leaves()
-        if legal is not None:
-            leaves = leaves.masked_fill(~legal, float("-inf"))
-        return node_scores(self.trie, leaves, self.weight)
-
-
-def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) -> list[torch.Tensor]:
-    """
-    `weight` times the log of the probability below each node, per level (users, nodes) float32. They telescope: the increments along the codes of an
-    item add up to `weight` times the item's score.
-
-    Args:
-        leaf_scores: (users, leaves) float32 log-probabilities of items, -inf for items that are not legal.
-        weight: positive.
-
-    Example:
-        >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])
-        >>> levels = node_scores(trie, torch.tensor([[0.5, 0.3, 0.2]]).log(), weight=1.0)
-        >>> [level.exp() for level in levels]
-        [tensor([[0.8000, 0.2000]]), tensor([[0.5000, 0.3000, 0.2000]])]
-    """
-    largest = leaf_scores.amax(1, keepdim=True)
-    shares, leaves = (leaf_scores - largest).exp(), torch.arange(trie.num_leaves, device=leaf_scores.device)
-    tiny = torch.finfo(shares.dtype).tiny  # a probability too small for a float remains possible
-    levels = []
-    for level in range(trie.num_levels - 1):
-        below = shares.new_zeros(len(shares), len(trie.codes[level]))
-        below.index_add_(1, trie.ancestors(level, leaves), shares)
-        levels.append((below.clamp_(min=tiny).log_() + largest) * weight)
-    return [*levels, leaf_scores * weight]
 
 
 def history_states(
@@ -256,4 +276,4 @@ def _table(embedding: nn.Module) -> torch.Tensor:
     return embedding(torch.arange(len(weight), device=weight.device))
 
 
-__all__ = ["ItemHead", "ItemScorer", "ItemScores", "history_states", "node_scores"]
+__all__ = ["ItemHead", "history_states"]

@@ -1,0 +1,245 @@
+"""
+Scores of items by an item head and its evidence, and these scores as a guide of beam search: the probability of a node of the catalogue's trie is the
+sum over the items below it, so that item scores count from the first code on.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .constraint import CatalogueConstraint, SemanticIDTrie
+from .item_evidence import SessionEvidence
+
+
+class ItemScorer:
+    """
+    Scores of a trie's leaves by an item head and its evidence.
+
+    Args:
+        encoder: the model's encoder, with an item head that has a `loss_weight`.
+        code_tokens: (items, levels) code tokens of the items.
+    """
+
+    def __init__(self, encoder, code_tokens: torch.Tensor):
+        head, self.scored, self.columns = encoder.item_head, None, None
+        self.evidence, self.content = head.evidence, head.content
+        self.rows = head.rows(code_tokens)
+        # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
+        if torch.equal(self.rows, torch.arange(1, len(head.keys) + 1, device=self.rows.device)):
+            self.vectors = head.output_vectors(encoder.embed_tokens)
+        else:
+            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
+            if not (head.config.score_codes or self.rows.all()):
+                self.scored = self.rows > 0
+            items = torch.arange(len(self.rows), device=self.rows.device)
+            self.columns = torch.full((len(head.keys) + 1,), -1, device=self.rows.device)
+            self.columns[self.rows] = items
+            self.columns[0] = -1
+
+    def scores(
+        self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        (users, items) float32 logits. A new item without any score has -inf.
+
+        Args:
+            states: (users, width).
+            history: (users, n) rows of the histories' items ([`ItemHead.history_rows`]), for a head with evidence.
+            legal: (users, items) bool, the items that may be ranked; None for all.
+        """
+        scores = self.head_scores(states)
+        if self.evidence is not None:
+            if history is None:
+                raise ValueError("the item head's evidence needs the history: pass input_ids")
+            scores = self.evidence.add(scores, history, self.content, self.columns, self.rows, legal)
+        return scores
+
+    def head_scores(self, states: torch.Tensor) -> torch.Tensor:
+        """(users, items) float32 logits without evidence."""
+        scores = (states @ self.vectors.T).float()
+        return scores if self.scored is None else scores.masked_fill(~self.scored, float("-inf"))
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows + 1,) the column of each row of the item head, the number of items for none; and (items,) the row of each column."""
+        if self.columns is None:
+            return torch.cat([self.rows.new_full((1,), len(self.rows)), self.rows - 1]), self.rows
+        return torch.where(self.columns < 0, len(self.rows), self.columns), self.rows
+
+    def log_probs(
+        self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(users, items) float32, as `scores`. A new item without a vector scores as the least probable item that has one."""
+        scores = self.scores(states, history, legal).log_softmax(-1)
+        if self.scored is None:
+            return scores
+        return torch.where(self.scored, scores, scores.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True))
+
+
+class ItemScores:
+    """
+    Item scores of histories: a guide of beam search, and a ranking of single items.
+
+    Args:
+        scorer: of the trie's leaves, in order.
+        states: (users, width) states at the ends of the histories ([`~item_head.history_states`]).
+        trie: the catalogue's semantic IDs, on the device of the states.
+        weight: factor of the log-probabilities, positive.
+        history: (users, n) rows of the histories' items, for a head with evidence.
+    """
+
+    def __init__(
+        self,
+        scorer: ItemScorer,
+        states: torch.Tensor,
+        trie: SemanticIDTrie,
+        weight: float,
+        history: torch.Tensor | None = None,
+    ):
+        self.scorer, self.states, self.trie, self.weight, self.history = scorer, states, trie, weight, history
+
+    def at_leaves(self, users: slice, constraint: CatalogueConstraint) -> torch.Tensor:
+        """(users, leaves) float32 log-probabilities, -inf for items that `constraint` does not allow them."""
+        legal = constraint.legal_leaves()
+        history = None if self.history is None else self.history[users]
+        leaves = self.scorer.log_probs(self.states[users], history, legal)
+        return leaves if legal is None else leaves.masked_fill(~legal, float("-inf"))
+
+    def guide(self, users: slice, constraint: CatalogueConstraint) -> SessionGuide:
+        """The guide of beam search for some of the users."""
+        return SessionGuide(self, users, constraint)
+
+    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
+        """Scores of the nodes of each level for some of the users ([`node_scores`])."""
+        return node_scores(self.trie, self.at_leaves(users, constraint), self.weight)
+
+
+def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) -> list[torch.Tensor]:
+    """
+    `weight` times the log of the probability below each node, per level (users, nodes) float32. They telescope: the increments along the codes of an
+    item add up to `weight` times the item's score.
+
+    Args:
+        leaf_scores: (users, leaves) float32 log-probabilities of items, -inf for items that are not legal.
+        weight: positive.
+
+    Example:
+        >>> trie = SemanticIDTrie([[0, 0], [0, 1], [1, 1]], codebook_sizes=[2, 2])
+        >>> levels = node_scores(trie, torch.tensor([[0.5, 0.3, 0.2]]).log(), weight=1.0)
+        >>> [level.exp() for level in levels]
+        [tensor([[0.8000, 0.2000]]), tensor([[0.5000, 0.3000, 0.2000]])]
+    """
+    largest = leaf_scores.amax(1, keepdim=True)
+    shares, leaves = (leaf_scores - largest).exp(), torch.arange(trie.num_leaves, device=leaf_scores.device)
+    tiny = torch.finfo(shares.dtype).tiny  # a probability too small for a float remains possible
+    levels = []
+    for level in range(trie.num_levels - 1):
+        below = shares.new_zeros(len(shares), len(trie.codes[level]))
+        below.index_add_(1, trie.ancestors(level, leaves), shares)
+        levels.append((below.clamp_(min=tiny).log_() + largest) * weight)
+    return [*levels, leaf_scores * weight]
+
+
+class SessionGuide:
+    """
+    Item scores of the children of beams' nodes. A session's first item has the scores of the whole catalogue ([`node_scores`]). Later items have some
+    only by evidence, which reads what the beam has written: they are computed for the best candidates of the history, and the other items share their
+    probability equally.
+
+    Args:
+        item_scores: of all users.
+        users: these users of them.
+        constraint: what these users may get.
+    """
+
+    def __init__(self, item_scores: ItemScores, users: slice, constraint: CatalogueConstraint):
+        self.trie, self.weight = item_scores.trie, item_scores.weight
+        leaves = item_scores.at_leaves(users, constraint)
+        self.first = node_scores(self.trie, leaves, self.weight)
+        self._session = None
+        if item_scores.scorer.evidence is not None and item_scores.history is not None:
+            self._session = item_scores.scorer, item_scores.states[users], item_scores.history[users], leaves
+        self._evidence: SessionEvidence | None = None
+
+    def guides(self, item: int) -> bool:
+        """Whether the session's item with this number has item scores."""
+        return item == 0 or self._session is not None
+
+    def begin(self, item: int, written: torch.Tensor) -> None:
+        """Before the first code of each item: `item` is its number in the session, `written` (users, beams, item) the leaves of the items before it."""
+        if item > 0 and self._session is not None:
+            self._begin(written)
+
+    def at_children(self, item: int, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """
+        (users, beams, children) float32 scores of the children, on `level`, of nodes (users, beams) of the level above; columns beyond a node's
+        children are of other nodes.
+        """
+        trie, width = self.trie, self.trie.max_children[level]
+        first = trie.children[level][nodes]
+        children = (first[..., None] + torch.arange(width, device=nodes.device)).clamp_(max=len(trie.codes[level]) - 1)
+        if item == 0:
+            return self.first[level].gather(1, children.flatten(1)).view(children.shape)
+        return self._at(level, children)
+
+    def at(self, item: int, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """(users, beams) scores of nodes of a level."""
+        if item == 0:
+            return self.first[level].gather(1, nodes)
+        return self._at(level, nodes.unsqueeze(-1)).squeeze(-1)
+
+    def increments(self, item: int, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """(users, beams, children) what the scores of children, on `level`, add to those of their nodes; the root has the score 0."""
+        added = self.at_children(item, level, nodes)
+        return added if level == 0 else added - self.at(item, level - 1, nodes)[..., None]
+
+    def reorder(self, origin: torch.Tensor) -> None:
+        """Beam i continues beam `origin[i]`: (users, beams)."""
+        if self._evidence is not None:
+            self._sums = self._sums.gather(1, origin[..., None].expand(-1, -1, self._sums.shape[2]))
+            self._rest = self._rest.gather(1, origin)
+
+    def _begin(self, written: torch.Tensor) -> None:
+        """Probabilities of the candidates of the next item of each beam."""
+        if self._evidence is None:
+            self._find_candidates()
+        assert self._evidence is not None
+        scores = self._evidence.scores(written).double()
+        taken = (self._evidence.found[:, None, :, None] == written[:, :, None, :]).any(-1)
+        scores = scores.masked_fill(taken | ~self._legal[:, None], float("-inf"))
+        total = torch.logaddexp(scores.logsumexp(-1), self._others[:, None])
+        shares = (scores - total[..., None]).exp().cumsum(-1)
+        self._sums = torch.nn.functional.pad(shares, (1, 0))
+        self._rest = (self._others[:, None] - total).exp()
+
+    def _find_candidates(self) -> None:
+        assert self._session is not None
+        scorer, states, history, leaves = self._session
+        count = min(scorer.evidence.candidates, leaves.shape[1])
+        found = leaves.topk(count, dim=1).indices.sort(dim=1).values
+        head = scorer.head_scores(states)
+        columns, rows = scorer.places()
+        self._evidence = SessionEvidence(
+            scorer.evidence, head.gather(1, found), history, scorer.content, columns, rows, found
+        )
+        self._legal = leaves.gather(1, found).isfinite()
+        # The others keep the evidence of the history for the whole session. What log-probabilities and logits differ by is the same for all
+        # candidates.
+        shift = (
+            (self._evidence.first_scores() - leaves.gather(1, found)).masked_fill(~self._legal, float("-inf")).amax(1)
+        )
+        self._others = leaves.double().scatter(1, found, float("-inf")).logsumexp(1) + shift
+        self._count = max(1, leaves.shape[1] - count)
+        self._ancestors = [self.trie.ancestors(level, found) for level in range(self.trie.num_levels)]
+
+    def _at(self, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """`weight` times the log-probability below nodes (users, beams, n)."""
+        ancestors, flat = self._ancestors[level], nodes.flatten(1)
+        begin = torch.searchsorted(ancestors, flat).view_as(nodes)
+        end = torch.searchsorted(ancestors, flat, right=True).view_as(nodes)
+        share = self._sums.gather(2, end) - self._sums.gather(2, begin)
+        below = self.trie.leaves[level][nodes + 1] - self.trie.leaves[level][nodes] - (end - begin)
+        share = share + self._rest[..., None] * below / self._count
+        return (share.clamp(min=torch.finfo(torch.float32).tiny).log() * self.weight).float()
+
+
+__all__ = ["ItemScorer", "ItemScores", "SessionGuide", "node_scores"]
