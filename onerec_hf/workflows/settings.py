@@ -43,7 +43,7 @@ class DataSettings(WindowSettings):
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A named data set: movielens, movielens-small, amazon-beauty, kuairand-pure. Or pass --interactions."
+            "help": "A named data set: movielens, movielens-small, amazon-beauty, amazon-sports, kuairand-pure. Or pass --interactions."
         },
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})

@@ -142,7 +142,7 @@ TABLES = [
     (embeddings_that_are_pickled, ["vectors.npy", "cannot be read as .npy"]),
     (two_sources, ["--dataset", "--interactions"]),
     (no_source, ["--dataset", "--interactions"]),
-    (unknown_source, ["'netflix'", "movielens, movielens-small, amazon-beauty, kuairand-pure"]),
+    (unknown_source, ["'netflix'", "movielens, movielens-small, amazon-beauty, amazon-sports, kuairand-pure"]),
     (source_without_folder, ["sequences.parquet"]),
 ]
 

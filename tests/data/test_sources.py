@@ -60,6 +60,22 @@ def test_amazon_beauty(data_folder):
     assert check_items(data).frame["text"].str.contains(" | Beauty > ", regex=False).mean() > 0.9
 
 
+def test_amazon_sports(data_folder):
+    if not (data_folder / "amazon_sports").is_dir():
+        pytest.skip("the data folder has no amazon_sports")
+    data = load_source("amazon-sports", data_folder / "amazon_sports")
+    assert users_and_items(data) == (35_598, 18_357, 296_337)
+    assert data.interactions["user_id"].value_counts().min() == 5  # a 5-core
+    assert data.interactions["item_id"].value_counts().min() == 5
+    assert data.items.item_ids.tolist() == list(range(1, 18_358))
+    assert data.items.embeddings.shape == (18_357, 384)
+    np.testing.assert_allclose(np.linalg.norm(data.items.embeddings, axis=1), 1, atol=1e-2)
+    text = check_items(data).frame["text"]
+    assert text[0] == "road-bike, wire-bead, black-wall, 27-inch, 55psi"
+    assert (text.str.count(", ") == 4).mean() > 0.9
+    assert "35,598 users" in data.description
+
+
 def test_kuairand_pure(data_folder):
     with pytest.warns(UserWarning, match="dropped 5,460 of 228,329 rows"):
         data = load_source("kuairand-pure", data_folder / "kuairand_pure")
@@ -76,7 +92,8 @@ def test_kuairand_pure(data_folder):
 
 def test_unknown_and_missing(tmp_path):
     with pytest.raises(
-        DataError, match=r"Choose one of movielens, movielens-small, amazon-beauty, kuairand-pure; .*load_files"
+        DataError,
+        match=r"Choose one of movielens, movielens-small, amazon-beauty, amazon-sports, kuairand-pure; .*load_files",
     ):
         load_source("netflix")
     for name in SOURCES[1:]:
