@@ -13,6 +13,7 @@ from onerec_hf.modeling.files import UNEXPECTED, short
 from onerec_hf.workflows.distributed import is_first, say
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import Trainer
 
     from onerec_hf.baselines import SequentialRecommender
@@ -155,28 +156,40 @@ def load_sequential(option: str, repo: str) -> SequentialRecommender:
 
 
 def new_model(
-    settings: ModelSettings, processor: OneRecProcessor, session_length: int
+    settings: ModelSettings, processor: OneRecProcessor, session_length: int, content: np.ndarray | None = None
 ) -> OneRecForConditionalGeneration:
     """
     An untrained generator for the processor's catalogue.
 
+    Args:
+        content: (items, d) content vectors of the catalogue's items, for an item head with content.
+
     Raises:
         ValueError: sizes that do not fit together, or an unknown attention implementation.
     """
+    import torch
+
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
     assert processor.catalogue is not None
-    config = settings.config(processor.catalogue.codebook_sizes, session_length, len(processor.catalogue))
+    catalogue, width = processor.catalogue, 0 if content is None else content.shape[1]
+    config = settings.config(catalogue.codebook_sizes, session_length, len(catalogue), width)
     model = OneRecForConditionalGeneration._from_config(config, attn_implementation=settings.attn_implementation)
-    model.set_catalogue(processor.catalogue)
-    set_item_score_weight(model, settings.item_score_weight)
+    model.set_catalogue(catalogue)
+    if content is not None:
+        codes, vectors = torch.tensor(catalogue.codes, dtype=torch.long), torch.from_numpy(content)
+        model.get_encoder().item_head.set_content(codes, vectors)
+    set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model
 
 
-def set_item_score_weight(model: OneRecForConditionalGeneration, weight: float | None) -> None:
-    """Sets the default of `recommend()` and `generate()`, which is saved with the model; None keeps the present one."""
-    if weight is not None and model.generation_config is not None:
-        model.generation_config.item_score_weight = weight  # pyright: ignore[reportAttributeAccessIssue] (a field of ours)
+def set_ranking_weights(
+    model: OneRecForConditionalGeneration, item_score_weight: float | None, decoder_weight: float | None = None
+) -> None:
+    """Sets the defaults of `recommend()` and `generate()`, which are saved with the model; None keeps the present one."""
+    for name, weight in (("item_score_weight", item_score_weight), ("decoder_weight", decoder_weight)):
+        if weight is not None and model.generation_config is not None:
+            setattr(model.generation_config, name, weight)  # fields of ours
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:

@@ -17,7 +17,7 @@ from onerec_hf.workflows.artefact import (
     load_processor,
     load_sequential,
     model_type,
-    set_item_score_weight,
+    set_ranking_weights,
 )
 from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
@@ -109,7 +109,7 @@ def _generator_rows(
 ) -> list[dict[str, Any]]:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
-    set_item_score_weight(model, how.item_score_weight)
+    set_ranking_weights(model, how.item_score_weight)
     dataset = as_dataset(data)
     check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     with tempfile.TemporaryDirectory() as scratch:

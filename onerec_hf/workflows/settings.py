@@ -155,20 +155,45 @@ class ModelSettings:
     item_head_codes: bool = field(
         default=False, metadata={"help": "Add the embeddings of an item's codes to its vector in the item scores."}
     )
+    item_head_content: bool = field(
+        default=False,
+        metadata={
+            "help": "Add a projection of content vectors (--embeddings, or the items' text) to the vectors of the item head."
+        },
+    )
+    item_head_evidence: bool = field(
+        default=False,
+        metadata={
+            "help": "Add evidence about pairs of items to the item scores: counts from training rows, cosines of content; weights from validation users."
+        },
+    )
     item_score_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight of item scores in rankings, saved as the model's default (default: that of the saved model, 0 for a new one)."
         },
     )
+    decoder_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the decoder in rankings, saved as the model's default; with 0 the item head alone ranks single items (default: that of the saved model, 1 for a new one)."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
-    def config(self, codebook_sizes: Sequence[int], session_length: int, num_items: int | None = None) -> OneRecConfig:
+    def config(
+        self,
+        codebook_sizes: Sequence[int],
+        session_length: int,
+        num_items: int | None = None,
+        content_dim: int = 0,
+    ) -> OneRecConfig:
         """
         The configuration of a new model.
 
         Args:
             num_items: of the catalogue, for the item head.
+            content_dim: width of the content vectors, for an item head with content.
 
         Raises:
             ValueError: sizes that do not fit together, or an item head without the number of items.
@@ -181,7 +206,7 @@ class ModelSettings:
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
-        others = ("model", "attn_implementation", "item_score_weight")
+        others = ("model", "attn_implementation", "item_score_weight", "decoder_weight")
         sizes = {
             name: value
             for name, value in asdict(self).items()
@@ -196,6 +221,11 @@ class ModelSettings:
                 "loss_weight": self.item_head_loss_weight,
                 "score_codes": self.item_head_codes,
             }
+            # A head without them is saved as earlier versions saved it.
+            sizes["item_head"] |= {"content_dim": content_dim} if content_dim else {}
+            sizes["item_head"] |= {"evidence": True} if self.item_head_evidence else {}
+        if (self.item_head_content or self.item_head_evidence) and not self.item_head:
+            raise ValueError("--item_head_content and --item_head_evidence need --item_head true")
         if self.item_score_weight and not (self.item_head and self.item_head_loss_weight):
             raise ValueError(
                 f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"

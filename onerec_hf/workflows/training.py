@@ -19,12 +19,13 @@ from onerec_hf.workflows.artefact import (
     new_model,
     save_processor,
     save_trained,
-    set_item_score_weight,
+    set_ranking_weights,
     write_origin,
 )
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import evaluate_beside_baselines
+from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
 from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
@@ -194,6 +195,7 @@ def train_generator(
     with resumable(folder, command, can_resume), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
+        fit_evidence(model, processor, data, args.seed)
         save_trained(trainer, folder)
     args.push_to_hub = push
     return trainer
@@ -221,9 +223,10 @@ def _start(
         origin = find_origin(Path(place).resolve().parents[1] if checkpoint is not None else place, save_items)
     if place is None or option == "--semantic_ids":
         processor.max_history = data.max_history
-        return new_model(settings, processor, data.session_length), processor, origin
+        content = content_of_catalogue(data, processor) if settings.item_head_content else None
+        return new_model(settings, processor, data.session_length, content), processor, origin
     model = load_model(option, place, settings.attn_implementation)
-    set_item_score_weight(model, settings.item_score_weight)
+    set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model, processor, origin
 
 
