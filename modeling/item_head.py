@@ -45,15 +45,13 @@ class ItemHead(nn.Module):
         # Row 0 is for items without a vector.
         self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
         self.keys = nn.Buffer(torch.full((self.config.num_items,), prod(self.sizes), dtype=torch.long))
-        self.content = self.content_proj = self.content_mean = self.evidence = None
-        if width := self.config.content_dim:
-            # Row 0 is for items without content, like all rows of zeros.
-            self.content = nn.Buffer(torch.zeros(self.config.num_items + 1, width, dtype=torch.float16))
-            self.content_mean = nn.Buffer(torch.zeros(width))
-            self.content_scale = nn.Buffer(torch.ones(()))
-            self.content_proj = nn.Linear(width, config.hidden_size, bias=False)
-        if self.config.evidence:
-            self.evidence = ItemEvidence(self.config.num_items, self.config.neighbours)
+        width, rows = self.config.content_dim, self.config.num_items + 1
+        # Row 0 is for items without content, like all rows of zeros.
+        self.register_buffer("content", torch.zeros(rows, width, dtype=torch.float16) if width else None)
+        self.register_buffer("content_mean", torch.zeros(width) if width else None)
+        self.register_buffer("content_scale", torch.ones(()) if width else None)
+        self.content_proj = nn.Linear(width, config.hidden_size, bias=False) if width else None
+        self.evidence = ItemEvidence(rows - 1, self.config.neighbours) if self.config.evidence else None
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """
