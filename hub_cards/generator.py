@@ -45,6 +45,7 @@ def write_generator_card(
     *,
     num_beams: int | None = None,
     counts: Mapping[str, int] | None = None,
+    choices: Sequence[tuple[str, str, str]] = (),
     training: Training | None = None,
     alignment: Alignment | None = None,
     tokens_per_expert: Any = None,
@@ -63,6 +64,7 @@ def write_generator_card(
         repo_id: the Hub repository for the card's snippet (default: `folder`).
         exclude_seen, num_beams: whether the rows exclude seen items, and the beam width of the ranking.
         counts: counts of the data, by name.
+        choices: options of the training that a preset set: name, value and reason.
         training: `Training.of(trainer)`.
         alignment: `Alignment.of(trainer)`.
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
@@ -117,6 +119,7 @@ def write_generator_card(
         source=source,
         protocol=protocol,
         counts=counts or {},
+        choices=choices,
         exclude_seen=exclude_seen,
         num_beams=num_beams,
         metrics=metrics,

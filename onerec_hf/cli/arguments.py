@@ -31,6 +31,26 @@ def parse(
     return CommandParser(dataclasses, f"onerec-hf {prog}", required).parse_command(argv)
 
 
+def parse_given(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str) -> dict[str, Any]:
+    """
+    The options that stand in `argv` or in its `--config` file, by name, after all of them have been checked by the dataclasses. Options that
+    are not there are left to the workflow, which chooses them.
+
+    Raises:
+        ValueError: as [`parse`].
+
+    Example:
+        >>> from onerec_hf.workflows import ModelSettings
+        >>> parse_given((ModelSettings,), ["--hidden_size", "64", "--no_cross_attention_rope"], "train")
+        {'hidden_size': 64, 'cross_attention_rope': False}
+    """
+    from onerec_hf.cli.parser import CommandParser
+
+    parser = CommandParser(dataclasses, f"onerec-hf {prog}")
+    parser.parse_command(argv)
+    return parser.given
+
+
 def command_line(prog: str, argv: Sequence[str]) -> str:
     """
     The command as it is typed in a shell, for result files and messages.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from argparse import Action
+from argparse import Action, Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -56,6 +56,9 @@ class CommandParser(TrlParser):
     """
     Dataclasses filled from the command line and, below it, from `--config FILE.yaml`.
 
+    Attributes:
+        given: values of the options that stand on the line or in the file, by name; other fields of the dataclasses have their defaults.
+
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass
@@ -71,7 +74,9 @@ class CommandParser(TrlParser):
 
     def __init__(self, dataclass_types: Any, prog: str, required: Sequence[str] = ()):
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False)
+        self.given: dict[str, Any] = {}
         self._from_file: list[str] = []
+        self._nested: dict[str, Any] = {}
         for option in required:
             self._option_string_actions[option].required = True
 
@@ -124,7 +129,12 @@ class CommandParser(TrlParser):
         return unknown
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([*self._from_file, *(args or [])], namespace)
+        args = [*self._from_file, *(args or [])]
+        unset = object()
+        blank = Namespace(**{action.dest: unset for action in self._actions})
+        values = vars(super().parse_known_args(args, blank)[0])
+        self.given = self._nested | {name: value for name, value in values.items() if value is not unset}
+        return super().parse_known_args(args, namespace)
 
     def _arguments(self, option: str, action: Action, value: Any) -> list[str]:
         """A YAML value as on the command line."""
@@ -133,7 +143,7 @@ class CommandParser(TrlParser):
         if isinstance(value, dict | list) and action.type in (int, float, string_to_bool):
             self.error(f"argument {option}: expected one value, not {short(value, 80)}")
         if value is None or isinstance(value, dict | list):  # not possible on a command line: as in TrlParser
-            action.default = value
+            action.default = self._nested[action.dest] = value
             return []
         if value is False and action.type is not string_to_bool:
             value = "no"  # YAML reads `save_strategy: no` as false

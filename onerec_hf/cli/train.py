@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from onerec_hf.cli.arguments import command_line, parse
+from dataclasses import dataclass, field
+
+from onerec_hf.cli.arguments import command_line, parse_given
+from onerec_hf.workflows.auto import choices_table
 from onerec_hf.workflows.distributed import is_first
 from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.settings import DataSettings, ModelSettings, SemanticIDSettings
 from onerec_hf.workflows.sharding import ShardingSettings
-from onerec_hf.workflows.training import TrainSettings, train
+from onerec_hf.workflows.training import TrainSettings, chosen_settings, train
+
+
+@dataclass
+class TrainOptions:
+    """What the command does."""
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the settings and their reasons, and stop before anything is written."}
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -20,8 +32,14 @@ def main(argv: list[str]) -> None:
         ShardingSettings,
         TrainSettings,
         OneRecTrainingArguments,
+        TrainOptions,
     )
-    data, *settings = parse(kinds, argv, "train", required=["--output_dir"])
-    result = train(data, *settings, command=command_line("train", argv))
+    given = parse_given(kinds, argv, "train")
+    if given.pop("dry_run", False):
+        choices = chosen_settings(**given)
+        if is_first():
+            print(choices_table(choices))
+        return
+    result = train(**given, command=command_line("train", argv))
     if is_first():
         print(ranking_table(result.rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,19 @@ class UserSequences:
         lengths = np.bincount(self.user_rows[keep], minlength=len(self))
         offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
         return UserSequences(self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets)
+
+    def shuffled_ties(self, seed: int = 0) -> UserSequences:
+        """
+        A user's items of equal time in random order, in place of the table's order.
+
+        Example:
+            >>> rows = pd.DataFrame({"user_id": [1] * 5, "item_id": [1, 2, 3, 4, 5], "timestamp": [7, 7, 7, 7, 9]})
+            >>> UserSequences.from_interactions(rows).shuffled_ties()[0].tolist()
+            [4, 3, 2, 1, 5]
+        """
+        random = np.random.default_rng(seed).random(len(self.item_ids))
+        order = np.lexsort((random, self.timestamps, self.user_rows))
+        return replace(self, item_ids=self.item_ids[order])
 
     def k_core(self, min_user: int = 1, min_item: int = 5, iterative: bool = False) -> UserSequences:
         """

@@ -91,7 +91,7 @@ def leave_one_out(
             f"leave-one-out: none of {len(sequences):,} users has {min_length} items (the longest sequence has "
             f"{sequences.lengths.max()}). Add data, or split by time with temporal_split."
         )
-    train = _train_windows(train_sequences, session_length, max_history, stride)
+    train = train_windows(train_sequences, session_length, max_history, stride)
     validation, test = (examples(*last_item_slices(sequences, held_out, before_end)) for before_end in (1, 0))
     description = describe_leave_one_out(
         int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
@@ -192,7 +192,7 @@ def temporal_split(
             f"data's times, {times.min()} to {times.max()}."
         )
     train_sequences = sequences.where(times < validation_start)
-    train = _train_windows(train_sequences, session_length, max_history, stride)
+    train = train_windows(train_sequences, session_length, max_history, stride)
     parts = {}
     for name, start, end in (("validation", validation_start, test_start), ("test", test_start, None)):
         at = sequences.offsets[:-1] + _count_before(sequences, start)
@@ -220,7 +220,18 @@ def _count_before(sequences: UserSequences, time: int) -> np.ndarray:
     return before[sequences.offsets[1:]] - before[sequences.offsets[:-1]]
 
 
-def _train_windows(sequences: UserSequences, session_length: int, max_history: int, stride: int) -> datasets.Dataset:
+def train_windows(sequences: UserSequences, session_length: int, max_history: int, stride: int) -> datasets.Dataset:
+    """
+    The windows of training sequences.
+
+    Raises:
+        DataError: no user has two items.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
+        >>> train_windows(UserSequences.from_interactions(rows), 1, 50, 1)["session"][:]
+        [[6], [7]]
+    """
     train = window_examples(sequences, session_length, max_history, stride)
     if not len(train):
         raise DataError(

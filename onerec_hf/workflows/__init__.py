@@ -1,9 +1,8 @@
 """
 From tables to trained, evaluated and saved models, in Python; the commands of `onerec-hf` call these functions.
 
-    >>> from onerec_hf.workflows import DataSettings, load_dataset, train
-    >>> dataset = load_dataset(DataSettings(interactions="ratings.csv", items="films.csv"))  # doctest: +SKIP
-    >>> result = train(dataset, output_dir="runs/films", num_train_epochs=3)  # doctest: +SKIP
+    >>> from onerec_hf.workflows import train
+    >>> result = train(interactions="ratings.csv", items="films.csv", output_dir="runs/films")  # doctest: +SKIP
     >>> result.metrics, result.model, result.processor  # doctest: +SKIP
 """
 
@@ -15,6 +14,7 @@ from onerec_hf._lazy import lazy_exports
 
 _PUBLIC = {
     "AlignSettings": "alignment",
+    "Choice": "auto",
     "DataSettings": "settings",
     "EvaluateSettings": "evaluation",
     "FitSettings": "semantic_ids",
@@ -33,6 +33,7 @@ _PUBLIC = {
     "ShardingSettings": "sharding",
     "TrainSettings": "training",
     "align": "alignment",
+    "chosen_settings": "training",
     "compare_quantizers": "semantic_ids",
     "evaluate": "evaluation",
     "fit_semantic_ids": "semantic_ids",
@@ -51,6 +52,7 @@ __all__ = sorted(_PUBLIC)
 if TYPE_CHECKING:
     from onerec_hf.workflows.alignment import AlignSettings, align
     from onerec_hf.workflows.artefact import load_model, load_processor
+    from onerec_hf.workflows.auto import Choice
     from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
     from onerec_hf.workflows.errors import RunComplete
     from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
@@ -61,6 +63,6 @@ if TYPE_CHECKING:
     from onerec_hf.workflows.semantic_ids import FitSettings, compare_quantizers, fit_semantic_ids
     from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
     from onerec_hf.workflows.sharding import ShardingSettings
-    from onerec_hf.workflows.training import TrainSettings, train
+    from onerec_hf.workflows.training import TrainSettings, chosen_settings, train
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from onerec_hf.modeling.files import UNEXPECTED, short
 from onerec_hf.workflows.distributed import is_first, say
@@ -128,15 +128,33 @@ def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
 
 def model_type(repo: str) -> str | None:
     """The `model_type` in the config.json of a folder or Hub repository; None where that cannot be read."""
+    return _saved_config(repo, "config.json").get("model_type")
+
+
+def saved_sizes(repo: str) -> dict[str, Any]:
+    """
+    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length` and `max_history`, as far as they can be
+    read. Loading the model tells what is wrong with it.
+    """
+    found = _saved_config(repo, "config.json") | _saved_config(repo, "processor_config.json")
+    return {
+        name: found[name]
+        for name in ("encoder_is_causal", "session_length", "max_history")
+        if found.get(name) is not None
+    }
+
+
+def _saved_config(repo: str, name: str) -> dict[str, Any]:
+    """A JSON object of a folder or Hub repository; empty where that cannot be read."""
     from transformers.utils.hub import cached_file
 
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        path = cached_file(repo, "config.json", **quietly)
+        path = cached_file(repo, name, **quietly)
         config = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, *UNEXPECTED):
-        return None
-    return config.get("model_type") if isinstance(config, dict) else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def load_sequential(option: str, repo: str) -> SequentialRecommender:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         RecommendationData,
         UserSequences,
     )
-    from onerec_hf.workflows.settings import WindowSettings
+    from onerec_hf.workflows.settings import DataSettings
 
 
 class RecommendationDataset(Protocol):
@@ -89,6 +89,10 @@ class RecommendationDataset(Protocol):
         ...
 
 
+#: The sentence about `ties="shuffle"` in protocols.
+SHUFFLED = " Rows of a user with equal times are in random order."
+
+
 @dataclass(frozen=True, eq=False)
 class InMemoryDataset:
     """
@@ -101,6 +105,7 @@ class InMemoryDataset:
         item_ids: (items,) sorted.
         protocol: how the data was filtered and split.
         settings: how the examples were cut.
+        given: the fields of `settings` that the caller chose; `train` may choose the others from the data.
     """
 
     source: RecommendationData
@@ -108,7 +113,8 @@ class InMemoryDataset:
     split: LeaveOneOutSplit
     item_ids: np.ndarray
     protocol: str
-    settings: WindowSettings
+    settings: DataSettings
+    given: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -159,6 +165,46 @@ class InMemoryDataset:
 
     def train_rows(self) -> list[np.ndarray]:
         return _rows(self.train_sequences, self.item_ids)
+
+    def cut(self, **options: int) -> InMemoryDataset:
+        """
+        The dataset with training examples of other sizes; validation and test users stay.
+
+        Args:
+            options: `session_length`, `max_history` or `stride`.
+
+        Example:
+            >>> dataset.cut(session_length=1, max_history=20).session_length  # doctest: +SKIP
+            1
+        """
+        from onerec_hf.data.splits import describe_leave_one_out, train_windows
+
+        settings = replace(self.settings, **options)
+        sizes = (settings.session_length, settings.max_history, settings.stride)
+        train = train_windows(self.train_sequences, *sizes)
+        held_out = len(self.test)
+        description = describe_leave_one_out(held_out, len(self.sequences) - held_out, len(train), *sizes)
+        split = replace(self.split, train=train, description=description)
+        return replace(self, split=split, settings=settings, protocol=self._protocol(description))
+
+    def with_shuffled_ties(self) -> InMemoryDataset:
+        """The dataset with `ties="shuffle"`: a user's rows of equal time are in random order, and the split is made of these sequences."""
+        from onerec_hf.data import leave_one_out
+
+        settings, sequences = replace(self.settings, ties="shuffle"), self.sequences.shuffled_ties()
+        sizes = (settings.session_length, settings.max_history, settings.stride)
+        split = leave_one_out(sequences, *sizes)
+        return replace(
+            self,
+            sequences=sequences,
+            split=split,
+            settings=settings,
+            protocol=self._protocol(split.description) + SHUFFLED,
+        )
+
+    def _protocol(self, description: str) -> str:
+        """The protocol with another description of the split."""
+        return self.protocol.replace(self.split.description, description)
 
     def on_prefixes(self) -> InMemoryDataset:
         """The dataset with each training history once, for all the sessions that follow its prefixes, in place of windows."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
+from onerec_hf.workflows.dataset import SHUFFLED, InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import DataSettings, gather
+from onerec_hf.workflows.settings import DataSettings, gather, given_options
 
 if TYPE_CHECKING:
     from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
@@ -46,10 +47,11 @@ def load_dataset(
         >>> load_dataset(dataset="movielens", min_item_interactions=10).session_length  # doctest: +SKIP
         5
     """
-    (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
+    given = settings
+    (settings,) = gather((DataSettings,), [] if given is None else [given], options)
     assert isinstance(settings, DataSettings)
     if settings.prepared is None:
-        return load_in_memory(settings, interactions=interactions, items=items, embeddings=embeddings)
+        return load_in_memory(given, interactions=interactions, items=items, embeddings=embeddings, **options)
     if settings.dataset is not None or settings.interactions is not None or interactions is not None:
         raise ValueError("pass --prepared, --interactions or --dataset; one of them")
     items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
@@ -77,7 +79,8 @@ def load_in_memory(
         >>> dataset.counts()["training examples"], dataset.test[0]["session"]
         (6, [4])
     """
-    (settings,) = gather((DataSettings,), [] if settings is None else [settings], options)
+    whole = [] if settings is None else [settings]
+    (settings,) = gather((DataSettings,), whole, options)
     assert isinstance(settings, DataSettings)
     interactions, items = _given(interactions, settings.interactions), _given(items, settings.items)
     embeddings = _given(embeddings, settings.embeddings)
@@ -97,7 +100,10 @@ def load_in_memory(
     for option in ("min_item_interactions", "session_length", "max_history", "stride"):
         if getattr(settings, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
-    return _split(_read(settings, interactions, items, embeddings), settings)
+    if settings.ties not in ("file", "shuffle"):
+        raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
+    given = frozenset(given_options((DataSettings,), whole, options))
+    return replace(_split(_read(settings, interactions, items, embeddings), settings), given=given)
 
 
 def _given(value, default):
@@ -137,6 +143,8 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         sequences = sequences.k_core(min_user=1, min_item=settings.min_item_interactions)
     except DataError as error:
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
+    if settings.ties == "shuffle":
+        sequences = sequences.shuffled_ties()
     split = leave_one_out(
         sequences,
         session_length=settings.session_length,
@@ -144,9 +152,14 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         stride=settings.stride,
     )
     item_ids = sequences.item_counts()[0]
+    if len(item_ids) < 2:
+        raise ValueError(
+            f"{source.name}: {len(item_ids)} item is left, and a ranking needs at least two; add interactions with other items, or lower "
+            "--min_item_interactions"
+        )
     protocol = (
         f"Positive feedback: {positive}; items with fewer than {settings.min_item_interactions} positive interactions are left out. "
-        f"{split.description}"
+        f"{split.description}{SHUFFLED if settings.ties == 'shuffle' else ''}"
     )
     say(
         f"{source.name}: {len(source.interactions):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
@@ -200,6 +213,8 @@ def _items_of(
         return with_text(table)
 
 
-def as_dataset(data: RecommendationDataset | DataSettings) -> RecommendationDataset:
-    """The dataset itself, or the one that the settings describe."""
+def as_dataset(data: RecommendationDataset | DataSettings | Mapping[str, Any]) -> RecommendationDataset:
+    """The dataset itself, or the one that settings, or single options by name, describe."""
+    if isinstance(data, Mapping):
+        return load_dataset(**data)
     return load_dataset(data) if isinstance(data, DataSettings) else data

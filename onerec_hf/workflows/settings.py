@@ -59,6 +59,10 @@ class DataSettings(WindowSettings):
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
+    ties: str = field(
+        default="file",
+        metadata={"help": "Order of a user's rows of equal time: file (as in the table), or shuffle (random)."},
+    )
     prepared: str | None = field(
         default=None,
         metadata={"help": "Folder of `onerec-hf prepare`, whose examples are streamed; in place of --interactions."},
@@ -253,6 +257,23 @@ class ModelOutputSettings(OutputSettings):
         default=True,
         metadata={"help": "Save titles and other columns of the items (items.parquet), to show them in answers."},
     )
+
+
+def given_options(kinds: Sequence[type], given: Sequence[object], options: dict[str, Any]) -> dict[str, Any]:
+    """
+    What the caller of a workflow decided, by option: every field of the settings objects, and the single options over them.
+
+    Args:
+        given, options: those of [`gather`], which checks them.
+
+    Example:
+        >>> given_options((OutputSettings, ModelSettings), [OutputSettings()], {"hidden_size": 64})
+        {'overwrite': False, 'hidden_size': 64}
+    """
+    found = {
+        each.name: getattr(settings, each.name) for settings in given for each in fields(type(settings)) if each.init
+    }
+    return found | options
 
 
 def gather(kinds: Sequence[type], given: Sequence[object], options: dict[str, Any]) -> tuple[Any, ...]:

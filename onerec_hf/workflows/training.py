@@ -6,9 +6,10 @@ import contextlib
 import copy
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.artefact import (
@@ -22,15 +23,24 @@ from onerec_hf.workflows.artefact import (
     set_ranking_weights,
     write_origin,
 )
+from onerec_hf.workflows.auto import Choice, choices_table, shown
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import evaluate_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
 from onerec_hf.workflows.loading import as_dataset
+from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
 from onerec_hf.workflows.semantic_ids import fit_catalogue
-from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, ModelSettings, SemanticIDSettings, gather
+from onerec_hf.workflows.settings import (
+    DataSettings,
+    ModelOutputSettings,
+    ModelSettings,
+    SemanticIDSettings,
+    gather,
+    given_options,
+)
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
@@ -39,13 +49,21 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids import SemanticIDs
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
+OUTPUT_DIR = "onerec-model"
+BOTH = "pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both"
 NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
 
 
 @dataclass
 class TrainSettings(ModelOutputSettings):
-    """Training examples, early stopping, evaluation and checkpoints."""
+    """Preset, training examples, early stopping, evaluation and checkpoints."""
 
+    preset: str = field(
+        default="auto",
+        metadata={
+            "help": "Options that you do not pass: auto (chosen from the data), paper (the paper's, the defaults listed here), tiger (TIGER's) or small (the quickstart's)."
+        },
+    )
     train_on: str = field(
         default="windows",
         metadata={
@@ -69,20 +87,21 @@ class TrainSettings(ModelOutputSettings):
 
 
 def train(
-    data: RecommendationDataset | DataSettings, *settings: object, command: str | None = None, **options
+    data: RecommendationDataset | DataSettings | None = None, *settings: object, command: str | None = None, **options
 ) -> GeneratorResult:
     """
-    Trains a generator and saves it: fits semantic IDs (or takes those of a folder, or continues from a saved model), trains, ranks the test
+    Trains a generator and saves it. Options that are not given are chosen from the data (`preset="auto"`) and printed with their reasons. It fits semantic IDs (or takes those of a folder, or continues from a saved model), trains, ranks the test
     items with model and baselines, and writes model, processor, catalogue, `results.json` and card into `output_dir`. With
     `resume_from_checkpoint="last"` the same call resumes a run that was killed. Under torchrun every rank makes the call.
 
     Args:
-        data: a dataset, or the settings to load one after the options are checked.
+        data: a dataset, or the settings to load one after the options are checked. Without it, `options` name the data.
         settings: [`SemanticIDSettings`], [`ModelSettings`], [`ShardingSettings`], [`TrainSettings`] and
-            [`~onerec_hf.trainers.OneRecTrainingArguments`], each optional, in any order.
+            [`~onerec_hf.trainers.OneRecTrainingArguments`], each optional, in any order. A settings object is given as a whole: nothing in it is
+            chosen from the data.
         command: the command line, for results and card.
-        options: single fields of these settings, e.g. `hidden_size=64, num_train_epochs=3`; `output_dir` where no training arguments are
-            given.
+        options: single fields of these settings, e.g. `hidden_size=64, num_train_epochs=3`, and of [`DataSettings`], e.g.
+            `interactions="ratings.csv"`. `output_dir` is `onerec-model` by default.
 
     Raises:
         ValueError: options that do not fit together or to the data, or a damaged artefact to start from. `output_dir` is untouched then.
@@ -92,43 +111,116 @@ def train(
         TypeError: an unknown option.
 
     Example:
-        >>> result = train(load_dataset(interactions="ratings.csv"), output_dir="runs/mine", num_train_epochs=3)  # doctest: +SKIP
+        >>> result = train(interactions="ratings.csv", items="films.csv", output_dir="runs/mine")  # doctest: +SKIP
         >>> result.metrics["onerec/recall@10"], result.model, result.processor  # doctest: +SKIP
     """
-    ids, model, sharding, run, args = _settings(settings, options)
-    folder = Path(str(args.output_dir))
-    open_folder(folder, run.overwrite, args)
+    first, data, options = _given(data, settings, options)
+    folder = Path(str(first.args.output_dir))
+    open_folder(folder, first.run.overwrite, first.args)
     started = time.perf_counter()
-    dataset = as_dataset(data)
-    if run.train_on == "prefixes":
+    dataset, choices, final = _choose(as_dataset(data), first, settings, options)
+    say(choices_table(choices))
+    final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
+    if final.run.train_on == "prefixes":
         if not isinstance(dataset, InMemoryDataset):
             raise ValueError(
                 "--train_on goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare --train_on`"
             )
         dataset = dataset.on_prefixes()
     trainer = train_generator(
-        dataset, folder, ids, model, args, sharding, run.early_stopping_patience, command, save_items=run.save_items
+        dataset,
+        folder,
+        final.ids,
+        final.model,
+        final.args,
+        final.sharding,
+        final.run.early_stopping_patience,
+        command,
+        save_items=final.run.save_items,
     )
     with resumable(folder, command):
-        rows = evaluate_beside_baselines(trainer, dataset, "test", run.baselines)
+        rows = evaluate_beside_baselines(trainer, dataset, "test", final.run.baselines)
     if is_first():
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-        report(trainer, folder, dataset, rows, command)
-        finish(folder, run.keep_checkpoints)
+        report(trainer, folder, dataset, rows, command, choices)
+        finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer)
 
 
-def _settings(
-    settings: tuple[object, ...], options: dict[str, Any]
-) -> tuple[SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments]:
-    """The settings of a training, checked against each other."""
+def chosen_settings(
+    data: RecommendationDataset | DataSettings | None = None, *settings: object, **options
+) -> list[Choice]:
+    """
+    The options that [`train`] would choose for the same call, with their reasons; nothing is trained or written.
+
+    Raises:
+        ValueError, TypeError: as [`train`].
+
+    Example:
+        >>> for option, value, reason in chosen_settings(interactions="ratings.csv"):  # doctest: +SKIP
+        ...     print(option, value, reason)
+    """
+    first, data, options = _given(data, settings, options)
+    return _choose(as_dataset(data), first, settings, options)[1]
+
+
+class _Settings(NamedTuple):
+    """The settings of a training."""
+
+    ids: SemanticIDSettings
+    model: ModelSettings
+    sharding: ShardingSettings
+    run: TrainSettings
+    args: OneRecTrainingArguments
+
+
+def _kinds() -> tuple[type, ...]:
     from onerec_hf.trainers import OneRecTrainingArguments
 
-    kinds = (SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments)
-    ids, model, sharding, run, args = gather(kinds, settings, options)
+    return SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments
+
+
+def _given(
+    data: RecommendationDataset | DataSettings | None, settings: tuple[object, ...], options: dict[str, Any]
+) -> tuple[_Settings, RecommendationDataset | DataSettings | Mapping[str, Any], dict[str, Any]]:
+    """What the caller gave, over the library's defaults and checked as far as it goes without the data; the data; and the other options."""
+    of_data = {each.name for each in fields(DataSettings)}
+    about_data = {name: value for name, value in options.items() if name in of_data}
+    options = {name: value for name, value in options.items() if name not in of_data}
+    if data is not None and about_data:
+        name = next(iter(about_data))
+        raise TypeError(f"option {name!r} is of the data: pass it to load_dataset, or to train without a dataset")
+    if not any(type(each) is _kinds()[-1] for each in settings):
+        options.setdefault("output_dir", OUTPUT_DIR)
+    first = _Settings(*gather(_kinds(), settings, options))
+    first = first._replace(args=copy.copy(first.args))
+    check_preset(first.run.preset)
+    if first.run.preset == "paper":
+        _check(first)
+    elif first.model.model is not None and first.ids.semantic_ids is not None:
+        raise ValueError(BOTH)
+    return first, about_data if data is None else data, options
+
+
+def _choose(
+    data: RecommendationDataset, first: _Settings, settings: tuple[object, ...], options: dict[str, Any]
+) -> tuple[RecommendationDataset, list[Choice], _Settings]:
+    """The dataset as its preset cuts it, what the preset chose, and the final settings, checked."""
+    given = given_options(_kinds(), settings, options)
+    choices = choices_of(first.run.preset, data, given, first.args.use_cpu)
+    chosen = {row.option: row.value for row in choices if row.option not in (*given, *CUT)}
+    final = _Settings(*gather(_kinds(), settings, {**chosen, **options}))
+    final = final._replace(args=copy.copy(final.args))
+    _check(final)
+    return cut_as_chosen(data, choices), choices, final
+
+
+def _check(settings: _Settings) -> None:
+    """Checks the settings of a training against each other."""
+    ids, model, sharding, run, args = settings
     if model.model is not None and ids.semantic_ids is not None:
-        raise ValueError("pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both")
+        raise ValueError(BOTH)
     if run.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
         raise ValueError(
             "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
@@ -140,7 +232,6 @@ def _settings(
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
         )
     sharding.check(args)
-    return ids, model, sharding, run, copy.copy(args)
 
 
 def train_generator(
@@ -236,15 +327,22 @@ def report(
     data: RecommendationDataset,
     rows: list[dict[str, Any]],
     command: str | None,
+    choices: Sequence[Choice] = (),
 ) -> None:
-    """Writes `results.json` and the card into the model's folder, and uploads the folder with `push_to_hub`."""
+    """Writes `results.json` and the card, both with the `choices` of the settings, into the model's folder, and uploads the folder with `push_to_hub`."""
     from huggingface_hub import HfApi
 
     from onerec_hf.hub_cards import Training, write_generator_card
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
     write_results(
-        folder / "results.json", rows, command=command, seed=args.seed, dataset=data.name, protocol=data.protocol
+        folder / "results.json",
+        rows,
+        command=command,
+        seed=args.seed,
+        dataset=data.name,
+        protocol=data.protocol,
+        settings=[row._asdict() for row in choices],
     )
     hub = HfApi(token=args.hub_token)
     if args.push_to_hub:
@@ -261,6 +359,7 @@ def report(
         exclude_seen=args.eval_exclude_seen,
         num_beams=args.eval_num_beams,
         counts=data.counts(),
+        choices=[(row.option, shown(row.value), row.reason) for row in choices],
         training=Training.of(trainer),
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,

@@ -15,6 +15,8 @@ from onerec_hf.semantic_ids import ResidualQuantizer
 
 # The smallest generator that has every part, and three steps: what these tests look at does not depend on its quality.
 TINY = [
+    "--preset",
+    "paper",
     "--hidden_size",
     "16",
     "--intermediate_size",

@@ -6,6 +6,7 @@ import pytest
 from tests.cli.commands import interaction_rows, item_rows, write_csv
 
 TINY = {
+    "preset": "paper",
     "codebook_sizes": [8, 8, 8],
     "hidden_size": 16,
     "intermediate_size": 16,

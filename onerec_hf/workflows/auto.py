@@ -1,0 +1,345 @@
+"""Settings chosen from the data: what is counted, and the rules that turn counts into options, each with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
+
+# The rules' numbers, in the order of the rules.
+ITEMS_PER_CODE = 50
+SMALLEST_CODEBOOK, LARGEST_CODEBOOK = 16, 256
+SHORTEST_HISTORY, LONGEST_HISTORY = 10, 50
+TIED_TARGETS = 0.01  # share of test targets that a tie decides, from which ties matter
+TIES_IN_ORDER = 0.9  # share of a table's tied neighbours with ascending (or descending) item ids, from which the order means nothing
+SMALL_ITEMS, SMALL_INTERACTIONS = 3_000, 20_000  # below either: the smaller width
+SMALL_WIDTH, WIDTH = 64, 128
+HEAD_ITEMS, HEAD_MEMORY = 1_000_000, 0.25  # most items of an item head, and its largest share of the memory
+DENSE = 50  # interactions per item from which the data counts as dense
+DROPOUT, DENSE_DROPOUT = 0.45, 0.2
+SMOOTHING, DENSE_SMOOTHING = 0.1, 0.0
+ROW = 64  # items of a packed row; more where histories are longer than half of it
+TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
+STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 2_500, 10, 30  # steps that the ceiling of epochs aims at
+RATE = 0.005
+PATIENCE, EVAL_STEPS = 3, 500
+MORE_EPOCHS, RATE_OF_MORE = 3, 0.001  # to go on from a trained model
+REPEATS = 0.1  # share of targets in their own history, from which seen items are ranked
+
+
+class Choice(NamedTuple):
+    """An option of `onerec-hf train`, its value and the reason for it."""
+
+    option: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    What the rules read of a dataset.
+
+    Args:
+        users, items, interactions: after filtering; interactions with the held-out ones.
+        per_item, per_user: median and 95th percentile of training interactions; None for a prepared folder, which is not read for that.
+        repeats: share of training targets that stand in their own history.
+        tied_targets: share of test targets whose time equals that of the item before.
+        ties_in_order: share of neighbours of equal time with ascending item ids, or with descending ones if that is more.
+        texts: distinct texts of the items.
+        embeddings: whether the items have given embeddings.
+        accelerator: whether training runs on one.
+        memory: bytes of the accelerator, or of this machine.
+        in_memory: whether the training examples can still be cut otherwise.
+    """
+
+    users: int
+    items: int
+    interactions: int
+    per_item: tuple[float, float] | None = None
+    per_user: tuple[float, float] | None = None
+    repeats: float = 0.0
+    tied_targets: float = 0.0
+    ties_in_order: float = 0.0
+    texts: int = 0
+    embeddings: bool = False
+    accelerator: bool = False
+    memory: int = 16 * 2**30
+    in_memory: bool = True
+
+    @classmethod
+    def of(cls, data: RecommendationDataset, use_cpu: bool = False) -> Statistics:
+        """Counts a dataset; a prepared folder's counts are in its manifest."""
+        counts, accelerator = data.counts(), None if use_cpu else _accelerator_memory()
+        found = {
+            "users": counts["users"],
+            "items": len(data.item_ids),
+            "interactions": counts["of them kept"],
+            "accelerator": accelerator is not None,
+            "memory": accelerator or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        }
+        if data.items is not None:
+            texts = data.items.select(data.item_ids).frame["text"]
+            found |= {"texts": int(texts[texts != ""].nunique()), "embeddings": data.items.embeddings is not None}
+        if not isinstance(data, InMemoryDataset):
+            return cls(**found, in_memory=False)
+        rows = data.train_rows()
+        lengths, flat = np.array([len(row) for row in rows]), np.concatenate(rows)
+        pairs = np.unique(np.repeat(np.arange(len(rows)), lengths) * len(data.item_ids) + flat)
+        return cls(
+            **found,
+            per_item=_spread(np.bincount(flat, minlength=len(data.item_ids))),
+            per_user=_spread(lengths),
+            repeats=float((len(flat) - len(pairs)) / max(1, len(flat) - len(rows))),
+            **_ties(data),
+        )
+
+
+def _spread(counts: np.ndarray) -> tuple[float, float]:
+    """Median and 95th percentile."""
+    return float(np.median(counts)), float(np.percentile(counts, 95))
+
+
+def _ties(data: InMemoryDataset) -> dict[str, float]:
+    """The shares about ties of a dataset in the table's order."""
+    sequences = data.sequences
+    same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)
+    places = np.searchsorted(data.item_ids, sequences.item_ids)
+    ascending = float((np.diff(places)[same] > 0).mean()) if same.any() else 0.0
+    targets = (sequences.offsets[1:] - 1)[sequences.lengths >= 3]
+    return {
+        "tied_targets": float(same[targets - 1].mean()),
+        "ties_in_order": max(ascending, 1 - ascending) if same.any() else 0.0,
+    }
+
+
+def _accelerator_memory() -> int | None:
+    """Bytes of the accelerator; None without one. One whose memory torch cannot tell counts as this machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if torch.accelerator.is_available() else None
+
+
+class Table:
+    """The rows of a choice; what the caller gave stands in it as given, and rules that depend on it read it from here."""
+
+    def __init__(self, given: Mapping[str, Any]):
+        self.given = given
+        self.rows: list[Choice] = []
+
+    def add(self, option: str, value: Any, reason: str) -> Any:
+        """Adds a row and returns the option's final value."""
+        row = Choice(option, self.given[option], "given") if option in self.given else Choice(option, value, reason)
+        self.rows.append(row)
+        return row.value
+
+
+def choose(
+    found: Statistics, given: Mapping[str, Any] | None = None, saved: Mapping[str, Any] | None = None
+) -> list[Choice]:
+    """
+    The options of `onerec-hf train` for data of these statistics.
+
+    Args:
+        given: options that the caller decided; they stay, and the others fit them.
+        saved: `encoder_is_causal`, `session_length` and `max_history` of the model to go on from; None for a new one.
+
+    Example:
+        >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
+        >>> [row.value for row in rows if row.option in ("codebook_sizes", "hidden_size", "intermediate_size", "max_history")]
+        [20, [128, 128, 128], 96, 192]
+    """
+    table = Table(given or {})
+    if found.in_memory:
+        _examples(found, table, saved)
+    if saved is None:
+        if table.given.get("semantic_ids") is None:
+            _semantic_ids(found, table)
+        _model(found, table)
+    _training(found, table, goes_on=saved is not None)
+    _evaluation(found, table)
+    return table.rows
+
+
+def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) -> None:
+    """How interactions are cut; before the model, which reads such examples."""
+    causal = table.given.get("encoder_is_causal", True) if saved is None else saved.get("encoder_is_causal", False)
+    table.add(
+        "train_on",
+        "prefixes" if causal else "windows",
+        "one pass over a history trains on all its items" if causal else "the encoder is fully visible",
+    )
+    if saved is not None:
+        for option in saved.keys() & {"max_history", "session_length"}:
+            table.add(option, saved[option], "of the saved model")
+        return
+    assert found.per_user is not None
+    longest = found.per_user[1]
+    length = min(LONGEST_HISTORY, max(SHORTEST_HISTORY, 10 * -(-int(longest) // 10)))
+    table.add("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions")
+    table.add("session_length", 1, "the next item is what is evaluated")
+    tied = f"a tie decides {found.tied_targets:.1%} of the test targets"
+    if found.tied_targets < TIED_TARGETS:
+        table.add("ties", "file", tied)
+    elif found.ties_in_order < TIES_IN_ORDER:
+        table.add("ties", "file", f"{tied}, and the table has them in no order of ids")
+    else:
+        table.add("ties", "shuffle", f"{tied}, which the table has sorted by item ({found.ties_in_order:.0%})")
+
+
+def _semantic_ids(found: Statistics, table: Table) -> None:
+    size = codebook_size(found.items)
+    table.add("codebook_sizes", [size] * 3, f"{found.items:,} items, about {max(1, found.items // size)} to a code")
+    if found.embeddings:
+        table.add("embedding", "given+behaviour", "the items have embeddings")
+    elif found.texts > 1:
+        table.add("embedding", "text+behaviour", f"the items have {found.texts:,} different texts")
+    else:
+        table.add("embedding", "behaviour", "no texts that tell the items apart")
+
+
+def codebook_size(num_items: int) -> int:
+    """
+    The power of two, 16 to 256, that gives about 50 items a first-level code: small sets collapse with large codebooks. At most the number of
+    items.
+
+    Example:
+        >>> [codebook_size(items) for items in (5, 60, 1600, 12_801, 10**7)]
+        [5, 16, 32, 256, 256]
+    """
+    power = 1 << (max(1, num_items // ITEMS_PER_CODE).bit_length() - 1)
+    return min(num_items, max(SMALLEST_CODEBOOK, min(LARGEST_CODEBOOK, power)))
+
+
+def _model(found: Statistics, table: Table) -> None:
+    small = found.items < SMALL_ITEMS or found.interactions < SMALL_INTERACTIONS
+    size = f"{found.items:,} items, {found.interactions:,} interactions"
+    width = table.add("hidden_size", SMALL_WIDTH if small else WIDTH, size)
+    table.add("intermediate_size", 2 * width, f"twice the width of {width}")
+    table.add("encoder_layers", 2, "the encoder does most of the work")
+    table.add("decoder_layers", 1, "enough behind an item head")
+    table.add("num_experts", 1, "experts pay off far beyond this size")
+    table.add("encoder_is_causal", True, "a prefix must not see what follows it")
+    table.add("encoder_attention", "pointwise", "better than softmax on short histories")
+    table.add("encoder_pools_items", True, "one position per item instead of one per code")
+    table.add("encoder_scales_embeddings", True, "with one position per item")
+    dense, per_item = (
+        found.interactions >= DENSE * found.items,
+        f"{found.interactions / found.items:,.0f} interactions per item",
+    )
+    table.add("dropout_rate", DENSE_DROPOUT if dense else DROPOUT, per_item)
+    _item_head(found, table, width)
+
+
+def _item_head(found: Statistics, table: Table, width: int) -> None:
+    memory = found.items * width * 4 * 4  # weights, gradients and two moments of AdamW, in float32
+    room = HEAD_MEMORY * found.memory
+    fits = found.items <= HEAD_ITEMS and memory <= room
+    needs = f"{found.items:,} vectors need {_bytes(memory)} in training, of {_bytes(found.memory)}"
+    if not table.add("item_head", fits, needs):
+        return
+    if table.given.get("item_head_loss_weight") == 0:  # vectors without scores
+        table.add("item_head_dropout", 0.3, "items must also be read from their codes")
+        return
+    table.add("item_head_dropout", 0.3, "items must also be read from their codes")
+    table.add("item_head_codes", True, "rare items share what their codes have learned")
+    table.add("item_score_weight", 32.0, "rankings follow the item head")
+
+
+def _training(found: Statistics, table: Table, goes_on: bool) -> None:
+    interactions = found.interactions
+    packing = table.add(
+        "packing", found.in_memory, "no padding" if found.in_memory else "a stream of examples is not packed"
+    )
+    if packing:
+        longest = _value(table, "max_history", LONGEST_HISTORY)
+        length = table.add("packing_length", max(ROW, 2 * longest), f"items of a row; histories have up to {longest}")
+        rows = max(1, min(TOKENS, interactions // STEPS_OF_AN_EPOCH) // length)
+        rows = table.add("per_device_train_batch_size", rows, f"rows of {length} items; {interactions:,} interactions")
+        batch = rows * length
+    else:
+        batch = table.add("per_device_train_batch_size", 128, "examples of a step")
+    steps = max(1, interactions // batch)
+    epochs = MORE_EPOCHS if goes_on else max(FEWEST_EPOCHS, min(MOST_EPOCHS, round(STEPS / steps)))
+    epochs = table.add("num_train_epochs", epochs, f"at most; about {steps:,} steps each")
+    rate = RATE_OF_MORE if goes_on else RATE
+    table.add("learning_rate", rate, "goes on from a trained model" if goes_on else f"steps of {batch} items")
+    table.add("lr_scheduler_type", "cosine", "ends where the epochs end")
+    table.add("warmup_steps", min(50, int(steps * epochs) // 10), f"of about {int(steps * epochs):,} steps")
+    table.add("weight_decay", 0.05, "as tuned")
+    dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
+    table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)
+    table.add("logging_steps", 50, "a line of losses every 50 steps")
+    _stopping(table)
+
+
+def _stopping(table: Table) -> None:
+    """The best checkpoint by validation, and an early end where it gets no better; left out where the caller saves or evaluates otherwise."""
+    given = table.given
+    if given.get("fsdp_size", 1) != 1:
+        table.add("save_strategy", "no", "the optimizer of a sharded model cannot be saved")
+        return
+    strategies = [given[option] for option in ("eval_strategy", "save_strategy") if option in given]
+    if "no" in strategies or len(set(strategies)) > 1 or not given.get("predict_with_generate", True):
+        return
+    strategy = strategies[0] if strategies else "epoch"
+    table.add("eval_strategy", strategy, "validation NDCG chooses the checkpoint")
+    table.add("save_strategy", strategy, "with each evaluation")
+    if strategy == "steps":
+        steps = given.get("eval_steps", given.get("save_steps", EVAL_STEPS))
+        table.add("eval_steps", steps, "with each checkpoint")
+        table.add("save_steps", steps, "with each evaluation")
+    table.add("save_total_limit", 1, "the best checkpoint is kept beside the last one")
+    table.add("load_best_model_at_end", True, "the best checkpoint becomes the model")
+    ks = given.get("eval_top_k", [5, 10])
+    table.add("metric_for_best_model", f"ndcg@{10 if 10 in ks else max(ks)}", "of validation users")
+    table.add("greater_is_better", True, "NDCG")
+    table.add("early_stopping_patience", PATIENCE, "evaluations without a better one end the training")
+
+
+def _evaluation(found: Statistics, table: Table) -> None:
+    repeated = f"{found.repeats:.1%} of the targets stand in their own history"
+    table.add("eval_exclude_seen", found.repeats <= REPEATS, repeated)
+    table.add("eval_num_beams", max(30, *_value(table, "eval_top_k", [5, 10])), "beams of the ranking")
+    table.add(
+        "per_device_eval_batch_size", 256 if found.items <= 200_000 else 64, f"scores of {found.items:,} items each"
+    )
+
+
+def _value(table: Table, option: str, default: Any) -> Any:
+    """The option's value so far."""
+    return next((row.value for row in table.rows if row.option == option), table.given.get(option, default))
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def choices_table(choices: Sequence[Choice]) -> str:
+    """
+    The choices as text, an option a line, values as on the command line.
+
+    Example:
+        >>> print(choices_table([Choice("codebook_sizes", [16, 16], "60 items"), Choice("packing", True, "no padding")]))
+        --codebook_sizes  16 16  60 items
+        --packing         true   no padding
+    """
+    lines = [(f"--{row.option}", shown(row.value), row.reason) for row in choices]
+    widths = [max((len(line[column]) for line in lines), default=0) for column in (0, 1)]
+    return "\n".join(
+        f"{option:<{widths[0]}}  {value:<{widths[1]}}  {reason}".rstrip() for option, value, reason in lines
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
