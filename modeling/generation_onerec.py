@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -117,14 +118,18 @@ class OneRecGenerationMixin(GenerationMixin):
 
     catalogue: ItemCatalogue | None = None
 
-    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+    def set_catalogue(self, catalogue: ItemCatalogue, content: Mapping[Any, Any] | None = None) -> None:
         """
         Sets the model's catalogue and writes its hash into the config: the first one, and later any that grew from it
         ([`ItemCatalogue.add`], `retire`, `restore`). That needs no training: the model scores codes, of new items as of all others. Items
         whose codes were freed lose their vectors, if the model has any.
 
+        Args:
+            content: content vectors (content_dim,) of items that the catalogue added, by item id, for a model whose item head has content: they are
+                scored by it at once.
+
         Raises:
-            ValueError: codebooks of other sizes, or a catalogue that did not grow from the model's own.
+            ValueError: codebooks of other sizes, a catalogue that did not grow from the model's own, content of items that were not added or that does not fit.
         """
         if catalogue.codebook_sizes != list(self.config.codebook_sizes):
             raise ValueError(
@@ -150,7 +155,13 @@ class OneRecGenerationMixin(GenerationMixin):
             elif self.catalogue is not None and own != catalogue.hash:
                 changes = self.catalogue.diff(catalogue)
                 freed = self.catalogue.codes[self.catalogue.indices([*changes.removed, *changes.recoded])]
+                if content is not None:
+                    _check_added(content, changes.added)
+                    item_head.check_content(_stacked(content.values()))
                 item_head.forget(torch.tensor(freed, dtype=torch.long))
+                if content is not None:
+                    codes = catalogue.codes[catalogue.indices(list(content))]
+                    item_head.extend(torch.tensor(codes, dtype=torch.long), _stacked(content.values()))
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
@@ -567,6 +578,21 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
+
+
+def _check_added(content: Mapping[Any, Any], added: list) -> None:
+    """
+    Raises:
+        ValueError: content of items that did not join.
+    """
+    if unknown := [item for item in content if item not in set(added)]:
+        raise ValueError(
+            f"content has vectors for {len(unknown)} items that this catalogue did not add (first: {unknown[0]!r}); leave them out"
+        )
+
+
+def _stacked(vectors: Iterable[Any]) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in vectors])
 
 
 # Scores of this many users times items exist at once: 128 MiB of float32.

@@ -81,7 +81,7 @@ class ItemHead(nn.Module):
         Raises:
             ValueError: a head without content, another shape, values that are not finite.
         """
-        content = self._normalised(content, len(self.keys))
+        content = self.check_content(content, len(self.keys))
         self.content[self.rows_of(codes)] = content.to(self.content)
         known = content.any(-1)
         mean = content[known].mean(0) if known.any() else content.new_zeros(content.shape[1])
@@ -94,11 +94,16 @@ class ItemHead(nn.Module):
         size = (centred * scale).square().sum(1).mean().sqrt().clamp(min=1e-6)
         nn.init.normal_(self.content_proj.weight, std=float(self.vectors.weight[1:].std() / size))
 
-    def _normalised(self, content: torch.Tensor, items: int) -> torch.Tensor:
-        """Checked content vectors in float32, of length 1."""
+    def check_content(self, content: torch.Tensor, items: int | None = None) -> torch.Tensor:
+        """
+        Content vectors in float32, scaled to length 1.
+
+        Raises:
+            ValueError: a head without content, another shape, values that are not finite.
+        """
         if self.content is None:
             raise ValueError("this item_head has no content; make the model with item_head={'content_dim': ..., ...}")
-        expected = (items, self.content.shape[1])
+        expected = (len(content) if items is None else items, self.content.shape[1])
         if tuple(content.shape) != expected:
             raise ValueError(f"content: expected shape {expected} (items, content_dim); got {tuple(content.shape)}")
         if not content.isfinite().all():
@@ -116,7 +121,7 @@ class ItemHead(nn.Module):
             content: (n, content_dim) their content vectors.
         """
         if content is not None:
-            content = self._normalised(content, len(codes))
+            content = self.check_content(content, len(codes))
         old = len(self.keys)
         keys, order = torch.cat([self.keys, self._keys(codes.to(self.keys.device))]).sort(stable=True)
         row = torch.empty_like(order)

@@ -146,7 +146,8 @@ def encoder_graph(model) -> Any:
             out = {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}
             if self.scorer is not None:
                 mask = at_places(attention_mask, model.config.encoder_stride)
-                scores = self.scorer.log_probs(history_states(out["encoder_hidden_states"], mask))
+                rows = self.encoder.item_head.history_rows(input_ids) if self.scorer.evidence is not None else None
+                scores = self.scorer.log_probs(history_states(out["encoder_hidden_states"], mask), rows)
                 scores = scores[:, self.leaves.clamp(min=0)]
                 out["item_log_probs"] = scores.masked_fill(self.leaves < 0, float("-inf"))  # retired items
             return out
