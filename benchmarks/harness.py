@@ -27,14 +27,28 @@ def parser(docstring: str | None) -> argparse.ArgumentParser:
 
 def dataset_options(arguments: argparse.ArgumentParser) -> None:
     """Adds --dataset and --data_dir."""
-    arguments.add_argument("--dataset", default="amazon-beauty", help="name of a recipe, with - or _")
+    arguments.add_argument("--dataset", default="amazon-beauty", help="a data set of `onerec-hf train`, with - or _")
     arguments.add_argument("--data_dir", help="folder of the data set's files (../shared/data/NAME)")
 
 
-def recipe_and_folder(options: argparse.Namespace) -> tuple[Path, str]:
-    """The recipe of [`dataset_options`]'s data set and the folder of its files."""
-    name = options.dataset.replace("-", "_")
-    return RECIPES / f"{name}.yaml", options.data_dir or f"{DATA}/{name}"
+def recipe_of(dataset: str, default: str = "amazon_beauty.yaml") -> Path:
+    """
+    The recipe of a data set's name; `default` where there is none.
+
+    Example:
+        >>> [recipe_of(name).name for name in ("movielens", "kuairand-pure", "amazon-sports")]
+        ['movielens.yaml', 'kuairand.yaml', 'amazon_beauty.yaml']
+    """
+    name = dataset.replace("-", "_")
+    named = (RECIPES / f"{part}.yaml" for part in (name, name.removesuffix("_pure")))
+    return next((path for path in named if path.is_file()), RECIPES / default)
+
+
+def train_options(options: argparse.Namespace, recipe: Path | None = None) -> list[str]:
+    """The options of `onerec-hf train` that name a recipe (by default the data set's) and the data set of [`dataset_options`]."""
+    folder = options.data_dir or f"{DATA}/{options.dataset.replace('-', '_')}"
+    recipe = recipe or recipe_of(options.dataset)
+    return ["--config", str(recipe), "--dataset", options.dataset.replace("_", "-"), "--data_dir", folder]
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 From a table of interactions to a trained, evaluated and saved OneRec model.
 
     python examples/train_on_your_table.py                                      # a synthetic table, a few seconds
-    python examples/train_on_your_table.py --interactions ratings.csv --items films.csv --max_steps 2000 --codebook_size 64
+    python examples/train_on_your_table.py --interactions ratings.csv --items films.csv
 
 The interactions need `user_id`, `item_id` and `timestamp`; the items need `item_id` and text columns.
 """
@@ -39,36 +39,18 @@ def main() -> None:
     parser.add_argument("--interactions", help=".csv, .tsv, .parquet or .jsonl; a synthetic table when not given")
     parser.add_argument("--items", help="the same formats; without items semantic IDs come from behaviour alone")
     parser.add_argument("--output_dir", default="runs/your-table")
-    parser.add_argument("--codebook_size", type=int, default=16, help="codes per level (three levels)")
-    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument("--max_steps", type=int, help="at most; chosen from the data by default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     interactions, items = (args.interactions, args.items) if args.interactions else synthetic_tables()
 
     # Positive feedback in time order; the last item of each user is for the test, the one before it for validation.
-    dataset = load_dataset(interactions=interactions, items=items, session_length=3, max_history=20)
+    dataset = load_dataset(interactions=interactions, items=items, session_length=3)
 
     # Semantic IDs from text and behaviour, training, the ranking of the whole catalogue beside baselines, and one folder with it all.
-    # Options are those of `onerec-hf train`.
-    result = train(
-        dataset,
-        output_dir=args.output_dir,
-        overwrite=True,
-        codebook_sizes=[args.codebook_size] * 3,
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        encoder_layers=1,
-        num_experts=8,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=64,
-        learning_rate=5e-3,
-        warmup_steps=10,
-        save_strategy="no",
-        eval_num_beams=20,
-        disable_tqdm=True,
-        seed=args.seed,
-    )
+    # Options are those of `onerec-hf train`; the others are chosen from the data and printed with their reasons.
+    options = {} if args.max_steps is None else {"max_steps": args.max_steps}
+    result = train(dataset, output_dir=args.output_dir, overwrite=True, seed=args.seed, disable_tqdm=True, **options)
     print(ranking_table(result.rows))
     metrics = result.metrics
     print(f"recall@10: {metrics['onerec/recall@10']:.3f} (popularity: {metrics['popularity/recall@10']:.3f})")

@@ -41,7 +41,7 @@ CHEAPER = {
     "plan": [],
 }
 # The same for calls of the workflows: what a page writes, what is run.
-CHEAPER_PYTHON = {"max_steps=1000": "max_steps=2, hidden_size=16, num_experts=4", "[64, 64, 64]": "[8, 8, 8]"}
+CHEAPER_PYTHON = {'output_dir="my-python-model"': 'output_dir="my-python-model", max_steps=2, hidden_size=16'}
 
 
 def page_id(path: Path) -> str:
@@ -314,7 +314,7 @@ def run_example(name: str, monkeypatch, capsys, *argv: str) -> str:
 
 @pytest.mark.slow
 def test_example_train_on_your_table(workplace, monkeypatch, capsys):
-    out = run_example("train_on_your_table.py", monkeypatch, capsys)
+    out = run_example("train_on_your_table.py", monkeypatch, capsys, "--max_steps", "100")
     model, popularity = map(float, re.search(r"recall@10: ([\d.]+) \(popularity: ([\d.]+)\)", out).groups())
     assert model > popularity
     assert re.search(r"comes the session \['film\d+', 'film\d+', 'film\d+'\]", out)
@@ -324,7 +324,7 @@ def test_example_train_on_your_table(workplace, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_example_train_on_your_table_takes_files(workplace, monkeypatch, capsys):
-    files = ["--interactions", "interactions.csv", "--items", "items.csv", "--codebook_size", "8", "--max_steps", "2"]
+    files = ["--interactions", "interactions.csv", "--items", "items.csv", "--max_steps", "2"]
     out = run_example("train_on_your_table.py", monkeypatch, capsys, *files)
     assert re.search(r"comes the session \[\d+, \d+, \d+\]", out)
 
@@ -383,13 +383,14 @@ def test_recipes_parse(recipe, tmp_path):
     }
     text = recipe.read_text(encoding="utf-8")
     command = re.findall(rf"onerec-hf (\w+) +--config recipes/{recipe.name}", text)[0]
-    argv = ["--config", str(recipe), "--data_dir", "somewhere", "--max_steps", "2"]
-    parsed = parse(classes[command], argv, command)
+    parsed = parse(
+        classes[command], ["--config", str(recipe), "--output_dir", "runs/mine", "--max_steps", "2"], command
+    )
     options = {name: value for part in parsed for name, value in vars(part).items()}
-    assert options["dataset"] is not None
-    assert options["data_dir"] == "somewhere"
     assert options["max_steps"] == 2
-    assert options["output_dir"].startswith("runs/")
+    # Settings only: the command names the data, the folder and other models.
+    assert options["output_dir"] == "runs/mine"
+    assert not [name for name in ("dataset", "data_dir", "interactions", "model", "reward") if options.get(name)]
     assert isinstance(options["learning_rate"], float)
     if command == "train":
         data, ids, model, *_ = parsed

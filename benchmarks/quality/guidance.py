@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/guidance.py`
 
-from benchmarks.harness import dataset_options, finish, one_thread, parser, recipe_and_folder, say
+from benchmarks.harness import dataset_options, finish, one_thread, parser, say, train_options
 
 BATCH = 250
 
@@ -41,8 +41,7 @@ def main() -> None:
     from onerec_hf.evaluation import ranking_metrics
     from onerec_hf.workflows import load_in_memory
 
-    recipe, folder = recipe_and_folder(options)
-    data_args, *_, training_args = parsed(["--config", str(recipe), "--data_dir", folder], {})
+    data_args, *_, training_args = parsed(train_options(options), {})
     data = load_in_memory(data_args)
     if options.quick:
         options.users, options.beams = 20, 5

@@ -21,7 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/run.py`
 
-from benchmarks.harness import RECIPES, dataset_options, finish, parser, recipe_and_folder, say
+from benchmarks.harness import RECIPES, dataset_options, finish, parser, recipe_of, say, train_options
 from benchmarks.quality import experiment as experiments
 from benchmarks.quality.alignment import DEFAULTS as ALIGNMENT
 from benchmarks.quality.results import joined, merged, new_results
@@ -184,24 +184,12 @@ def _trained(options, experiment: experiments.Experiment, over: dict[str, str], 
 
 
 def recipe_config(options, experiment: experiments.Experiment | None) -> tuple[str, ...]:
-    """
-    The options of `onerec-hf train` that name the recipe and the data.
-
-    Raises:
-        ValueError: --recipe is of another data set.
-    """
-    path, folder = recipe_and_folder(options)
-    if options.recipe:
-        path = Path(options.recipe)
-    elif experiment is not None and dataset_of(RECIPES / experiment.recipe) == options.dataset:
-        path = RECIPES / experiment.recipe
-    if dataset_of(path) != options.dataset:
-        raise ValueError(f"{path} is of {dataset_of(path)}: pass --dataset {dataset_of(path)}, not {options.dataset}")
-    return ("--config", str(path), "--data_dir", folder)
-
-
-def dataset_of(recipe: Path) -> str:
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["dataset"]
+    """The options of `onerec-hf train` that name the data and the recipe: --recipe, the experiment's, or that of another data set."""
+    recipe, own = options.recipe, experiment and experiment.recipe
+    if recipe is None and own is not None:
+        same = own.startswith(options.dataset.replace("-", "_"))
+        recipe = RECIPES / own if same else recipe_of(options.dataset, own)
+    return tuple(train_options(options, recipe and Path(recipe)))
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/scaling.py`
 
-from benchmarks.harness import cpu_seconds, dataset_options, finish, one_thread, parser, recipe_and_folder, say
+from benchmarks.harness import cpu_seconds, dataset_options, finish, one_thread, parser, say, train_options
 
 KINDS = {"dense": 1, "experts": 8}
 HEAD, LEARNING_RATE, AT_WIDTH = 16, 3e-3, 64
@@ -49,8 +49,7 @@ def main() -> None:
     from onerec_hf.workflows import load_in_memory
     from onerec_hf.workflows.semantic_ids import fit_catalogue
 
-    recipe, folder = recipe_and_folder(options)
-    config = ["--config", str(recipe), "--data_dir", folder]
+    config = train_options(options)
     shared: dict[str, Any] = {"session_length": 1, "max_steps": options.steps, "per_device_train_batch_size": 128}
     if options.quick:
         shared["kmeans_iterations"] = 4

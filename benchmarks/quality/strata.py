@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/strata.py`
 
-from benchmarks.harness import dataset_options, finish, one_thread, parser, recipe_and_folder
+from benchmarks.harness import dataset_options, finish, one_thread, parser, train_options
 from benchmarks.quality.runs import parsed
 
 COUNTS = {"10 times or fewer": (0, 10), "11 to 30": (11, 30), "31 and more": (31, 10**9)}
@@ -62,8 +62,7 @@ def main() -> None:
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.workflows import load_in_memory
 
-    recipe, folder = recipe_and_folder(options)
-    data = load_in_memory(parsed(["--config", str(recipe), "--data_dir", folder], {})[0])
+    data = load_in_memory(parsed(train_options(options), {})[0])
     split = options.row[0].removesuffix(".npz").rsplit("-", 1)[1] if options.row else "test"
     target, users, rows = last_rows(data, split, "session"), strata(data, split), []
     files = {"model": options.row, "other": options.against}

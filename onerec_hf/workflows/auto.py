@@ -26,7 +26,7 @@ SMOOTHING, DENSE_SMOOTHING = 0.1, 0.0
 ROW = 64  # items of a packed row; more where histories are longer than half of it
 TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 2_500, 10, 30  # steps that the ceiling of epochs aims at
-RATE = 0.005
+RATE, WARMUP = 0.005, 50
 PATIENCE, EVAL_STEPS = 3, 500
 MORE_EPOCHS, RATE_OF_MORE = 3, 0.001  # to go on from a trained model
 REPEATS = 0.1  # share of targets in their own history, from which seen items are ranked
@@ -272,7 +272,9 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
     rate = RATE_OF_MORE if goes_on else RATE
     table.add("learning_rate", rate, "goes on from a trained model" if goes_on else f"steps of {batch} items")
     table.add("lr_scheduler_type", "cosine", "ends where the epochs end")
-    table.add("warmup_steps", min(50, int(steps * epochs) // 10), f"of about {int(steps * epochs):,} steps")
+    total = table.given.get("max_steps", 0)
+    total = total if total > 0 else int(steps * epochs)
+    table.add("warmup_steps", min(WARMUP, total // 10), f"of about {total:,} steps")
     table.add("weight_decay", 0.05, "as tuned")
     dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
     table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)

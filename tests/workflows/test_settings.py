@@ -42,7 +42,8 @@ def test_settings_of_another_workflow_are_refused(tables):
             lambda data: train(data, output_dir="out", hiden_size=3),
             "unknown option 'hiden_size' .did you mean 'hidden_size'",
         ),
-        (lambda data: train(data), "output_dir is missing: pass output_dir=FOLDER"),
+        (lambda data: train(data, max_history=9), "option 'max_history' is of the data: pass it to load_dataset"),
+        (lambda data: train(max_histroy=9), "unknown option 'max_histroy'"),
         (lambda data: train_reward(data), "output_dir is missing"),
         (lambda data: align(data, model="x"), "output_dir is missing"),
         (lambda data: evaluate(data, model="x", beams=3), "unknown option 'beams'"),
@@ -93,7 +94,7 @@ def test_data_settings_that_contradict_each_other(options, message):
 def test_train_has_the_errors_of_the_command(tables, tmp_path, options, message):
     dataset = load_dataset(**tables)
     with pytest.raises(ValueError, match=message):
-        train(dataset, output_dir=tmp_path / "out", codebook_sizes=[8, 8, 8], use_cpu=True, **options)
+        train(dataset, output_dir=tmp_path / "out", preset="paper", codebook_sizes=[8, 8, 8], use_cpu=True, **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -145,10 +145,27 @@ def test_contradicting_options_are_refused_at_once(monkeypatch, wrong, message):
         run.main()
 
 
-def test_a_recipe_of_another_data_set_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run.py", "--recipe", str(ROOT / "recipes" / "kuairand_items.yaml")])
-    with pytest.raises(ValueError, match="pass --dataset kuairand-pure, not amazon-beauty"):
-        run.main()
+@pytest.mark.parametrize(
+    ("argv", "recipe"),
+    [
+        ([], "amazon_beauty_items"),
+        (["--dataset", "kuairand-pure"], "kuairand"),
+        (["--dataset", "kuairand-pure", "--recipe", "recipes/kuairand_items.yaml"], "kuairand_items"),
+        (["--dataset", "movielens"], "movielens"),
+        (["--dataset", "amazon-sports"], "amazon_beauty_items"),
+    ],
+    ids=str,
+)
+def test_recipes_go_with_any_data(monkeypatch, argv, recipe):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data_dir", "files", *argv])
+    options = run.arguments()
+    _, config, of_recipe, dataset, *folder = run.recipe_config(options, load("onerec"))
+    assert (Path(config).stem, of_recipe, dataset, folder) == (
+        recipe,
+        "--dataset",
+        options.dataset,
+        ["--data_dir", "files"],
+    )
 
 
 @pytest.mark.slow
