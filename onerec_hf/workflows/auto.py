@@ -22,7 +22,7 @@ SMALL_WIDTH, WIDTH = 64, 128
 HEAD_ITEMS, HEAD_MEMORY = 1_000_000, 0.25  # most items of an item head, and its largest share of the memory
 DENSE = 50  # interactions per item from which the data counts as dense
 DROPOUT, DENSE_DROPOUT = 0.45, 0.2
-SMOOTHING, DENSE_SMOOTHING = 0.1, 0.0
+SMOOTHING, DENSE_SMOOTHING = 0.2, 0.0
 ROW = 64  # items of a packed row; more where histories are longer than half of it
 TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 2_500, 10, 30  # steps that the ceiling of epochs aims at
@@ -250,7 +250,11 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
         return
     table.add("item_head_dropout", 0.3, "items must also be read from their codes")
     table.add("item_head_codes", True, "rare items share what their codes have learned")
-    table.add("item_score_weight", 32.0, "rankings follow the item head")
+    if found.embeddings or found.texts > 1:
+        table.add("item_head_content", True, "similar items share what their content has learned")
+    table.add("item_head_evidence", True, "pairs of items count without being learned")
+    table.add("item_score_weight", 32.0, "sessions follow the item head")
+    table.add("decoder_weight", 0.0, "the item head alone ranks single items")
 
 
 def _training(found: Statistics, table: Table, goes_on: bool) -> None:
