@@ -103,7 +103,7 @@ def test_rules_follow_the_data():
     options = chosen()
     assert (options["max_history"], options["session_length"], options["train_on"]) == (20, 1, "prefixes")
     assert (options["codebook_sizes"], options["hidden_size"], options["intermediate_size"]) == ([128] * 3, 128, 256)
-    assert (options["dropout_rate"], options["label_smoothing_factor"]) == (0.45, 0.1)
+    assert (options["dropout_rate"], options["label_smoothing_factor"]) == (0.45, 0.2)
     assert (options["packing_length"], options["per_device_train_batch_size"]) == (64, 8)
     assert options["eval_exclude_seen"]
     dense = Statistics(**{**vars(LARGE), "items": 2_000, "repeats": 0.3, "per_user": (30.0, 300.0)})
