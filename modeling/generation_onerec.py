@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
-from .beam_search import BeamDecoder, Beams, beam_search, top_candidates
+from .beam_search import BeamDecoder, Beams, beam_search
 from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
@@ -25,8 +26,11 @@ from .files import find_file, read_json_object
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide
 from .layers_onerec import at_places
+from .top_candidates import top_candidates
 
 _CPU_ROWS_AT_ONCE = 1024
+# The scorer of each encoder, with what it was made from: at a million items its vectors take longer to compute than an answer.
+_SCORERS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, list, ItemScorer]] = weakref.WeakKeyDictionary()
 # Arguments that generate() passes to its search and that the fast path uses, or may ignore.
 _FAST_INPUTS = {
     "encoder_outputs",
@@ -496,9 +500,18 @@ class OneRecGenerationMixin(GenerationMixin):
         return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight, rows)
 
     def item_scorer(self, trie) -> ItemScorer:
-        """The item head's scores of a trie's leaves."""
+        """The item head's scores of a trie's leaves. While no gradients are needed, it is kept until a weight changes."""
+        encoder, made = self.get_encoder(), None
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            made = _made_from(encoder)
+        kept = _SCORERS.get(encoder)
+        if made is not None and kept is not None and kept[0] is trie and kept[1] == made:
+            return kept[2]
         leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_index.device)
-        return ItemScorer(self.get_encoder(), self._code_tokens(trie, leaves))
+        scorer = ItemScorer(encoder, self._code_tokens(trie, leaves))
+        if made is not None:
+            _SCORERS[encoder] = trie, made, scorer
+        return scorer
 
     @torch.no_grad()
     def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -578,6 +591,15 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
+
+
+def _made_from(encoder) -> list | None:
+    """The state of the weights behind item scores, as far as autograd's version counters show it; None under adapters, which are switched without."""
+    modules = [*encoder.item_head.modules(), encoder.embed_tokens]
+    if any(type(module).__module__.startswith("peft") for module in modules):
+        return None
+    weights = [weight for module in modules for weight in (*module.parameters(False), *module.buffers(False))]
+    return [(id(weight), weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
 
 
 def _check_added(content: Mapping[Any, Any], added: list) -> None:

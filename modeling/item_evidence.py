@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .top_candidates import top_candidates
+
 LISTS = ("near", "next", "before")
 FEATURES = ("head", *LISTS, "content", "content_last")
 #: Weights where there are no validation users: those of Amazon Beauty without `before`, whose sign depends on how a log orders equal times.
@@ -145,7 +147,7 @@ class ItemEvidence(nn.Module):
         if content is None or content.shape[1] == 0:
             return out
         masked = out if legal is None else out.masked_fill(~legal, float("-inf"))
-        found = masked.topk(min(self.candidates, items), dim=1, sorted=False).indices
+        found = top_candidates(masked, min(self.candidates, items))[1]
         largest, last = similarities(content, history, rows[found])
         bonus = self._weight("content") * largest + self._weight("content_last") * last
         return out.scatter_add(1, found, bonus - bonus.amin(1, keepdim=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.allocator import keep_freed_memory
 from onerec_hf.workflows.artefact import (
     catalogue_of,
     find_origin,
@@ -263,6 +264,8 @@ def train_generator(
     from onerec_hf.trainers import OneRecTrainer
 
     set_seed(args.seed)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = args.resume_from_checkpoint
     model, processor, origin = _start(data, ids, model_settings, checkpoint, save_items)
     say(f"model: {model.num_parameters():,} parameters, {len(data.train):,} training examples")

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMixin
 
 from onerec_hf import OneRecProcessor
 from onerec_hf.modeling import generation_onerec
-from onerec_hf.modeling.beam_search import top_candidates
+from onerec_hf.modeling.top_candidates import top_candidates
 from tests.conftest import make_catalogue, make_model
 from tests.modeling.reference import Reference
 from tests.rounding import ROUNDED, assert_close, close
