@@ -138,19 +138,23 @@ class _Counter:
 
     def item_head(self, users: int, history_items: int) -> int:
         """
-        The vectors' indices; for the loss, the ends of the histories, a mask of sessions, states and targets; with `score_codes` the summed vectors of
-        all items and the indices of `embedding_bag`.
+        The vectors' indices; for the loss, the ends of the histories, a mask of sessions, states and targets; with `score_codes` or content the summed
+        vectors of all items, and the indices of `embedding_bag` or the content vectors.
         """
         head = item_head(self.config)
         if head is None:
             return 0
-        read = 8 * users * history_items
-        items = scored_items(self.config)
+        content, items = self.precision.matrix * head.content_dim, scored_items(self.config)
+        read = users * history_items * (8 + content)
         if not items:
             return read
         loss = users * (3 * 8 + 1 + self.inputs(self.width)) + 4
-        gathered = self.width * self.precision.matrix + 8 * (self.config.num_codebooks + 3)
-        return read + loss + (items * gathered if head.score_codes else 0)
+        of_item = content
+        if head.score_codes or content:
+            of_item += self.width * self.precision.matrix
+        if head.score_codes:
+            of_item += 8 * (self.config.num_codebooks + 3)
+        return read + loss + items * of_item
 
     def feed_forward(self) -> int:
         """Gate, its activation, up, and their product."""

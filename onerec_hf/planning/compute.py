@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onerec_hf.planning.parameters import attention_widths, is_pointwise, matrix_parameters, scored_items
+from onerec_hf.planning.parameters import (
+    attention_widths,
+    content_dim,
+    is_pointwise,
+    matrix_parameters,
+    scored_items,
+)
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -37,12 +43,18 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     # Scores and weighted values.
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
-    return 2 * (products + batch.users * scored_items(config) * width)
+    return 2 * (products + batch.users * scored_items(config) * width) + content_flops(config, batch)
+
+
+def content_flops(config: OneRecConfig, batch: Batch) -> int:
+    """FLOPs of the projection of content vectors: those of the histories and, for the item loss, of all items."""
+    return 2 * (batch.users * batch.history + scored_items(config)) * content_dim(config) * config.hidden_size
 
 
 def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) -> int:
     """FLOPs of the forward pass, the backward pass (twice as many) and, with checkpointing, the recomputed layers."""
     forward = forward_flops(config, batch)
     logits = batch.tokens(config)[1] * (config.vocab_size or 0) + batch.users * scored_items(config)
-    again = forward - 2 * logits * config.hidden_size
-    return 3 * forward + (again if checkpointing else 0)
+    again = forward - content_flops(config, batch) - 2 * logits * config.hidden_size
+    # Content vectors are fixed: their projection has one gradient, that of its weight.
+    return 3 * forward - content_flops(config, batch) + (again if checkpointing else 0)

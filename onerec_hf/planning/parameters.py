@@ -83,6 +83,12 @@ def scored_items(config: OneRecConfig) -> int:
     return item_vectors(config) if head is not None and head.loss_weight else 0
 
 
+def content_dim(config: OneRecConfig) -> int:
+    """Width of the item head's content vectors; 0 without any."""
+    head = item_head(config)
+    return 0 if head is None else head.content_dim
+
+
 def _feed_forward(config: OneRecConfig) -> list[Shape]:
     width, inner = config.hidden_size, config.intermediate_size
     return [(inner, width), (inner, width), (width, inner)]
@@ -113,6 +119,7 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     separate = expert_parallel and bool(experts)
     # One vector more than items, for those that have none.
     items = [(item_vectors(config) + 1, width)] if item_vectors(config) else []
+    items += [(width, content_dim(config))] if content_dim(config) else []
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
         Unit("encoder", (vocabulary, *items, norm)),
@@ -171,14 +178,19 @@ def matrix_parameters(config: OneRecConfig) -> int:
 def autocast_parameters(config: OneRecConfig) -> int:
     """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
     head = item_head(config)
-    direct = scored_items(config) if head is not None and not head.score_codes else 0
+    direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim) else 0
     return matrix_parameters(config) + direct * config.hidden_size
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32; the item head's 64-bit
-    keys.
+    keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
+    counts and six weights.
     """
     biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
-    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + 8 * item_vectors(config)
+    head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
+    of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
+    if head is not None and head.evidence:
+        of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 6
+    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + of_head

@@ -29,6 +29,7 @@ VARIANTS = {
     "pooled": {"encoder_pools_items": True},
     "item head": {"item_head": {"num_items": 56, "dropout": 0.2}},
     "item head with codes": {"item_head": {"num_items": 56, "score_codes": True}, "encoder_pools_items": True},
+    "content": {"item_head": {"num_items": 56, "content_dim": 6, "evidence": True}, "encoder_pools_items": True},
     "vectors only": {"item_head": {"num_items": 56, "loss_weight": 0.0}},
 }
 

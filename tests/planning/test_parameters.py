@@ -17,7 +17,14 @@ from tests.planning.measuring import VARIANTS, make_model, rows
 def configs(draw):
     heads = draw(st.sampled_from([1, 2, 4, 6]))
     experts = draw(st.integers(1, 9))
-    item_head = st.builds(dict, num_items=st.integers(1, 500), score_codes=st.booleans())
+    item_head = st.builds(
+        dict,
+        num_items=st.integers(1, 500),
+        score_codes=st.booleans(),
+        content_dim=st.integers(0, 9),
+        evidence=st.booleans(),
+        neighbours=st.integers(1, 60),
+    )
     return OneRecConfig(
         codebook_sizes=draw(st.lists(st.integers(1, 300), min_size=1, max_size=4)),
         hidden_size=draw(st.integers(1, 12)) * 8 * heads,
