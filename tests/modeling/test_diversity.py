@@ -166,9 +166,7 @@ def test_users_do_not_depend_on_each_other(monkeypatch):
 def test_compiled_steps_answer_alike():
     model, arguments = make_model(CATALOGUE, seed=3), {"session_length": 2, "num_beams": 6, "diversity": 0.4}
     expected = recommend(model, **arguments)
-    model.generation_config.compile_config = CompileConfig(
-        fullgraph=True, dynamic=False, backend="eager", mode=None
-    )
+    model.generation_config.compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     torch._dynamo.reset()
     for one, other in zip(expected, recommend(model, **arguments), strict=True):
         assert [session for session, _ in one] == [session for session, _ in other]
