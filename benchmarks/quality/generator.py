@@ -50,7 +50,6 @@ STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0)
 SHARES = (0.0, 0.03, 0.1, 0.25, 0.5, 0.75, 1.0)
 COPIES = {"1": 1, "8": 8}
 SIZES = {"12k": 12_101, "100k": 100_000, "1m": 1_000_000}
-GUIDED = 8.0  # item_score_weight of `both` in the models that are trained here
 
 
 def arguments():
@@ -114,14 +113,13 @@ def session_rows(setting: Setting) -> list[dict[str, Any]]:
         rows = [np.searchsorted(item_ids, history) for history in histories]
         return np.asarray(index(item_ids[sasrec.rank(rows, k, not seen).ravel()].tolist())).reshape(-1, k)
 
-    def generated(weight: float, seen: bool, count: int = 1, **more):
-        given = {"item_score_weight": weight, "exclude_seen": not seen, **more}
-        return models.sessions(model, processor, histories, count, **given)
+    def generated(way: str, seen: bool, count: int = 1, **more):
+        return models.sessions(model, processor, histories, count, not seen, **models.WAYS[way], **more)
 
     ways = {
-        "session": lambda seen: generated(0.0, seen)[0][:, 0],
-        "session_guided": lambda seen: generated(GUIDED, seen)[0][:, 0],
-        "list_head": lambda seen: models.head_ranking(model, processor, histories, 5, not seen),
+        "session": lambda seen: generated("decoder", seen)[0][:, 0],
+        "session_guided": lambda seen: generated("both", seen)[0][:, 0],
+        "list_head": lambda seen: models.ranking(model, processor, histories, 5, not seen, **models.WAYS["head"]),
         "list_sasrec": by_sasrec,
     }
     content = _content(setting.data, model.catalogue)
@@ -141,18 +139,13 @@ def session_rows(setting: Setting) -> list[dict[str, Any]]:
     rows.append(row("sessions/true/different", 1 - np.mean(cosines), "1 - cosine"))
     categories = np.mean([len(set(content.categories[items])) for items in targets])
     rows.append(row("sessions/true/categories", categories, "of five"))
-    rows.append(
-        row(
-            "sessions/list_head_15/recall_of_five",
-            _recall(models.head_ranking(model, processor, histories, 15), targets),
-            "share",
-        )
-    )
+    ranked = models.ranking(model, processor, histories, 15, **models.WAYS["head"])
+    rows.append(row("sessions/list_head_15/recall_of_five", _recall(ranked, targets), "share"))
     rows.append(row("sessions/list_sasrec_15/recall_of_five", _recall(by_sasrec(False, 15), targets), "share"))
-    for guided, weight in (("", 0.0), ("guided-", GUIDED)):
+    for guided, way in (("", "decoder"), ("guided-", "both")):
         for strength in STRENGTHS:
             name = f"sessions/{guided}diversity-{strength:g}"
-            found, scores = generated(weight, False, 3, diversity=strength)
+            found, scores = generated(way, False, 3, diversity=strength)
             pairs = np.stack([_different(found[:, i], found[:, j]) for i, j in combinations(range(3), 2)], axis=1)
             rows.append(row(f"{name}/different_items", pairs.mean(), "share", spread=_spread(pairs.mean(0))))
             rows.append(row(f"{name}/pairs_above_60", (pairs > 0.599).mean(), "share"))
@@ -206,11 +199,8 @@ def weight_rows(setting: Setting) -> list[dict[str, Any]]:
         targets = model.catalogue.indices([items[-1] for items in examples["session"]])[:, None]
         for share in SHARES:
             before = cpu_seconds()
-            if share:
-                weight = (1 - share) / share
-                ranked = models.beam_ranking(model, processor, examples["history"], 10, item_score_weight=weight)
-            else:
-                ranked = models.head_ranking(model, processor, examples["history"], 10)
+            given: dict[str, Any] = {"decoder_weight": share, "item_score_weight": 1 - share}
+            ranked = models.ranking(model, processor, examples["history"], **given)
             milliseconds = 1000 * (cpu_seconds() - before) / setting.users
             for name, value in {**_metrics(ranked, targets), "cpu_ms": milliseconds}.items():
                 measured.setdefault((share, name), []).append(value)
@@ -228,12 +218,9 @@ def _metrics(ranked: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     return {"recall@10": float(recall_at_k(ranked, targets, 10)), "ndcg@10": float(ndcg_at_k(ranked, targets, 10))}
 
 
-def three_ways(model, processor, histories) -> dict[str, np.ndarray]:
+def by_each_way(model, processor, histories, **more) -> dict[str, np.ndarray]:
     """(users, 10) rankings by the head alone, the decoder alone, and both."""
-    ranked = {"head": models.head_ranking(model, processor, histories, 10)}
-    for name, weight in (("decoder", 0.0), ("both", GUIDED)):
-        ranked[name] = models.beam_ranking(model, processor, histories, 10, item_score_weight=weight)
-    return ranked
+    return {name: models.ranking(model, processor, histories, **way, **more) for name, way in models.WAYS.items()}
 
 
 def cold_rows(setting: Setting) -> list[dict[str, Any]]:
@@ -254,18 +241,16 @@ def cold_rows(setting: Setting) -> list[dict[str, Any]]:
     rows = []
     for name, users in (("new", new_users), ("old", old_users)):
         targets = catalogue.indices([items[0] for items in users.targets])[:, None]
-        for way, ranked in three_ways(model, processor, users.histories).items():
+        for way, ranked in by_each_way(model, processor, users.histories).items():
             recall = _metrics(ranked, targets)["recall@10"]
             rows.append(row(f"cold/{name}/{way}/recall@10", recall, "share"))
             if name == "new":
                 share = (ranked >= len(catalogue) - len(new)).mean()
                 rows.append(row(f"cold/new/{way}/new_items", share, "share"))
     chance = 10 / len(new)
-    allowed = [new.tolist()]
-    for way, weight in (("decoder", 0.0), ("both", GUIDED), ("head", 1e4)):
-        found = models.beam_ranking(model, processor, new_users.histories, 10, item_score_weight=weight, allow=allowed)
-        targets = catalogue.indices([items[0] for items in new_users.targets])[:, None]
-        recall = _metrics(found, targets)["recall@10"]
+    targets = catalogue.indices([items[0] for items in new_users.targets])[:, None]
+    for way, ranked in by_each_way(model, processor, new_users.histories, allow=[new.tolist()]).items():
+        recall = _metrics(ranked, targets)["recall@10"]
         rows.append(row(f"cold/new_only/{way}/recall@10", recall, "share", against=f"chance {chance:.3f}"))
     return rows
 
@@ -298,7 +283,7 @@ def split_rows(setting: Setting) -> list[dict[str, Any]]:
         )
         rows.append(row(f"split/{name}/train_cpu", cpu_seconds() - before, "s"))
         targets = model.catalogue.indices([items[0] for items in held.targets])[:, None]
-        for way, ranked in three_ways(model, processor, held.histories).items():
+        for way, ranked in by_each_way(model, processor, held.histories).items():
             for metric, value in _metrics(ranked, targets).items():
                 rows.append(row(f"split/{name}/{way}/{metric}", value, "share"))
     return rows
@@ -339,16 +324,10 @@ def measure_size(items: int, quick: bool) -> dict[str, tuple[list[float], float]
     histories = np.random.default_rng(1).integers(0, items, (8, 20)).tolist()
     inputs: Any = processor(histories)
 
-    def beams(weight: float):
-        return lambda: model.recommend(
-            **inputs, session_length=1, num_beams=50, num_return_sequences=10, item_score_weight=weight
-        )
+    def requests(way: dict[str, Any]):
+        return lambda: model.recommend(**inputs, session_length=1, num_beams=50, num_return_sequences=10, **way)
 
-    ways: dict[str, Any] = {
-        "decoder": beams(0.0),
-        "both": beams(GUIDED),
-        "head": lambda: models.head_ranking(model, processor, histories, 10),
-    }
+    ways = {name: requests(way) for name, way in models.WAYS.items()}
     peaks = {}
     for name, way in ways.items():
         way()  # builds the trie, which stays

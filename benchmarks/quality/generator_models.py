@@ -20,11 +20,17 @@ BATCH = 100
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_train_epochs": 3,
+    "num_train_epochs": 2,
     "save_strategy": "no",
     "report_to": "none",
 }
 QUICK = {"hidden_size": 16, "num_attention_heads": 2, "kmeans_iterations": 3, "max_steps": 3}
+# Rankings by the item head alone (no decoder runs), by the decoder alone, and by both.
+WAYS: dict[str, dict[str, Any]] = {
+    "head": {"item_score_weight": 1.0, "decoder_weight": 0.0},
+    "decoder": {"item_score_weight": 0.0, "decoder_weight": 1.0},
+    "both": {"item_score_weight": 8.0, "decoder_weight": 1.0},
+}
 SASREC = {
     "architecture": "sasrec",
     "hidden_size": 64,
@@ -35,7 +41,7 @@ SASREC = {
     "label_smoothing_factor": 0.1,
     "weight_decay": 0.05,
     "lr_scheduler_type": "cosine",
-    "num_train_epochs": 8,
+    "num_train_epochs": 6,
 }
 
 
@@ -172,9 +178,10 @@ def train_sasrec(data, max_history: int, quick: bool):
     from onerec_hf.trainers import fit_sequential
 
     settings = {**SASREC, **({"hidden_size": 16, "max_steps": 3} if quick else {})}
+    sequences: list[Any] = data.train_sequences.lists()
     with contextlib.redirect_stdout(sys.stderr):
         return fit_sequential(
-            [np.asarray(items) for items in data.train_sequences.lists()],
+            sequences,
             item_ids=data.item_ids.tolist(),
             max_history=max_history,
             seed=0,
@@ -188,36 +195,18 @@ def batches(histories: Sequence) -> Iterator[Sequence]:
         yield histories[start : start + BATCH]
 
 
-def head_ranking(model, processor, histories: Sequence[list], k: int, exclude_seen: bool = True) -> np.ndarray:
-    """(users, k) item indices by the item head's scores of all items alone: no decoder runs."""
-    import torch
-
-    from onerec_hf.modeling.item_head import history_states
-    from onerec_hf.modeling.layers_onerec import at_places
-
-    trie, found = model.catalogue.trie, []
-    with torch.no_grad():
-        scorer = model.item_scorer(trie)
-        for some in batches(histories):
-            inputs = processor(some)
-            states = model.get_encoder()(**inputs).last_hidden_state
-            mask = at_places(inputs["attention_mask"], model.config.encoder_stride)
-            scores = scorer.log_probs(history_states(states, mask))
-            if exclude_seen:
-                for row, history in zip(scores, some, strict=True):
-                    row[trie.index_to_leaf[torch.from_numpy(model.catalogue.indices(history))]] = -torch.inf
-            found.append(trie.leaf_to_index[scores.topk(k, dim=1).indices])
-    return torch.cat(found).numpy()
-
-
-def beam_ranking(model, processor, histories: Sequence[list], k: int, **arguments) -> np.ndarray:
-    """(users, k) item indices by `recommend()`, single items."""
-    arguments = {"num_beams": 50, "session_length": 1, **arguments}
-    found = [
-        processor.item_indices(model.recommend(**processor(some), exclude=some, num_return_sequences=k, **arguments))
-        for some in batches(histories)
-    ]
-    return np.concatenate([rows.view(-1, k).numpy() for rows in found])
+def ranking(
+    model, processor, histories: Sequence[list], k: int = 10, exclude_seen: bool = True, **arguments
+) -> np.ndarray:
+    """(users, k) item indices, best first, by `recommend()` with sessions of one item."""
+    found = []
+    for some in batches(histories):
+        excluded = some if exclude_seen else None
+        out = model.recommend(
+            **processor(some), exclude=excluded, session_length=1, num_beams=50, num_return_sequences=k, **arguments
+        )
+        found.append(processor.item_indices(out).view(len(some), k).numpy())
+    return np.concatenate(found)
 
 
 def sessions(model, processor, histories: Sequence[list], count: int = 1, exclude_seen: bool = True, **arguments):

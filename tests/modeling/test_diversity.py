@@ -18,6 +18,10 @@ CATALOGUE = make_catalogue(9, (3, 3, 2), seed=1)
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE)
 MODEL = make_model(CATALOGUE, seed=3)
 HEADED = make_model(CATALOGUE, seed=4, item_head={"num_items": 9, "loss_weight": 1.0})
+EVIDENCED = make_model(CATALOGUE, seed=4, item_head={"num_items": 9, "loss_weight": 1.0, "evidence": True})
+with torch.no_grad():
+    follows = torch.randint(0, 10, (9, 3), generator=torch.Generator().manual_seed(0))
+    EVIDENCED.get_encoder().item_head.evidence.set_list("next", follows, 4.0 * (follows > 0))
 HISTORIES = [["m1", "m8", "m3"], ["m2"], ["m4", "m5"]]
 ALL = 9 * 8  # sessions of two distinct items
 
@@ -55,23 +59,26 @@ def chosen_of(sessions, count, weights):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"exclude": [["m1", "m2"], ["m3"], []]}, {"allow": [["m0", "m4", "m6"]]}])
-@pytest.mark.parametrize("weight", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("model", "weight", "weights"),
+    [(MODEL, 0.0, (1, 1)), (HEADED, 2.0, (3, 1)), (EVIDENCED, 2.0, (3, 3))],
+    ids=["decoder", "head", "evidence"],
+)
 @pytest.mark.parametrize("diversity", [0.05, 0.3, 1.0])
-def test_with_all_beams_it_is_the_greedy_choice_among_all_sessions(diversity, weight, arguments):
-    model = HEADED if weight else MODEL
+def test_with_all_beams_it_is_the_greedy_choice_among_all_sessions(diversity, model, weight, weights, arguments):
     arguments = {"session_length": 2, "item_score_weight": weight, **arguments}
     everything = recommend(model, count=ALL, num_beams=ALL, **arguments)
     found = recommend(model, num_beams=2 * ALL, diversity=diversity, **arguments)
     unit = diversity * math.log(9)
     for answer, sessions in zip(found, everything, strict=True):
         scores = {session: score for session, score in sessions if session}
-        wanted = chosen_of(scores, 3, [unit * (1 + weight), unit])
+        wanted = chosen_of(scores, 3, [unit * each for each in weights])
         assert [session for session, _ in answer] == wanted
         # Scores are the model's, without the penalty.
         assert_close([score for _, score in answer], [scores[session] for session in wanted])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_a_stronger_penalty_shares_no_more(data):
     """For the second of two sessions, with all beams: any model, history and pair of strengths."""
@@ -107,7 +114,7 @@ def test_default_strength_and_the_way_there():
     assert losses == sorted(losses)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_the_constraint_holds(data):
     users = data.draw(st.integers(1, 3))
