@@ -6,7 +6,7 @@ join the catalogue after the training, and large catalogues.
         --json benchmarks/results/generator.json
 
 --models are OneRecs with an item head that `onerec-hf train` saved (part `weight`); the other parts train small ones of their own with the recipe, once,
-into --work. Parts and their rows:
+into --work. With --parts the rows of other parts stay in the file of --json. Parts and their rows:
 
   sessions  the next five items of users: `sessions/WAY/recall_of_five`, `different` (1 - cosine of content, mean over pairs inside a list of five),
             `categories`, `repeats` (items of the history where they are not left out); three sessions: `sessions/diversity-D/different_items` (share, mean
@@ -19,6 +19,7 @@ into --work. Parts and their rows:
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import statistics
 import sys
@@ -90,7 +91,16 @@ def main() -> None:
         setting = Setting(options, options.work or scratch)
         for part in options.parts:
             rows += run[part](setting)
+    if options.json and Path(options.json).exists():
+        others = json.loads(Path(options.json).read_text(encoding="utf-8"))["rows"]
+        rows += [each for each in others if part_of(each) not in options.parts]
+    rows.sort(key=lambda each: PARTS.index(part_of(each)))
     finish(rows, options.json, users=setting.users, protocol=setting.data.split.description)
+
+
+def part_of(row: dict[str, Any]) -> str:
+    """The part that made a row."""
+    return row["name"].split("/", 1)[0]
 
 
 def row(name: str, value: float, unit: str, **more) -> dict[str, Any]:
