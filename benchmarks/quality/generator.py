@@ -132,7 +132,7 @@ def session_rows(setting: Setting) -> list[dict[str, Any]]:
         "list_head": lambda seen: models.ranking(model, processor, histories, 5, not seen, **models.WAYS["head"]),
         "list_sasrec": by_sasrec,
     }
-    content = _content(setting.data, model.catalogue)
+    content = _Content(setting.data.items, model.catalogue)
     rows = []
     for name, way in ways.items():
         found = way(False)
@@ -187,14 +187,12 @@ def _different(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return 1 - (one[:, :, None] == other[:, None]).any(2).mean(1)
 
 
-class _content:
-    """Unit content vectors and categories in the order of the catalogue."""
+class _Content:
+    """Content vectors and categories in the order of the catalogue."""
 
-    def __init__(self, data, catalogue):
-        items = data.items.select(np.asarray(catalogue.item_ids))
-        vectors = np.asarray(items.embeddings, dtype=np.float32)
-        self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        self.categories = items.frame["categories"].to_numpy()
+    def __init__(self, items, catalogue):
+        self.vectors = models.content_of(items, catalogue.item_ids)
+        self.categories = items.select(np.asarray(catalogue.item_ids)).frame["categories"].to_numpy()
 
 
 def weight_rows(setting: Setting) -> list[dict[str, Any]]:
@@ -234,19 +232,21 @@ def by_each_way(model, processor, histories, **more) -> dict[str, np.ndarray]:
 
 
 def cold_rows(setting: Setting) -> list[dict[str, Any]]:
+    import torch
+
     from onerec_hf.semantic_ids import extend_catalogue
     from onerec_hf.semantic_ids.quantizer import Quantizer
 
     new_users, old_users, new = models.hold_out_items(setting.data, 0.05, setting.users)
     folder = setting.work / "cold"
     # New items have no behaviour: the semantic IDs are of the contents alone.
-    settings = {**setting.small, "session_length": 1, "embedding": "given"}
-    model, processor = models.train_onerec(new_users.data, setting.config, settings, str(folder))
-    items = setting.data.items.select(new)
-    vectors = np.asarray(items.embeddings, dtype=np.float32)
+    settings = {**setting.small, "session_length": 1, "embedding": "given", "item_head_content": "true"}
+    model, processor = models.train_onerec(new_users.data, setting.config, settings, str(folder), content=True)
     quantizer = Quantizer.load(f"{folder}-quantizer.safetensors")
+    vectors = np.asarray(setting.data.items.select(new).embeddings, dtype=np.float32)
     catalogue = extend_catalogue(model.catalogue, quantizer, new, vectors)
-    model.set_catalogue(catalogue)
+    content = models.content_of(setting.data.items, new)
+    model.set_catalogue(catalogue, content=dict(zip(new.tolist(), torch.from_numpy(content), strict=True)))
     processor.set_catalogue(catalogue)
     rows = []
     for name, users in (("new", new_users), ("old", old_users)):

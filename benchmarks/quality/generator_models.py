@@ -128,7 +128,9 @@ def training_on(data, sequences):
     return replace(data, split=replace(data.split, train_sequences=sequences))
 
 
-def train_onerec(data, config: list[str], settings: dict[str, Any], folder: str, catalogue=None, seed: int = 0):
+def train_onerec(
+    data, config: list[str], settings: dict[str, Any], folder: str, catalogue=None, content: bool = False
+) -> tuple[Any, Any]:
     """
     A generator, trained on all sessions of the training sequences, or the one that an earlier run left in the folder.
 
@@ -136,6 +138,7 @@ def train_onerec(data, config: list[str], settings: dict[str, Any], folder: str,
         config: options of `onerec-hf train` that name the recipe and the data.
         settings: over the recipe's.
         catalogue: semantic IDs; fitted when not given.
+        content: the item head reads content vectors ([`content_of`]).
 
     Returns:
         model and processor.
@@ -151,14 +154,14 @@ def train_onerec(data, config: list[str], settings: dict[str, Any], folder: str,
     if not Path(folder, "config.json").exists():
         data_args, id_args, model_args, _, training_args = parsed(config, settings)
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        set_seed(seed)
-        training_args.seed = seed
+        set_seed(0)
         if catalogue is None:
             fitted = fit_catalogue(data, id_args)
             fitted.quantizer.save(f"{folder}-quantizer.safetensors")
             catalogue = fitted.catalogue
         processor = OneRecProcessor.from_catalogue(catalogue, max_history=data_args.max_history)
-        model = new_model(model_args, processor, data_args.session_length)
+        given = content_of(data.items, catalogue.item_ids) if content else None
+        model = new_model(model_args, processor, data_args.session_length, given)
         train = prefix_examples(
             data.train_sequences, data_args.session_length, data_args.max_history, data_args.stride
         )
@@ -171,6 +174,12 @@ def train_onerec(data, config: list[str], settings: dict[str, Any], folder: str,
         processor.save_pretrained(folder)
     model = cast(Any, OneRecForConditionalGeneration.from_pretrained(folder))
     return model.eval(), OneRecProcessor.from_pretrained(folder)
+
+
+def content_of(items, item_ids: Sequence) -> np.ndarray:
+    """(items, d) content vectors of length 1."""
+    vectors = np.asarray(items.select(np.asarray(item_ids)).embeddings, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def train_sasrec(data, max_history: int, quick: bool):
