@@ -19,6 +19,7 @@ from .constraint import CatalogueConstraint
 from .cpu_experts import product
 from .item_scores import SessionGuide
 from .layers_onerec import history_positions, rotate
+from .shared_items import SharedItemPenalty
 from .top_candidates import top_candidates
 
 
@@ -194,6 +195,7 @@ def beam_search(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     guide: SessionGuide | None = None,
     decoder_weight: float = 1.0,
+    penalty: SharedItemPenalty | None = None,
 ) -> Beams:
     """
     The `num_beams` most probable sessions of `session_length` items per user, level by level; or with `sample` as many sessions drawn
@@ -207,11 +209,12 @@ def beam_search(
     looking at all of its sessions (Kool et al., algorithm 1).
 
     Args:
-        decoder: fresh, with room for `session_length * (levels + 1) - 1` tokens.
+        decoder: with room for `session_length * (levels + 1) - 1` tokens.
         lm_head: states (rows, width) to logits (rows, vocabulary).
         generator: of the Gumbel noise, on the device of the model; or one per user, so that sessions do not depend on the other users of the batch.
         guide: item scores of nodes, added to the scores of beams there; a complete item keeps its score. Sampling adds the increments to the logits.
         decoder_weight: factor of the decoder's log-probabilities (and, when sampling, of its logits) beside the guide.
+        penalty: taken from the beams that generate its items, in their ranking alone: it is no part of their scores. Not for sampling.
     """
     trie, users, config = constraint.trie, decoder.users, decoder.config
     device = trie.leaf_to_index.device
@@ -221,10 +224,13 @@ def beam_search(
     leaves = nodes.new_zeros(users, 1, 0)
     tokens = nodes.new_full((users, 1), config.bos_token_id)
     first_row = torch.arange(users, device=device)[:, None]
+    charged = torch.zeros_like(scores)  # the penalties of a beam's complete items
+    decoder.length = 0
     for item in range(session_length):
         if guide is not None:
             guide.begin(item, leaves)
         for level in range(trie.num_levels):
+            completes = level == trie.num_levels - 1
             first = trie.children[level][nodes]
             legal = constraint.legal_children(level, nodes, leaves)
             beams, width = nodes.shape[1], legal.shape[2]
@@ -254,23 +260,29 @@ def beam_search(
             else:
                 totals = logits.sub_(normalizer).add_(scores[..., None]).flatten(1)
                 guided = totals if added is None else totals + added.flatten(1)
+                if penalty is not None:
+                    charges = charged[..., None] + penalty.of_children(item, level, first, width)
+                    guided = guided - charges.flatten(1)
                 found, place = top_candidates(guided, num_beams)
-                scores = found if added is None else totals.gather(1, place)
-            if added is not None and level == trie.num_levels - 1:
+                scores = found if guided is totals else totals.gather(1, place)
+                if penalty is not None:
+                    # A prefix is charged anew with each of its codes, a complete item once and for all.
+                    charged = charges.flatten(1).gather(1, place) if completes else charged.gather(1, place // width)
+            if added is not None and completes:
                 scores = scores + added.flatten(1).gather(1, place)
             origin = place // width
             # A dead beam's node need not exist; its score is -inf and stays so.
             nodes = (first.gather(1, origin) + place % width).clamp_(max=len(trie.codes[level]) - 1)
             leaves = leaves.gather(1, origin[..., None].expand(-1, -1, item))
             tokens = (trie.codes[level][nodes] + config.level_offsets[level]).view(-1, 1)
-            if level == trie.num_levels - 1:
+            if completes:
                 leaves = torch.cat([leaves, nodes[..., None]], dim=2)
                 nodes = torch.zeros_like(nodes)
                 # BOS is given: it goes in together with the code before it.
                 tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
             if guide is not None:
                 guide.reorder(origin)
-            if item < session_length - 1 or level < trie.num_levels - 1:
+            if item < session_length - 1 or not completes:
                 decoder.reorder((origin + beams * first_row).flatten())
     return Beams(leaves, scores, perturbed, sampled_from)
 

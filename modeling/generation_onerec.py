@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .beam_search import BeamDecoder, Beams, beam_search
 from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
+from .diversity import SessionDiversity
 from .files import find_file, read_json_object
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide
@@ -300,6 +302,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
+        diversity: float = 0.0,
         do_sample: bool = False,
         temperature: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -323,6 +326,10 @@ class OneRecGenerationMixin(GenerationMixin):
                 `generation_config.item_score_weight` when not given, 0 where that has none.
             decoder_weight: factor of the decoder's log-probabilities beside the item scores. With 0 and sessions of one item the item head
                 alone ranks, and no decoder runs. `generation_config.decoder_weight` when not given, 1 where that has none.
+            diversity: penalty on items that the returned sessions of a user share; 0 returns the best beams, which differ by an item or two. With 1,
+                three sessions of five share almost none; each shared item takes `log(items)`, the score of an item drawn at random. The first session
+                is the best one, each other the best beside those before it, and `sequences_scores` say what that costs: they are without the penalty.
+                About twice the time ([`SessionDiversity`]).
             do_sample: draw `num_beams` sessions without replacement (stochastic beam search) instead of finding the most probable
                 ones. The distribution is the model's (and the item head's) at this `temperature`, over the legal items at each code.
             temperature: divides the logits that are sampled from; scores are those of the model itself.
@@ -337,8 +344,9 @@ class OneRecGenerationMixin(GenerationMixin):
             legal sessions exist than requested, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a temperature that is not positive, another number of generators
-                than users, or exclusions that leave a user no item.
+            ValueError: no catalogue, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a
+                `diversity` that is negative or goes with `do_sample`, a temperature that is not positive, another number of generators than users, or
+                exclusions that leave a user no item.
             KeyError: an id in `exclude` or `allow` that the catalogue lacks.
         """
         session_length = self.config.session_length if session_length is None else session_length
@@ -350,6 +358,12 @@ class OneRecGenerationMixin(GenerationMixin):
         if num_return_sequences > num_beams:
             raise ValueError(
                 f"num_return_sequences={num_return_sequences} exceeds num_beams={num_beams}; raise num_beams"
+            )
+        if not 0 <= diversity < float("inf"):
+            raise ValueError(f"diversity={diversity} must be a finite number, at least 0")
+        if diversity and do_sample:
+            raise ValueError(
+                f"diversity={diversity} goes with beam search: leave out do_sample, or diversity and raise temperature"
             )
         if temperature <= 0:
             raise ValueError(
@@ -375,6 +389,12 @@ class OneRecGenerationMixin(GenerationMixin):
             if weight := self._item_score_weight(item_score_weight):
                 item_scores = self._item_scores(history, attention_mask, constraint.trie, weight, input_ids)
             decoder_weight = self._decoder_weight(decoder_weight, weight)
+            diverse = None
+            if diversity and min(num_return_sequences, session_length) > 1:  # single items are all different
+                weights = torch.full((session_length,), decoder_weight, device=self.device)
+                if item_scores is not None:
+                    weights[: session_length if item_scores.reads_sessions else 1] += weight
+                diverse = SessionDiversity(diversity, num_return_sequences, weights, constraint.trie)
             beams = self._search(
                 history,
                 attention_mask,
@@ -383,6 +403,7 @@ class OneRecGenerationMixin(GenerationMixin):
                 session_length,
                 item_scores=item_scores,
                 decoder_weight=decoder_weight,
+                diverse=diverse,
                 **sampling,
             )
         sequences, scores = self._sequences(beams, num_return_sequences)
@@ -420,6 +441,7 @@ class OneRecGenerationMixin(GenerationMixin):
         session_length,
         item_scores: ItemScores | None = None,
         decoder_weight: float = 1.0,
+        diverse: SessionDiversity | None = None,
         generator=None,
         **sampling,
     ) -> Beams:
@@ -445,18 +467,17 @@ class OneRecGenerationMixin(GenerationMixin):
                 decoder.forward = torch.compile(decoder.forward, **compile_config.to_dict())
             sampling["generator"] = generator[some] if isinstance(generator, Sequence) else generator
             guide = None if item_scores is None else item_scores.guide(some, legal)
-            parts.append(
-                beam_search(
-                    decoder,
-                    self.lm_head,
-                    legal,
-                    num_beams,
-                    session_length,
-                    guide=guide,
-                    decoder_weight=decoder_weight,
-                    **sampling,
-                )
+            run = partial(
+                beam_search,
+                decoder,
+                self.lm_head,
+                legal,
+                session_length=session_length,
+                guide=guide,
+                decoder_weight=decoder_weight,
+                **sampling,
             )
+            parts.append(run(num_beams) if diverse is None else diverse.search(run, num_beams))
         return parts[0] if len(parts) == 1 else Beams.cat(parts)
 
     def _item_score_weight(self, given: float | None, generation_config=None) -> float:

@@ -97,6 +97,11 @@ class ItemScores:
     ):
         self.scorer, self.states, self.trie, self.weight, self.history = scorer, states, trie, weight, history
 
+    @property
+    def reads_sessions(self) -> bool:
+        """Whether the items after a session's first one have item scores: by evidence, which reads the items before them."""
+        return self.scorer.evidence is not None and self.history is not None
+
     def at_leaves(self, users: slice, constraint: CatalogueConstraint) -> torch.Tensor:
         """(users, leaves) float32 log-probabilities, -inf for items that `constraint` does not allow them."""
         legal = constraint.legal_leaves()
@@ -156,7 +161,8 @@ class SessionGuide:
         leaves = item_scores.at_leaves(users, constraint)
         self.first = node_scores(self.trie, leaves, self.weight)
         self._session = None
-        if item_scores.scorer.evidence is not None and item_scores.history is not None:
+        if item_scores.reads_sessions:
+            assert item_scores.history is not None
             self._session = item_scores.scorer, item_scores.states[users], item_scores.history[users], leaves
         self._evidence: SessionEvidence | None = None
 

@@ -65,6 +65,7 @@ class GenerativeRecommendationPipeline(Pipeline):
             item. They are skipped, a history without a known item getting an empty answer, and one warning at the end counts them; or
             they raise.
         max_history (`int`, *optional*): the latest items of a history that the model reads, the processor's own when not given.
+        diversity (`float`, defaults to 0): penalty on items that the sessions of a history share; 1 leaves hardly any.
         items (*optional*): titles and other fields of items in answers: a mapping from ids to titles or to dictionaries
             of fields, or a table with a column `item_id` (a DataFrame, a `datasets.Dataset`, columns, or rows). When not given, the
             `items.parquet` of the processor's repository, where it holds one and the package onerec_hf is installed.
@@ -159,6 +160,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         allow=None,
         unknown=None,
         max_history=None,
+        diversity=None,
         items=None,
     ):
         given = {
@@ -168,6 +170,7 @@ class GenerativeRecommendationPipeline(Pipeline):
             "exclude_seen": exclude_seen,
             "unknown": unknown,
             "max_history": max_history,
+            "diversity": diversity,
         }
         options = self._preprocess_params.get("options", {}) | {
             name: value for name, value in given.items() if value is not None

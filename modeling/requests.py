@@ -90,10 +90,11 @@ class Request:
         exclude_seen: leave out all items of the history, those that are too old to be read as well.
         unknown: "skip" leaves out and counts ids that the catalogue does not hold, "error" raises.
         max_history: the latest items of the history that the model reads; the processor's when not given.
+        diversity: penalty on items that the sessions share; 1 leaves hardly any.
         name: of the history in messages.
 
     Raises:
-        RequestError: a count below 1, `top_k > num_beams`, or another value of `unknown`.
+        RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, or another value of `unknown`.
 
     Example:
         >>> Request(["m4"], top_k=80).beams
@@ -109,6 +110,7 @@ class Request:
     exclude_seen: bool = True
     unknown: str = "skip"
     max_history: int | None = None
+    diversity: float = 0.0
     name: str = "the history"
 
     def __post_init__(self):
@@ -116,6 +118,8 @@ class Request:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise RequestError(f"{option} must be at least 1; got {value}")
+        if not 0 <= self.diversity < math.inf:
+            raise RequestError(f"diversity must be a finite number, at least 0; got {self.diversity}")
         if self.unknown not in ("skip", "error"):
             raise RequestError(f'unknown must be "skip" or "error"; got {self.unknown!r:.40}')
         if self.top_k > self.beams:
@@ -133,6 +137,8 @@ class BatchKind(NamedTuple):
     session_length: int
     num_beams: int
     has_allow: bool
+    diversity: float = 0.0
+    diverse_sessions: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +168,12 @@ class ResolvedRequest:
     @property
     def kind(self) -> BatchKind:
         """Requests of one kind are searched together."""
-        return BatchKind(self.request.session_length, self.request.beams, self.allow is not None)
+        request = self.request
+        kind = BatchKind(request.session_length, request.beams, self.allow is not None)
+        if request.diversity and min(request.session_length, request.top_k) > 1:
+            # How many sessions are returned decides which.
+            return kind._replace(diversity=request.diversity, diverse_sessions=request.top_k)
+        return kind
 
     @property
     def is_answerable(self) -> bool:
@@ -392,6 +403,7 @@ class Recommender:
             session_length=kind.session_length,
             num_beams=kind.num_beams,
             num_return_sequences=most,
+            diversity=kind.diversity,
             exclude=_padded([resolved.exclude for resolved in requests]),
             allow=_padded([resolved.allow for resolved in requests if resolved.allow is not None]),
             return_dict_in_generate=True,

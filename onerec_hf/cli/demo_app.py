@@ -109,10 +109,16 @@ class DemoRecommender:
         return ids
 
     def sessions(
-        self, history: list, num_beams: int, session_length: int, count: int, exclude_seen: bool = True
+        self,
+        history: list,
+        num_beams: int,
+        session_length: int,
+        count: int,
+        exclude_seen: bool = True,
+        diversity: float = 0.0,
     ) -> list[tuple[float, list[GeneratedItem]]]:
         """
-        The most probable sessions, best first: log-probability and items.
+        The most probable sessions, or with `diversity` sessions that share few items, best first: log-probability and items.
 
         Raises:
             ValueError: an empty history.
@@ -125,6 +131,7 @@ class DemoRecommender:
             num_beams=max(num_beams, count),
             session_length=session_length,
             exclude_seen=exclude_seen,
+            diversity=diversity,
             unknown="error",
         )
         (answer,) = self.recommender.recommend([request])
@@ -191,10 +198,12 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
     """
     import gradio
 
-    def answer(picked: list[str], typed: str, beams: float, length: float, count: float, exclude: bool) -> str:
+    def answer(
+        picked: list[str], typed: str, beams: float, length: float, count: float, diversity: float, exclude: bool
+    ) -> str:
         try:
             history = recommender.ids_of([*(picked or []), *(typed or "").replace("\n", ",").split(",")])
-            return render(recommender.sessions(history, int(beams), int(length), int(count), exclude))
+            return render(recommender.sessions(history, int(beams), int(length), int(count), exclude, diversity))
         except ValueError as error:
             return f'<p role="alert">{html.escape(str(error))}</p>'
 
@@ -210,10 +219,13 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
                 beams = gradio.Slider(1, 128, value=32, step=1, label="Beams", elem_id="beams")
                 length = gradio.Slider(1, 10, value=5, step=1, label="Items of a session", elem_id="length")
                 count = gradio.Slider(1, 5, value=3, step=1, label="Sessions", elem_id="count")
+                diversity = gradio.Slider(
+                    0, 1, value=0, step=0.05, label="Diversity of the sessions", elem_id="diversity"
+                )
                 exclude = gradio.Checkbox(True, label="Leave out the history's items", elem_id="exclude")
                 button = gradio.Button("Recommend", variant="primary", elem_id="recommend")
             sessions = gradio.HTML(label="Sessions", elem_id="sessions")
-        inputs = [picked, typed, beams, length, count, exclude]
+        inputs = [picked, typed, beams, length, count, diversity, exclude]
         button.click(answer, inputs, sessions)
         typed.submit(answer, inputs, sessions)
         if examples:

@@ -36,6 +36,10 @@ class RecommendArguments(ShownItemArguments):
     session_length: int = field(default=1, metadata={"help": "Items per session; 1 returns a ranked list of items."})
     top_k: int = field(default=10, metadata={"help": "Sessions (or items) per user, best first."})
     num_beams: int = field(default=50, metadata={"help": "Beam width; raised to top_k if smaller."})
+    diversity: float = field(
+        default=0.0,
+        metadata={"help": "Penalty on items that a user's sessions share; with 1 they share hardly any."},
+    )
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
     unknown: str = field(
         default="error",
@@ -47,7 +51,7 @@ class RecommendArguments(ShownItemArguments):
 
     def options(self) -> dict[str, Any]:
         """The options of every request, by the names of [`~onerec_hf.modeling.requests.Request`]."""
-        names = ("top_k", "session_length", "exclude_seen", "unknown")
+        names = ("top_k", "session_length", "exclude_seen", "unknown", "diversity")
         return {name: getattr(self, name) for name in names} | {"num_beams": max(self.num_beams, self.top_k)}
 
 

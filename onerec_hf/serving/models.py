@@ -193,7 +193,7 @@ class ServedModel:
             if ids is not None and len(ids) > most:
                 of = name if key == "history" else f"{key} of {name}"
                 raise RequestError(f"{of} has {len(ids)} items, this server takes {most}")
-        options = {key: getattr(query, key) for key in ("top_k", "session_length", "exclude_seen")}
+        options = {key: getattr(query, key) for key in ("top_k", "session_length", "exclude_seen", "diversity")}
         num_beams = query.num_beams or max(min(DEFAULT_BEAMS, settings.max_beams), query.top_k)
         request = Request(**lists, **options, num_beams=num_beams, unknown=query.unknown or unknown, name=name)
         resolved = self.recommender.resolve(request)

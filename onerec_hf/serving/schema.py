@@ -23,6 +23,10 @@ class Query(BaseModel):
         1, ge=1, description="Items per session; 1 returns a ranked list of items under `items`."
     )
     num_beams: StrictInt | None = Field(None, ge=1, description="Beam width; by default 50, or `top_k` if larger.")
+    diversity: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Penalty on items that the sessions share: 0 returns the most probable ones, with 1 they share hardly any item.",
+    )
     exclude_seen: StrictBool = Field(True, description="Exclude the items of the history.")
     exclude: ItemIds = Field(default_factory=list, description="Further items to exclude.")
     allow: ItemIds | None = Field(None, description="Recommend only these items.")

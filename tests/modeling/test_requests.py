@@ -41,6 +41,7 @@ OPTIONS = [
     {"top_k": 5, "num_beams": 12, "session_length": 1, "exclude_seen": True},
     {"top_k": 4, "num_beams": 40, "session_length": 1, "exclude_seen": False},
     {"top_k": 3, "num_beams": 8, "session_length": 2, "exclude_seen": True},
+    {"top_k": 3, "num_beams": 8, "session_length": 2, "exclude_seen": True, "diversity": 0.5},
 ]
 
 
@@ -95,7 +96,7 @@ def random_requests(seed, count=12):
     return found
 
 
-def reference(recommender, request, top_k, num_beams, session_length, exclude_seen):
+def reference(recommender, request, top_k, num_beams, session_length, exclude_seen, diversity=0.0):
     """Sessions and scores by `model.recommend()` alone, one request at a time."""
     history, exclude = ([i for i in request.get(key, []) if i in IDS] for key in ("history", "exclude"))
     allow = [i for i in request["allow"] if i in IDS] if "allow" in request else IDS
@@ -107,6 +108,7 @@ def reference(recommender, request, top_k, num_beams, session_length, exclude_se
         session_length=session_length,
         num_beams=num_beams,
         num_return_sequences=top_k,
+        diversity=diversity,
         exclude=[exclude] if exclude else None,
         allow=[allow],
         return_dict_in_generate=True,
@@ -178,7 +180,7 @@ def test_all_four_give_the_same_answers(folder, recommender, served, options, se
         history = [item for item in request["history"] if item in IDS]
         if history:
             plain = {"history": history}
-            sizes = {name: options[name] for name in ("num_beams", "session_length", "exclude_seen")}
+            sizes = {name: value for name, value in options.items() if name != "top_k"}
             found = demo.sessions(history, count=options["top_k"], **sizes)
             expected = reference(recommender, plain, **options)
             assert [[item.item_id for item in session] for _, session in found] == expected[0]
@@ -224,10 +226,13 @@ def test_requests_of_one_kind_are_one_search(recommender, monkeypatch):
         Request([]),
         Request(["m5"], num_beams=12),
         Request(["m6"], exclude_seen=False),
+        Request(["m7"], diversity=0.5),  # of single items: nothing is shared
+        Request(["m8"], session_length=2, diversity=0.5, top_k=2),
+        Request(["m9"], session_length=2, diversity=0.5, top_k=3),  # how many sessions there are decides which
     ]
     answers = recommender.recommend(requests)
-    assert sorted(batches) == [(1, 1, False), (1, 1, True), (1, 2, False), (3, 1, False)]
-    assert [len(answer.sessions) for answer in answers] == [2, 7, 2, 10, 0, 10, 10]
+    assert sorted(batches) == [(1, 1, False), (1, 1, True), *[(1, 2, False)] * 3, (4, 1, False)]
+    assert [len(answer.sessions) for answer in answers] == [2, 7, 2, 10, 0, 10, 10, 10, 2, 3]
     assert [answer.request.request for answer in answers] == requests
 
 
@@ -254,6 +259,7 @@ def test_messages_spell_options_as_the_caller_does(recommender):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"diversity": -1}, "^diversity must be a finite number, at least 0; got -1"),
         ({"top_k": 0}, "^top_k must be at least 1; got 0"),
         ({"max_history": -1}, "^max_history must be at least 1; got -1"),
         ({"unknown": "ignore"}, '^unknown must be "skip" or "error"; got \'ignore\''),
