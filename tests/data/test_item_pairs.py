@@ -54,6 +54,21 @@ def test_flat_sequences_with_offsets_count_the_same(sequences):
     assert (follow_counts(flat, NUM_ITEMS) != follow_counts(sequences, NUM_ITEMS)).nnz == 0
 
 
+def test_old_pairs_and_pairs_with_new_items_are_all_pairs(sequences):
+    """Appended items, items of new users, and users without new ones."""
+    cut = [len(sequence) * number % 4 // 2 * len(sequence) // 2 for number, sequence in enumerate(sequences)]
+    old = [sequence[:length] for sequence, length in zip(sequences, cut, strict=True)]
+    new = np.concatenate([np.arange(len(s)) >= length for s, length in zip(sequences, cut, strict=True)])
+    assert 0 < new.sum() < len(new)
+    weights = 0.5, 0.25
+    together = near_counts(old, NUM_ITEMS, *weights) + near_counts(sequences, NUM_ITEMS, *weights, new=new)
+    assert (together != near_counts(sequences, NUM_ITEMS, *weights)).nnz == 0
+    together = follow_counts(old, NUM_ITEMS) + follow_counts(sequences, NUM_ITEMS, new=new)
+    assert (together != follow_counts(sequences, NUM_ITEMS)).nnz == 0
+    with pytest.raises(ValueError, match=r"new has 1 entries, the sequences have"):
+        follow_counts(sequences, NUM_ITEMS, new=new[:1])
+
+
 @pytest.mark.parametrize("nothing", [[], [np.zeros(0, dtype=np.int64)], [np.array([3]), np.array([4])]])
 def test_no_pairs(nothing):
     assert near_counts(nothing, NUM_ITEMS).nnz == follow_counts(nothing, NUM_ITEMS).nnz == 0
