@@ -21,7 +21,8 @@ def count_evidence(evidence: ItemEvidence, sequences: Sequences) -> None:
 
     Args:
         evidence: of n items.
-        sequences: per user item indices in time order, or all concatenated and offsets; index i is the evidence's row i + 1.
+        sequences: per user item indices in time order, or all concatenated and offsets; index i is the evidence's row i + 1, -1 an item
+            without a row.
 
     Raises:
         ValueError: as [`~onerec_hf.data.item_pairs.near_counts`].
@@ -35,7 +36,7 @@ def count_evidence(evidence: ItemEvidence, sequences: Sequences) -> None:
     """
     items, num_items = concatenated(sequences)[0], _num_items(evidence)
     counts = _counts(sequences, num_items)
-    degree = np.bincount(items, minlength=num_items)
+    degree = _interactions(items, num_items)
     _set_interactions(evidence, degree)
     for name, matrix in counts.items():
         found, values = top_neighbours(matrix, _length(evidence), scale_cols=_scale(name, degree))
@@ -69,7 +70,7 @@ def add_to_evidence(evidence: ItemEvidence, sequences: Sequences, new: np.ndarra
     """
     items, num_items = concatenated(sequences)[0], _num_items(evidence)
     counts = _counts(sequences, num_items, new)
-    added = np.bincount(items if new is None else items[new], minlength=num_items)
+    added = _interactions(items if new is None else items[new], num_items)
     degree = added + evidence.interactions[1:].double().cpu().numpy()
     _set_interactions(evidence, degree)
     cut = 0
@@ -98,6 +99,10 @@ def _counts(sequences: Sequences, num_items: int, new: np.ndarray | None = None)
     """Per list the counts of pairs."""
     follow = follow_counts(sequences, num_items, new=new)
     return {"near": near_counts(sequences, num_items, new=new), "next": follow, "before": follow.T.tocsr()}
+
+
+def _interactions(items: np.ndarray, num_items: int) -> np.ndarray:
+    return np.bincount(items[items >= 0], minlength=num_items)
 
 
 def _scale(name: str, degree: np.ndarray) -> np.ndarray | None:

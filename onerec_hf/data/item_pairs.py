@@ -28,7 +28,8 @@ def near_counts(
     How often two items stand near each other: pairs at distance d <= `window` count `decay ** (d - 1)`, and times `back` in the other direction.
 
     Args:
-        sequences: per user the item indices in time order; or, as a tuple, all of them concatenated and the (users + 1,) offsets.
+        sequences: per user the item indices in time order, -1 for an item of which no pair counts; or, as a tuple, all of them concatenated
+            and the (users + 1,) offsets.
         num_items: size of the catalogue.
         decay, back, window: weights of the pairs.
         longest: the latest items of each sequence that count.
@@ -156,9 +157,9 @@ def _latest(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The latest `longest` items of every sequence, concatenated; the sequence of each, and whether it is new."""
     items, offsets = concatenated(sequences)
-    if len(items) and not 0 <= items.min() <= items.max() < num_items:
+    if len(items) and not -1 <= items.min() <= items.max() < num_items:
         raise ValueError(
-            f"item indices must lie in 0..{num_items - 1}, the catalogue; found {items.min()} to {items.max()}."
+            f"item indices must lie in 0..{num_items - 1}, the catalogue, or be -1; found {items.min()} to {items.max()}."
         )
     if new is not None and len(new) != len(items):
         raise ValueError(f"new has {len(new)} entries, the sequences have {len(items)} items; pass one for each.")
@@ -171,7 +172,7 @@ def _pairs(
     items: np.ndarray, owners: np.ndarray, new: np.ndarray | None, distance: int, num_items: int
 ) -> sp.csr_matrix:
     """Row a, column b: how often b stands `distance` places after a in the same sequence."""
-    counted = owners[:-distance] == owners[distance:]
+    counted = (owners[:-distance] == owners[distance:]) & (items[:-distance] >= 0) & (items[distance:] >= 0)
     if new is not None:
         counted &= new[:-distance] | new[distance:]
     before, after = items[:-distance][counted], items[distance:][counted]

@@ -38,6 +38,14 @@ def test_lists_hold_the_counts(sequences):
     assert not evidence.near_items[NUM_ITEMS].any()  # no user has the last item
 
 
+def test_items_without_a_row_count_nothing():
+    evidence = ItemEvidence(NUM_ITEMS, NUM_ITEMS)
+    count_evidence(evidence, [np.array([3, -1])])
+    add_to_evidence(evidence, [np.array([-1, 3])])
+    assert evidence.interactions.nonzero().flatten().tolist() == [4]
+    assert not evidence.near_items.any()
+
+
 def test_short_lists_keep_the_largest(sequences):
     evidence = ItemEvidence(NUM_ITEMS, neighbours=3)
     count_evidence(evidence, sequences)

@@ -54,6 +54,12 @@ def test_flat_sequences_with_offsets_count_the_same(sequences):
     assert (follow_counts(flat, NUM_ITEMS) != follow_counts(sequences, NUM_ITEMS)).nnz == 0
 
 
+def test_items_outside_of_the_catalogue_keep_their_place():
+    counts = near_counts([np.array([2, -1, 4, -1])], NUM_ITEMS, decay=0.5, back=0)
+    assert (counts[2, 4], counts.nnz) == (0.5, 1)
+    assert follow_counts([np.array([2, -1, 4, -1])], NUM_ITEMS).nnz == 0
+
+
 def test_old_pairs_and_pairs_with_new_items_are_all_pairs(sequences):
     """Appended items, items of new users, and users without new ones."""
     cut = [len(sequence) * number % 4 // 2 * len(sequence) // 2 for number, sequence in enumerate(sequences)]
@@ -79,8 +85,8 @@ def test_no_pairs(nothing):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"0\.\.11, the catalogue; found -1 to 4"):
-        near_counts([np.array([-1, 4])], NUM_ITEMS)
+    with pytest.raises(ValueError, match=r"0\.\.11, the catalogue, or be -1; found -2 to 4"):
+        near_counts([np.array([-2, 4])], NUM_ITEMS)
     with pytest.raises(ValueError, match="found 0 to 12"):
         follow_counts([np.array([0, 12])], NUM_ITEMS)
     with pytest.raises(ValueError, match="offsets must go from 0 to 2"):
