@@ -43,7 +43,11 @@ def arguments():
     options.add_argument("--recipe", help="a recipe file; each experiment's, or that of another --dataset, by default")
     names = experiments.names()
     options.add_argument(
-        "--data", nargs="*", default=[], metavar="NAME=VALUE", help="data options over the recipe's, such as ties=shuffle"
+        "--data",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="data options over the recipe's, such as ties=shuffle",
     )
     options.add_argument(
         "--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=names, metavar="NAME"
