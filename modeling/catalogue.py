@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -365,6 +366,22 @@ class ItemCatalogue(CatalogueTable):
         active = self.active.copy()
         active[self.indices(item_ids)] = True
         return self if (active == self.active).all() else self._with_active(active)
+
+    def with_popularity(self, popularity) -> ItemCatalogue:
+        """
+        The catalogue with other interaction counts. Its items are the same, so `version` and `hash` stay.
+
+        Args:
+            popularity: (N,) interaction counts, or `None`.
+
+        Raises:
+            ValueError: another number of counts.
+        """
+        changed = copy(self)
+        changed.popularity = check_popularity(popularity, len(self))
+        if changed.popularity is not None:
+            changed.popularity.flags.writeable = False
+        return changed
 
     def _with_active(self, active: np.ndarray) -> ItemCatalogue:
         return self._next(self._keys, self.codes, active, self.popularity, self._id_order, self._code_order)

@@ -175,7 +175,8 @@ class ItemEvidence(nn.Module):
             excluded: (users, e) rows that are no candidates, padded with 0.
 
         Returns:
-            (users, candidates, 6) the head's score and the evidence in the order of `FEATURES`, and (users, candidates) rows.
+            (users, candidates, 6) the head's score and the evidence in the order of `FEATURES`, and (users, candidates) rows; 0 for an excluded
+            item, which is there only where fewer items than candidates are left.
         """
         items = scores.shape[1]
         columns, rows = self._places(items, None, None, scores.device)
@@ -194,7 +195,8 @@ class ItemEvidence(nn.Module):
             parts += [torch.zeros_like(parts[0])] * 2
         else:
             parts += similarities(content, history, rows[found])
-        return torch.stack(parts, dim=-1), rows[found]
+        which = rows[found] if legal is None else rows[found].masked_fill(~legal.gather(1, found), 0)
+        return torch.stack(parts, dim=-1), which
 
     @torch.no_grad()
     def set_weights(self, weights: torch.Tensor) -> None:
@@ -340,7 +342,7 @@ def fit_weights(
     there = hit.any(1) & (targets > 0)
     if not there.any():
         return start
-    x, y = features[there], hit[there].float().argmax(1)
+    x, y, absent = features[there], hit[there].float().argmax(1), rows[there] == 0
     deviation = x.flatten(0, 1).std(0, correction=0)
     known = deviation > 1e-6  # evidence that does not differ between candidates keeps its weight
     deviation = torch.where(known, deviation, 1.0)
@@ -351,7 +353,8 @@ def fit_weights(
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights, y) + (weights - origin).square().sum() / len(y)
+        logits = (x @ weights).masked_fill(absent, float("-inf"))
+        loss = F.cross_entropy(logits, y) + (weights - origin).square().sum() / len(y)
         loss.backward()
         return loss
 

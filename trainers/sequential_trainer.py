@@ -16,6 +16,7 @@ from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trai
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
+from onerec_hf.baselines.evidence import add_evidence
 from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDataset, pad_left
@@ -209,6 +210,7 @@ def fit_sequential(
     *,
     item_ids: Iterable | None = None,
     features: np.ndarray | None = None,
+    evidence: bool = False,
     output_dir: str | None = None,
     callbacks: Sequence = (),
     **settings,
@@ -221,6 +223,8 @@ def fit_sequential(
         validation: examples that select the checkpoint; see [`SequentialTrainer`]. Without it, the last weights are kept.
         item_ids: the catalogue; the items of the sequences and of `validation` when not given.
         features: (N, d) one row per item of `item_ids`.
+        evidence: add evidence about pairs of items after the training ([`~onerec_hf.baselines.add_evidence`]): counts of `train_sequences`,
+            cosines of `features`, weights fitted on `validation`.
         output_dir: where checkpoints, the model and its card are written; nothing is kept on disk when not given.
         callbacks: more callbacks of the trainer.
         settings: of [`~onerec_hf.baselines.SequentialConfig`] and [`SequentialTrainingArguments`]: `architecture`, `hidden_size`,
@@ -241,7 +245,7 @@ def fit_sequential(
             raise ValueError("features needs item_ids: the item of each row")
         held_out = [] if validation is None else [*validation["history"], *validation["session"]]
         item_ids = np.unique(np.concatenate([*sequences, *map(np.asarray, held_out)])).tolist()
-    names = {field.name for field in dataclasses.fields(SequentialConfig)}
+    names = {field.name for field in dataclasses.fields(SequentialConfig)} - {"evidence", "content_dim"}
     config = {name: settings.pop(name) for name in list(settings) if name in names}
     with tempfile.TemporaryDirectory() as scratch:
         args = SequentialTrainingArguments(
@@ -260,6 +264,8 @@ def fit_sequential(
         if not output_dir:
             trainer.remove_callback(PrinterCallback)
         trainer.train()
+        if evidence:
+            add_evidence(model, sequences, validation, features, exclude_seen=args.eval_exclude_seen)
         if output_dir:
             model.save_pretrained(output_dir)
             trainer.create_model_card()

@@ -43,6 +43,13 @@ def arguments():
     options.add_argument("--recipe", help="a recipe file; each experiment's, or that of another --dataset, by default")
     names = experiments.names()
     options.add_argument(
+        "--data",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="data options over the recipe's, such as ties=shuffle",
+    )
+    options.add_argument(
         "--rows", nargs="+", default=["popularity", "item_knn", "onerec"], choices=names, metavar="NAME"
     )
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -189,7 +196,8 @@ def recipe_config(options, experiment: experiments.Experiment | None) -> tuple[s
     if recipe is None and own is not None:
         same = own.startswith(options.dataset.replace("-", "_"))
         recipe = RECIPES / own if same else recipe_of(options.dataset, own)
-    return tuple(train_options(options, recipe and Path(recipe)))
+    over = [part for setting in options.data for part in f"--{setting}".split("=", 1)]
+    return (*train_options(options, recipe and Path(recipe)), *over)
 
 
 @cache

@@ -12,12 +12,14 @@ _PUBLIC = {
     "PopularityBaseline": "memory",
     "SequentialConfig": "configuration_sequential",
     "SequentialRecommender": "modeling_sequential",
+    "add_evidence": "evidence",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from onerec_hf.baselines.configuration_sequential import SequentialConfig
+    from onerec_hf.baselines.evidence import add_evidence
     from onerec_hf.baselines.item_index import ItemIndex
     from onerec_hf.baselines.memory import ItemKNNBaseline, PopularityBaseline
     from onerec_hf.baselines.modeling_sequential import SequentialRecommender

@@ -39,6 +39,12 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             negative per target (SASRec, equation 6).
         item_feature_dim (`int`, defaults to 0):
             Width of the fixed item features (such as text embeddings), in addition to the learned item embeddings; 0 for none.
+        evidence (`bool`, defaults to `False`):
+            Adds evidence about pairs of items to the scores ([`~onerec_hf.baselines.add_evidence`] sets it).
+        neighbours (`int`, defaults to 50):
+            Length of the evidence's neighbour lists.
+        content_dim (`int`, defaults to 0):
+            Width of the content vectors that the evidence compares; 0 for none.
         item_id_bytes (`int`, *optional*):
             How the item ids are saved with the weights: 0 for integers, the length of the longest string in UTF-8 otherwise, `None` without ids.
         initializer_range (`float`, defaults to 0.02):
@@ -64,6 +70,9 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     scale_embeddings: bool | None = None
     loss: str = "ce"
     item_feature_dim: int = 0
+    evidence: bool = False
+    neighbours: int = 50
+    content_dim: int = 0
     item_id_bytes: int | None = None
     initializer_range: float = 0.02
     format_version: int = FORMAT_VERSION
@@ -86,13 +95,13 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             raise ValueError(f'loss must be "ce" or "bce"; got {self.loss!r}')
         check_sizes(
             self,
-            sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history",
+            sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history neighbours",
             layers="num_hidden_layers",
         )
-        if not 0 <= self.item_feature_dim < 2**31 or not 0 <= (self.item_id_bytes or 0) < 2**20:
-            raise ValueError(
-                f"item_feature_dim={self.item_feature_dim} and item_id_bytes={self.item_id_bytes} must not be negative, nor larger than any item's"
-            )
+        widths = {"item_feature_dim": 2**31, "content_dim": 2**31, "item_id_bytes": 2**20}
+        for name, most in widths.items():
+            if not 0 <= (getattr(self, name) or 0) < most:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative, nor larger than any item's")
         if self.architecture != "gru4rec" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -21,6 +21,7 @@ from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.next_items import IGNORED, draw_negatives, pad_left
 from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
 from onerec_hf.modeling.hub import HubModel, check_complete
+from onerec_hf.modeling.item_evidence import ItemEvidence
 
 
 @dataclass
@@ -57,6 +58,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     item_embedding: nn.Embedding
     item_keys: torch.Tensor | None
     item_features: torch.Tensor | None
+    content: torch.Tensor | None
     base_model_prefix = ""
     main_input_name = "input_ids"
     # The loss is a mean over targets, of which a batch may train on a share: Trainer divides by accumulation steps.
@@ -71,6 +73,10 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, features)) if features else None
         self.feature_proj = nn.Linear(features, width, bias=False) if features else None
         self.encoder = ENCODERS[config.architecture](config)
+        # Set by `add_evidence`, after training.
+        self.evidence = ItemEvidence(config.num_items, config.neighbours) if config.evidence else None
+        content = (config.num_items + 1, config.content_dim)
+        self.register_buffer("content", torch.zeros(content, dtype=torch.float16) if config.content_dim else None)
         keys = None
         if config.item_id_bytes is not None:
             shape = (config.num_items, config.item_id_bytes) if config.item_id_bytes else (config.num_items,)
@@ -220,7 +226,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         """
         states = self.encode(input_ids)
         if labels is None:
-            return SequentialOutput(logits=states[:, -1] @ self.item_vectors().T, last_hidden_state=states)
+            return SequentialOutput(logits=self._scores(states, input_ids), last_hidden_state=states)
         real = labels != IGNORED
         if self.config.loss == "ce":
             scores = states[real] @ self.item_vectors().T
@@ -233,6 +239,13 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         positive, negative = ((states[real] * self.embed(ids)).sum(-1) for ids in (labels[real], negatives))
         loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative)).mean()
         return SequentialOutput(loss=loss, last_hidden_state=states)
+
+    def _scores(self, states, input_ids, vectors=None, legal=None) -> torch.Tensor:
+        """(users, num_items) scores of all items after the last state, with the evidence; only `legal` items take places among its candidates."""
+        scores = states[:, -1] @ (self.item_vectors() if vectors is None else vectors).T
+        if self.evidence is None:
+            return scores
+        return self.evidence.add(scores.float(), input_ids, self.content, legal=legal)
 
     @torch.no_grad()
     def top_items(
@@ -255,13 +268,14 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         Returns:
             (users, k) item indices, best first, -1 where fewer than k items remain, and their scores.
         """
-        vectors = self.item_vectors() if vectors is None else vectors
-        scores = F.pad(self.encode(input_ids)[:, -1] @ vectors.T, (1, 0), value=-torch.inf)
+        legal = torch.ones(len(input_ids), self.config.num_items + 1, dtype=torch.bool, device=input_ids.device)
+        legal[:, 0] = False
         if allowed is not None:
-            scores[:, 1:].masked_fill_(~allowed, -torch.inf)
+            legal[:, 1:] &= allowed
         if exclude_ids is not None:
-            scores.scatter_(1, exclude_ids, -torch.inf)
-        values, ids = scores.topk(min(k, self.config.num_items))
+            legal.scatter_(1, exclude_ids, False)
+        scores = self._scores(self.encode(input_ids), input_ids, vectors, legal[:, 1:])
+        values, ids = F.pad(scores, (1, 0)).masked_fill_(~legal, -torch.inf).topk(min(k, self.config.num_items))
         indices = (ids - 1).masked_fill(values == -torch.inf, -1)
         more = k - indices.shape[1]
         return F.pad(indices, (0, more), value=-1), F.pad(values, (0, more), value=-torch.inf)

@@ -32,6 +32,8 @@ _PUBLIC = {
     "ShardedDataset": "dataset",
     "ShardingSettings": "sharding",
     "TrainSettings": "training",
+    "UpdateResult": "updating",
+    "UpdateSettings": "updating",
     "align": "alignment",
     "chosen_settings": "training",
     "compare_quantizers": "semantic_ids",
@@ -45,6 +47,7 @@ _PUBLIC = {
     "ranking_table": "results",
     "train": "training",
     "train_reward": "reward_training",
+    "update": "updating",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -64,5 +67,6 @@ if TYPE_CHECKING:
     from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
     from onerec_hf.workflows.sharding import ShardingSettings
     from onerec_hf.workflows.training import TrainSettings, chosen_settings, train
+    from onerec_hf.workflows.updating import UpdateResult, UpdateSettings, update
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

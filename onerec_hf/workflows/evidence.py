@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import datasets
     import torch
 
-    from onerec_hf.modeling.item_evidence import ItemEvidence
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.workflows.dataset import RecommendationDataset
@@ -42,6 +41,7 @@ def fit_evidence(
         >>> fit_evidence(result.model, result.processor, dataset)  # doctest: +SKIP
         {'head': 1.1, 'near': 0.4, 'next': 0.3, 'before': 0.2, 'content': 1.5, 'content_last': 1.0}
     """
+    from onerec_hf.data.evidence_counts import count_evidence
     from onerec_hf.modeling.item_evidence import FEATURES, fit_weights
 
     head = model.get_encoder().item_head
@@ -50,7 +50,7 @@ def fit_evidence(
     catalogue = catalogue_of(processor)
     sequences = data.train_sequences
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
-    set_counts(head.evidence, (rows, sequences.offsets))
+    count_evidence(head.evidence, (rows - 1, sequences.offsets))
     features, candidates, targets = candidate_features(model, processor, sample(data.validation, MOST_USERS, seed))
     head.evidence.set_weights(fit_weights(features, candidates, targets))
     weights = dict(zip(FEATURES, head.evidence.weights.tolist(), strict=True))
@@ -66,32 +66,6 @@ def rows_of_items(model: OneRecForConditionalGeneration, indices: np.ndarray) ->
     head = model.get_encoder().item_head
     of_items = head.rows_of(torch.tensor(model.catalogue.codes, dtype=torch.long)).cpu().numpy()
     return of_items[indices]
-
-
-def set_counts(evidence: ItemEvidence, sequences: tuple[np.ndarray, np.ndarray]) -> None:
-    """
-    Neighbour lists and interaction counts from sequences.
-
-    Args:
-        sequences: rows of the item head of all users, concatenated, and (users + 1,) offsets.
-    """
-    import torch
-
-    from onerec_hf.data.item_pairs import follow_counts, near_counts, top_neighbours
-
-    rows, offsets = sequences
-    total = len(evidence.interactions)
-    interactions = np.bincount(rows, minlength=total).astype(np.float32)
-    near, follow = near_counts((rows, offsets), total), follow_counts((rows, offsets), total)
-    inverse = 1 / np.sqrt(interactions + 1)
-    length = evidence.near_items.shape[1]
-    for name, matrix, scale in (("near", near, inverse), ("next", follow, None), ("before", follow.T.tocsr(), None)):
-        items, counts = top_neighbours(matrix, length, scale_cols=scale)
-        known = items[1:] > 0  # row 0 is no item
-        items, counts = np.where(known, items[1:], 0), np.where(known, counts[1:], 0)
-        evidence.set_list(name, torch.from_numpy(items), torch.from_numpy(counts))
-    evidence.interactions.copy_(torch.from_numpy(interactions))
-    evidence.interactions[0] = 0
 
 
 def candidate_features(

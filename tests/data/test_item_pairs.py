@@ -54,6 +54,27 @@ def test_flat_sequences_with_offsets_count_the_same(sequences):
     assert (follow_counts(flat, NUM_ITEMS) != follow_counts(sequences, NUM_ITEMS)).nnz == 0
 
 
+def test_items_outside_of_the_catalogue_keep_their_place():
+    counts = near_counts([np.array([2, -1, 4, -1])], NUM_ITEMS, decay=0.5, back=0)
+    assert (counts[2, 4], counts.nnz) == (0.5, 1)
+    assert follow_counts([np.array([2, -1, 4, -1])], NUM_ITEMS).nnz == 0
+
+
+def test_old_pairs_and_pairs_with_new_items_are_all_pairs(sequences):
+    """Appended items, items of new users, and users without new ones."""
+    cut = [len(sequence) * number % 4 // 2 * len(sequence) // 2 for number, sequence in enumerate(sequences)]
+    old = [sequence[:length] for sequence, length in zip(sequences, cut, strict=True)]
+    new = np.concatenate([np.arange(len(s)) >= length for s, length in zip(sequences, cut, strict=True)])
+    assert 0 < new.sum() < len(new)
+    weights = 0.5, 0.25
+    together = near_counts(old, NUM_ITEMS, *weights) + near_counts(sequences, NUM_ITEMS, *weights, new=new)
+    assert (together != near_counts(sequences, NUM_ITEMS, *weights)).nnz == 0
+    together = follow_counts(old, NUM_ITEMS) + follow_counts(sequences, NUM_ITEMS, new=new)
+    assert (together != follow_counts(sequences, NUM_ITEMS)).nnz == 0
+    with pytest.raises(ValueError, match=r"new has 1 entries, the sequences have"):
+        follow_counts(sequences, NUM_ITEMS, new=new[:1])
+
+
 @pytest.mark.parametrize("nothing", [[], [np.zeros(0, dtype=np.int64)], [np.array([3]), np.array([4])]])
 def test_no_pairs(nothing):
     assert near_counts(nothing, NUM_ITEMS).nnz == follow_counts(nothing, NUM_ITEMS).nnz == 0
@@ -64,8 +85,8 @@ def test_no_pairs(nothing):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"0\.\.11, the catalogue; found -1 to 4"):
-        near_counts([np.array([-1, 4])], NUM_ITEMS)
+    with pytest.raises(ValueError, match=r"0\.\.11, the catalogue, or be -1; found -2 to 4"):
+        near_counts([np.array([-2, 4])], NUM_ITEMS)
     with pytest.raises(ValueError, match="found 0 to 12"):
         follow_counts([np.array([0, 12])], NUM_ITEMS)
     with pytest.raises(ValueError, match="offsets must go from 0 to 2"):

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
+from onerec_hf.data.evidence_counts import count_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
 from onerec_hf.workflows import evaluate, load_dataset, load_model, load_processor, train
 from onerec_hf.workflows.artefact import new_model
-from onerec_hf.workflows.evidence import content_of_catalogue, content_vectors, fit_evidence, rows_of_items, set_counts
+from onerec_hf.workflows.evidence import content_of_catalogue, content_vectors, fit_evidence, rows_of_items
 from onerec_hf.workflows.semantic_ids import fit_catalogue
 from onerec_hf.workflows.settings import ModelSettings, SemanticIDSettings
 from tests.rounding import assert_close
@@ -85,7 +86,7 @@ def test_long_lists_keep_the_strongest_neighbours(tables):
     model, processor = untrained(dataset)
     evidence = model.get_encoder().item_head.evidence
     rows = rows_of_items(model, processor.catalogue.indices(dataset.train_sequences.item_ids))
-    set_counts(evidence, (rows, dataset.train_sequences.offsets))
+    count_evidence(evidence, (rows - 1, dataset.train_sequences.offsets))
     degree = (evidence.interactions + 1).rsqrt()
     strength = evidence.near_counts * degree[evidence.near_items.long()]
     strength = torch.where(evidence.near_items > 0, strength, 0.0)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.quality import run
 from benchmarks.quality.experiment import load
 from benchmarks.quality.results import joined, merged, new_results
-from benchmarks.quality.runs import METRICS, ensemble, with_text
+from benchmarks.quality.runs import METRICS, ensemble, parsed, with_text
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,6 +66,16 @@ def test_an_ensemble_sums_reciprocal_ranks(tmp_path):
     benchmark = Benchmark()
     assert ensemble(benchmark, [str(tmp_path / name) for name in "ab"], ["test"]) == dict.fromkeys(METRICS, 0.0)
     assert benchmark.ranked[0, :4].tolist() == [3, 0, 20, 1]
+
+
+@pytest.mark.slow
+def test_evidence_beside_sequence_models(tmp_path, beauty):
+    found = tmp_path / "found.json"
+    rows = ["sasrec_text", "sasrec_text_evidence"]
+    run_script(*beauty, "--rows", *rows, "--set", "hidden_size=32", "--json", found)
+    results = json.loads(found.read_text())
+    values = {row["name"].split("/", 1)[1]: row["value"] for row in results["rows"]}
+    assert values["sasrec_text_evidence/validation/ndcg@10"] > values["sasrec_text/validation/ndcg@10"]
 
 
 @pytest.mark.slow
@@ -166,6 +176,14 @@ def test_recipes_go_with_any_data(monkeypatch, argv, recipe):
         options.dataset,
         ["--data_dir", "files"],
     )
+
+
+def test_data_options_over_the_recipe_s(monkeypatch):
+    given = ["--dataset", "movielens", "--data", "ties=shuffle", "max_history=50", "session_length=1"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *given])
+    data_args, *_ = parsed(list(run.recipe_config(run.arguments(), load("sasrec"))), {})
+    assert (data_args.dataset, data_args.ties) == ("movielens", "shuffle")
+    assert (data_args.max_history, data_args.session_length) == (50, 1)
 
 
 @pytest.mark.slow

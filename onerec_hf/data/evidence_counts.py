@@ -1,0 +1,133 @@
+"""Training sequences counted into the neighbour lists of an item head's evidence, and new sequences added to them without training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+
+from onerec_hf.data.item_pairs import Sequences, concatenated, follow_counts, near_counts, top_neighbours
+
+if TYPE_CHECKING:
+    import torch
+
+    from onerec_hf.modeling.item_evidence import ItemEvidence
+
+
+def count_evidence(evidence: ItemEvidence, sequences: Sequences) -> None:
+    """
+    Counts sequences into the neighbour lists, in place of what they held. The weights stay.
+
+    Args:
+        evidence: of n items.
+        sequences: per user item indices in time order, or all concatenated and offsets; index i is the evidence's row i + 1, -1 an item
+            without a row.
+
+    Raises:
+        ValueError: as [`~onerec_hf.data.item_pairs.near_counts`].
+
+    Example:
+        >>> from onerec_hf.modeling.item_evidence import ItemEvidence
+        >>> evidence = ItemEvidence(num_items=3, neighbours=2)
+        >>> count_evidence(evidence, [np.array([0, 1]), np.array([0, 1, 2])])
+        >>> evidence.next_items[1].tolist(), evidence.next_counts[1].tolist(), evidence.interactions.tolist()
+        ([2, 0], [2.0, 0.0], [0.0, 2.0, 2.0, 1.0])
+    """
+    items, num_items = concatenated(sequences)[0], _num_items(evidence)
+    counts = _counts(sequences, num_items)
+    degree = _interactions(items, num_items)
+    _set_interactions(evidence, degree)
+    for name, matrix in counts.items():
+        found, values = top_neighbours(matrix, _length(evidence), scale_cols=_scale(name, degree))
+        evidence.set_list(name, *_tensors(found + 1, values))
+
+
+def add_to_evidence(evidence: ItemEvidence, sequences: Sequences, new: np.ndarray | None = None) -> dict[str, int]:
+    """
+    Adds the counts of new items of sequences to the neighbour lists. Lists that would grow beyond their length lose their smallest counts; a
+    neighbour that was cut before begins at its new counts.
+
+    Args:
+        evidence: of n items.
+        sequences: as for [`count_evidence`]; items that were counted before stand in them so that pairs of an old and a new item count.
+        new: bool for each item of the concatenated sequences; all are new when not given.
+
+    Returns:
+        `interactions` and `pairs` (directly following ones) that were added, and `cut`, the neighbours that fell out of the three lists.
+
+    Raises:
+        ValueError: as [`~onerec_hf.data.item_pairs.near_counts`].
+
+    Example:
+        >>> from onerec_hf.modeling.item_evidence import ItemEvidence
+        >>> evidence = ItemEvidence(num_items=3, neighbours=2)
+        >>> count_evidence(evidence, [np.array([0, 1])])
+        >>> add_to_evidence(evidence, [np.array([0, 1, 0])], new=np.array([False, False, True]))
+        {'interactions': 1, 'pairs': 1, 'cut': 0}
+        >>> evidence.next_items[:, 0].tolist(), evidence.before_items[:, 0].tolist()
+        ([0, 2, 1, 0], [0, 2, 1, 0])
+    """
+    items, num_items = concatenated(sequences)[0], _num_items(evidence)
+    counts = _counts(sequences, num_items, new)
+    added = _interactions(items if new is None else items[new], num_items)
+    degree = added + evidence.interactions[1:].double().cpu().numpy()
+    _set_interactions(evidence, degree)
+    cut = 0
+    for name, matrix in counts.items():
+        touched = np.flatnonzero(np.diff(matrix.indptr))
+        if not len(touched):
+            continue
+        total = _list_matrix(evidence, name, touched) + matrix[touched]
+        found, values = top_neighbours(total, _length(evidence), scale_cols=_scale(name, degree))
+        cut += int(total.nnz - (found >= 0).sum())
+        rows, lists = _tensors(touched + 1, found + 1, values), evidence.list_of(name)
+        for part, changed in zip(lists, rows[1:], strict=True):
+            part[rows[0].to(part.device)] = changed.to(part)
+    return {"interactions": int(added.sum()), "pairs": int(counts["next"].sum()), "cut": cut}
+
+
+def _num_items(evidence: ItemEvidence) -> int:
+    return len(evidence.interactions) - 1
+
+
+def _length(evidence: ItemEvidence) -> int:
+    return evidence.list_of("near")[0].shape[1]
+
+
+def _counts(sequences: Sequences, num_items: int, new: np.ndarray | None = None) -> dict[str, sp.csr_matrix]:
+    """Per list the counts of pairs."""
+    follow = follow_counts(sequences, num_items, new=new)
+    return {"near": near_counts(sequences, num_items, new=new), "next": follow, "before": follow.T.tocsr()}
+
+
+def _interactions(items: np.ndarray, num_items: int) -> np.ndarray:
+    return np.bincount(items[items >= 0], minlength=num_items)
+
+
+def _scale(name: str, degree: np.ndarray) -> np.ndarray | None:
+    """`near` keeps the largest normalised counts, as they are scored; the other lists the largest counts."""
+    return (degree + 1.0) ** -0.5 if name == "near" else None
+
+
+def _set_interactions(evidence: ItemEvidence, degree: np.ndarray) -> None:
+    (values,) = _tensors(np.concatenate([[0.0], degree]))
+    evidence.interactions.copy_(values)
+
+
+def _list_matrix(evidence: ItemEvidence, name: str, touched: np.ndarray) -> sp.csr_matrix:
+    """(touched, n) the counts that the lists of some items hold."""
+    items, counts = (part[1:][touched].cpu().numpy() for part in evidence.list_of(name))
+    held = items > 0
+    offsets = np.concatenate([[0], np.cumsum(held.sum(1))])
+    matrix = sp.csr_matrix(
+        (counts[held].astype(np.float32), items[held] - 1, offsets), shape=(len(touched), _num_items(evidence))
+    )
+    matrix.sort_indices()
+    return matrix
+
+
+def _tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    import torch
+
+    return [torch.from_numpy(array) for array in arrays]
