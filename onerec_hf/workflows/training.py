@@ -116,10 +116,12 @@ def train(
     """
     first, data, options = _given(data, settings, options)
     folder = Path(str(first.args.output_dir))
-    open_folder(folder, first.run.overwrite, first.args)
+    own_checkpoint = open_folder(folder, first.run.overwrite, first.args)
     started = time.perf_counter()
-    dataset, choices, final = _choose(as_dataset(data), first, settings, options)
-    say(choices_table(choices))
+    # A run that resumes in its own folder chooses what it chose before.
+    dataset, choices, final = _choose(as_dataset(data), first, settings, options, own_checkpoint)
+    if choices:
+        say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.run.train_on == "prefixes":
         if not isinstance(dataset, InMemoryDataset):
@@ -204,11 +206,16 @@ def _given(
 
 
 def _choose(
-    data: RecommendationDataset, first: _Settings, settings: tuple[object, ...], options: dict[str, Any]
+    data: RecommendationDataset,
+    first: _Settings,
+    settings: tuple[object, ...],
+    options: dict[str, Any],
+    own_checkpoint: bool = False,
 ) -> tuple[RecommendationDataset, list[Choice], _Settings]:
     """The dataset as its preset cuts it, what the preset chose, and the final settings, checked."""
     given = given_options(_kinds(), settings, options)
-    choices = choices_of(first.run.preset, data, given, first.args.use_cpu)
+    saved = first.model.model or (None if own_checkpoint else first.args.resume_from_checkpoint)
+    choices = choices_of(first.run.preset, data, given, first.args.use_cpu, saved)
     chosen = {row.option: row.value for row in choices if row.option not in (*given, *CUT)}
     final = _Settings(*gather(_kinds(), settings, {**chosen, **options}))
     final = final._replace(args=copy.copy(final.args))

@@ -165,7 +165,7 @@ def test_early_stopping_leaves_the_callers_strategy(given, strategy):
 def test_a_saved_model_keeps_its_sizes():
     options = chosen(saved={"encoder_is_causal": False, "max_history": 7, "session_length": 3}, model="runs/mine")
     assert (options["train_on"], options["max_history"], options["session_length"]) == ("windows", 7, 3)
-    assert not options.keys() & {"hidden_size", "item_head", "codebook_sizes", "ties", "item_score_weight"}
+    assert not options.keys() & {"hidden_size", "item_head", "codebook_sizes", "item_score_weight"}
     assert options["learning_rate"] < chosen()["learning_rate"]
 
 
