@@ -113,6 +113,10 @@ def test_rules_follow_the_data():
     assert not options["eval_exclude_seen"]
 
 
+def test_codebooks_grow_with_the_catalogue():
+    assert [codebook_size(n) for n in (5, 16, 799, 1600, 9000, 12_801, 10**7)] == [5, 16, 16, 32, 128, 256, 256]
+
+
 def test_reasons_hold_the_number():
     reasons = {row.option: row.reason for row in choose(LARGE)}
     assert reasons["max_history"] == "95 % of users have at most 19 training interactions"
