@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     given = parse_given(kinds, argv, "train")
     if given.pop("dry_run", False):
         choices = chosen_settings(**given)
-        if is_first():
+        if is_first() and choices:
             print(choices_table(choices))
         return
     result = train(**given, command=command_line("train", argv))

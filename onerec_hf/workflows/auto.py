@@ -149,7 +149,7 @@ def choose(
 
     Args:
         given: options that the caller decided; they stay, and the others fit them.
-        saved: `encoder_is_causal`, `session_length` and `max_history` of the model to go on from; None for a new one.
+        saved: `encoder_is_causal`, `session_length` and `max_history` of a model or checkpoint to go on from, which the examples must fit.
 
     Example:
         >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
@@ -163,7 +163,9 @@ def choose(
         if table.given.get("semantic_ids") is None:
             _semantic_ids(found, table)
         _model(found, table)
-    _training(found, table, goes_on=saved is not None)
+    _training(found, table, goes_on=table.given.get("model") is not None)
+    if saved is None or table.given.get("model") is not None:
+        _stopping(table)  # a checkpoint of another run has no state of early stopping
     _evaluation(found, table)
     return table.rows
 
@@ -176,15 +178,17 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
         "prefixes" if causal else "windows",
         "one pass over a history trains on all its items" if causal else "the encoder is fully visible",
     )
-    if saved is not None:
-        for option in saved.keys() & {"max_history", "session_length"}:
-            table.add(option, saved[option], "of the saved model")
-        return
     assert found.per_user is not None
     longest = found.per_user[1]
     length = min(LONGEST_HISTORY, max(SHORTEST_HISTORY, 10 * -(-int(longest) // 10)))
-    table.add("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions")
-    table.add("session_length", 1, "the next item is what is evaluated")
+    for option, value, reason in (
+        ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions"),
+        ("session_length", 1, "the next item is what is evaluated"),
+    ):
+        if saved is None:
+            table.add(option, value, reason)
+        elif option in saved:
+            table.add(option, saved[option], "of the saved model")
     tied = f"a tie decides {found.tied_targets:.1%} of the test targets"
     if found.tied_targets < TIED_TARGETS:
         table.add("ties", "file", tied)
@@ -283,7 +287,6 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
     dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
     table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)
     table.add("logging_steps", 50, "a line of losses every 50 steps")
-    _stopping(table)
 
 
 def _stopping(table: Table) -> None:

@@ -52,7 +52,11 @@ _SMALL_TRAINING = {
 
 
 def choices_of(
-    preset: str, data: RecommendationDataset, given: Mapping[str, Any], use_cpu: bool = False
+    preset: str,
+    data: RecommendationDataset,
+    given: Mapping[str, Any],
+    use_cpu: bool = False,
+    saved: str | None = None,
 ) -> list[Choice]:
     """
     The options that a preset sets for a dataset; those that the caller gave keep their values.
@@ -61,21 +65,21 @@ def choices_of(
         preset: one of `PRESETS`. `paper` sets nothing: the defaults of the settings are the paper's.
         given: options that the caller decided.
         use_cpu: as in the training arguments.
+        saved: a model or a checkpoint to go on from, folder or Hub id.
 
     Example:
         >>> choices_of("tiger", dataset, {"hidden_size": 64})[5]  # doctest: +SKIP
         Choice(option='hidden_size', value=64, reason='given')
     """
-    model = given.get("model")
     given = {**given, **data_given(data)}
     if preset == "auto":
-        return choose(Statistics.of(data, use_cpu), given, None if model is None else saved_sizes(model))
+        return choose(Statistics.of(data, use_cpu), given, None if saved is None else saved_sizes(saved))
     fixed: dict[str, Any] = {}
-    if preset == "tiger" and model is None:
+    if preset == "tiger" and saved is None:
         fixed = dict(_TIGER)
         if data.items is not None:
             fixed["embedding"] = "text" if data.items.embeddings is None else "given"
-    elif preset == "small" and model is None:
+    elif preset == "small" and saved is None:
         fixed = {**_SMALL, "codebook_sizes": [codebook_size(len(data.item_ids))] * 3}
     if not isinstance(data, InMemoryDataset):  # its examples are cut already
         fixed = {name: value for name, value in fixed.items() if name not in CUT}

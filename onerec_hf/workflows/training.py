@@ -115,12 +115,14 @@ def train(
         >>> result = train(interactions="ratings.csv", items="films.csv", output_dir="runs/mine")  # doctest: +SKIP
         >>> result.metrics["onerec/recall@10"], result.model, result.processor  # doctest: +SKIP
     """
-    first, data, options = _given(data, settings, options)
+    first, data, options = given_settings(data, settings, options)
     folder = Path(str(first.args.output_dir))
-    open_folder(folder, first.run.overwrite, first.args)
+    own_checkpoint = open_folder(folder, first.run.overwrite, first.args)
     started = time.perf_counter()
-    dataset, choices, final = _choose(as_dataset(data), first, settings, options)
-    say(choices_table(choices))
+    # A run that resumes in its own folder chooses what it chose before.
+    dataset, choices, final = final_settings(as_dataset(data), first, settings, options, own_checkpoint)
+    if choices:
+        say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.run.train_on == "prefixes":
         if not isinstance(dataset, InMemoryDataset):
@@ -162,11 +164,11 @@ def chosen_settings(
         >>> for option, value, reason in chosen_settings(interactions="ratings.csv"):  # doctest: +SKIP
         ...     print(option, value, reason)
     """
-    first, data, options = _given(data, settings, options)
-    return _choose(as_dataset(data), first, settings, options)[1]
+    first, data, options = given_settings(data, settings, options)
+    return final_settings(as_dataset(data), first, settings, options)[1]
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """The settings of a training."""
 
     ids: SemanticIDSettings
@@ -182,9 +184,9 @@ def _kinds() -> tuple[type, ...]:
     return SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, OneRecTrainingArguments
 
 
-def _given(
+def given_settings(
     data: RecommendationDataset | DataSettings | None, settings: tuple[object, ...], options: dict[str, Any]
-) -> tuple[_Settings, RecommendationDataset | DataSettings | Mapping[str, Any], dict[str, Any]]:
+) -> tuple[Settings, RecommendationDataset | DataSettings | Mapping[str, Any], dict[str, Any]]:
     """What the caller gave, over the library's defaults and checked as far as it goes without the data; the data; and the other options."""
     of_data = {each.name for each in fields(DataSettings)}
     about_data = {name: value for name, value in options.items() if name in of_data}
@@ -194,7 +196,7 @@ def _given(
         raise TypeError(f"option {name!r} is of the data: pass it to load_dataset, or to train without a dataset")
     if not any(type(each) is _kinds()[-1] for each in settings):
         options.setdefault("output_dir", OUTPUT_DIR)
-    first = _Settings(*gather(_kinds(), settings, options))
+    first = Settings(*gather(_kinds(), settings, options))
     first = first._replace(args=copy.copy(first.args))
     check_preset(first.run.preset)
     if first.run.preset == "paper":
@@ -204,20 +206,25 @@ def _given(
     return first, about_data if data is None else data, options
 
 
-def _choose(
-    data: RecommendationDataset, first: _Settings, settings: tuple[object, ...], options: dict[str, Any]
-) -> tuple[RecommendationDataset, list[Choice], _Settings]:
+def final_settings(
+    data: RecommendationDataset,
+    first: Settings,
+    settings: tuple[object, ...],
+    options: dict[str, Any],
+    own_checkpoint: bool = False,
+) -> tuple[RecommendationDataset, list[Choice], Settings]:
     """The dataset as its preset cuts it, what the preset chose, and the final settings, checked."""
     given = given_options(_kinds(), settings, options)
-    choices = choices_of(first.run.preset, data, given, first.args.use_cpu)
+    saved = first.model.model or (None if own_checkpoint else first.args.resume_from_checkpoint)
+    choices = choices_of(first.run.preset, data, given, first.args.use_cpu, saved)
     chosen = {row.option: row.value for row in choices if row.option not in (*given, *CUT)}
-    final = _Settings(*gather(_kinds(), settings, {**chosen, **options}))
+    final = Settings(*gather(_kinds(), settings, {**chosen, **options}))
     final = final._replace(args=copy.copy(final.args))
     _check(final)
     return cut_as_chosen(data, choices), choices, final
 
 
-def _check(settings: _Settings) -> None:
+def _check(settings: Settings) -> None:
     """Checks the settings of a training against each other."""
     ids, model, sharding, run, args = settings
     if model.model is not None and ids.semantic_ids is not None:

@@ -208,9 +208,8 @@ def test_options_of_train(data, tmp_path, options, named):
     assert not (tmp_path / "out").exists()
 
 
-def test_train_wants_a_folder_and_one_origin(data, semantic_ids, trained, tmp_path, monkeypatch):
+def test_train_wants_one_origin(data, semantic_ids, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(onerec("train", *data.options, *CODES, *TINY), "--output_dir", "required")
     both = ["--model", trained.folder, "--semantic_ids", semantic_ids.folder]
     refused(
         onerec("train", *data.options, *both, *TINY, "--output_dir", "out"), "--model", "--semantic_ids", "not both"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
-from onerec_hf.cli.quickstart import codebook_size
 from onerec_hf.trainers import OneRecTrainer
 from tests.cli.commands import NUM_ITEMS, onerec, rated_rows, succeeded, write_csv
 from tests.hub_cards.reading import section
@@ -19,7 +18,7 @@ def results(folder):
     return {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
 
 
-def check(done, folder, title):
+def check(done, folder, title, shown="session"):
     """The result rows, the table on stdout, the sessions above it, and the folder."""
     rows = results(folder)
     assert set(ROWS) <= rows.keys()
@@ -38,7 +37,7 @@ def check(done, folder, title):
         assert name.startswith("user ")
         assert [line.split("  ")[1].strip() for line in (latest, session, held_out)] == [
             "latest",
-            "session",
+            shown,
             "held out",
         ]
         assert len(session.split("; ")) == 5
@@ -82,25 +81,43 @@ def weights(folder):
     return {name: value.tolist() for name, value in AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters()}
 
 
-def test_own_interactions(first):
+def test_own_interactions(first, data):
     folder, done = first
-    processor = check(done, folder, " lamp ")
+    processor = check(done, folder, " lamp ", "best")
     assert processor.catalogue.codebook_sizes == [16, 16, 16]
     assert len(processor.catalogue) == NUM_ITEMS
     command = json.loads((folder / "results.json").read_text())["command"]
     assert command.startswith("onerec-hf quickstart --interactions ")
+    # The settings are those of `train` without options, and so is the model.
+    options = ["--max_steps", 2, "--seed", 0, "--semantic_id_seed", 0, "--disable_tqdm", "true"]
+    trained = folder.parent / "trained"
+    succeeded(onerec("train", *data.options, *options, "--output_dir", trained))
+    assert weights(trained) == weights(folder)
+    settings = [json.loads((path / "results.json").read_text())["settings"] for path in (folder, trained)]
+    assert settings[0] == settings[1]
 
 
 def test_ratings_end_in_a_round_of_alignment(tmp_path):
     rated = write_csv(tmp_path / "rated.csv", rated_rows())
     folder = tmp_path / "out"
-    done = succeeded(onerec("quickstart", "--interactions", rated, "--max_steps", 2, "--output_dir", folder))
+    done = succeeded(
+        onerec("quickstart", "--interactions", rated, "--preset", "small", "--max_steps", 2, "--output_dir", folder)
+    )
     check(done, folder, "m")
     check_alignment(done, folder)
 
 
 def test_without_items_their_ids_are_shown(data, tmp_path):
-    options = ["--interactions", data.interactions, "--max_steps", 1, "--output_dir", tmp_path / "out"]
+    options = [
+        "--interactions",
+        data.interactions,
+        "--preset",
+        "small",
+        "--max_steps",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     done = succeeded(onerec("quickstart", *options))
     check(done, tmp_path / "out", "m")
     assert f"semantic IDs: {NUM_ITEMS} items from behaviour (" in done.err
@@ -130,10 +147,6 @@ def test_ctrl_c_leaves_nothing(data, tmp_path, monkeypatch):
     assert "onerec-hf: interrupted. Nothing is kept; start again." in done.err
     assert "resume" not in done.err
     assert not (tmp_path / "out").exists()
-
-
-def test_codebooks_grow_with_the_catalogue():
-    assert [codebook_size(n) for n in (5, 16, 799, 1600, 9000, 12_801, 10**7)] == [5, 16, 16, 32, 128, 256, 256]
 
 
 @pytest.mark.slow

@@ -496,3 +496,29 @@ def test_prefixes_need_a_causal_encoder(data, trained, tmp_path):
         onerec("train", *data.options, "--train_on", "pairs", "--output_dir", tmp_path / "out"), "--train_on pairs"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_alone_is_enough(data, tmp_path, monkeypatch):
+    """Everything else is chosen: a dry run prints what a training prints, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    planned = succeeded(onerec("train", "--interactions", data.interactions, "--max_steps", 2, "--dry_run"))
+    lines = planned.out.splitlines()
+    assert lines[0].split()[:2] == ["--train_on", "prefixes"]
+    assert [line for line in lines if re.match(r"--codebook_sizes +16 16 16 +40 items", line)]
+    assert not list(tmp_path.iterdir())
+    done = succeeded(onerec("train", "--interactions", data.interactions, "--max_steps", 2, "--disable_tqdm", "true"))
+    assert planned.out in done.err
+    assert set(lines) <= set(done.err.splitlines())
+    assert AutoModelForSeq2SeqLM.from_pretrained("onerec-model").config.encoder_attention == "pointwise"
+    settings = json.loads(Path("onerec-model/results.json").read_text())["settings"]
+    assert [f"--{row['option']}" for row in settings] == [line.split()[0] for line in lines]
+
+
+def test_a_recipe_goes_with_any_table(data, tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes" / "amazon_beauty_items.yaml"
+    options = ["--config", recipe, "--interactions", data.interactions, *CODES, "--dry_run"]
+    assert succeeded(onerec("train", *options)).out == ""  # its preset is the paper's: it lists what differs
+    options = [*options[:-1], "--max_steps", 1, "--hidden_size", 16, "--disable_tqdm", "true"]
+    succeeded(onerec("train", *options, "--output_dir", tmp_path / "out"))
+    config = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").config
+    assert (config.encoder_attention, config.hidden_size, config.num_experts) == ("pointwise", 16, 1)

@@ -113,6 +113,10 @@ def test_rules_follow_the_data():
     assert not options["eval_exclude_seen"]
 
 
+def test_codebooks_grow_with_the_catalogue():
+    assert [codebook_size(n) for n in (5, 16, 799, 1600, 9000, 12_801, 10**7)] == [5, 16, 16, 32, 128, 256, 256]
+
+
 def test_reasons_hold_the_number():
     reasons = {row.option: row.reason for row in choose(LARGE)}
     assert reasons["max_history"] == "95 % of users have at most 19 training interactions"
@@ -165,7 +169,7 @@ def test_early_stopping_leaves_the_callers_strategy(given, strategy):
 def test_a_saved_model_keeps_its_sizes():
     options = chosen(saved={"encoder_is_causal": False, "max_history": 7, "session_length": 3}, model="runs/mine")
     assert (options["train_on"], options["max_history"], options["session_length"]) == ("windows", 7, 3)
-    assert not options.keys() & {"hidden_size", "item_head", "codebook_sizes", "ties", "item_score_weight"}
+    assert not options.keys() & {"hidden_size", "item_head", "codebook_sizes", "item_score_weight"}
     assert options["learning_rate"] < chosen()["learning_rate"]
 
 
