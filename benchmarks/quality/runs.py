@@ -346,13 +346,5 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def with_windows(data, settings, train_on: str):
     """The data set with training examples of these lengths; validation and test users stay those of the benchmark."""
-    from onerec_hf.data import leave_one_out
-
-    split = leave_one_out(
-        data.sequences,
-        session_length=settings.session_length,
-        max_history=settings.max_history,
-        stride=settings.stride,
-    )
-    data = replace(data, split=replace(data.split, train=split.train), settings=settings)
+    data = data.cut(session_length=settings.session_length, max_history=settings.max_history, stride=settings.stride)
     return data.on_prefixes() if train_on == "prefixes" else data

@@ -76,7 +76,7 @@ class Statistics:
     def of(cls, data: RecommendationDataset, use_cpu: bool = False) -> Statistics:
         """Counts a dataset; a prepared folder's counts are in its manifest."""
         counts, accelerator = data.counts(), None if use_cpu else _accelerator_memory()
-        found = {
+        found: dict[str, Any] = {
             "users": counts["users"],
             "items": len(data.item_ids),
             "interactions": counts["of them kept"],
@@ -84,8 +84,8 @@ class Statistics:
             "memory": accelerator or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         }
         if data.items is not None:
-            texts = data.items.select(data.item_ids).frame["text"]
-            found |= {"texts": int(texts[texts != ""].nunique()), "embeddings": data.items.embeddings is not None}
+            texts = set(data.items.select(data.item_ids).frame["text"]) - {""}
+            found |= {"texts": len(texts), "embeddings": data.items.embeddings is not None}
         if not isinstance(data, InMemoryDataset):
             return cls(**found, in_memory=False)
         rows = data.train_rows()
@@ -105,7 +105,7 @@ def _spread(counts: np.ndarray) -> tuple[float, float]:
     return float(np.median(counts)), float(np.percentile(counts, 95))
 
 
-def _ties(data: InMemoryDataset) -> dict[str, float]:
+def _ties(data: InMemoryDataset) -> dict[str, Any]:
     """The shares about ties of a dataset in the table's order."""
     sequences = data.sequences
     same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)

@@ -115,12 +115,12 @@ def train(
         >>> result = train(interactions="ratings.csv", items="films.csv", output_dir="runs/mine")  # doctest: +SKIP
         >>> result.metrics["onerec/recall@10"], result.model, result.processor  # doctest: +SKIP
     """
-    first, data, options = given_settings(data, settings, options)
+    first, source, options = given_settings(data, settings, options)
     folder = Path(str(first.args.output_dir))
     own_checkpoint = open_folder(folder, first.run.overwrite, first.args)
     started = time.perf_counter()
     # A run that resumes in its own folder chooses what it chose before.
-    dataset, choices, final = final_settings(as_dataset(data), first, settings, options, own_checkpoint)
+    dataset, choices, final = final_settings(as_dataset(source), first, settings, options, own_checkpoint)
     if choices:
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
@@ -164,8 +164,8 @@ def chosen_settings(
         >>> for option, value, reason in chosen_settings(interactions="ratings.csv"):  # doctest: +SKIP
         ...     print(option, value, reason)
     """
-    first, data, options = given_settings(data, settings, options)
-    return final_settings(as_dataset(data), first, settings, options)[1]
+    first, source, options = given_settings(data, settings, options)
+    return final_settings(as_dataset(source), first, settings, options)[1]
 
 
 class Settings(NamedTuple):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf import OneRecForConditionalGeneration
+from onerec_hf.data import ExampleSettings, prepare_log
 from onerec_hf.workflows import DataSettings, ModelSettings, chosen_settings, load_dataset, load_in_memory, train
 from onerec_hf.workflows.auto import Statistics, choose, codebook_size
 
@@ -195,7 +196,7 @@ def test_train_without_options_is_the_chosen_model(trained, tables):
     options = {row.option: row.value for row in rows}
     assert (config.hidden_size, config.encoder_layers, config.decoder_layers) == (64, 2, 1)
     assert (config.encoder_is_causal, config.encoder_attention, config.session_length) == (True, "pointwise", 1)
-    assert config.item_head["num_items"] if isinstance(config.item_head, dict) else config.item_head.num_items == 40
+    assert config.item_head.num_items == 40
     assert trained.processor.max_history == options["max_history"] == 10
     assert trained.trainer.args.learning_rate == options["learning_rate"]
     assert trained.trainer.args.eval_exclude_seen == options["eval_exclude_seen"]
@@ -232,6 +233,15 @@ def test_settings_objects_are_given_as_a_whole(files):
     assert (rows["session_length"].value, rows["num_experts"].value, rows["hidden_size"].value) == (5, 24, 32)
     assert {rows[name].reason for name in ("session_length", "num_experts", "encoder_is_causal")} == {"given"}
     assert rows["train_on"].value == "windows"  # the encoder of ModelSettings is fully visible
+
+
+def test_a_prepared_folder_keeps_its_examples(files, tmp_path):
+    prepare_log(files["interactions"], tmp_path / "ready", settings=ExampleSettings(max_history=7), num_shards=2)
+    rows = {row.option: row.value for row in chosen_settings(prepared=str(tmp_path / "ready"))}
+    assert not rows.keys() & {"max_history", "session_length", "ties", "train_on"}
+    assert (rows["packing"], rows["hidden_size"]) == (False, 64)
+    result = train(prepared=str(tmp_path / "ready"), output_dir=tmp_path / "out", **QUICK)
+    assert (result.processor.max_history, result.model.config.session_length) == (7, 5)
 
 
 @pytest.mark.parametrize(
