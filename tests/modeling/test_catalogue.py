@@ -270,3 +270,18 @@ def test_verify_finds_what_the_header_does_not_show(catalogue, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"does not match its hash|item ids repeat"):
         ItemCatalogue.load(path).verify()
+
+
+def test_other_popularity_is_the_same_catalogue(catalogue, tmp_path):
+    counted = catalogue.with_popularity(np.arange(len(catalogue)))
+    assert (counted.hash, counted.version) == (catalogue.hash, catalogue.version)
+    assert catalogue.popularity is None
+    counted.save(tmp_path / "catalogue.safetensors")
+    loaded = ItemCatalogue.load(tmp_path / "catalogue.safetensors")
+    loaded.verify()
+    assert loaded.popularity.tolist() == list(range(len(catalogue)))
+    assert loaded.with_popularity(None).popularity is None
+    with pytest.raises(ValueError, match=r"popularity: expected shape \(40,\), got \(2,\)"):
+        loaded.with_popularity([1, 2])
+    with pytest.raises(ValueError, match="read-only"):
+        counted.popularity[0] = 7
