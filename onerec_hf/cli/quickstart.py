@@ -9,6 +9,7 @@ from typing import Any
 
 from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.evaluation.results import result_row
+from onerec_hf.workflows.auto import choices_table
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.evaluation import evaluate_beside_baselines
@@ -16,8 +17,8 @@ from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
-from onerec_hf.workflows.settings import ModelSettings, OutputSettings, SemanticIDSettings
-from onerec_hf.workflows.training import report, train_generator
+from onerec_hf.workflows.settings import OutputSettings
+from onerec_hf.workflows.training import final_settings, given_settings, report, train_generator
 
 
 @dataclass
@@ -37,66 +38,65 @@ class QuickstartOptions(OutputSettings):
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
-    max_steps: int = field(default=1200, metadata={"help": "Training steps of 64 sessions."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings: small (the default of named data sets), or auto, as in train (that of your own table)."
+        },
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Training steps; 1,200 with small, chosen with auto."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
 def main(argv: list[str]) -> None:
-    from onerec_hf.trainers import OneRecTrainingArguments
-
     (args,) = parse((QuickstartOptions,), argv, "quickstart")
-    if args.max_steps < 1:
+    if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
     folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
     command = command_line("quickstart", argv)
     started = time.perf_counter()
-    data = load_in_memory(
+    given = {"output_dir": str(folder), "seed": args.seed, "semantic_id_seed": args.seed}
+    given |= {"preset": args.preset or ("small" if args.interactions is None else "auto")}
+    given |= {} if args.max_steps is None else {"max_steps": args.max_steps}
+    first, _, options = given_settings(None, (), given)
+    table = load_in_memory(
         dataset=args.dataset or ("movielens" if args.interactions is None else None),
         data_dir=args.data_dir,
         interactions=args.interactions,
         items=args.items,
         embeddings=args.embeddings,
-        max_history=10,
     )
-    size = codebook_size(len(data.item_ids))
-    training_args = OneRecTrainingArguments(
-        str(folder),
-        max_steps=args.max_steps,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=64,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=50,
-        logging_steps=100,
-        save_strategy="no",
-        eval_num_beams=30,
-        seed=args.seed,
-    )
+    data, choices, (ids, model, _, run, training_args) = final_settings(table, first, (), options)
+    assert isinstance(data, InMemoryDataset)
+    say(choices_table(choices))
+    read = data.on_prefixes() if run.train_on == "prefixes" else data
     trainer = train_generator(
-        data,
+        read,
         folder,
-        SemanticIDSettings(codebook_sizes=[size] * 3, semantic_id_seed=args.seed),
-        ModelSettings(hidden_size=64, intermediate_size=128, moe_intermediate_size=64),
+        ids,
+        model,
         training_args,
+        early_stopping_patience=run.early_stopping_patience,
         can_resume=False,
     )
     with resumable(folder, command, keep=False):
         rows = evaluate_beside_baselines(trainer, data, "test")
-        rows += align_once(trainer, data, folder, args.seed, command)
+        if data.session_length > 1:
+            rows += align_once(trainer, data, folder, args.seed, command)
+        else:
+            say(
+                "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
+            )
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, data, rows, command)
+    report(trainer, folder, read, rows, command, choices)
     finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print(ranking_table(rows))
     say(
         f"{time.perf_counter() - started:.0f} seconds. Load it: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"
     )
-
-
-def codebook_size(num_items: int) -> int:
-    """The power of two, 16 to 256, that gives about 50 items a first-level code: small sets collapse with large codebooks."""
-    power = 1 << (max(1, num_items // 50).bit_length() - 1)
-    return min(num_items, max(16, min(256, power)))
 
 
 def check_reload(trainer, folder: Path, data: InMemoryDataset) -> tuple[Any, Any]:
@@ -123,17 +123,27 @@ def check_reload(trainer, folder: Path, data: InMemoryDataset) -> tuple[Any, Any
 
 
 def print_sessions(processor, model, data: InMemoryDataset, users: int = 3) -> None:
-    """A generated session of five items for a few test users, with titles where the source has them."""
+    """A generated session, or the five best items of a model of single items, for a few test users, with titles where the source has them."""
     titles = {}
     if data.items is not None and "title" in data.items.frame:
         titles = dict(zip(data.items.item_ids.tolist(), data.items.frame["title"], strict=True))
     examples = data.test[:users]
     histories = examples["history"]
-    sessions = processor.batch_decode(model.recommend(**processor(histories), num_beams=20, exclude=histories))
+    ranks = model.config.session_length == 1
+    found = model.recommend(
+        **processor(histories), num_beams=20, exclude=histories, num_return_sequences=5 if ranks else 1
+    )
+    sessions = processor.batch_decode(found)
+    if ranks:
+        sessions = [[item for (item,) in sessions[5 * user : 5 * user + 5]] for user in range(len(histories))]
     for user, history, session, target in zip(
         examples["user_id"], histories, sessions, examples["session"], strict=True
     ):
         print(f"\nuser {user}")
-        for label, items in (("latest", history[-5:]), ("session", session), ("held out", target)):
+        for label, items in (
+            ("latest", history[-5:]),
+            ("best" if ranks else "session", session),
+            ("held out", target),
+        ):
             print(f"  {label:<10}" + "; ".join(str(titles.get(item, item)) for item in items))
     print()
