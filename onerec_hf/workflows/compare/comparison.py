@@ -64,6 +64,8 @@ def compare_models(
     if data is not None and not isinstance(data, DataSettings):
         raise TypeError("compare_models reads the table in every run: pass DataSettings with paths, not a dataset")
     kinds = (DataSettings, CompareSettings)
+    if not any(isinstance(given, CompareSettings) for given in settings):
+        options.setdefault("output_dir", CompareSettings.output_dir)
     table, how = gather(kinds, settings if data is None else [data, *settings], options)
     assert isinstance(table, DataSettings)
     assert isinstance(how, CompareSettings)

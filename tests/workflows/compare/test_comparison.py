@@ -236,6 +236,7 @@ def test_the_command_line_recommends_with_any_family(compared):
 
 def test_the_command_resumes_a_comparison(compared):
     options = ["--interactions", compared.data.interactions, "--output_dir", compared.found.folder, "--trials", 2]
+    options += ["--max_history", 50, "--ties", "file"]  # of the settings that were given as a whole
     done = onerec("compare", *options, "--seeds", 0, 1, "--spaces", compared.options["spaces"])
     assert f"best on validation: {compared.found.best}" in succeeded(done).err
     lines = [line.split() for line in done.out.splitlines()[1:]]
