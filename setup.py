@@ -15,5 +15,6 @@ setup(
         "onerec_hf": ["py.typed"],
         "onerec_hf.hub_cards": ["templates/*.jinja"],
         "onerec_hf.evaluation": ["modules/*/*.py"],
+        "onerec_hf.workflows.compare": ["spaces/*.yaml", "templates/*.jinja"],
     },
 )

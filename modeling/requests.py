@@ -9,6 +9,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -321,6 +322,14 @@ class Recommender:
         """Items of a history that the model reads: as many as the processor keeps, or as the model has positions for."""
         config = self.model.config
         return self.processor.max_history or config.max_position_embeddings // config.tokens_per_item
+
+    def held(self) -> AbstractContextManager:
+        """What makes many calls faster while it is held: the model's experts stay packed."""
+        return self.model.packed_experts()
+
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The model's weights by name."""
+        return self.model.named_parameters()
 
     def resolve(
         self, request: Request, exclude: np.ndarray = _NO_ITEMS, allow: np.ndarray | None = None

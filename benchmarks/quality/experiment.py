@@ -1,5 +1,5 @@
 """
-Experiments of the quality benchmark: YAML files under experiments/, read with clear errors, and the trials of a random search.
+Experiments of the quality benchmark: YAML files under experiments/, read with clear errors.
 
     description: SASRec          # the row's text in tables
     extends: small               # another experiment whose recipe and settings these extend (instead of kind and recipe)
@@ -7,7 +7,6 @@ Experiments of the quality benchmark: YAML files under experiments/, read with c
     recipe: amazon_beauty.yaml   # under recipes/: how the data is cut, and the sizes of a generator
     settings: {...}              # of that kind, over the recipe's: options of `onerec-hf train` for onerec
     alignment: {...}             # train on by preference alignment, with these settings over alignment.DEFAULTS
-    search: {seed: 0, space: {NAME: [VALUES]}}   # values that are mappings set several settings together
 """
 
 from __future__ import annotations
@@ -16,34 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 FOLDER = Path(__file__).with_name("experiments")
 KINDS = ("ranking", "sequential", "onerec")
-_KEYS = ("description", "extends", "kind", "recipe", "settings", "alignment", "search")
-
-
-@dataclass(frozen=True)
-class Search:
-    """
-    A search space.
-
-    Args:
-        seed: of the trials.
-        space: per setting the values, each as the settings that it sets.
-    """
-
-    seed: int
-    space: dict[str, list[dict[str, Any]]]
-
-    def trial(self, number: int) -> dict[str, Any]:
-        """The settings of a trial: every value is equally likely; the same in every run, however many trials there are."""
-        rng = np.random.default_rng([self.seed, number])
-        settings: dict[str, Any] = {}
-        for values in self.space.values():
-            settings |= values[rng.integers(len(values))]
-        return settings
+_KEYS = ("description", "extends", "kind", "recipe", "settings", "alignment")
 
 
 @dataclass(frozen=True)
@@ -56,13 +32,6 @@ class Experiment:
     recipe: str
     settings: dict[str, Any]
     alignment: dict[str, Any] | None = None
-    search: Search | None = None
-
-    def fixed(self) -> dict[str, Any]:
-        """The settings that no trial of the search sets."""
-        assert self.search is not None
-        drawn = {name for values in self.search.space.values() for value in values for name in value}
-        return {name: value for name, value in self.settings.items() if name not in drawn}
 
 
 def names() -> list[str]:
@@ -108,15 +77,4 @@ def load(name: str, folder: Path = FOLDER) -> Experiment:
         read["recipe"],
         read["settings"],
         read.get("alignment"),
-        _search(path, read["search"]) if "search" in read else None,
     )
-
-
-def _search(path: Path, read: Any) -> Search:
-    if not isinstance(read, dict) or set(read) != {"seed", "space"}:
-        raise ValueError(f"{path}: search needs exactly two keys, seed and space, got {read!r}")
-    space = {
-        name: [value if isinstance(value, dict) else {name: value} for value in values]
-        for name, values in read["space"].items()
-    }
-    return Search(read["seed"], space)

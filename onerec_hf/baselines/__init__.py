@@ -7,12 +7,16 @@ from onerec_hf._lazy import lazy_exports
 _PUBLIC = {
     "ItemIndex": "item_index",
     "ItemKNNBaseline": "memory",
+    "ItemRecommender": "requests",
     "NextItemCollator": "next_items",
     "NextItemDataset": "next_items",
     "PopularityBaseline": "memory",
     "SequentialConfig": "configuration_sequential",
     "SequentialRecommender": "modeling_sequential",
     "add_evidence": "evidence",
+    "load_item_recommender": "requests",
+    "load_ranking": "saved",
+    "save_ranking": "saved",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -24,5 +28,7 @@ if TYPE_CHECKING:
     from onerec_hf.baselines.memory import ItemKNNBaseline, PopularityBaseline
     from onerec_hf.baselines.modeling_sequential import SequentialRecommender
     from onerec_hf.baselines.next_items import NextItemCollator, NextItemDataset
+    from onerec_hf.baselines.requests import ItemRecommender, load_item_recommender
+    from onerec_hf.baselines.saved import load_ranking, save_ranking
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

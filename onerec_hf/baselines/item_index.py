@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,6 +41,29 @@ class ItemIndex:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __str__(self) -> str:
+        return f"{len(self)} items"
+
+    @cached_property
+    def active(self) -> np.ndarray:
+        """(N,) bool, all true: items are not withdrawn here, as in an [`~onerec_hf.ItemCatalogue`]."""
+        return np.ones(len(self), dtype=bool)
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the ids and their order."""
+        return hashlib.sha256(self.id_type.encode() + self._keys.tobytes()).hexdigest()
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Hashes of earlier catalogues that grew to this one: none."""
+        return ()
+
+    @property
+    def num_active(self) -> int:
+        """All items."""
+        return len(self)
 
     @property
     def item_ids(self) -> list:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse
@@ -24,7 +24,9 @@ class RankingBaseline(ABC):
 
     Example:
         >>> class Unpopularity(RankingBaseline):
+        ...     settings = {}
         ...     def _fit(self, interactions): ...
+        ...     def _restore(self, arrays): ...
         ...     def _score(self, ranks, lengths):
         ...         return np.tile(np.arange(self.num_items, dtype=float), (len(lengths), 1))
         >>> Unpopularity().fit([[0, 1], [0]], num_items=3).recommend([[0]], k=2)
@@ -58,12 +60,43 @@ class RankingBaseline(ABC):
             raise ValueError(
                 f"sequences[{np.argmin(lengths)}] is empty ({np.sum(lengths == 0)} such of {len(lengths)}): drop these users"
             )
-        self.num_items = num_items
-        self.popularity = np.bincount(rows, minlength=num_items)
-        self._row_of_rank = np.argsort(-self.popularity, kind="stable")
-        self._rank_of_row = np.empty_like(self._row_of_rank)
-        self._rank_of_row[self._row_of_rank] = np.arange(num_items)
+        self._number(np.bincount(rows, minlength=num_items))
         self._fit(self._user_items(self._rank_of_row[rows], lengths))
+        return self
+
+    def _number(self, popularity: np.ndarray) -> None:
+        """Numbers the items by popularity."""
+        self.num_items, self.popularity = len(popularity), popularity
+        self._row_of_rank = np.argsort(-popularity, kind="stable")
+        self._rank_of_row = np.empty_like(self._row_of_rank)
+        self._rank_of_row[self._row_of_rank] = np.arange(len(popularity))
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make such a baseline."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `fit` computed, for saving."""
+        return {"popularity": self.popularity}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> Self:
+        """
+        The baseline as if it were fitted, from the [`arrays`] of one.
+
+        Raises:
+            ValueError, KeyError: other arrays.
+
+        Example:
+            >>> fitted = ItemKNNBaseline().fit([[0, 1], [2, 1]], num_items=3)
+            >>> ItemKNNBaseline().restore(fitted.arrays()).recommend([[0]], k=1)
+            array([[1]])
+        """
+        popularity = arrays["popularity"]
+        if popularity.ndim != 1 or popularity.dtype != np.int64 or (popularity < 0).any():
+            raise ValueError("popularity must hold a count for each item")
+        self._number(popularity)
+        self._restore(arrays)
         return self
 
     def recommend(self, histories: Sequence, k: int, exclude_seen: bool = True) -> np.ndarray:
@@ -88,31 +121,75 @@ class RankingBaseline(ABC):
             array([[ 0,  1],
                    [ 2, -1]])
         """
+        return self.top_items(histories, k, histories if exclude_seen else None)[0]
+
+    def top_items(
+        self, histories: Sequence, k: int, exclude: Sequence | None = None, allow: Sequence | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        `recommend` with lists of items to leave out and to choose from, and with scores.
+
+        Args:
+            histories: as for `recommend`.
+            k: items per history, at least 1.
+            exclude: n 1-D integer arrays of item indices to leave out.
+            allow: n 1-D integer arrays of the only item indices to choose from.
+
+        Returns:
+            (n, k) int64 item indices, best first, -1 where fewer than k items remain; and (n, k) float64 scores, -inf there.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: k < 1, or an index outside the catalogue.
+
+        Example:
+            >>> baseline = PopularityBaseline().fit([[0, 2], [2], [2, 0, 1]], num_items=3)
+            >>> indices, scores = baseline.top_items([[2]], k=2, exclude=[[2]], allow=[[1, 2]])
+            >>> indices.tolist(), scores.tolist()
+            ([[1, -1]], [[1.0, -inf]])
+        """
         if self.num_items is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(sequences, num_items) before recommend")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        rows, lengths = _flatten(histories, "histories", self.num_items)
-        ranks = self._rank_of_row[rows]
-        ends = np.cumsum(lengths)
-        recommended = np.full((len(lengths), k), -1, dtype=np.int64)
+        ranks, ends = self._ranks(histories, "histories")
+        lists = {
+            name: self._ranks(some, name)
+            for name, some in (("exclude", exclude), ("allow", allow))
+            if some is not None
+        }
+        users = len(ends) - 1
+        indices, values = np.full((users, k), -1, dtype=np.int64), np.full((users, k), -np.inf)
         depth = min(k, self.num_items)
         block = max(1, _BLOCK_ENTRIES // self.num_items)
-        for start in range(0, len(lengths), block):
-            users = slice(start, start + block)
-            block_lengths = lengths[users]
-            block_ranks = ranks[ends[start] - lengths[start] : ends[users][-1]]
-            scores = self._score(block_ranks, block_lengths)
-            if exclude_seen:
-                scores[np.repeat(np.arange(len(block_lengths)), block_lengths), block_ranks] = -np.inf
+        for start in range(0, users, block):
+            stop = min(start + block, users)
+            scores = self._score(ranks[ends[start] : ends[stop]], np.diff(ends[start : stop + 1]))
+            if "allow" in lists:
+                shut = np.ones(scores.shape, dtype=bool)
+                shut[_places(*lists["allow"], start, stop)] = False
+                scores[shut] = -np.inf
+            if "exclude" in lists:
+                scores[_places(*lists["exclude"], start, stop)] = -np.inf
             best = _top(scores, depth)
-            legal = np.take_along_axis(scores, best, axis=1) > -np.inf
-            recommended[users, :depth] = np.where(legal, self._row_of_rank[best], -1)
-        return recommended
+            found = np.take_along_axis(scores, best, axis=1)
+            indices[start:stop, :depth] = np.where(found > -np.inf, self._row_of_rank[best], -1)
+            values[start:stop, :depth] = found
+        return indices, values
+
+    def _ranks(self, lists: Sequence, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lists' items by rank, one list after the other, and where each begins."""
+        assert self.num_items is not None
+        rows, lengths = _flatten(lists, name, self.num_items)
+        return self._rank_of_row[rows], np.concatenate([[0], np.cumsum(lengths)])
 
     @abstractmethod
     def _fit(self, interactions: scipy.sparse.csr_array) -> None:
         """`interactions`: (users, items by rank), 1.0 where the user has the item."""
+
+    @abstractmethod
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """What `_fit` sets, from [`arrays`]."""
 
     @abstractmethod
     def _score(self, ranks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -138,7 +215,14 @@ class PopularityBaseline(RankingBaseline):
                [3, 0]])
     """
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def _fit(self, interactions: scipy.sparse.csr_array) -> None:
+        self._restore(self.arrays())
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._counts = self.popularity[self._row_of_rank].astype(np.float64)
 
     def _score(self, ranks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -207,6 +291,33 @@ class ItemKNNBaseline(RankingBaseline):
             blocks.append(scipy.sparse.csr_array((similarities[keep], pairs), shape=common.shape))
         self._similarities = scipy.sparse.vstack(blocks, format="csr")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("num_neighbors", "similarity", "shrinkage", "last_n")}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `fit` computed, for saving: the popularity, and the similarities between items by rank as a sparse matrix."""
+        found: Any = self._similarities
+        parts = {
+            "values": found.data,
+            "others": found.indices.astype(np.int64),
+            "starts": found.indptr.astype(np.int64),
+        }
+        return {**super().arrays(), **parts}
+
+    def _restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        assert self.num_items is not None
+        values, others, starts = (arrays[name] for name in ("values", "others", "starts"))
+        whole = starts.shape == (self.num_items + 1,) and starts[0] == 0 and (np.diff(starts) >= 0).all()
+        if not (
+            whole and values.ndim == 1 and values.shape == others.shape == (starts[-1],) and np.isfinite(values).all()
+        ):
+            raise ValueError("values, others and starts are no sparse matrix")
+        if len(others) and not 0 <= others.min() <= others.max() < self.num_items:
+            raise ValueError(f"others must lie between 0 and {self.num_items - 1}")
+        shape = (self.num_items, self.num_items)
+        self._similarities = scipy.sparse.csr_array((values, others, starts), shape=shape)
+
     def _score(self, ranks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         if self.last_n is not None:
             from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ranks))
@@ -214,6 +325,11 @@ class ItemKNNBaseline(RankingBaseline):
         scores = self._user_items(ranks, lengths) @ self._similarities
         # Equal sums in another order differ in the last bits: rounding makes them ties again.
         return scipy.sparse.csr_array(scores).toarray().round(12)
+
+
+def _places(ranks: np.ndarray, ends: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the entries that the lists of users `start` to `stop` name in a block of scores."""
+    return np.repeat(np.arange(stop - start), np.diff(ends[start : stop + 1])), ranks[ends[start] : ends[stop]]
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:

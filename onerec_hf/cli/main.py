@@ -20,6 +20,7 @@ COMMANDS = {
     "align": "align a trained generator with preferences, from reward models or given pairs",
     "update": "count new interactions into a saved model, without training",
     "evaluate": "rank the full catalogue for held-out items, with popularity and item-kNN as baselines",
+    "compare": "tune and compare model families on your table, with costs and a report",
     "export": "export a trained generator as ONNX graphs and compare them with the model",
     "serve": "serve a saved model over HTTP: batching, per-request constraints, metrics, reload",
     "demo": "open a page in the browser: pick a history, see generated sessions",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from onerec_hf.cli.arguments import ShownItemArguments, parse
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.artefact import load_model, load_processor, naming
+from onerec_hf.workflows.artefact import load_recommender
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ _LISTS = ("history", "exclude", "allow")
 class RecommendArguments(ShownItemArguments):
     """The model, the histories and the options of a recommendation."""
 
-    model: str | None = field(default=None, metadata={"help": "A saved OneRec: folder or Hub id."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
+    )
     histories: str = field(
         default="-",
         metadata={
@@ -64,28 +67,20 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--{option} must be at least 1; got {getattr(args, option)}")
     if args.histories != "-" and not os.path.isfile(args.histories):
         raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
-    import torch
-
-    from onerec_hf.modeling.requests import AnswerCounts, Recommender, Request, RequestError
+    from onerec_hf.modeling.requests import AnswerCounts, Request, RequestError
 
     try:
         Request([], **args.options())
     except RequestError as error:
         raise ValueError(f"--{error}") from None
-    processor, model = load_processor("--model", args.model), load_model("--model", args.model).eval()
-    if torch.accelerator.is_available():
-        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
-    assert processor.catalogue is not None
-    if args.session_length > processor.catalogue.num_active:
+    recommender = load_recommender("--model", args.model, args.load)
+    if args.session_length > recommender.catalogue.num_active:
         raise ValueError(
-            f"--session_length {args.session_length}: the catalogue has only {processor.catalogue.num_active} items"
+            f"--session_length {args.session_length}: the catalogue has only {recommender.catalogue.num_active} items"
         )
-    with naming("--model", args.model):
-        items = args.load(args.model, processor.catalogue)
-    recommender = Recommender(model, processor, items)
     ranks = all_ranks()
     counts = AnswerCounts()
-    with model.packed_experts():
+    with recommender.held():
         for numbered in _batches(args, 1 if ranks is None else ranks.size):
             parts = []
             if ranks is None:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field, fields
 
 from onerec_hf.cli.arguments import ShownItemArguments, parse
-from onerec_hf.workflows.artefact import naming
+from onerec_hf.workflows.artefact import naming, recommender_of
 from onerec_hf.workflows.distributed import say
 
 
@@ -15,7 +15,10 @@ from onerec_hf.workflows.distributed import say
 class ServeArguments(ShownItemArguments):
     """The model, the address and the limits."""
 
-    model: str = field(default="", metadata={"help": "A saved OneRec: folder or Hub id."})
+    model: str = field(
+        default="",
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
+    )
     host: str = field(
         default="127.0.0.1",
         metadata={"help": "Address to listen on. Any address except loopback needs a token."},
@@ -82,20 +85,24 @@ def main(argv: list[str]) -> None:
             f"--host {args.host} accepts other machines, so requests must carry a token: set {TOKEN_VARIABLE}, or pass --token_file; "
             "`openssl rand -hex 16` makes one"
         )
+
+    def load(version=None):
+        return ServedModel.load(args.model, version, load_items=args.load, load_recommender=recommender_of)
+
     with listen(args.host, args.port) as bound:
         if args.threads:
             import torch
 
             torch.set_num_threads(args.threads)
         with naming("--model", args.model):
-            model = ServedModel.load(args.model, load_items=args.load)
+            model = load()
         assert model is not None
         logging.basicConfig(stream=sys.stderr, format="onerec-hf serve: %(message)s")
         logging.getLogger("onerec_hf.serving").setLevel(logging.INFO)
         service = RecommendationService(
             model,
             settings,
-            load=lambda version: ServedModel.load(args.model, unless=version, load_items=args.load),
+            load=load,
             unknown=args.unknown,
         )
         host, port = bound.getsockname()[:2]

@@ -28,9 +28,6 @@ from onerec_hf.modeling.requests import (
 )
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-
     from .schema import Query
     from .settings import ServingSettings
 
@@ -42,6 +39,8 @@ _FILES = (
     "tokenizer_config.json",
     ITEMS_NAME,
 )
+#: Takes a model's folder and catalogue, and returns the items' fields by item id.
+LoadItems = Callable[[Path, Any], "Mapping[Any, Mapping] | None"]
 _LIMITS = (("top_k", "max_top_k"), ("num_beams", "max_beams"), ("session_length", "max_session_length"))
 
 
@@ -55,15 +54,15 @@ class BatchKey:
 
 class ServedModel:
     """
-    A generator with its processor, for many calls of [`answer`].
+    A model that answers requests, for many calls of [`answer`].
 
     Args:
-        model, processor: with the same catalogue. The model is put into evaluation mode and, until [`close`], keeps its experts packed.
+        recommender: a [`~onerec_hf.modeling.requests.Recommender`] of a generator in evaluation mode, which keeps its experts packed until
+            [`close`]; or an [`~onerec_hf.baselines.ItemRecommender`].
         version: identifies the model.
-        items: fields by item id, for answers.
 
     Raises:
-        ValueError: no catalogue, or two different ones; or the model cannot recommend (non-finite weights, for example).
+        ValueError: the model cannot recommend (non-finite weights, for example).
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
@@ -71,9 +70,9 @@ class ServedModel:
         >>> from onerec_hf.serving.settings import ServingSettings
         >>> catalogue = ItemCatalogue(["m4", "m17", "m256"], codes=[[0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 2])
         >>> config = OneRecConfig(codebook_sizes=[2, 2], hidden_size=16, encoder_layers=1, decoder_layers=1, num_experts=2)
-        >>> model = OneRecForConditionalGeneration(config)
+        >>> model = OneRecForConditionalGeneration(config).eval()
         >>> model.set_catalogue(catalogue)
-        >>> served = ServedModel(model, OneRecProcessor.from_catalogue(catalogue), version="first")
+        >>> served = ServedModel(Recommender(model, OneRecProcessor.from_catalogue(catalogue)), version="first")
         >>> query = Query(history=["m4"], exclude=["m17", "m9"], top_k=5)
         >>> key, row = served.prepare(query, "history", ServingSettings(), unknown="skip")
         >>> (answer,) = served.answer(key, [row])
@@ -81,17 +80,11 @@ class ServedModel:
         (['m256'], 1)
     """
 
-    def __init__(
-        self,
-        model: OneRecForConditionalGeneration,
-        processor: OneRecProcessor,
-        version: str,
-        items: Mapping[Any, Mapping] | None = None,
-    ):
-        self.recommender = Recommender(model.eval(), processor, items)
-        self.model, self.version, self.catalogue = model, version, self.recommender.catalogue
+    def __init__(self, recommender: Recommender, version: str):
+        self.recommender, self.model, self.version = recommender, recommender.model, version
+        self.catalogue = recommender.catalogue
         self._resources = ExitStack()
-        self._resources.enter_context(model.packed_experts())
+        self._resources.enter_context(recommender.held())
         try:
             self._try_out()
         except BaseException:
@@ -103,7 +96,8 @@ class ServedModel:
         cls,
         repo: str,
         unless: str | None = None,
-        load_items: Callable[[Path, ItemCatalogue], Mapping[Any, Mapping] | None] = saved_items,
+        load_items: LoadItems = saved_items,
+        load_recommender: Callable[[Path, LoadItems], Recommender] | None = None,
     ) -> ServedModel | None:
         """
         Loads a folder or Hub repository. No code of the repository is run, and no pickle is read. Its version is a hash of its files:
@@ -112,42 +106,18 @@ class ServedModel:
         Args:
             unless: a version; None is returned where the folder holds that one.
             load_items: takes the folder and its catalogue and returns the items' fields (default: those saved with the model).
+            load_recommender: takes the folder and `load_items` ([`load_generator`] by default).
 
         Raises:
-            ValueError, OSError: it is not there, damaged, incomplete, changing, or not a generator.
+            ValueError, OSError: it is not there, damaged, incomplete, changing, or a model that `load_recommender` does not read.
         """
-        import torch
-
-        from onerec_hf.modeling.configuration_onerec import OneRecConfig
-        from onerec_hf.modeling.hub import check_complete
-        from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
-        from onerec_hf.modeling.processing_onerec import OneRecProcessor
-
         folder = find_folder(repo)
         before = _state(folder)
-        kind = _model_type(folder)
-        if kind != OneRecConfig.model_type:
-            raise ValueError(f"it holds a model of type {kind!r:.40}, not a OneRec generator")
+        model_type(folder)  # a folder without a model is refused before its files are hashed
         version = version_of(folder)
         if version == unless:
             return None
-        processor = OneRecProcessor.from_pretrained(folder)
-        # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
-        try:
-            model, loaded = cast(
-                Any,
-                OneRecForConditionalGeneration.from_pretrained(
-                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-                ),
-            )
-        except RuntimeError as error:
-            raise ValueError(f"its weights do not fit its config: {str(error)[:300]}") from error
-        check_complete(loaded)
-        _own_memory(model, processor)
-        if torch.accelerator.is_available():
-            model.to(device=torch.accelerator.current_accelerator())
-        items = load_items(folder, Recommender(model, processor).catalogue)
-        served = cls(model, processor, version, items)
+        served = cls((load_recommender or load_generator)(folder, load_items), version)
         if _state(folder) != before:
             served.close()
             raise ValueError("its files changed while they were read; write a model elsewhere and rename its folder")
@@ -159,7 +129,7 @@ class ServedModel:
 
     def _try_out(self) -> None:
         """Raises ValueError where a weight is no number or the model does not recommend items of its catalogue."""
-        for name, weight in self.model.named_parameters():
+        for name, weight in self.recommender.weights():
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"its weights are damaged: {name} holds values that are not numbers")
         first = self.catalogue.ids(np.flatnonzero(self.catalogue.active)[:1])
@@ -218,12 +188,49 @@ class ServedModel:
         ]
 
 
+def load_generator(folder: Path, load_items: LoadItems = saved_items) -> Recommender:
+    """
+    The recommender of a generator's folder, on the accelerator where there is one. Its weights and catalogue are copied into memory.
+
+    Raises:
+        ValueError, OSError: damaged, incomplete, or not a generator.
+    """
+    import torch
+
+    from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.hub import check_complete
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+    kind = model_type(folder)
+    if kind != OneRecConfig.model_type:
+        raise ValueError(f"it holds a model of type {kind!r:.40}, not a OneRec generator")
+    processor = OneRecProcessor.from_pretrained(folder)
+    # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
+    try:
+        model, loaded = cast(
+            Any,
+            OneRecForConditionalGeneration.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            ),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"its weights do not fit its config: {str(error)[:300]}") from error
+    check_complete(loaded)
+    _own_memory(model, processor)
+    if torch.accelerator.is_available():
+        model.to(device=torch.accelerator.current_accelerator())
+    recommender = Recommender(model.eval(), processor)
+    recommender.items = load_items(folder, recommender.catalogue)
+    return recommender
+
+
 def spell_key(option: str, value: Any) -> str:
     """An option of a query as JSON spells it: `"unknown": "skip"`."""
     return f'"{option}": {json.dumps(value)}'
 
 
-def _own_memory(model: Any, processor: OneRecProcessor) -> None:
+def _own_memory(model: Any, processor: Any) -> None:
     """
     Parts weights and catalogue, one for both, from the files that they are mapped from: a process whose mapped file is cut by `cp` over it
     dies at the next access.
@@ -250,8 +257,13 @@ def find_folder(repo: str) -> Path:
     return Path(snapshot_download(repo, allow_patterns=list(_FILES)))
 
 
-def _model_type(folder: Path) -> Any:
-    """The content of config.json."""
+def model_type(folder: Path) -> Any:
+    """
+    The `model_type` in the config.json of a folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")

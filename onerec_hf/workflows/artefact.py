@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import Trainer
 
-    from onerec_hf.baselines import SequentialRecommender
+    from onerec_hf.baselines import ItemIndex, SequentialRecommender
+    from onerec_hf.baselines.memory import RankingBaseline
     from onerec_hf.data import ItemTable
     from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.requests import Recommender
     from onerec_hf.semantic_ids import SemanticIDs
     from onerec_hf.workflows.settings import ModelSettings
 
@@ -171,6 +173,65 @@ def load_sequential(option: str, repo: str) -> SequentialRecommender:
         if model.items is None:
             raise ValueError("it holds no item ids; save the model with its items (set_items)")
         return model
+
+
+def load_ranking(option: str, repo: str) -> tuple[RankingBaseline, ItemIndex]:
+    """
+    Popularity or item-kNN of a folder or Hub repository, and the ids of its items.
+
+    Raises:
+        ValueError: it is absent, damaged or another kind of model.
+    """
+    from onerec_hf.baselines import load_ranking
+    from onerec_hf.serving.models import find_folder
+
+    with naming(option, repo):
+        return load_ranking(find_folder(repo))
+
+
+#: Takes a model's folder and catalogue, and returns the items' fields by item id.
+LoadItems = Callable[[Any, Any], "Mapping[Any, Mapping] | None"]
+
+
+def recommender_of(folder: Path, load_items: LoadItems | None = None) -> Recommender:
+    """
+    What answers requests with the model of a folder, of any kind, its weights parted from the files.
+
+    Args:
+        load_items: those saved with the model by default.
+
+    Raises:
+        ValueError, OSError: it is absent, damaged or of an unknown kind.
+    """
+    from onerec_hf.baselines.requests import ITEM_MODEL_TYPES, load_item_recommender
+    from onerec_hf.modeling.requests import saved_items
+    from onerec_hf.serving.models import load_generator, model_type
+
+    of_items = model_type(folder) in ITEM_MODEL_TYPES
+    return (load_item_recommender if of_items else load_generator)(folder, load_items or saved_items)
+
+
+def load_recommender(option: str, repo: str, load_items: LoadItems) -> Recommender:
+    """
+    What answers requests with the model of a folder or Hub repository, of any kind.
+
+    Raises:
+        ValueError: it is absent, damaged or of an unknown kind.
+    """
+    import torch
+
+    from onerec_hf.baselines.requests import ITEM_MODEL_TYPES, load_item_recommender
+    from onerec_hf.modeling.requests import Recommender
+    from onerec_hf.serving.models import find_folder
+
+    if model_type(repo) in ITEM_MODEL_TYPES:
+        with naming(option, repo):
+            return load_item_recommender(find_folder(repo), load_items)
+    processor, model = load_processor(option, repo), load_model(option, repo).eval()
+    if torch.accelerator.is_available():
+        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
+    with naming(option, repo):
+        return Recommender(model, processor, load_items(repo, catalogue_of(processor)))
 
 
 def new_model(

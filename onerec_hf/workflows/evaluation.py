@@ -15,6 +15,7 @@ from onerec_hf.workflows.artefact import (
     catalogue_of,
     load_model,
     load_processor,
+    load_ranking,
     load_sequential,
     model_type,
     set_ranking_weights,
@@ -26,6 +27,8 @@ from onerec_hf.workflows.results import Result
 from onerec_hf.workflows.settings import DataSettings, gather
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import datasets
 
     from onerec_hf.baselines import SequentialRecommender
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 #: The `model_type` of sequence models.
 SEQUENTIAL = "onerec_baseline"
+#: The names of saved baselines by their `model_type`.
+RANKINGS = {"onerec_popularity": "popularity", "onerec_item_knn": "item_knn"}
 
 
 @dataclass
@@ -42,7 +47,8 @@ class EvaluateSettings:
     """The model to evaluate and the options of the ranking."""
 
     model: str | None = field(
-        default=None, metadata={"help": "A saved OneRec, or a SASRec, HSTU or GRU4Rec: folder or Hub id."}
+        default=None,
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
     )
     split: str = field(default="test", metadata={"help": "test or validation."})
     top_k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "The k of the metrics."})
@@ -93,8 +99,14 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
     assert isinstance(how, EvaluateSettings)
     how.check()
     assert how.model is not None
-    if model_type(how.model) == SEQUENTIAL:
+    kind = model_type(how.model)
+    if kind == SEQUENTIAL:
         rows = _sequential_rows(load_sequential("--model", how.model), data, how)
+    elif kind in RANKINGS:
+        model, items = load_ranking("--model", how.model)
+        rows = _item_rows(
+            RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), data, how
+        )
     else:
         rows = _generator_rows(load_processor("--model", how.model), load_model("--model", how.model), data, how)
     wait()
@@ -131,26 +143,42 @@ def _sequential_rows(
     """The rows of a sequence model under the name of its architecture; the first rank ranks."""
     import torch
 
+    assert model.items is not None
+    if torch.accelerator.is_available():
+        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
+    return _item_rows(
+        model.config.architecture,
+        model.items,
+        lambda histories, k: model.rank(histories, k, how.exclude_seen, how.batch_size),
+        data,
+        how,
+    )
+
+
+def _item_rows(
+    name: str,
+    items: ItemLookup,
+    rank: Callable[[list[np.ndarray], int], np.ndarray],
+    data: RecommendationDataset | DataSettings,
+    how: EvaluateSettings,
+) -> list[dict[str, Any]]:
+    """The rows of a model that ranks items: `rank` takes histories of item indices and k."""
     from onerec_hf.evaluation import ranking_metrics
 
-    dataset, items = as_dataset(data), model.items
-    assert items is not None
+    dataset = as_dataset(data)
     check_catalogue(f"--model {how.model}", items, dataset)
     if not is_first():
         return []
-    if torch.accelerator.is_available():
-        model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
-    name, k = model.config.architecture, max(how.top_k)
-    examples = held_out(dataset, how.split)
-    histories, relevant = _indices(examples, items)
-    ranked = model.rank(histories, k, how.exclude_seen, how.batch_size)
+    histories, relevant = _indices(held_out(dataset, how.split), items)
+    ranked = rank(histories, max(how.top_k))
     metrics = ranking_metrics(ranked, relevant, tuple(how.top_k), len(items))
     rows = [
         result_row(f"{name}/{metric}", value, "share", f"popularity/{metric}" if how.baselines else None)
         for metric, value in metrics.items()
     ]
     if how.baselines:
-        rows += _baseline_rows(dataset, items, how.split, tuple(how.top_k), how.exclude_seen)
+        others = _baseline_rows(dataset, items, how.split, tuple(how.top_k), how.exclude_seen)
+        rows += [row for row in others if not row["name"].startswith(f"{name}/")]  # the model is one of them
     return rows
 
 

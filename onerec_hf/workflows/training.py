@@ -45,6 +45,10 @@ from onerec_hf.workflows.settings import (
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import TrainerCallback
+
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.semantic_ids import SemanticIDs
@@ -88,7 +92,11 @@ class TrainSettings(ModelOutputSettings):
 
 
 def train(
-    data: RecommendationDataset | DataSettings | None = None, *settings: object, command: str | None = None, **options
+    data: RecommendationDataset | DataSettings | None = None,
+    *settings: object,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options,
 ) -> GeneratorResult:
     """
     Trains a generator and saves it. Options that are not given are chosen from the data (`preset="auto"`) and printed with their reasons. It fits semantic IDs (or takes those of a folder, or continues from a saved model), trains, ranks the test
@@ -101,6 +109,7 @@ def train(
             [`~onerec_hf.trainers.OneRecTrainingArguments`], each optional, in any order. A settings object is given as a whole: nothing in it is
             chosen from the data.
         command: the command line, for results and card.
+        callbacks: more callbacks of the trainer.
         options: single fields of these settings, e.g. `hidden_size=64, num_train_epochs=3`, and of [`DataSettings`], e.g.
             `interactions="ratings.csv"`. `output_dir` is `onerec-model` by default.
 
@@ -140,6 +149,7 @@ def train(
         final.run.early_stopping_patience,
         command,
         save_items=final.run.save_items,
+        callbacks=callbacks,
     )
     with resumable(folder, command):
         rows = evaluate_beside_baselines(trainer, dataset, "test", final.run.baselines)
@@ -253,6 +263,7 @@ def train_generator(
     command: str | None = None,
     can_resume: bool = True,
     save_items: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> OneRecTrainer:
     """
     The training itself: everything before the evaluation. Saves the model into `folder` and returns the trainer.
@@ -261,6 +272,7 @@ def train_generator(
         args: its `output_dir` becomes the folder of the checkpoints.
         can_resume: False where Ctrl-C removes the run.
         save_items: save titles and other columns of the items.
+        callbacks: more callbacks of the trainer.
 
     Raises:
         ValueError: an artefact to start from that is absent, damaged or made for other items. `folder` is untouched then.
@@ -288,7 +300,7 @@ def train_generator(
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=processor,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else None,
+        callbacks=[*([EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []), *callbacks],
     )
     begin(folder, command, own_checkpoint)
     write_origin(folder, origin)

@@ -58,7 +58,6 @@ def test_the_tuned_onerec_is_its_recipe():
         (ONEREC + "sets: {}\n", "unknown key 'sets'"),
         (ONEREC.replace("onerec", "one_rec"), "unknown kind 'one_rec'. Use one of: ranking, sequential, onerec"),
         (ONEREC.replace("recipe: movielens.yaml\n", ""), "key 'recipe' is missing"),
-        (ONEREC + "search: {space: {}}\n", "search needs exactly two keys, seed and space"),
         ("description: a\nextends: nothing\n", "has no experiment 'nothing'"),
     ],
 )
