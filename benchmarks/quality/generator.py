@@ -33,6 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/generator.py`
 
 from benchmarks.harness import (
+    RECIPES,
     cpu_seconds,
     dataset_options,
     finish,
@@ -41,8 +42,8 @@ from benchmarks.harness import (
     parser,
     peak_gib,
     ratio_row,
-    recipe_and_folder,
     say,
+    train_options,
 )
 from benchmarks.quality import generator_models as models
 
@@ -70,9 +71,7 @@ class Setting:
         from benchmarks.quality.runs import parsed
         from onerec_hf.workflows import load_in_memory
 
-        recipe, folder = recipe_and_folder(options)
-        # The recipe with an item head.
-        self.config = ["--config", str(recipe.with_name(f"{recipe.stem}_items.yaml")), "--data_dir", folder]
+        self.config = train_options(options, RECIPES / "amazon_beauty_items.yaml")
         self.small = {**models.SMALL, **(models.QUICK if options.quick else {})}
         self.data = load_in_memory(parsed(self.config, {})[0])
         self.quick, self.users, self.work = options.quick, 40 if options.quick else options.users, Path(work)

@@ -81,4 +81,4 @@ def test_quick_has_the_rows_of_the_published_results(tmp_path, data_folder):
     command = [sys.executable, "benchmarks/quality/generator.py", "--quick", "--json", str(file)]
     subprocess.run([*command, "--data_dir", str(data_folder / "amazon_beauty")], check=True, cwd=ROOT)
     published = json.loads((ROOT / "benchmarks/results/generator.json").read_text())["rows"]
-    assert [row["name"] for row in json.loads(file.read_text())["rows"]] == [row["name"] for row in published]
+    assert {row["name"] for row in published} <= {row["name"] for row in json.loads(file.read_text())["rows"]}
