@@ -17,6 +17,7 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
         eval_top_k: the k of Recall@k, NDCG@k, ...
         eval_num_beams: beam width of the ranking; at least the largest k.
         eval_exclude_seen: exclude the items of a user's history from the ranking.
+        eval_head_alone: evaluations during training rank by the item head alone, which costs no beam search; others rank as the model does.
         packing: train on rows of `packing_length` history items, filled with several examples, instead of padded batches;
             `per_device_train_batch_size` then counts rows. Evaluation is not packed.
         packing_length: history items per packed row; at least `max_history`.
@@ -43,6 +44,12 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     eval_num_beams: int = field(default=50, metadata={"help": "Beam width of the ranking; at least the largest k."})
     eval_exclude_seen: bool = field(
         default=True, metadata={"help": "Exclude the items of a user's history from the ranking."}
+    )
+    eval_head_alone: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluations during training rank by the item head alone, without the decoder's beam search."
+        },
     )
     packing: bool = field(
         default=False,

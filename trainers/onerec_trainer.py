@@ -109,6 +109,10 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             raise ValueError(
                 f"session_share={args.session_share:g} needs packed rows or prefixes, whose histories have several sessions; set packing=True"
             )
+        if args.eval_head_alone and not (generator.config.item_head and generator.config.item_head.loss_weight):
+            raise ValueError(
+                "eval_head_alone needs a model with an item head that has a loss_weight; leave the option out"
+            )
         self._evaluated = None
         self._item_code_tokens = None
         self._router_balance = RouterBalanceCallback(args.router_bias_update_rate)
@@ -268,6 +272,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         top = max(self.args.eval_top_k)
+        head_alone = self.args.eval_head_alone and self.is_in_train
         sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -275,6 +280,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,
             exclude=exclude,
+            **({"decoder_weight": 0.0, "item_score_weight": 1.0} if head_alone else {}),
         )
         ranked = self.processing_class.item_indices(sequences).view(len(inputs["input_ids"]), top)
         return loss, ranked, self.processing_class.item_indices(inputs["labels"])
