@@ -437,7 +437,6 @@ class OneRecModel(OneRecPreTrainedModel):
         history_ranges: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         smoothing: float = 0.0,
-        item_ranges: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecModelOutput:
         r"""
@@ -458,8 +457,6 @@ class OneRecModel(OneRecPreTrainedModel):
             Code tokens of the sessions, for the item head's loss alone.
         smoothing (`float`, defaults to 0):
             Label smoothing of that loss.
-        item_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
-            Ranges of the histories of these sessions, in place of `history_ranges`, which are then the decoder's alone.
         """
         check_packing(self.config._attn_implementation, attention_mask, segment_ids, history_ranges)
         if encoder_input_ids is not None:
@@ -472,7 +469,7 @@ class OneRecModel(OneRecPreTrainedModel):
                 attention_mask,
                 inputs_embeds,
                 segment_ids=segment_ids,
-                history_ranges=history_ranges if item_ranges is None else item_ranges,
+                history_ranges=kwargs.pop("item_ranges", history_ranges),
                 labels=labels,
                 smoothing=smoothing,
                 **kwargs,
@@ -568,7 +565,6 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         history_ranges: torch.LongTensor | None = None,
         smoothing: float = 0.0,
         session_weights: Sequence[float] | None = None,
-        item_ranges: torch.LongTensor | None = None,
         item_targets: torch.LongTensor | None = None,
         item_code_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -587,13 +583,10 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         session_weights (`Sequence[float]`, *optional*):
             Loss weights of a session's items, first to last, relative to their mean; equal when not given, as in the paper. The item head's loss is
             not weighted.
-        item_ranges (`torch.LongTensor` of shape `(rows, P, 2)`, *optional*):
-            With `item_targets`: the histories that the item head's loss reads, where the decoder trains on some of the sessions only.
         item_targets (`torch.LongTensor` of shape `(rows * P, t)`, *optional*):
-            Code tokens of these sessions, in place of `labels`.
+            Sessions for the item head's loss in place of `labels`, with `item_ranges` as `history_ranges`: those of [`draw_sessions`].
         item_code_tokens (`torch.Tensor`, *optional*):
-            Number of code tokens in all `item_targets` of the step, which the item head's loss is divided by, as the loss of the codes is divided by
-            `num_items_in_batch`: the balance of the two is that of a decoder that trains on all sessions.
+            Code tokens of all `item_targets` of the step: what the item head's loss is divided by, as the codes' is by `num_items_in_batch`.
 
         Example:
 
@@ -628,7 +621,6 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             history_ranges=history_ranges,
             labels=(labels if item_targets is None else item_targets) if item_loss_weight else None,
             smoothing=smoothing,
-            item_ranges=item_ranges,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -642,11 +634,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             if item_loss_weight:
                 if out.item_loss is None:
                     raise ValueError("the encoder computes the item loss: pass input_ids without encoder_outputs")
-                if item_targets is None:
-                    item_code_tokens = code_tokens
-                elif item_code_tokens is None:
-                    item_code_tokens = (item_targets != -100).sum()
-                loss = loss + item_loss_weight * out.item_loss / item_code_tokens
+                loss += item_loss_weight * out.item_loss / (code_tokens if item_targets is None else item_code_tokens)
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, decoder_attention_mask

@@ -204,7 +204,8 @@ def draw_sessions(
 
     Returns:
         the batch with `ceil(share * slots)` slots: `history_ranges` (B, drawn slots, 2) and the decoder's tensors (B * drawn slots, t). All
-        sessions are in `item_ranges` (B, slots, 2) and `item_targets` (B * slots, t), the former `history_ranges` and `labels`.
+        sessions are in `item_ranges` (B, slots, 2) and `item_targets` (B * slots, t), the former `history_ranges` and `labels`, and
+        `item_code_tokens` is the number of their code tokens.
 
     Example:
         >>> ranges = torch.tensor([[[0, 3], [0, 6], [0, 9], [0, 12]]])
@@ -236,6 +237,7 @@ def draw_sessions(
         "history_ranges": ranges.flatten(0, 1)[flat].view(*drawn.shape, 2).where(~empty[..., None], one_token),
         "item_ranges": ranges,
         "item_targets": labels,
+        "item_code_tokens": (labels != -100).sum(),
     }
 
 
