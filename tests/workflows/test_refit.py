@@ -125,3 +125,14 @@ def test_an_interrupted_refit_says_how_to_go_on(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     done = train(data, resume_from_checkpoint="last", **call)
     assert json.loads((done.folder / "results.json").read_text())["refit"]["interactions"] == 360
+
+
+def test_evidence_counts_everything_with_the_weights_of_the_evaluated_model(data, tmp_path):
+    head = {"item_head": True, "item_head_evidence": True, "item_score_weight": 1.0, "max_steps": 2}
+    settings = {**TINY, **head}
+    evaluated = train(data, output_dir=tmp_path / "evaluated", **settings)
+    refitted = train(data, output_dir=tmp_path / "refitted", refit=True, **settings)
+    assert rows_of(refitted.folder) == rows_of(evaluated.folder)
+    first, second = (result.model.get_encoder().item_head.evidence for result in (evaluated, refitted))
+    assert torch.equal(first.weights, second.weights)
+    assert (first.interactions.sum(), second.interactions.sum()) == (300, 360)
