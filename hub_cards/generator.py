@@ -50,6 +50,7 @@ def write_generator_card(
     alignment: Alignment | None = None,
     tokens_per_expert: Any = None,
     command: str | None = None,
+    note: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -69,6 +70,7 @@ def write_generator_card(
         alignment: `Alignment.of(trainer)`.
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
         command: the command line of the run.
+        note: which model the metrics are of, where it is not the saved one.
         metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
 
     Example:
@@ -133,6 +135,7 @@ def write_generator_card(
         popularity=popularity_facts(catalogue),
         training=training,
         command=command,
+        note=note,
     )
 
 

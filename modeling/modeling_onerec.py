@@ -469,7 +469,7 @@ class OneRecModel(OneRecPreTrainedModel):
                 attention_mask,
                 inputs_embeds,
                 segment_ids=segment_ids,
-                history_ranges=history_ranges,
+                history_ranges=kwargs.pop("item_ranges", history_ranges),
                 labels=labels,
                 smoothing=smoothing,
                 **kwargs,
@@ -565,6 +565,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         history_ranges: torch.LongTensor | None = None,
         smoothing: float = 0.0,
         session_weights: Sequence[float] | None = None,
+        item_targets: torch.LongTensor | None = None,
+        item_code_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecOutput:
         r"""
@@ -581,6 +583,10 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         session_weights (`Sequence[float]`, *optional*):
             Loss weights of a session's items, first to last, relative to their mean; equal when not given, as in the paper. The item head's loss is
             not weighted.
+        item_targets (`torch.LongTensor` of shape `(rows * P, t)`, *optional*):
+            Sessions for the item head's loss in place of `labels`, with `item_ranges` as `history_ranges`: those of [`draw_sessions`].
+        item_code_tokens (`torch.Tensor`, *optional*):
+            Code tokens of all `item_targets` of the step: what the item head's loss is divided by, as the codes' is by `num_items_in_batch`.
 
         Example:
 
@@ -613,7 +619,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             output_router_logits=output_router_logits,
             segment_ids=segment_ids,
             history_ranges=history_ranges,
-            labels=labels if item_loss_weight else None,
+            labels=(labels if item_targets is None else item_targets) if item_loss_weight else None,
             smoothing=smoothing,
             **kwargs,
         )
@@ -628,7 +634,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             if item_loss_weight:
                 if out.item_loss is None:
                     raise ValueError("the encoder computes the item loss: pass input_ids without encoder_outputs")
-                loss = loss + item_loss_weight * out.item_loss / code_tokens
+                loss += item_loss_weight * out.item_loss / (code_tokens if item_targets is None else item_code_tokens)
         if output_router_logits and self.config.num_experts > 1:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, decoder_attention_mask

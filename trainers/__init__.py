@@ -6,11 +6,14 @@ from onerec_hf._lazy import lazy_exports
 
 _PUBLIC = {
     "BatchOutOfMemoryError": "faults",
+    "Budget": "budget",
+    "BudgetCallback": "budget",
     "CheckpointError": "checkpoints",
     "InterruptCallback": "callbacks",
     "LostRankError": "faults",
     "NonFiniteError": "faults",
     "RouterBalanceCallback": "callbacks",
+    "RunProgress": "progress",
     "OneRecTrainingArguments": "onerec_config",
     "OneRecDPOConfig": "onerec_dpo_config",
     "OneRecDPOTrainer": "onerec_dpo_trainer",
@@ -34,6 +37,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from onerec_hf.trainers.budget import Budget, BudgetCallback
     from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
     from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, CheckpointError, newest_checkpoint
     from onerec_hf.trainers.faults import BatchOutOfMemoryError, LostRankError, NonFiniteError, StepFaults
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.onerec_dpo_trainer import OneRecDPOTrainer
     from onerec_hf.trainers.onerec_trainer import OneRecTrainer
     from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
+    from onerec_hf.trainers.progress import RunProgress
     from onerec_hf.trainers.reward_config import RewardTrainingArguments
     from onerec_hf.trainers.reward_trainer import RewardTrainer
     from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig

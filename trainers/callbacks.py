@@ -1,4 +1,4 @@
-"""Callbacks for training the generator: expert balancing, and a Ctrl-C that saves a checkpoint."""
+"""Callbacks for training the generator: expert balancing, a Ctrl-C that saves a checkpoint, an end before the schedule's."""
 
 from __future__ import annotations
 
@@ -123,3 +123,20 @@ class InterruptCallback(TrainerCallback):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+
+class LastStepCallback(TrainerCallback):
+    """
+    Stops the training after a number of steps, without changing the learning-rate schedule, which may be longer.
+
+    Example:
+        >>> LastStepCallback(100).steps
+        100
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.steps:
+            control.should_training_stop = True

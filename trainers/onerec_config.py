@@ -17,12 +17,15 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
         eval_top_k: the k of Recall@k, NDCG@k, ...
         eval_num_beams: beam width of the ranking; at least the largest k.
         eval_exclude_seen: exclude the items of a user's history from the ranking.
+        eval_head_alone: evaluations during training rank by the item head alone, which costs no beam search; others rank as the model does.
         packing: train on rows of `packing_length` history items, filled with several examples, instead of padded batches;
             `per_device_train_batch_size` then counts rows. Evaluation is not packed.
         packing_length: history items per packed row; at least `max_history`.
         pad_to_multiple_of: without packing, pad histories to a multiple of this number of items, so that `torch_compile` sees few shapes.
         session_loss_weights: loss weights of a session's items, first to last, relative to their mean; the last one holds for later items. Equal
             when not given, as in the paper's equation 4. The item head's loss and the loss of evaluations are not weighted.
+        session_share: share of the sessions that the decoder trains on, drawn anew in each step, with prefixes or packing; the item head's loss
+            reads them all. Long sessions cost less.
         router_bias_update_rate: step of the loss-free balancing bias of the experts (technical report, arXiv 2506.13695); 0 switches it off.
         stop_at_nonfinite: stop at a non-finite loss or gradient; see [`~onerec_hf.trainers.StepFaults`].
 
@@ -42,6 +45,12 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     eval_exclude_seen: bool = field(
         default=True, metadata={"help": "Exclude the items of a user's history from the ranking."}
     )
+    eval_head_alone: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluations during training rank by the item head alone, without the decoder's beam search."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Pack several examples into rows of packing_length history items instead of padding them."},
@@ -56,6 +65,12 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
     )
     session_loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Loss weights of a session's items, first to last; equal by default."}
+    )
+    session_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the sessions that the decoder trains on in each step, with prefixes or packing; the item head reads all."
+        },
     )
     router_bias_update_rate: float = field(
         default=0.001, metadata={"help": "Step of the experts' loss-free balancing bias; 0 switches it off."}
@@ -83,6 +98,8 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"session_loss_weights={weights!s:.200} must be a number for each item of a session: none negative, not all of them 0"
             )
+        if not 0 < self.session_share <= 1:
+            raise ValueError(f"session_share={self.session_share} must be above 0 and at most 1")
         if self.router_bias_update_rate < 0:
             raise ValueError(f"router_bias_update_rate={self.router_bias_update_rate} must not be negative")
         for name in ("packing_length", "pad_to_multiple_of"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, has_length
 
-from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
+from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import invalid_id_rate, ranking_metrics
@@ -104,7 +105,16 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             collator = data_collator
         else:
             collator = _padding_collator(train_dataset, args, processing_class, generator.config)
+        if args.session_share < 1 and not isinstance(collator, PackedDataCollator):
+            raise ValueError(
+                f"session_share={args.session_share:g} needs packed rows or prefixes, whose histories have several sessions; set packing=True"
+            )
+        if args.eval_head_alone and not (generator.config.item_head and generator.config.item_head.loss_weight):
+            raise ValueError(
+                "eval_head_alone needs a model with an item head that has a loss_weight; leave the option out"
+            )
         self._evaluated = None
+        self._item_code_tokens = None
         self._router_balance = RouterBalanceCallback(args.router_bias_update_rate)
         self._interrupt = InterruptCallback()
         if args.predict_with_generate and compute_metrics is None:
@@ -177,11 +187,32 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         with self._collating_for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.args.session_share < 1:
+            epoch_iterator = map(self._draw_sessions(), epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _draw_sessions(self) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Draws by seed, step and rank: a resumed run draws the same, however its data loader prefetches."""
+        args = self.args
+        place = [args.seed if args.data_seed is None else args.data_seed, self.state.global_step, args.process_index]
+        seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)  # torch takes 63 bits
+        generator = torch.Generator().manual_seed(seed)
+        return lambda batch: draw_sessions(batch, args.session_share, generator)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.args.session_share < 1:
+            everything = [{"labels": batch["item_targets"]} for batch in batch_samples]
+            self._item_code_tokens = super()._get_num_items_in_batch(everything, device)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.label_smoothing_factor:
             inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
         if self.args.session_loss_weights is not None and model.training:
             inputs = {**inputs, "session_weights": self.args.session_loss_weights}
+        if "item_targets" in inputs:
+            inputs = {**inputs, "item_code_tokens": self._item_code_tokens}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -241,6 +272,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         top = max(self.args.eval_top_k)
+        head_alone = self.args.eval_head_alone and self.is_in_train
         sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -248,6 +280,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,
             exclude=exclude,
+            **({"decoder_weight": 0.0, "item_score_weight": 1.0} if head_alone else {}),
         )
         ranked = self.processing_class.item_indices(sequences).view(len(inputs["input_ids"]), top)
         return loss, ranked, self.processing_class.item_indices(inputs["labels"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,6 +189,56 @@ class PackedDataCollator:
         for name, value in encoded.items():
             placed[name][slot, : value.shape[1]] = value
         return placed
+
+
+def draw_sessions(
+    batch: dict[str, torch.Tensor], share: float, generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    A random share of the sessions of a packed batch for the decoder, and all of them for the item head, whose loss needs no decoder.
+
+    Args:
+        batch: of [`PackedDataCollator`].
+        share: probability of a session to be drawn, above 0 and below 1. At least one session of a batch is drawn.
+        generator: on the CPU.
+
+    Returns:
+        the batch with `ceil(share * slots)` slots: `history_ranges` (B, drawn slots, 2) and the decoder's tensors (B * drawn slots, t). All
+        sessions are in `item_ranges` (B, slots, 2) and `item_targets` (B * slots, t), the former `history_ranges` and `labels`, and
+        `item_code_tokens` is the number of their code tokens.
+
+    Example:
+        >>> ranges = torch.tensor([[[0, 3], [0, 6], [0, 9], [0, 12]]])
+        >>> batch = {"history_ranges": ranges, "labels": torch.tensor([[3, 4], [5, 6], [7, 8], [9, 10]])}
+        >>> drawn = draw_sessions(batch, share=0.5, generator=torch.Generator().manual_seed(0))
+        >>> drawn["history_ranges"].shape, drawn["labels"].shape, drawn["item_targets"].shape
+        (torch.Size([1, 2, 2]), torch.Size([2, 2]), torch.Size([4, 2]))
+    """
+    ranges, labels = batch["history_ranges"], batch["labels"]
+    rows, slots = ranges.shape[:2]
+    random = torch.rand(rows, slots + 1, generator=generator).to(ranges.device)
+    filled = (labels[:, 0] != -100).view(rows, slots)
+    # Rounded up or down at random, so that each session is drawn with the same probability, however many its row has.
+    counts = (share * filled.sum(1) + random[:, -1]).long()
+    counts[filled.any(1).int().argmax()] += counts.sum() == 0
+    # The first in a random order, empty slots last.
+    drawn = random[:, :-1].masked_fill(~filled, 2.0).argsort(1)[:, : ceil(share * slots)]
+    empty = torch.arange(drawn.shape[1], device=drawn.device) >= counts[:, None]
+    flat = (drawn + slots * torch.arange(rows, device=drawn.device)[:, None]).flatten()
+    smaller = {
+        name: batch[name][flat].masked_fill(empty.view(-1, 1), _PADDING.get(name, 0))
+        for name in ("decoder_input_ids", "decoder_attention_mask", "labels")
+        if name in batch
+    }
+    one_token = torch.tensor([0, 1], device=ranges.device)
+    return {
+        **batch,
+        **smaller,
+        "history_ranges": ranges.flatten(0, 1)[flat].view(*drawn.shape, 2).where(~empty[..., None], one_token),
+        "item_ranges": ranges,
+        "item_targets": labels,
+        "item_code_tokens": (labels != -100).sum(),
+    }
 
 
 def _starts_in_rows(sizes: np.ndarray, row: np.ndarray) -> np.ndarray:

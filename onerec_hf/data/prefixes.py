@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.windows import list_slices, window_bounds
+from onerec_hf.data.windows import later_windows, list_slices, window_bounds
 
 if TYPE_CHECKING:
     import datasets
@@ -23,7 +23,11 @@ _CHUNK_ITEMS = 1 << 24
 
 
 def prefix_examples(
-    sequences: UserSequences, session_length: int = 5, max_history: int | None = 50, stride: int = 1
+    sequences: UserSequences,
+    session_length: int = 5,
+    max_history: int | None = 50,
+    stride: int = 1,
+    after: np.ndarray | None = None,
 ) -> datasets.Dataset:
     """
     The sessions of `window_examples`, each exactly once, grouped by the history whose prefixes they follow.
@@ -40,6 +44,7 @@ def prefix_examples(
         session_length: maximum number of items per session.
         max_history: maximum number of items per history, at least 2. None keeps whole histories, and all examples equal the windows.
         stride: step between a user's sessions, as in `window_bounds`.
+        after: (U,) number of each user's first items that are no longer targets, as in `window_examples`.
 
     Returns:
         columns `user_id`, `history` (list of ids), `sessions` (list of lists of ids) and `history_lengths` (list of int64): session k
@@ -59,7 +64,7 @@ def prefix_examples(
 
     if max_history is not None and max_history < 2:
         raise ValueError(f"max_history ({max_history}) must be at least 2, or None for the whole history.")
-    rows, starts, stops = window_bounds(sequences.lengths, session_length, stride)
+    rows, starts, stops = later_windows(window_bounds(sequences.lengths, session_length, stride), after)
     step = 1 if max_history is None else max_history // 2
     chunk = np.zeros_like(starts) if max_history is None else -(-np.maximum(starts - max_history, 0) // step)
     # Windows are sorted by row and start, so the windows of one chunk are adjacent.

@@ -61,10 +61,17 @@ def window_bounds(
 
 
 def window_examples(
-    sequences: UserSequences, session_length: int = 5, max_history: int | None = 50, stride: int = 1
+    sequences: UserSequences,
+    session_length: int = 5,
+    max_history: int | None = 50,
+    stride: int = 1,
+    after: np.ndarray | None = None,
 ) -> datasets.Dataset:
     """
     Sliding windows over every user's sequence: up to `session_length` target items after up to `max_history` history items.
+
+    Args:
+        after: (U,) number of each user's first items that are no longer targets: only windows with a later target are returned.
 
     Returns:
         columns `user_id`, `history` (list of ids, never empty), `session` (list of ids); see `window_bounds` for the positions.
@@ -78,7 +85,25 @@ def window_examples(
     """
     if max_history is not None and max_history < 1:
         raise ValueError(f"max_history ({max_history}) must be at least 1, or None for the whole history.")
-    return examples(*window_slices(sequences, *window_bounds(sequences.lengths, session_length, stride), max_history))
+    bounds = later_windows(window_bounds(sequences.lengths, session_length, stride), after)
+    return examples(*window_slices(sequences, *bounds, max_history))
+
+
+def later_windows(
+    bounds: tuple[np.ndarray, np.ndarray, np.ndarray], after: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The windows of `window_bounds` with a target behind the first `after` items of their sequence; all of them when None.
+
+    Example:
+        >>> [part.tolist() for part in later_windows(window_bounds(np.array([4, 3]), session_length=1), np.array([3, 0]))]
+        [[0, 1, 1], [3, 1, 2], [4, 2, 3]]
+    """
+    rows, starts, stops = bounds
+    if after is None:
+        return bounds
+    later = stops > after[rows]
+    return rows[later], starts[later], stops[later]
 
 
 def window_slices(

@@ -106,6 +106,7 @@ class InMemoryDataset:
         protocol: how the data was filtered and split.
         settings: how the examples were cut.
         given: the fields of `settings` that the caller chose; `train` may choose the others from the data.
+        trained: (users,) items at the beginning of each user's sequence that are targets no more, where training goes on from a model.
     """
 
     source: RecommendationData
@@ -115,6 +116,7 @@ class InMemoryDataset:
     protocol: str
     settings: DataSettings
     given: frozenset[str] = frozenset()
+    trained: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -210,7 +212,9 @@ class InMemoryDataset:
         """The dataset with each training history once, for all the sessions that follow its prefixes, in place of windows."""
         from onerec_hf.data import prefix_examples
 
-        prefixes = prefix_examples(self.train_sequences, self.session_length, self.max_history, self.settings.stride)
+        prefixes = prefix_examples(
+            self.train_sequences, self.session_length, self.max_history, self.settings.stride, self.trained
+        )
         note = (
             f" The windows are read as {len(prefixes):,} histories, each once for all its sessions; beyond {self.max_history} items a session "
             f"reads the latest {self.max_history - self.max_history // 2 + 1} to {self.max_history}."

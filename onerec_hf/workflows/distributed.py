@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr: stdout belongs to results. Only the first rank prints."""
+    """Progress goes to stderr: stdout belongs to results. Only the first rank prints, above a bar where there is one."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
 
 
 def num_ranks() -> int:

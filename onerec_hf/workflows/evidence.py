@@ -25,7 +25,11 @@ CONTENT_DIM = 128
 
 
 def fit_evidence(
-    model: OneRecForConditionalGeneration, processor: OneRecProcessor, data: RecommendationDataset, seed: int = 0
+    model: OneRecForConditionalGeneration,
+    processor: OneRecProcessor,
+    data: RecommendationDataset,
+    seed: int = 0,
+    weights_of: OneRecForConditionalGeneration | None = None,
 ) -> dict[str, float] | None:
     """
     Fills the evidence of a trained model's item head: neighbour lists from the training sequences, weights from the validation users (without any, the
@@ -33,6 +37,7 @@ def fit_evidence(
 
     Args:
         seed: of the sample of validation users where there are more than 5,000.
+        weights_of: take the weights of this model, where the validation users are part of the training.
 
     Returns:
         The weights by name; None for a model without evidence.
@@ -51,8 +56,11 @@ def fit_evidence(
     sequences = data.train_sequences
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
     count_evidence(head.evidence, (rows - 1, sequences.offsets))
-    features, candidates, targets = candidate_features(model, processor, sample(data.validation, MOST_USERS, seed))
-    head.evidence.set_weights(fit_weights(features, candidates, targets))
+    if weights_of is not None:
+        head.evidence.set_weights(weights_of.get_encoder().item_head.evidence.weights)
+    else:
+        features, candidates, targets = candidate_features(model, processor, sample(data.validation, MOST_USERS, seed))
+        head.evidence.set_weights(fit_weights(features, candidates, targets))
     weights = dict(zip(FEATURES, head.evidence.weights.tolist(), strict=True))
     say("evidence weights: " + ", ".join(f"{name} {value:.2f}" for name, value in weights.items()))
     return weights

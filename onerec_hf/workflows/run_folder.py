@@ -30,6 +30,7 @@ _WRITTEN = (
     "README.md",
     "expert_load.png",
     "results.json",
+    "trained_on.json",
     "pairs/README.md",
     "pairs/pairs.parquet",
     REPORT_NAME,

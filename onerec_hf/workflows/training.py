@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -29,8 +29,11 @@ from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, 
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import evaluate_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
+from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset
+from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
+from onerec_hf.workflows.refit import Refit, growth, refit
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
 from onerec_hf.workflows.semantic_ids import fit_catalogue
@@ -45,8 +48,6 @@ from onerec_hf.workflows.settings import (
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import TrainerCallback
 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -78,6 +79,22 @@ class TrainSettings(ModelOutputSettings):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model; off by default."},
+    )
+    validation_users: int = field(
+        default=5000,
+        metadata={"help": "Validation users of evaluations during training: a random sample, always the same users."},
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time of the whole run, such as 10m (wall time) or 10m-cpu: the training and its schedule end in time for the evaluation."
+        },
+    )
+    refit: bool = field(
+        default=False,
+        metadata={
+            "help": "After the evaluation train once more on all interactions, nothing held out; that model is saved."
+        },
     )
     baselines: bool = field(
         default=True,
@@ -125,20 +142,42 @@ def train(
         >>> result.metrics["onerec/recall@10"], result.model, result.processor  # doctest: +SKIP
     """
     first, source, options = given_settings(data, settings, options)
-    folder = Path(str(first.args.output_dir))
-    own_checkpoint = open_folder(folder, first.run.overwrite, first.args)
+    folder, run = Path(str(first.args.output_dir)), first.run
+    pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=first.args.disable_tqdm)
+    own_checkpoint = open_folder(folder, run.overwrite, first.args)
+    with pace.progress or contextlib.nullcontext():
+        return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
+
+
+def _train(
+    source: RecommendationDataset | DataSettings | Mapping[str, Any],
+    folder: Path,
+    own_checkpoint: bool,
+    first: Settings,
+    settings: tuple[object, ...],
+    options: dict[str, Any],
+    pace: Pace,
+    command: str | None,
+    callbacks: Sequence[TrainerCallback],
+) -> GeneratorResult:
+    """`train` once the options are checked and the folder is free."""
     started = time.perf_counter()
     # A run that resumes in its own folder chooses what it chose before.
     dataset, choices, final = final_settings(as_dataset(source), first, settings, options, own_checkpoint)
     if choices:
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
+    if isinstance(dataset, InMemoryDataset) and final.model.model is not None:
+        dataset = newer(dataset, final.model.model)
     if final.run.train_on == "prefixes":
         if not isinstance(dataset, InMemoryDataset):
             raise ValueError(
                 "--train_on goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare --train_on`"
             )
         dataset = dataset.on_prefixes()
+    if final.run.refit:
+        pace.refit = growth(dataset)
+    refitted = None
     trainer = train_generator(
         dataset,
         folder,
@@ -149,16 +188,50 @@ def train(
         final.run.early_stopping_patience,
         command,
         save_items=final.run.save_items,
+        pace=pace,
         callbacks=callbacks,
     )
     with resumable(folder, command):
         rows = evaluate_beside_baselines(trainer, dataset, "test", final.run.baselines)
+        if final.run.refit:
+            trainer, refitted = refit(trainer, dataset, folder, final.args, _again(final, folder, pace))
     if is_first():
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-        report(trainer, folder, dataset, rows, command, choices)
+        write_trained_on(folder, dataset, final.run.refit)
+        report(trainer, folder, dataset, rows, command, choices, refitted)
         finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer)
+
+
+def _again(final: Settings, folder: Path, pace: Pace) -> Callable[..., OneRecTrainer]:
+    """The training of `refit`: from the same model, or a new one with the semantic IDs of the folder."""
+    from onerec_hf.trainers.callbacks import LastStepCallback
+
+    ids = SemanticIDSettings(semantic_ids=None if final.model.model is not None else str(folder))
+
+    def train_again(
+        data: RecommendationDataset,
+        into: Path,
+        args: OneRecTrainingArguments,
+        last_step: int,
+        evaluated: OneRecTrainer,
+    ) -> OneRecTrainer:
+        return train_generator(
+            data,
+            into,
+            ids,
+            final.model,
+            args,
+            final.sharding,
+            can_resume=False,
+            save_items=False,
+            pace=Pace(progress=pace.progress),
+            callbacks=[LastStepCallback(last_step)],
+            weights_of=cast("OneRecForConditionalGeneration", evaluated.model),
+        )
+
+    return train_again
 
 
 def chosen_settings(
@@ -263,7 +336,9 @@ def train_generator(
     command: str | None = None,
     can_resume: bool = True,
     save_items: bool = True,
+    pace: Pace | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    weights_of: OneRecForConditionalGeneration | None = None,
 ) -> OneRecTrainer:
     """
     The training itself: everything before the evaluation. Saves the model into `folder` and returns the trainer.
@@ -272,16 +347,22 @@ def train_generator(
         args: its `output_dir` becomes the folder of the checkpoints.
         can_resume: False where Ctrl-C removes the run.
         save_items: save titles and other columns of the items.
+        pace: budget, progress and users of evaluations during training.
         callbacks: more callbacks of the trainer.
+        weights_of: as for `fit_evidence`.
 
     Raises:
-        ValueError: an artefact to start from that is absent, damaged or made for other items. `folder` is untouched then.
+        ValueError: an artefact to start from that is absent, damaged or made for other items, or a budget that no step fits into. `folder` is
+            untouched then.
         KeyboardInterrupt: Ctrl-C, with the way to resume.
     """
     from transformers import EarlyStoppingCallback, set_seed
 
     from onerec_hf.trainers import OneRecTrainer
 
+    pace = pace or Pace()
+    if pace.progress is not None:
+        pace.progress.stage("semantic IDs")
     set_seed(args.seed)
     if args.device.type == "cpu":
         keep_freed_memory()
@@ -298,17 +379,19 @@ def train_generator(
         model,
         args,
         train_dataset=data.train,
-        eval_dataset=data.validation,
+        eval_dataset=pace.validation(data),
         processing_class=processor,
         callbacks=[*([EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []), *callbacks],
     )
+    pace.prepare(trainer, data)
     begin(folder, command, own_checkpoint)
     write_origin(folder, origin)
     save_processor(processor, folder, data.items if save_items else None)
     with resumable(folder, command, can_resume), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
-        fit_evidence(model, processor, data, args.seed)
+        pace.report(trainer)
+        fit_evidence(model, processor, data, args.seed, weights_of)
         save_trained(trainer, folder)
     args.push_to_hub = push
     return trainer
@@ -350,6 +433,7 @@ def report(
     rows: list[dict[str, Any]],
     command: str | None,
     choices: Sequence[Choice] = (),
+    refitted: Refit | None = None,
 ) -> None:
     """Writes `results.json` and the card, both with the `choices` of the settings, into the model's folder, and uploads the folder with `push_to_hub`."""
     from huggingface_hub import HfApi
@@ -365,6 +449,7 @@ def report(
         dataset=data.name,
         protocol=data.protocol,
         settings=[row._asdict() for row in choices],
+        **({} if refitted is None else {"refit": refitted.facts}),
     )
     hub = HfApi(token=args.hub_token)
     if args.push_to_hub:
@@ -385,6 +470,7 @@ def report(
         training=Training.of(trainer),
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,
+        note="" if refitted is None else refitted.note,
     )
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:

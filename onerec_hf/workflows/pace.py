@@ -1,0 +1,165 @@
+"""How long a training takes: its budget, the users of its evaluations, and what is kept for the evaluation after it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
+from onerec_hf.workflows.distributed import is_first, say
+from onerec_hf.workflows.evaluation import baseline_rankings
+
+if TYPE_CHECKING:
+    import datasets
+
+    from onerec_hf.trainers import Budget, OneRecTrainer, OneRecTrainingArguments, RunProgress
+    from onerec_hf.trainers.budget import BudgetCallback
+
+#: Seed of the sample of validation users: the same users in every evaluation, whatever the seed of the training.
+_SAMPLE_SEED = 0
+# Users of the two evaluations that the time of the final one is estimated from, and the least share of a budget that is kept for it.
+_FEW, _MORE = 32, 256
+_LEAST_SHARE = 0.1
+
+
+@dataclass
+class Pace:
+    """
+    The time of a training and of what follows it.
+
+    Args:
+        budget: of the whole run, started; None for no limit.
+        progress: shows the time left; None for the bars and logs of transformers.
+        validation_users: users of evaluations during training, a random sample; all when None.
+        baselines: whether the evaluation after the training also ranks with the baselines.
+        refit: interactions of a second training after the evaluation, relative to the first; 0 for none.
+    """
+
+    budget: Budget | None = None
+    progress: RunProgress | None = None
+    validation_users: int | None = None
+    baselines: bool = True
+    refit: float = 0.0
+
+    @classmethod
+    def start(cls, budget: str | None, validation_users: int | None, baselines: bool, quiet: bool) -> Pace:
+        """
+        The time of a run whose clock starts now.
+
+        Args:
+            budget: such as "10m" or "10m-cpu"; None for no limit.
+            quiet: a line per epoch in place of a bar.
+
+        Raises:
+            ValueError: a budget that is not a time, or no validation user.
+        """
+        from onerec_hf.trainers import Budget, RunProgress
+
+        if validation_users is not None and validation_users < 1:
+            raise ValueError(f"--validation_users must be at least 1; got {validation_users}")
+        clock = None if budget is None else Budget.parse(budget).start()
+        return cls(clock, RunProgress(bar=False if quiet or not is_first() else None), validation_users, baselines)
+
+    def validation(self, data: RecommendationDataset) -> datasets.Dataset:
+        """The validation examples of evaluations during training."""
+        return sample(data.validation, self.validation_users)
+
+    def prepare(self, trainer: OneRecTrainer, data: RecommendationDataset) -> None:
+        """
+        Measures an evaluation, and gives the trainer the end of the budget and the progress.
+
+        Raises:
+            ValueError: no step fits into the budget.
+        """
+        from onerec_hf.trainers import BudgetCallback
+
+        if self.budget is None:
+            if self.progress is not None:
+                self.progress.attach(trainer)
+            return
+        seconds = estimate_evaluation(trainer, data, self.budget, self.baselines)
+        args = cast("OneRecTrainingArguments", trainer.args)
+        if args.eval_strategy != "no":  # one more evaluation, of the weights at the end of the budget
+            seconds *= 1 + len(cast("Any", trainer.eval_dataset)) / max(len(data.test), 1)
+        seconds = max(seconds, _LEAST_SHARE * self.budget.seconds)
+        left = self.budget.seconds - self.budget.spent - seconds
+        callback = BudgetCallback(self.budget, seconds + max(left, 0) * self.refit / (1 + self.refit))
+        try:
+            callback.check()
+        except ValueError:  # Trainer has made these, empty, if they were absent
+            with contextlib.suppress(OSError):
+                folder = Path(str(args.output_dir))
+                folder.rmdir(), folder.parent.rmdir()
+            raise
+        trainer.add_callback(callback)
+        if self.progress is not None:
+            self.progress.attach(trainer, after=callback.reserve)
+
+    def report(self, trainer: OneRecTrainer) -> None:
+        """Says how far the training came where the budget ended it."""
+        callback = budget_callback(trainer)
+        if callback is None or not callback.ended:
+            return
+        state = trainer.state
+        epochs = state.epoch or 0.0
+        far = f"after {epochs:.3g} of at most {state.num_train_epochs} epochs ({state.global_step:,} steps)"
+        say(
+            f"--budget {self.budget}: the training ended {far}"
+            + (", which is less than one epoch: some training examples were never read" if epochs < 1 else "")
+        )
+
+
+def budget_callback(trainer: OneRecTrainer) -> BudgetCallback | None:
+    """The callback of the trainer's budget, if it has one."""
+    from onerec_hf.trainers import BudgetCallback
+
+    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, BudgetCallback)), None)
+
+
+def sample(examples: datasets.Dataset, users: int | None) -> datasets.Dataset:
+    """
+    A random sample of examples in their order, the same every time; all of them where there are no more.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> sample(Dataset.from_dict({"user_id": list(range(100))}), 3)["user_id"][:]
+        [27, 51, 63]
+    """
+    if users is None or users >= len(examples):
+        return examples
+    chosen = np.random.default_rng(_SAMPLE_SEED).choice(len(examples), users, replace=False)
+    return examples.select(np.sort(chosen))
+
+
+def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool) -> float:
+    """
+    Seconds (of the budget's clock) of an evaluation on the test users, from evaluations of a few of them. The random numbers of the training stay
+    as they are.
+    """
+    import torch
+
+    few, more = (min(users, len(data.test)) for users in (_FEW, _MORE))
+    with torch.random.fork_rng():
+        times = [_evaluate(trainer, data, users, budget, baselines) for users in (few, more)]
+    per_user = max(times[1] - times[0], 0.0) / max(more - few, 1)
+    return times[1] + per_user * (len(data.test) - more)
+
+
+def _evaluate(
+    trainer: OneRecTrainer, data: RecommendationDataset, users: int, budget: Budget, baselines: bool
+) -> float:
+    """Seconds of an evaluation on some test users, by the model and the baselines."""
+    args, before = cast("OneRecTrainingArguments", trainer.args), budget.spent
+    examples = sample(data.test, users)
+    loader = trainer.get_eval_dataloader(cast("Any", examples))
+    trainer.evaluation_loop(loader, description="estimate", metric_key_prefix="estimate")
+    # Another number of users, the same training sequences.
+    if baselines and isinstance(data, InMemoryDataset):
+        catalogue = cast("Any", trainer.processing_class).catalogue
+        fewer = replace(data, split=replace(data.split, test=examples))
+        baseline_rankings(fewer, catalogue, "test", max(args.eval_top_k), args.eval_exclude_seen)
+    return budget.spent - before
