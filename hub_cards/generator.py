@@ -50,6 +50,8 @@ def write_generator_card(
     alignment: Alignment | None = None,
     tokens_per_expert: Any = None,
     command: str | None = None,
+    verdict: str = "",
+    advice: Sequence[tuple[str, str]] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -69,6 +71,8 @@ def write_generator_card(
         alignment: `Alignment.of(trainer)`.
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
         command: the command line of the run.
+        verdict: the model against the baselines, in words.
+        advice: what to try, as (reason, command).
         metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
 
     Example:
@@ -133,6 +137,8 @@ def write_generator_card(
         popularity=popularity_facts(catalogue),
         training=training,
         command=command,
+        verdict=verdict,
+        advice=advice,
     )
 
 
