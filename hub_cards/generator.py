@@ -51,6 +51,8 @@ def write_generator_card(
     tokens_per_expert: Any = None,
     command: str | None = None,
     note: str = "",
+    verdict: str = "",
+    advice: Sequence[tuple[str, str]] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -71,6 +73,8 @@ def write_generator_card(
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
         command: the command line of the run.
         note: which model the metrics are of, where it is not the saved one.
+        verdict: the model against the baselines, in words.
+        advice: what to try, as (reason, command).
         metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
 
     Example:
@@ -136,6 +140,8 @@ def write_generator_card(
         training=training,
         command=command,
         note=note,
+        verdict=verdict,
+        advice=advice,
     )
 
 

@@ -1,9 +1,10 @@
-"""Callbacks for training the generator: expert balancing, a Ctrl-C that saves a checkpoint, an end before the schedule's."""
+"""Callbacks for training: expert balancing, a Ctrl-C that saves a checkpoint, an end before the schedule's, a limit of time."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 
 import torch
 from transformers import TrainerCallback
@@ -140,3 +141,33 @@ class LastStepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.steps:
             control.should_training_stop = True
+
+
+class TimeLimitCallback(TrainerCallback):
+    """
+    Ends a training after the step in which a time is over. An evaluation at the end of an epoch takes place then too.
+
+    Args:
+        seconds: wall time from the beginning of the training.
+
+    Attributes:
+        seconds_used, epochs: wall time and length of the training.
+        ended: whether the limit ended the training.
+
+    Example:
+        >>> trainer = SequentialTrainer(..., callbacks=[TimeLimitCallback(60)])  # doctest: +SKIP
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.seconds_used, self.epochs, self.ended = seconds, 0.0, 0.0, False
+        self._began = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.perf_counter() - self._began >= self.seconds:
+            self.ended = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds_used, self.epochs = time.perf_counter() - self._began, state.epoch or 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onerec_hf.cli.arguments import command_line, parse
+from onerec_hf.cli.arguments import command_line, parse_given
 from onerec_hf.workflows.alignment import AlignSettings, align
 from onerec_hf.workflows.distributed import is_first
 from onerec_hf.workflows.results import before_and_after_table
@@ -14,9 +14,9 @@ def main(argv: list[str]) -> None:
     from onerec_hf.trainers import OneRecDPOConfig
 
     kinds = (AlignSettings, DataSettings, ShardingSettings, OneRecDPOConfig)
-    settings, data, sharding, training = parse(kinds, argv, "align", required=["--output_dir"])
-    result = align(data, settings, sharding, training, command=command_line("align", argv))
-    if is_first() and settings.evaluate:
+    given = parse_given(kinds, argv, "align", required=["--output_dir"])
+    result = align(**given, command=command_line("align", argv))
+    if is_first() and "onerec/recall@10" in result.metrics:
         print(before_and_after_table(result.rows))
         print_rewards(result.metrics)
 

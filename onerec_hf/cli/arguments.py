@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def parse(
     return CommandParser(dataclasses, f"onerec-hf {prog}", required).parse_command(argv)
 
 
-def parse_given(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str) -> dict[str, Any]:
+def parse_given(
+    dataclasses: tuple[type, ...], argv: Sequence[str], prog: str, required: Sequence[str] = ()
+) -> dict[str, Any]:
     """
     The options that stand in `argv` or in its `--config` file, by name, after all of them have been checked by the dataclasses. Options that
     are not there are left to the workflow, which chooses them.
@@ -46,9 +48,22 @@ def parse_given(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str) -
     """
     from onerec_hf.cli.parser import CommandParser
 
-    parser = CommandParser(dataclasses, f"onerec-hf {prog}")
+    parser = CommandParser(dataclasses, f"onerec-hf {prog}", required)
     parser.parse_command(argv)
     return parser.given
+
+
+def options_of(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """
+    The given options that are fields of a dataclass.
+
+    Example:
+        >>> from onerec_hf.workflows import DataSettings
+        >>> options_of(DataSettings, {"hidden_size": 64, "stride": 2})
+        {'stride': 2}
+    """
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def command_line(prog: str, argv: Sequence[str]) -> str:
@@ -68,7 +83,10 @@ class ShownItemArguments:
 
     items: str | None = field(
         default=None,
-        metadata={"help": "Your items: item_id and the columns to show, in place of those saved with the model."},
+        metadata={"help": "Your items: item ids and the columns to show, in place of those saved with the model."},
+    )
+    item_column: str | None = field(
+        default=None, metadata={"help": "Name of the item column of --items; that of the model's training by default."}
     )
     show_fields: bool = field(default=True, metadata={"help": "Show titles and other columns of the items."})
 
@@ -83,10 +101,12 @@ class ShownItemArguments:
         from onerec_hf.data.columns import about
         from onerec_hf.data.item_fields import ItemFields
         from onerec_hf.modeling.requests import saved_items
+        from onerec_hf.workflows.data_options import saved_data_options
 
         if not self.show_fields:
             return None
         if self.items is None:
             return cast("ItemFields | None", saved_items(repo, catalogue))  # the package is here
+        column = self.item_column or saved_data_options(repo).get("item_column", "item_id")
         with about(self.items):
-            return ItemFields(read_items(self.items), catalogue)
+            return ItemFields(read_items(self.items, item_column=column), catalogue)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onerec_hf.cli.arguments import command_line, parse
+from onerec_hf.cli.arguments import command_line, options_of, parse_given
 from onerec_hf.evaluation.results import write_results
 from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
@@ -22,14 +22,16 @@ class EvaluateOptions:
 
 
 def main(argv: list[str]) -> None:
-    settings, data, options = parse((EvaluateSettings, DataSettings, EvaluateOptions), argv, "evaluate")
+    given = parse_given((EvaluateSettings, DataSettings, EvaluateOptions), argv, "evaluate")
+    how, options = options_of(EvaluateSettings, given), EvaluateOptions(**options_of(EvaluateOptions, given))
+    settings = EvaluateSettings(**how)
     settings.check()
     if options.json is not None and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(
             f"--json {options.json}: there is no folder {Path(options.json).absolute().parent}; create it first"
         )
-    dataset = load_dataset(data)
-    result = evaluate(dataset, settings)
+    dataset = load_dataset(**options_of(DataSettings, given), model=settings.model)
+    result = evaluate(dataset, **how)
     if not is_first():
         return
     if options.json:

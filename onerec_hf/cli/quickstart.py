@@ -10,9 +10,10 @@ from typing import Any
 from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.auto import choices_table
+from onerec_hf.workflows.conclusion import conclude
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.evaluation import evaluate_beside_baselines
+from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
@@ -82,7 +83,11 @@ def main(argv: list[str]) -> None:
         can_resume=False,
     )
     with resumable(folder, command, keep=False):
-        rows = evaluate_beside_baselines(trainer, data, "test")
+        ranking = rank_beside_baselines(trainer, data, "test")
+        sources = ("dataset", "data_dir", "interactions", "items", "embeddings")
+        given = {name: getattr(args, name) for name in sources}
+        verdict = conclude(trainer, data, ranking, folder, command=command, given=given, fixed_sizes=True)
+        rows = ranking.rows
         if data.session_length > 1:
             rows += align_once(trainer, data, folder, args.seed, command)
         else:
@@ -90,10 +95,11 @@ def main(argv: list[str]) -> None:
                 "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
             )
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, read, rows, command, choices)
+    report(trainer, folder, read, rows, command, choices, verdict)
     finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print(ranking_table(rows))
+    print(f"\n{verdict}")
     say(
         f"{time.perf_counter() - started:.0f} seconds. Load it: AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})"
     )

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-from onerec_hf.cli.arguments import ShownItemArguments, parse
+from onerec_hf.cli.arguments import ShownItemArguments, parse, parse_given
 from onerec_hf.modeling.files import short
 from onerec_hf.workflows.artefact import load_recommender
+from onerec_hf.workflows.data_options import excludes_seen
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class RecommendArguments(ShownItemArguments):
         default=0.0,
         metadata={"help": "Penalty on items that a user's sessions share; with 1 they share hardly any."},
     )
-    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    exclude_seen: bool = field(
+        default=True,
+        metadata={"help": "Leave out the items of the history; by default as in the model's training."},
+    )
     unknown: str = field(
         default="error",
         metadata={
@@ -69,6 +73,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
     from onerec_hf.modeling.requests import AnswerCounts, Request, RequestError
 
+    if "exclude_seen" not in parse_given((RecommendArguments,), argv, "recommend"):
+        args.exclude_seen = excludes_seen("--model", args.model)
     try:
         Request([], **args.options())
     except RequestError as error:

@@ -43,3 +43,5 @@ def main(argv: list[str]) -> None:
     result = train(**given, command=command_line("train", argv))
     if is_first():
         print(ranking_table(result.rows))
+        if result.verdict is not None:
+            print(f"\n{result.verdict}")

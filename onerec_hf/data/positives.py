@@ -58,6 +58,17 @@ class PositiveFeedback:
             any_of[match[1]] = threshold
         return cls(any_of)
 
+    @property
+    def rules(self) -> list[str]:
+        """
+        The rules as `parse` takes them.
+
+        Example:
+            >>> PositiveFeedback.parse(["rating >= 3.5", "like>=1"]).rules
+            ['rating>=3.5', 'like>=1']
+        """
+        return [f"{column}>={float(value)!r}".removesuffix(".0") for column, value in self.any_of.items()]
+
     def __str__(self) -> str:
         return " or ".join(f"{column} >= {value:g}" for column, value in self.any_of.items()) or "every interaction"
 

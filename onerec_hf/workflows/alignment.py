@@ -24,10 +24,11 @@ from onerec_hf.workflows.artefact import (
     write_items,
     write_origin,
 )
+from onerec_hf.workflows.data_options import excludes_seen, save_data_options
 from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import all_ranks, is_first, say, wait
 from onerec_hf.workflows.evaluation import ranking_rows
-from onerec_hf.workflows.loading import as_dataset
+from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.preferences import keep_pairs, kept_pairs, read_preferences, save_pairs
 from onerec_hf.workflows.results import GeneratorResult
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
@@ -87,18 +88,18 @@ class AlignSettings(ModelOutputSettings):
 
 
 def align(
-    data: RecommendationDataset | DataSettings, *settings: object, command: str | None = None, **options
+    data: RecommendationDataset | DataSettings | None = None, *settings: object, command: str | None = None, **options
 ) -> GeneratorResult:
     """
     Aligns a saved generator by DPO, with pairs of its sessions selected by reward models or with given pairs, and saves the aligned
     model, its pairs, `results.json` and card into `output_dir`. `resume_from_checkpoint="last"` resumes a run that was killed.
 
     Args:
-        data: a dataset, or the settings to load one after the options are checked.
+        data: a dataset, or the settings to load one after the options are checked. Without it, `options` name the data.
         settings: [`AlignSettings`], [`ShardingSettings`] and [`~onerec_hf.trainers.OneRecDPOConfig`], each optional, in any order.
         command: the command line, for results and card.
-        options: single fields of these settings, e.g. `model="runs/mine", reward=["runs/reward"]`; `output_dir` where no
-            [`~onerec_hf.trainers.OneRecDPOConfig`] is given.
+        options: single fields of these settings, e.g. `model="runs/mine", reward=["runs/reward"]`, and of [`DataSettings`]; data options that
+            are not given are those that the model was trained with. `output_dir` where no [`~onerec_hf.trainers.OneRecDPOConfig`] is given.
 
     Returns:
         The aligned model; `rows` hold `before/onerec/...`, `onerec/...`, the baselines and the rewards before and after.
@@ -113,6 +114,7 @@ def align(
     from onerec_hf.trainers import OneRecDPOConfig
     from onerec_hf.trainers.sharding import unsharded_model
 
+    where, options = data_and_options(data, options)
     how, sharding, args = gather((AlignSettings, ShardingSettings, OneRecDPOConfig), settings, options)
     assert isinstance(how, AlignSettings)
     args = copy.copy(args)
@@ -127,12 +129,13 @@ def align(
     processor, model = load_processor("--model", how.model), load_model("--model", how.model)
     preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
     rewards = [load_reward(path) for path in how.reward or []]
-    dataset = as_dataset(data)
+    dataset = as_dataset(where, how.model)
+    exclude_seen = excludes_seen("--model", how.model)
     check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
     judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
     judges = {name: models for name, models in judges.items() if models}
-    before = ranking_rows(model, processor, dataset, args.use_cpu) if how.evaluate else []
+    before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
     scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
     args.output_dir = str(folder / "checkpoints")
     examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
@@ -142,6 +145,7 @@ def align(
     origin = find_origin(how.model, how.save_items)
     begin(folder, command, resumes)
     write_origin(folder, origin)
+    save_data_options(folder, dataset, exclude_seen)
     write_items(folder, dataset.items if how.save_items else None, processor)
     with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -149,13 +153,13 @@ def align(
     after = []
     if how.evaluate:
         with unsharded_model(trainer.model) as aligned:
-            after = ranking_rows(aligned, processor, dataset, args.use_cpu)
+            after = ranking_rows(aligned, processor, dataset, args.use_cpu, exclude_seen)
             scored += reward_rows(aligned, processor, judges, dataset, "after")
     rows: list[dict[str, Any]] = []
     if is_first():
         rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
         rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
-        report(trainer, folder, dataset, rows, bool(rewards), command)
+        report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command)
         finish(folder)
         say(f"saved to {folder}")
     wait()
@@ -195,6 +199,7 @@ def report(
     data: RecommendationDataset,
     rows: list[dict[str, Any]],
     drawn: bool,
+    exclude_seen: bool,
     command: str | None,
 ) -> None:
     """
@@ -202,6 +207,7 @@ def report(
 
     Args:
         drawn: whether the trainer drew its pairs.
+        exclude_seen: whether the rankings left out the items of a user's history.
     """
     from onerec_hf.hub_cards import Alignment, Training, write_generator_card
 
@@ -221,6 +227,7 @@ def report(
         data,
         data.protocol,
         rows,
+        exclude_seen=exclude_seen,
         counts=data.counts(),
         training=Training.of(trainer),
         alignment=alignment,

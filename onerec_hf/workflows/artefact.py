@@ -14,6 +14,7 @@ from onerec_hf.workflows.distributed import is_first, say
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import Trainer
 
     from onerec_hf.baselines import ItemIndex, SequentialRecommender
@@ -269,6 +270,19 @@ def set_ranking_weights(
     for name, weight in (("item_score_weight", item_score_weight), ("decoder_weight", decoder_weight)):
         if weight is not None and model.generation_config is not None:
             setattr(model.generation_config, name, weight)  # fields of ours
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        FloatingPointError: weights that are not finite, after a training that diverged.
+    """
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} of the model's weights are not finite, e.g. {bad[0]}: the training diverged. Train again with a lower "
+            "--learning_rate"
+        )
 
 
 def save_trained(trainer: Trainer, folder: Path) -> None:

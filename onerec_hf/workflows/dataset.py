@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from onerec_hf.workflows.settings import DataSettings, data_options
 
 if TYPE_CHECKING:
     import datasets
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
         RecommendationData,
         UserSequences,
     )
-    from onerec_hf.workflows.settings import DataSettings
 
 
 class RecommendationDataset(Protocol):
@@ -47,6 +48,11 @@ class RecommendationDataset(Protocol):
     @property
     def items(self) -> ItemTable | None:
         """The items table with a column `text`; None without item data."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the examples were made with, by their names in [`~onerec_hf.workflows.DataSettings`]; no paths."""
         ...
 
     @property
@@ -104,7 +110,7 @@ class InMemoryDataset:
         split: training and held-out examples of them.
         item_ids: (items,) sorted.
         protocol: how the data was filtered and split.
-        settings: how the examples were cut.
+        settings: how the examples were cut; `positive` holds the rules that were applied, also those of a named source.
         given: the fields of `settings` that the caller chose; `train` may choose the others from the data.
         trained: (users,) items at the beginning of each user's sequence that are targets no more, where training goes on from a model.
     """
@@ -121,6 +127,10 @@ class InMemoryDataset:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {each.name: getattr(self.settings, each.name) for each in data_options()}
 
     @property
     def description(self) -> str:
@@ -249,6 +259,13 @@ class ShardedDataset:
     @property
     def protocol(self) -> str:
         return self.folder.protocol
+
+    @property
+    def options(self) -> dict[str, Any]:
+        from onerec_hf.data import PositiveFeedback
+
+        decided = {each.name: self.folder.settings.get(each.name, each.default) for each in data_options()}
+        return decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}
 
     @property
     def item_ids(self) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.artefact import (
     catalogue_of,
+    check_finite,
     load_model,
     load_processor,
     load_ranking,
@@ -20,16 +22,18 @@ from onerec_hf.workflows.artefact import (
     model_type,
     set_ranking_weights,
 )
+from onerec_hf.workflows.data_options import excludes_seen
 from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
-from onerec_hf.workflows.loading import as_dataset
+from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.results import Result
-from onerec_hf.workflows.settings import DataSettings, gather
+from onerec_hf.workflows.settings import DataSettings, gather, given_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import datasets
+    from transformers.trainer_utils import EvalPrediction
 
     from onerec_hf.baselines import SequentialRecommender
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
@@ -79,36 +83,40 @@ class EvaluateSettings:
             )
 
 
-def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **options) -> Result:
+def evaluate(data: RecommendationDataset | DataSettings | None = None, *settings: object, **options) -> Result:
     """
     Recall, NDCG, MRR and coverage of a saved generator or sequence model on held-out items, and of the baselines. Under torchrun the ranks share the users.
 
     Args:
-        data: a dataset, or the settings to load one.
+        data: a dataset, or the settings to load one. Without it, `options` name the data.
         settings: [`EvaluateSettings`], optional.
-        options: single fields of them, e.g. `model="runs/mine"`.
+        options: single fields of them, e.g. `model="runs/mine"`, and of [`DataSettings`], e.g. `interactions="ratings.csv"`. Data options and
+            `exclude_seen` that are not given are those that the model was trained with.
 
     Raises:
         ValueError: options that do not fit together, no model in the folder, or items of the data that its catalogue lacks.
 
     Example:
-        >>> evaluate(dataset, model="runs/mine", top_k=[10]).metrics["onerec/recall@10"]  # doctest: +SKIP
+        >>> evaluate(model="runs/mine", interactions="ratings.csv", top_k=[10]).metrics["onerec/recall@10"]  # doctest: +SKIP
         0.21
     """
+    where, options = data_and_options(data, options)
     (how,) = gather((EvaluateSettings,), settings, options)
     assert isinstance(how, EvaluateSettings)
     how.check()
     assert how.model is not None
+    if "exclude_seen" not in given_options((EvaluateSettings,), settings, options):
+        how.exclude_seen = excludes_seen("--model", how.model)
     kind = model_type(how.model)
     if kind == SEQUENTIAL:
-        rows = _sequential_rows(load_sequential("--model", how.model), data, how)
+        rows = _sequential_rows(load_sequential("--model", how.model), where, how)
     elif kind in RANKINGS:
         model, items = load_ranking("--model", how.model)
         rows = _item_rows(
-            RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), data, how
+            RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), where, how
         )
     else:
-        rows = _generator_rows(load_processor("--model", how.model), load_model("--model", how.model), data, how)
+        rows = _generator_rows(load_processor("--model", how.model), load_model("--model", how.model), where, how)
     wait()
     return Result(rows)
 
@@ -116,13 +124,13 @@ def evaluate(data: RecommendationDataset | DataSettings, *settings: object, **op
 def _generator_rows(
     processor: OneRecProcessor,
     model: OneRecForConditionalGeneration,
-    data: RecommendationDataset | DataSettings,
+    data: RecommendationDataset | DataSettings | Mapping[str, Any],
     how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     set_ranking_weights(model, how.item_score_weight)
-    dataset = as_dataset(data)
+    dataset = as_dataset(data, how.model)
     check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
@@ -138,7 +146,9 @@ def _generator_rows(
 
 
 def _sequential_rows(
-    model: SequentialRecommender, data: RecommendationDataset | DataSettings, how: EvaluateSettings
+    model: SequentialRecommender,
+    data: RecommendationDataset | DataSettings | Mapping[str, Any],
+    how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     """The rows of a sequence model under the name of its architecture; the first rank ranks."""
     import torch
@@ -159,93 +169,134 @@ def _item_rows(
     name: str,
     items: ItemLookup,
     rank: Callable[[list[np.ndarray], int], np.ndarray],
-    data: RecommendationDataset | DataSettings,
+    data: RecommendationDataset | DataSettings | Mapping[str, Any],
     how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     """The rows of a model that ranks items: `rank` takes histories of item indices and k."""
-    from onerec_hf.evaluation import ranking_metrics
-
-    dataset = as_dataset(data)
+    dataset, ks = as_dataset(data, how.model), tuple(how.top_k)
     check_catalogue(f"--model {how.model}", items, dataset)
     if not is_first():
         return []
-    histories, relevant = _indices(held_out(dataset, how.split), items)
-    ranked = rank(histories, max(how.top_k))
-    metrics = ranking_metrics(ranked, relevant, tuple(how.top_k), len(items))
-    rows = [
-        result_row(f"{name}/{metric}", value, "share", f"popularity/{metric}" if how.baselines else None)
-        for metric, value in metrics.items()
-    ]
+    histories, relevant = item_indices(held_out(dataset, how.split), items)
+    found = Ranking([], {}, relevant)
+    found.add(name, rank(histories, max(ks)), ks, len(items))
     if how.baselines:
-        others = _baseline_rows(dataset, items, how.split, tuple(how.top_k), how.exclude_seen)
-        rows += [row for row in others if not row["name"].startswith(f"{name}/")]  # the model is one of them
-    return rows
+        for row in found.rows:
+            row["against"] = row["name"].replace(f"{name}/", "popularity/")
+        _add_baselines(found, dataset, items, how.split, ks, how.exclude_seen)
+    return found.rows
 
 
 def ranking_rows(
-    model, processor: OneRecProcessor, data: RecommendationDataset, use_cpu: bool
+    model, processor: OneRecProcessor, data: RecommendationDataset, use_cpu: bool, exclude_seen: bool = True
 ) -> list[dict[str, Any]]:
     """
     Result rows of a model in memory and of the baselines, on the test split.
 
     Args:
         use_cpu: as in the training arguments: the latest arguments determine how the ranks are joined.
+        exclude_seen: leave out the items of a user's history.
     """
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
-            scratch, per_device_eval_batch_size=64, report_to="none", disable_tqdm=True, use_cpu=use_cpu
+            scratch,
+            per_device_eval_batch_size=64,
+            eval_exclude_seen=exclude_seen,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=use_cpu,
         )
         trainer = OneRecTrainer(model, args, processing_class=processor)
         return evaluate_beside_baselines(trainer, data, "test")
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """
+    What models rank for the users of a split, and how good it is.
+
+    Args:
+        rows: result rows `model/metric`; under torchrun only the first rank has them, and the arrays.
+        ranked: (users, k) item indices by model, best first, -1 for none.
+        relevant: (users, items) item indices of the targets, padded with -1.
+    """
+
+    rows: list[dict[str, Any]]
+    ranked: dict[str, np.ndarray]
+    relevant: np.ndarray
+
+    def add(self, name: str, ranked: np.ndarray, ks: tuple[int, ...], num_items: int) -> None:
+        """Adds the ranking of another model for the same users, and its rows."""
+        from onerec_hf.evaluation import ranking_metrics
+
+        self.ranked[name] = ranked
+        metrics = ranking_metrics(ranked, self.relevant, ks, num_items)
+        self.rows.extend(result_row(f"{name}/{metric}", value, "share") for metric, value in metrics.items())
+
+
 def evaluate_beside_baselines(
     trainer: OneRecTrainer, data: RecommendationDataset, split: str, baselines: bool = True
 ) -> list[dict[str, Any]]:
+    """The rows of `rank_beside_baselines`."""
+    return rank_beside_baselines(trainer, data, split, baselines).rows
+
+
+def rank_beside_baselines(
+    trainer: OneRecTrainer, data: RecommendationDataset, split: str, baselines: bool = True
+) -> Ranking:
     """
-    Result rows of the trainer's model and, with `baselines`, of popularity and item-kNN on a split: full catalogue, seen items excluded as
-    in `trainer.args`. Ranks share the model's users; the first rank gets the rows, the others none.
+    The trainer's model and, with `baselines`, popularity and item-kNN on a split: full catalogue, seen items excluded as in `trainer.args`.
+    Ranks share the model's users; the first rank gets the results, the others none.
+
+    Raises:
+        FloatingPointError: weights that are not finite.
     """
     args, processor = cast("OneRecTrainingArguments", trainer.args), cast("OneRecProcessor", trainer.processing_class)
-    catalogue = processor.catalogue
-    assert catalogue is not None
+    catalogue = catalogue_of(processor)
+    check_finite(cast("OneRecForConditionalGeneration", trainer.model))
     args.predict_with_generate, args.prediction_loss_only = True, False  # whatever evaluations during training did
-    trainer.compute_metrics = trainer.compute_metrics or trainer.compute_ranking_metrics
+    kept: list[EvalPrediction] = []
+
+    def keep(prediction: EvalPrediction) -> dict[str, float]:
+        kept.append(prediction)
+        return trainer.compute_ranking_metrics(prediction)
+
     examples = held_out(data, split)
+    lengths = np.minimum([len(history) for history in examples["history"]], processor.max_history or np.inf)
+    order = np.argsort(lengths, kind="stable")  # batches of equal lengths have no padding
+    strategy = args.train_sampling_strategy
+    # A strategy of training shuffles the users of an evaluation too.
+    trainer.compute_metrics, args.train_sampling_strategy = keep, "sequential"
     with contextlib.redirect_stdout(sys.stderr):
-        metrics = trainer.evaluate(examples, metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
+        metrics = trainer.evaluate(cast("Any", examples.select(order)), metric_key_prefix=split)
+    trainer.compute_metrics, args.train_sampling_strategy = trainer.compute_ranking_metrics, strategy
     if not is_first():
-        return []
-    measured = [name for name in metrics if "@" in name]
-    rows = [
+        return Ranking([], {}, np.empty((0, 0), dtype=np.int64))
+    back = np.argsort(order)
+    ranked, relevant = (np.asarray(part)[back] for part in (kept[0].predictions, kept[0].label_ids))
+    found = Ranking([], {"onerec": ranked}, np.maximum(relevant, -1))
+    names = [name.removeprefix(f"{split}_") for name in metrics if "@" in name]
+    found.rows.extend(
         result_row(
-            f"onerec/{name.removeprefix(f'{split}_')}",
-            metrics[name],
-            "share",
-            against=f"popularity/{name.removeprefix(f'{split}_')}" if baselines else None,
+            f"onerec/{name}", metrics[f"{split}_{name}"], "share", against=f"popularity/{name}" if baselines else None
         )
-        for name in measured
-    ]
+        for name in names
+    )
     if baselines:
-        rows += _baseline_rows(data, catalogue, split, tuple(args.eval_top_k), args.eval_exclude_seen)
-    rows.append(result_row("invalid_id_rate", metrics[f"{split}_invalid_id_rate"], "share"))
-    return rows
+        _add_baselines(found, data, catalogue, split, tuple(args.eval_top_k), args.eval_exclude_seen)
+    found.rows.append(result_row("invalid_id_rate", metrics[f"{split}_invalid_id_rate"], "share"))
+    return found
 
 
-def _baseline_rows(
-    data: RecommendationDataset, items: ItemLookup, split: str, ks: tuple[int, ...], exclude_seen: bool
-) -> list[dict[str, Any]]:
-    """Result rows of popularity and item-kNN."""
-    from onerec_hf.evaluation import ranking_metrics
-
-    rankings, relevant = baseline_rankings(data, items, split, max(ks), exclude_seen)
-    return [
-        result_row(f"{name}/{metric}", value, "share")
-        for name, ranked in rankings.items()
-        for metric, value in ranking_metrics(ranked, relevant, ks, len(items)).items()
-    ]
+def _add_baselines(
+    found: Ranking, data: RecommendationDataset, items: ItemLookup, split: str, ks: tuple[int, ...], exclude_seen: bool
+) -> None:
+    """Adds popularity and item-kNN."""
+    for name, ranked in baseline_rankings(data, items, split, max(ks), exclude_seen)[0].items():
+        if name not in found.ranked:  # the model may be one of them
+            found.add(name, ranked, ks, len(items))
 
 
 def baseline_rankings(
@@ -257,7 +308,7 @@ def baseline_rankings(
     """
     from onerec_hf.baselines import ItemKNNBaseline, PopularityBaseline
 
-    histories, relevant = _indices(held_out(data, split), items)
+    histories, relevant = item_indices(held_out(data, split), items)
     sequences = data.train_sequences
     train = np.split(items.indices(sequences.item_ids), sequences.offsets[1:-1])
     rankings = {}
@@ -266,7 +317,7 @@ def baseline_rankings(
     return rankings, relevant
 
 
-def _indices(examples: datasets.Dataset, items: ItemLookup) -> tuple[list[np.ndarray], np.ndarray]:
+def item_indices(examples: datasets.Dataset, items: ItemLookup) -> tuple[list[np.ndarray], np.ndarray]:
     """Histories and targets as item indices; targets are (users, items), padded with -1."""
     histories = [items.indices(history) for history in examples["history"]]
     sessions = [items.indices(session) for session in examples["session"]]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.workflows.data_options import options_to_take, read_data_options, say_differences
 from onerec_hf.workflows.dataset import SHUFFLED, InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.settings import DataSettings, gather, given_options
@@ -23,6 +24,7 @@ def load_dataset(
     interactions: TableSource | None = None,
     items: TableSource | None = None,
     embeddings: np.ndarray | str | None = None,
+    model: str | None = None,
     **options,
 ) -> RecommendationDataset:
     """
@@ -34,6 +36,8 @@ def load_dataset(
         interactions: a path, a DataFrame or a `datasets.Dataset` with user, item and timestamp.
         items: the same kinds of tables, with item ids and text columns.
         embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.
+        model: folder or Hub id of a saved model: the options that it was trained with hold for all that are not given. `settings` give them
+            all.
         options: single fields of [`DataSettings`], over `settings`.
 
     Returns:
@@ -46,7 +50,12 @@ def load_dataset(
     Example:
         >>> load_dataset(dataset="movielens", min_item_interactions=10).session_length  # doctest: +SKIP
         5
+        >>> load_dataset(interactions="ratings.csv", model="runs/mine").max_history  # doctest: +SKIP
+        20
     """
+    if model is not None and settings is None:
+        known = {**options, "interactions": _given(interactions, options.get("interactions"))}
+        options = {**options_to_take(known, read_data_options("--model", model)), **options}
     given = settings
     (settings,) = gather((DataSettings,), [] if given is None else [given], options)
     assert isinstance(settings, DataSettings)
@@ -165,7 +174,9 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         f"{source.name}: {len(source.interactions):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
         f"on {len(item_ids):,} items, are kept. {protocol}"
     )
-    return InMemoryDataset(source, sequences, split, item_ids, protocol, settings)
+    return InMemoryDataset(
+        source, sequences, split, item_ids, protocol, replace(settings, positive=positive.rules or None)
+    )
 
 
 # A prepared folder has decided these.
@@ -213,8 +224,39 @@ def _items_of(
         return with_text(table)
 
 
-def as_dataset(data: RecommendationDataset | DataSettings | Mapping[str, Any]) -> RecommendationDataset:
-    """The dataset itself, or the one that settings, or single options by name, describe."""
+def data_and_options(
+    data: RecommendationDataset | DataSettings | None, options: dict[str, Any]
+) -> tuple[RecommendationDataset | DataSettings | Mapping[str, Any], dict[str, Any]]:
+    """
+    The data of a workflow, which its single options describe where there is neither a dataset nor settings, and the other options.
+
+    Raises:
+        TypeError: options of the data beside a dataset or settings.
+    """
+    names = {each.name for each in fields(DataSettings)}
+    of_data = {name: value for name, value in options.items() if name in names}
+    if data is not None and of_data:
+        raise TypeError(
+            f"option {next(iter(of_data))!r} is of the data: pass it to load_dataset, or leave the dataset out"
+        )
+    return of_data if data is None else data, {name: value for name, value in options.items() if name not in names}
+
+
+def as_dataset(
+    data: RecommendationDataset | DataSettings | Mapping[str, Any], model: str | None = None, option: str = "--model"
+) -> RecommendationDataset:
+    """
+    The dataset itself, or the one that settings or single options describe.
+
+    Args:
+        data: of single options those that the user gave; for the others those of the model hold.
+        model: folder or Hub id of a saved model. It is said where the options of the data differ from those that it was trained with.
+        option: where the model comes from, for messages.
+    """
+    trained = {} if model is None else read_data_options(option, model)
     if isinstance(data, Mapping):
-        return load_dataset(**data)
-    return load_dataset(data) if isinstance(data, DataSettings) else data
+        dataset = load_dataset(**{**options_to_take(data, trained), **data})
+    else:
+        dataset = load_dataset(data) if isinstance(data, DataSettings) else data
+    say_differences(dataset, trained)
+    return dataset

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.workflows.verdict import Verdict
 
-BASELINES = ("popularity", "item_knn")
+BASELINES = ("popularity", "item_knn", "sasrec")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class GeneratorResult(Result):
     Args:
         folder: the saved model, with catalogue, `results.json` and card.
         trainer: with the model in memory.
+        verdict: the model against the baselines, in words; None where they were not ranked.
     """
 
     folder: Path
     trainer: Trainer = field(repr=False)
+    verdict: Verdict | None = None
 
     @property
     def model(self) -> OneRecForConditionalGeneration:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -71,6 +71,18 @@ class DataSettings(WindowSettings):
         default=None,
         metadata={"help": "With --prepared: evaluate on a random sample of this many users; all by default."},
     )
+
+
+def data_options() -> list[Field]:
+    """
+    The options of [`DataSettings`] that say what a model is trained on, without paths and samples, which say where and how much.
+
+    Example:
+        >>> [each.name for each in data_options()][:4]
+        ['user_column', 'item_column', 'timestamp_column', 'positive']
+    """
+    others = ("data_dir", "interactions", "items", "embeddings", "prepared", "eval_users")
+    return [each for each in fields(DataSettings) if each.name not in others]
 
 
 @dataclass
@@ -270,9 +282,7 @@ def given_options(kinds: Sequence[type], given: Sequence[object], options: dict[
         >>> given_options((OutputSettings, ModelSettings), [OutputSettings()], {"hidden_size": 64})
         {'overwrite': False, 'hidden_size': 64}
     """
-    found = {
-        each.name: getattr(settings, each.name) for settings in given for each in fields(type(settings)) if each.init
-    }
+    found = {each.name: getattr(one, each.name) for one in given for each in fields(cast("Any", one)) if each.init}
     return found | options
 
 

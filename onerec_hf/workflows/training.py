@@ -7,7 +7,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.allocator import keep_freed_memory
 from onerec_hf.workflows.artefact import (
     catalogue_of,
+    check_finite,
     find_origin,
     load_model,
     load_processor,
@@ -25,12 +26,14 @@ from onerec_hf.workflows.artefact import (
     write_origin,
 )
 from onerec_hf.workflows.auto import Choice, choices_table, shown
+from onerec_hf.workflows.conclusion import conclude
+from onerec_hf.workflows.data_options import excludes_seen, save_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, say, wait
-from onerec_hf.workflows.evaluation import evaluate_beside_baselines
+from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
 from onerec_hf.workflows.increment import newer, write_trained_on
-from onerec_hf.workflows.loading import as_dataset
+from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
 from onerec_hf.workflows.refit import Refit, growth, refit
@@ -46,6 +49,7 @@ from onerec_hf.workflows.settings import (
     given_options,
 )
 from onerec_hf.workflows.sharding import ShardingSettings
+from onerec_hf.workflows.verdict import Verdict
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -100,6 +104,12 @@ class TrainSettings(ModelOutputSettings):
         default=True,
         metadata={"help": "Also rank with popularity and item-kNN, which need all training sequences in memory."},
     )
+    verdict_sasrec: bool = field(
+        default=True,
+        metadata={
+            "help": "With --baselines: also train a small SASRec, for at most a quarter of the run's time (at least 5 seconds)."
+        },
+    )
     keep_checkpoints: bool = field(
         default=False,
         metadata={
@@ -128,7 +138,8 @@ def train(
         command: the command line, for results and card.
         callbacks: more callbacks of the trainer.
         options: single fields of these settings, e.g. `hidden_size=64, num_train_epochs=3`, and of [`DataSettings`], e.g.
-            `interactions="ratings.csv"`. `output_dir` is `onerec-model` by default.
+            `interactions="ratings.csv"`. `output_dir` is `onerec-model` by default. With `model`, data options and `eval_exclude_seen` that are not
+            given are those that it was trained with.
 
     Raises:
         ValueError: options that do not fit together or to the data, or a damaged artefact to start from. `output_dir` is untouched then.
@@ -162,8 +173,13 @@ def _train(
 ) -> GeneratorResult:
     """`train` once the options are checked and the folder is free."""
     started = time.perf_counter()
+    option, place = _trained_before(first)
+    if place is not None and "eval_exclude_seen" not in given_options(_kinds(), settings, options):
+        options = {**options, "eval_exclude_seen": excludes_seen(option, place)}
     # A run that resumes in its own folder chooses what it chose before.
-    dataset, choices, final = final_settings(as_dataset(source), first, settings, options, own_checkpoint)
+    dataset, choices, final = final_settings(
+        as_dataset(source, place, option), first, settings, options, own_checkpoint
+    )
     if choices:
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
@@ -192,16 +208,34 @@ def _train(
         callbacks=callbacks,
     )
     with resumable(folder, command):
-        rows = evaluate_beside_baselines(trainer, dataset, "test", final.run.baselines)
+        ranking = rank_beside_baselines(trainer, dataset, "test", final.run.baselines)
+        verdict = conclude(
+            trainer,
+            dataset,
+            ranking,
+            folder,
+            sasrec_seconds=time.perf_counter() - started if final.run.verdict_sasrec else None,
+            command=command,
+            given=source if isinstance(source, Mapping) else None,
+            fixed_sizes=place is not None,
+        )
         if final.run.refit:
             trainer, refitted = refit(trainer, dataset, folder, final.args, _again(final, folder, pace))
+    rows = ranking.rows
     if is_first():
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
-        report(trainer, folder, dataset, rows, command, choices, refitted)
+        report(trainer, folder, dataset, rows, command, choices, refitted, verdict)
         finish(folder, final.run.keep_checkpoints)
     wait()
-    return GeneratorResult(rows, folder, trainer)
+    return GeneratorResult(rows, folder, trainer, verdict)
+
+
+def _trained_before(settings: Settings) -> tuple[str, str | None]:
+    """The model that is trained further: the option that names it, and its folder or Hub id; None for a new one."""
+    if (checkpoint := settings.args.resume_from_checkpoint) is not None:
+        return "--resume_from_checkpoint", str(Path(checkpoint).resolve().parents[1])
+    return "--model", settings.model.model
 
 
 def _again(final: Settings, folder: Path, pace: Pace) -> Callable[..., OneRecTrainer]:
@@ -248,7 +282,7 @@ def chosen_settings(
         ...     print(option, value, reason)
     """
     first, source, options = given_settings(data, settings, options)
-    return final_settings(as_dataset(source), first, settings, options)[1]
+    return final_settings(as_dataset(source, first.model.model), first, settings, options)[1]
 
 
 class Settings(NamedTuple):
@@ -271,12 +305,7 @@ def given_settings(
     data: RecommendationDataset | DataSettings | None, settings: tuple[object, ...], options: dict[str, Any]
 ) -> tuple[Settings, RecommendationDataset | DataSettings | Mapping[str, Any], dict[str, Any]]:
     """What the caller gave, over the library's defaults and checked as far as it goes without the data; the data; and the other options."""
-    of_data = {each.name for each in fields(DataSettings)}
-    about_data = {name: value for name, value in options.items() if name in of_data}
-    options = {name: value for name, value in options.items() if name not in of_data}
-    if data is not None and about_data:
-        name = next(iter(about_data))
-        raise TypeError(f"option {name!r} is of the data: pass it to load_dataset, or to train without a dataset")
+    source, options = data_and_options(data, options)
     if not any(type(each) is _kinds()[-1] for each in settings):
         options.setdefault("output_dir", OUTPUT_DIR)
     first = Settings(*gather(_kinds(), settings, options))
@@ -286,7 +315,7 @@ def given_settings(
         _check(first)
     elif first.model.model is not None and first.ids.semantic_ids is not None:
         raise ValueError(BOTH)
-    return first, about_data if data is None else data, options
+    return first, source, options
 
 
 def final_settings(
@@ -386,11 +415,13 @@ def train_generator(
     pace.prepare(trainer, data)
     begin(folder, command, own_checkpoint)
     write_origin(folder, origin)
+    save_data_options(folder, data, args.eval_exclude_seen)
     save_processor(processor, folder, data.items if save_items else None)
     with resumable(folder, command, can_resume), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
         pace.report(trainer)
+        check_finite(model)
         fit_evidence(model, processor, data, args.seed, weights_of)
         save_trained(trainer, folder)
     args.push_to_hub = push
@@ -434,13 +465,15 @@ def report(
     command: str | None,
     choices: Sequence[Choice] = (),
     refitted: Refit | None = None,
+    verdict: Verdict | None = None,
 ) -> None:
-    """Writes `results.json` and the card, both with the `choices` of the settings, into the model's folder, and uploads the folder with `push_to_hub`."""
+    """Writes `results.json` and the card, both with the `choices` of the settings and the verdict, into the model's folder, and uploads the folder with `push_to_hub`."""
     from huggingface_hub import HfApi
 
     from onerec_hf.hub_cards import Training, write_generator_card
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
+    about = {} if verdict is None else {"verdict": str(verdict), "differences": verdict.as_json()}
     write_results(
         folder / "results.json",
         rows,
@@ -450,6 +483,7 @@ def report(
         protocol=data.protocol,
         settings=[row._asdict() for row in choices],
         **({} if refitted is None else {"refit": refitted.facts}),
+        **about,
     )
     hub = HfApi(token=args.hub_token)
     if args.push_to_hub:
@@ -471,6 +505,8 @@ def report(
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,
         note="" if refitted is None else refitted.note,
+        verdict="" if verdict is None else verdict.sentences,
+        advice=() if verdict is None else verdict.advice,
     )
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:

@@ -39,6 +39,8 @@ TINY = [
     "true",
     "--use_cpu",
     "true",
+    "--verdict_sasrec",
+    "false",
 ]
 CODES = ["--codebook_sizes", "8", "8", "8"]
 NUM_ITEMS, NUM_USERS = 40, 30

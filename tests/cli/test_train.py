@@ -24,6 +24,7 @@ FILES = {
     "catalogue.safetensors",
     "codebooks.safetensors",
     "config.json",
+    "data_options.json",
     "expert_load.png",
     "generation_config.json",
     "items.parquet",
@@ -94,9 +95,11 @@ def test_results_have_the_schema_of_a_benchmark(trained):
     assert "Positive feedback: every interaction; items with fewer than 5" in results["protocol"]
 
 
-def test_stdout_is_the_table_alone(trained):
+def test_stdout_is_the_table_and_the_verdict(trained):
     """`onerec-hf train ... > table.txt`: progress, logs and losses go to stderr."""
-    lines = trained.done.out.splitlines()
+    table, verdict = trained.done.out.rstrip("\n").split("\n\n")
+    assert verdict == json.loads((trained.folder / "results.json").read_text())["verdict"]
+    lines = table.splitlines()
     assert [line.split()[0] for line in lines] == ["recall@5", "popularity", "item_knn", "onerec"]
     column = lines[0].split().index("recall@10")
     for line in lines[1:]:
@@ -165,7 +168,7 @@ def test_an_item_head_and_the_weight_of_its_scores(data, tmp_path):
     assert (found.num_items, found.dropout, found.loss_weight, found.score_codes) == (40, 0.2, 0.5, True)
     assert model.generation_config.item_score_weight == 8
     evaluate = ["evaluate", "--model", folder, "--interactions", data.interactions]
-    assert succeeded(onerec(*evaluate)).out == done.out
+    assert succeeded(onerec(*evaluate)).out == done.out.split("\n\n")[0] + "\n"
     assert succeeded(onerec(*evaluate, "--item_score_weight", 0)).out != done.out
     again = ["--model", folder, "--learning_rate", 0, "--output_dir", tmp_path / "again"]
     succeeded(onerec("train", *data.options, *TINY, *again))

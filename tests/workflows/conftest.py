@@ -19,6 +19,7 @@ TINY = {
     "disable_tqdm": True,
     "use_cpu": True,
     "report_to": "none",
+    "verdict_sasrec": False,
 }
 
 

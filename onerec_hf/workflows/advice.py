@@ -1,0 +1,101 @@
+"""What to try where a model is not above every baseline: reasons and commands."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+
+# A model that read its training examples fewer times than this may not have learned them yet.
+_FEW_EPOCHS = 5
+# The item head of recipes/amazon_beauty_items.yaml.
+_HEAD = {"item_head": True, "item_head_dropout": 0.3, "item_head_codes": True, "item_score_weight": 32}
+
+
+def what_to_try(
+    trainer: OneRecTrainer,
+    folder: Path,
+    command: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    fixed_sizes: bool = False,
+) -> list[tuple[str, str]]:
+    """
+    Reasons and commands for a model below a baseline: longer training where it may not be over, an item head where there is none, and the
+    comparison of all models.
+
+    Args:
+        trainer: of the finished training.
+        folder: the model's.
+        command: the command line of the training; None for a call from Python.
+        data: the data options of the training, by name; None where they are not known.
+        fixed_sizes: the architecture cannot be chosen: the training went on from a saved model, or has no option for it.
+
+    Example:
+        >>> what_to_try(trainer, Path("mine"), "onerec-hf train --interactions a.csv --output_dir mine")[0]  # doctest: +SKIP
+        ('longer training: it read each training example 3 times', 'onerec-hf train --interactions a.csv --num_train_epochs 6 --output_dir mine-2')
+    """
+    tries = []
+    if (reason := _why_longer(trainer)) is not None:
+        tries.append((f"longer training: {reason}", _again(command, _longer(trainer, command), folder)))
+    if not fixed_sizes and cast("Any", trainer.model).config.item_head is None:
+        tries.append(("an item head: every item is scored with a vector of its own", _again(command, _HEAD, folder)))
+    if data and data.get("prepared") is None:
+        words = _words({name: value for name, value in data.items() if value is not None})
+        comparison = ["onerec-hf", "compare", *words, "--output_dir", f"{folder}-comparison"]
+        tries.append(("other models, all with the same number of trials", shlex.join(comparison)))
+    return tries
+
+
+def _why_longer(trainer: OneRecTrainer) -> str | None:
+    """Why the training may have ended too early, if it may."""
+    state = trainer.state
+    evaluated = [entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    if state.best_global_step and evaluated:
+        return "its last evaluation was the best" if state.best_global_step == max(evaluated) else None
+    epochs = state.epoch or 0.0
+    return f"it read each training example {epochs:.2g} times" if epochs < _FEW_EPOCHS else None
+
+
+def _longer(trainer: OneRecTrainer, command: str | None) -> dict[str, Any]:
+    """Twice what ended the training: its budget, steps or epochs."""
+    args = cast("OneRecTrainingArguments", trainer.args)
+    if budget := re.search(r"--budget[ =](\S+)", command or ""):
+        return {"budget": re.sub(r"[\d.]+", lambda number: f"{2 * float(number[0]):g}", budget[1])}
+    if args.max_steps > 0:
+        return {"max_steps": 2 * args.max_steps}
+    return {"num_train_epochs": 2 * math.ceil(args.num_train_epochs)}
+
+
+def _again(command: str | None, options: Mapping[str, Any], folder: Path) -> str:
+    """The training with other options into another folder."""
+    options = {**options, "output_dir": f"{folder}-2"}
+    if command is None:
+        return f"train(..., {', '.join(f'{name}={value!r}' for name, value in options.items())})"
+    replaced = {*options, "overwrite", "resume_from_checkpoint"}
+    return shlex.join([*_without(shlex.split(command), replaced), *_words(options)])
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options as on the command line."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return words
+
+
+def _without(words: Sequence[str], names: set[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = word[2:].split("=")[0] not in names
+        if keeps:
+            kept.append(word)
+    return kept

@@ -1,0 +1,88 @@
+"""The end of a training: a small SASRec beside the other baselines, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from onerec_hf.modeling.files import short
+from onerec_hf.workflows.advice import what_to_try
+from onerec_hf.workflows.artefact import catalogue_of
+from onerec_hf.workflows.distributed import num_ranks
+from onerec_hf.workflows.evaluation import Ranking, item_indices
+from onerec_hf.workflows.small_sasrec import fit_small_sasrec
+from onerec_hf.workflows.verdict import Verdict
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+    from onerec_hf.workflows.dataset import RecommendationDataset
+
+
+def verdict_on(
+    ranking: Ranking, ks: Sequence[int], name: str = "onerec", notes: Sequence[str] = (), advice: Sequence = ()
+) -> Verdict | None:
+    """
+    The verdict on a ranking; None without baselines.
+
+    Args:
+        ks: the cut-offs of the ranking; NDCG@10 is compared, or that at the largest.
+        name: the model.
+    """
+    from onerec_hf.evaluation import ndcg_at_k
+
+    if len(ranking.ranked) < 2:
+        return None
+    k = 10 if 10 in ks else max(ks)
+    gains = {
+        each: np.asarray(ndcg_at_k(ranked, ranking.relevant, k, per_row=True))
+        for each, ranked in ranking.ranked.items()
+    }
+    return Verdict.on(gains, name, f"NDCG@{k}", notes, advice)
+
+
+def conclude(
+    trainer: OneRecTrainer,
+    data: RecommendationDataset,
+    ranking: Ranking,
+    folder: Path,
+    *,
+    sasrec_seconds: float | None = None,
+    command: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    fixed_sizes: bool = False,
+) -> Verdict | None:
+    """
+    The verdict on a training, on the first rank; None without baselines.
+
+    Args:
+        ranking: of the test users by model and baselines; a SASRec is added to it.
+        sasrec_seconds: time of the run so far, of which a small SASRec gets a share; None trains none.
+        command, given, fixed_sizes: as in [`what_to_try`].
+    """
+    if len(ranking.ranked) < 2:
+        return None
+    args, notes = cast("OneRecTrainingArguments", trainer.args), []
+    ks = tuple(args.eval_top_k)
+    if sasrec_seconds is not None:
+        notes.append(_add_sasrec(trainer, data, ranking, sasrec_seconds))
+    return verdict_on(ranking, ks, notes=notes, advice=what_to_try(trainer, folder, command, given, fixed_sizes))
+
+
+def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ranking, run_seconds: float) -> str:
+    """Ranks with a small SASRec too; returns a sentence about it."""
+    args = cast("OneRecTrainingArguments", trainer.args)
+    catalogue = catalogue_of(cast("OneRecProcessor", trainer.processing_class))
+    if num_ranks() > 1:
+        return "No SASRec is beside it, which is trained by a single process."
+    try:
+        sasrec = fit_small_sasrec(data, catalogue, args, run_seconds)
+    except (FloatingPointError, MemoryError) as error:
+        return f"No SASRec is beside it: its training failed ({short(error)})."
+    histories, _ = item_indices(data.test, catalogue)
+    ks = tuple(args.eval_top_k)
+    ranking.add("sasrec", sasrec.model.rank(histories, max(ks), args.eval_exclude_seen), ks, len(catalogue))
+    return sasrec.note

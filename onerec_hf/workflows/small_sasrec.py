@@ -1,0 +1,103 @@
+"""A small SASRec as a baseline of a training: the same sequences, a share of the run's time, early stopping on validation users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from onerec_hf.workflows.distributed import say
+
+if TYPE_CHECKING:
+    import datasets
+
+    from onerec_hf.baselines import SequentialRecommender
+    from onerec_hf.modeling.catalogue import ItemCatalogue
+    from onerec_hf.trainers import OneRecTrainingArguments
+    from onerec_hf.workflows.dataset import RecommendationDataset
+
+#: Time of the SASRec relative to the run before it, and the least of it in seconds.
+SHARE, LEAST_SECONDS = 0.25, 5.0
+HIDDEN_SIZE = 64
+# Epochs at most, those without a better NDCG@10 on validation users before it stops, and these users.
+_EPOCHS, _PATIENCE, _VALIDATION_USERS = 200, 5, 1000
+# Scores of all items for the targets of a step that are in memory at a time: 256 MiB of float32.
+_MOST_SCORES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class SmallSASRec:
+    """
+    A trained SASRec, whose item indices are those of the catalogue.
+
+    Args:
+        model: the SASRec.
+        note: how it was trained, one sentence.
+    """
+
+    model: SequentialRecommender
+    note: str
+
+
+def fit_small_sasrec(
+    data: RecommendationDataset, catalogue: ItemCatalogue, args: OneRecTrainingArguments, run_seconds: float
+) -> SmallSASRec:
+    """
+    Trains a SASRec of width 64 with the cross-entropy over all items, and keeps the weights of the best NDCG@10 on validation users.
+
+    Args:
+        args: of the generator's training: seed, device, precision and whether seen items are left out.
+        run_seconds: time of the run so far; the training ends after a quarter of it (at least 5 seconds) or by early stopping.
+
+    Raises:
+        FloatingPointError, MemoryError: the training failed.
+
+    Example:
+        >>> sasrec = fit_small_sasrec(dataset, processor.catalogue, args, run_seconds=600)  # doctest: +SKIP
+        >>> sasrec.model.rank([np.array([3, 4])], k=10).shape  # doctest: +SKIP
+        (1, 10)
+    """
+    from onerec_hf.trainers import fit_sequential
+    from onerec_hf.trainers.callbacks import TimeLimitCallback
+
+    limit = TimeLimitCallback(max(SHARE * run_seconds, LEAST_SECONDS))
+    say(f"training a small SASRec as a baseline: at most {limit.seconds:.0f} seconds")
+    sequences = data.train_sequences
+    batch_size = int(np.clip(len(sequences) // 50, 16, 128))
+    targets = batch_size * min(sequences.lengths.mean(), data.max_history)
+    model = fit_sequential(
+        cast("Any", sequences.lists()),
+        _sample(data.validation),
+        item_ids=catalogue.item_ids,
+        architecture="sasrec",
+        hidden_size=HIDDEN_SIZE,
+        dropout_rate=0.3,
+        max_history=data.max_history,
+        callbacks=[limit],
+        num_train_epochs=_EPOCHS,
+        early_stopping_patience=_PATIENCE,
+        per_device_train_batch_size=batch_size,
+        target_share=min(1.0, _MOST_SCORES / (targets * len(catalogue))),
+        label_smoothing_factor=0.1,
+        eval_top_k=[10],
+        eval_exclude_seen=args.eval_exclude_seen,
+        seed=args.seed,
+        use_cpu=args.use_cpu,
+        bf16=args.bf16,
+        fp16=args.fp16,
+    )
+    if limit.ended:
+        end = "its share of the run's time was over"
+    else:
+        end = "validation NDCG@10 no longer rose" if limit.epochs < _EPOCHS else "its last epoch"
+    note = f"The SASRec has width {HIDDEN_SIZE} and was trained for {limit.epochs:.3g} epochs in {limit.seconds_used:.0f} seconds, until {end}."
+    return SmallSASRec(model, note)
+
+
+def _sample(examples: datasets.Dataset) -> datasets.Dataset:
+    """The same users every time."""
+    if len(examples) <= _VALIDATION_USERS:
+        return examples
+    chosen = np.random.default_rng(0).choice(len(examples), _VALIDATION_USERS, replace=False)
+    return cast("datasets.Dataset", examples.select(np.sort(chosen)))
