@@ -154,7 +154,7 @@ def train(
     """
     first, source, options = given_settings(data, settings, options)
     folder, run = Path(str(first.args.output_dir)), first.run
-    pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=first.args.disable_tqdm)
+    pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
     own_checkpoint = open_folder(folder, run.overwrite, first.args)
     with pace.progress or contextlib.nullcontext():
         return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
