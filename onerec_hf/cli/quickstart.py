@@ -15,6 +15,7 @@ from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.loading import load_in_memory
+from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> None:
         training_args,
         early_stopping_patience=run.early_stopping_patience,
         can_resume=False,
+        pace=Pace(validation_users=run.validation_users),
     )
     with resumable(folder, command, keep=False):
         ranking = rank_beside_baselines(trainer, data, "test")
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> None:
                 "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
             )
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, read, rows, command, choices, verdict)
+    report(trainer, folder, read, rows, command, choices, verdict=verdict)
     finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print(ranking_table(rows))

@@ -56,6 +56,7 @@ class Statistics:
         accelerator: whether training runs on one.
         memory: bytes of the accelerator, or of this machine.
         in_memory: whether the training examples can still be cut otherwise.
+        lengths: (users,) training interactions; None for a prepared folder.
     """
 
     users: int
@@ -71,6 +72,7 @@ class Statistics:
     accelerator: bool = False
     memory: int = 16 * 2**30
     in_memory: bool = True
+    lengths: np.ndarray | None = None
 
     @classmethod
     def of(cls, data: RecommendationDataset, use_cpu: bool = False) -> Statistics:
@@ -95,9 +97,19 @@ class Statistics:
             **found,
             per_item=_spread(np.bincount(flat, minlength=len(data.item_ids))),
             per_user=_spread(lengths),
+            lengths=lengths,
             repeats=float((len(flat) - len(pairs)) / max(1, len(flat) - len(rows))),
             **_ties(data),
         )
+
+    def items_read(self, max_history: int) -> int:
+        """History items of an epoch over prefixes: histories beyond `max_history` are read in overlapping chunks."""
+        if self.lengths is None:
+            return self.interactions
+        longest = np.maximum(self.lengths - 1, 0)
+        step = max(1, max_history // 2)
+        full = -(-np.maximum(longest - max_history, 0) // step)
+        return int((full * max_history + longest - full * step).sum())
 
 
 def _spread(counts: np.ndarray) -> tuple[float, float]:
@@ -271,10 +283,10 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
         length = table.add("packing_length", max(ROW, 2 * longest), f"items of a row; histories have up to {longest}")
         rows = max(1, min(TOKENS, interactions // STEPS_OF_AN_EPOCH) // length)
         rows = table.add("per_device_train_batch_size", rows, f"rows of {length} items; {interactions:,} interactions")
-        batch = rows * length
+        batch, read = rows * length, found.items_read(longest)
     else:
-        batch = table.add("per_device_train_batch_size", 128, "examples of a step")
-    steps = max(1, interactions // batch)
+        batch, read = table.add("per_device_train_batch_size", 128, "examples of a step"), interactions
+    steps = max(1, read // batch)
     epochs = MORE_EPOCHS if goes_on else max(FEWEST_EPOCHS, min(MOST_EPOCHS, round(STEPS / steps)))
     epochs = table.add("num_train_epochs", epochs, f"at most; about {steps:,} steps each")
     rate = RATE_OF_MORE if goes_on else RATE

@@ -24,7 +24,8 @@ def check(done, folder, title, shown="session"):
     assert set(ROWS) <= rows.keys()
     assert rows["invalid_id_rate"] == 0
     assert rows["seconds"] > 0
-    sessions, _, table = done.out.rpartition("\n\n")
+    sessions, table, verdict = done.out.rsplit("\n\n", 2)
+    assert verdict.strip()
     header, *lines = table.splitlines()
     assert [line.split()[0] for line in lines] == ["popularity", "item_knn", "onerec"]
     for line in lines:

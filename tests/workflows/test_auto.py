@@ -47,6 +47,13 @@ def test_statistics_count_training_interactions():
     assert found.memory > 2**28
 
 
+@pytest.mark.parametrize("max_history", [4, 5, 10, 30])
+def test_items_read_are_those_of_the_prefixes(max_history):
+    data = load_in_memory(interactions=walks(20, 60, length=24), min_item_interactions=1, max_history=max_history)
+    read = sum(map(len, data.on_prefixes().train["history"]))
+    assert Statistics.of(data, use_cpu=True).items_read(max_history) == read
+
+
 def test_statistics_of_items(tables):
     items = tables["items"]
     assert Statistics.of(load_dataset(**tables), use_cpu=True).texts == len(items)
