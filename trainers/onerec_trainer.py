@@ -201,7 +201,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         return lambda batch: draw_sessions(batch, args.session_share, generator)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        if self.args.session_share < 1:
+        if batch_samples and "item_targets" in batch_samples[0]:  # not in evaluations
             everything = [{"labels": batch["item_targets"]} for batch in batch_samples]
             self._item_code_tokens = super()._get_num_items_in_batch(everything, device)
         return super()._get_num_items_in_batch(batch_samples, device)

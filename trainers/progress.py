@@ -9,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
 from onerec_hf.trainers.budget import BudgetCallback, duration
 
@@ -34,6 +35,7 @@ class RunProgress(TrainerCallback):
         self._draws = sys.stderr.isatty() if bar is None else bar
         self._started = time.perf_counter()
         self._after = 0.0
+        self._others = False
         self._budget: BudgetCallback | None = None
         self._forget_training()
 
@@ -46,6 +48,8 @@ class RunProgress(TrainerCallback):
         self._ended_epoch: float | None = None
 
     def __enter__(self) -> RunProgress:
+        self._others = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # those of saving and loading weights would break the bar and fill logs
         if self._draws:
             self.bar = tqdm(
                 desc="data", total=1.0, bar_format=_FORMAT, dynamic_ncols=True, leave=False, file=sys.stderr
@@ -53,6 +57,8 @@ class RunProgress(TrainerCallback):
         return self
 
     def __exit__(self, *error) -> None:
+        if self._others:
+            logging.enable_progress_bar()
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -145,6 +145,17 @@ def test_a_share_of_one_leaves_the_batch_as_it_is(tmp_path):
     assert all(torch.equal(value, wanted[name]) for name, value in batch.items())
 
 
+def test_evaluations_have_all_sessions(tmp_path):
+    """Also in the middle of a training: the loss of the evaluated batch is the model's."""
+    found = []
+    for share in (1.0, 0.4):
+        trainer = make_trainer(
+            tmp_path, PREFIXES, model_with_head(), packing=True, session_share=share, per_device_eval_batch_size=3
+        )
+        found.append(trainer.evaluate(WINDOWS)["eval_loss"])
+    assert found[0] == found[1]
+
+
 def test_draws_change_with_the_step_and_not_with_a_resume(tmp_path):
     settings = {
         "packing": True,
