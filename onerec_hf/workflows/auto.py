@@ -268,7 +268,8 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
     table.add("item_head_codes", True, "rare items share what their codes have learned")
     if found.embeddings or found.texts > 1:
         table.add("item_head_content", True, "similar items share what their content has learned")
-    table.add("item_head_evidence", True, "pairs of items count without being learned")
+    if table.given.get("fsdp_size", 1) == 1:  # it is fitted on unsharded weights
+        table.add("item_head_evidence", True, "pairs of items count without being learned")
     table.add("item_score_weight", 32.0, "sessions follow the item head")
     table.add("decoder_weight", 0.0, "the item head alone ranks single items")
 

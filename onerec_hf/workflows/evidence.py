@@ -29,6 +29,7 @@ def fit_evidence(
     processor: OneRecProcessor,
     data: RecommendationDataset,
     seed: int = 0,
+    exclude_seen: bool = True,
     weights_of: OneRecForConditionalGeneration | None = None,
 ) -> dict[str, float] | None:
     """
@@ -37,6 +38,7 @@ def fit_evidence(
 
     Args:
         seed: of the sample of validation users where there are more than 5,000.
+        exclude_seen: as in the evaluation: items of the history are no candidates.
         weights_of: take the weights of this model, where the validation users are part of the training.
 
     Returns:
@@ -49,7 +51,7 @@ def fit_evidence(
     from onerec_hf.data.evidence_counts import count_evidence
     from onerec_hf.modeling.item_evidence import FEATURES, fit_weights
 
-    head = model.get_encoder().item_head
+    head = item_head(model)
     if head is None or head.evidence is None:
         return None
     catalogue = catalogue_of(processor)
@@ -57,13 +59,19 @@ def fit_evidence(
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
     count_evidence(head.evidence, (rows - 1, sequences.offsets))
     if weights_of is not None:
-        head.evidence.set_weights(weights_of.get_encoder().item_head.evidence.weights)
+        head.evidence.set_weights(item_head(weights_of).evidence.weights)
     else:
-        features, candidates, targets = candidate_features(model, processor, sample(data.validation, MOST_USERS, seed))
+        users = sample(data.validation, MOST_USERS, seed)
+        features, candidates, targets = candidate_features(model, processor, users, exclude_seen)
         head.evidence.set_weights(fit_weights(features, candidates, targets))
-    weights = dict(zip(FEATURES, head.evidence.weights.tolist(), strict=True))
+    weights: dict[str, float] = dict(zip(FEATURES, head.evidence.weights.tolist(), strict=True))
     say("evidence weights: " + ", ".join(f"{name} {value:.2f}" for name, value in weights.items()))
     return weights
+
+
+def item_head(model: OneRecForConditionalGeneration) -> Any:
+    """The model's [`ItemHead`], or None."""
+    return model.get_encoder().item_head
 
 
 def rows_of_items(model: OneRecForConditionalGeneration, indices: np.ndarray) -> np.ndarray:
@@ -71,8 +79,7 @@ def rows_of_items(model: OneRecForConditionalGeneration, indices: np.ndarray) ->
     import torch
 
     assert model.catalogue is not None
-    head = model.get_encoder().item_head
-    of_items = head.rows_of(torch.tensor(model.catalogue.codes, dtype=torch.long)).cpu().numpy()
+    of_items = item_head(model).rows_of(torch.tensor(model.catalogue.codes, dtype=torch.long)).cpu().numpy()
     return of_items[indices]
 
 
@@ -91,9 +98,8 @@ def candidate_features(
     from onerec_hf.modeling.layers_onerec import at_places
 
     encoder, collator = model.get_encoder(), OneRecDataCollator(processor, with_seen=exclude_seen)
-    head, assert_catalogue = encoder.item_head, model.catalogue
-    assert assert_catalogue is not None
-    head_rows = torch.from_numpy(rows_of_items(model, np.arange(len(assert_catalogue)))).to(model.device)
+    head, levels = item_head(model), len(catalogue_of(processor).codebook_sizes)
+    head_rows = torch.from_numpy(rows_of_items(model, np.arange(len(catalogue_of(processor))))).to(model.device)
     training = model.training
     model.eval()
     parts: list[tuple[Any, Any, Any]] = []
@@ -111,19 +117,13 @@ def candidate_features(
                 excluded = torch.where(seen < 0, 0, head_rows[seen.clamp(min=0)])
             history = head.history_rows(batch["input_ids"])
             features, rows = head.evidence.features(scores, history, head.content, excluded)
-            levels = len(model.config.codebook_sizes)
             parts.append((features, rows, head.rows(batch["labels"][:, :levels])))
     model.train(training)
     if not parts:
         empty = torch.zeros(0, 1, 6)
         return empty, empty[..., 0].long(), empty[:, 0, 0].long()
-    width = min(part[0].shape[1] for part in parts)
-    features, rows, targets = zip(*parts, strict=True)
-    return (
-        torch.cat([part[:, :width] for part in features]),
-        torch.cat([part[:, :width] for part in rows]),
-        torch.cat(targets),
-    )
+    features, rows, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return features, rows, targets
 
 
 def sample(examples: datasets.Dataset, most: int, seed: int) -> datasets.Dataset:

@@ -93,7 +93,8 @@ class Pace:
         except ValueError:  # Trainer has made these, empty, if they were absent
             with contextlib.suppress(OSError):
                 folder = Path(str(args.output_dir))
-                folder.rmdir(), folder.parent.rmdir()
+                folder.rmdir()
+                folder.parent.rmdir()
             raise
         trainer.add_callback(callback)
         if self.progress is not None:

@@ -352,6 +352,10 @@ def _check(settings: Settings) -> None:
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
         )
     sharding.check(args)
+    if sharding.fsdp_size > 1 and model.item_head_evidence:
+        raise ValueError(
+            "--item_head_evidence is fitted after training on unsharded weights: leave it out, or train without --fsdp_size"
+        )
 
 
 def train_generator(
@@ -422,7 +426,7 @@ def train_generator(
         trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in the test results
         pace.report(trainer)
         check_finite(model)
-        fit_evidence(model, processor, data, args.seed, weights_of)
+        fit_evidence(model, processor, data, args.seed, args.eval_exclude_seen, weights_of)
         save_trained(trainer, folder)
     args.push_to_hub = push
     return trainer
