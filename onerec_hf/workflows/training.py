@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from onerec_hf.workflows.artefact import (
 )
 from onerec_hf.workflows.auto import Choice, choices_table, shown
 from onerec_hf.workflows.conclusion import conclude
-from onerec_hf.workflows.data_options import excludes_seen, save_data_options
+from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
@@ -506,7 +507,7 @@ def report(
         command=command,
         note="" if refitted is None else refitted.note,
         verdict="" if verdict is None else verdict.sentences,
-        advice=() if verdict is None else verdict.advice,
+        data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),
     )
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
