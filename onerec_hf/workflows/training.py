@@ -156,6 +156,7 @@ def train(
     first, source, options = given_settings(data, settings, options)
     folder, run = Path(str(first.args.output_dir)), first.run
     pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
+    pace.sasrec = run.baselines and run.verdict_sasrec
     own_checkpoint = open_folder(folder, run.overwrite, first.args)
     with pace.progress or contextlib.nullcontext():
         return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
@@ -215,7 +216,7 @@ def _train(
             dataset,
             ranking,
             folder,
-            sasrec_seconds=time.perf_counter() - started if final.run.verdict_sasrec else None,
+            sasrec=pace.of_sasrec(time.perf_counter() - started),
             command=command,
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
