@@ -52,7 +52,7 @@ def write_generator_card(
     command: str | None = None,
     note: str = "",
     verdict: str = "",
-    advice: Sequence[tuple[str, str]] = (),
+    data_options: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -74,7 +74,7 @@ def write_generator_card(
         command: the command line of the run.
         note: which model the metrics are of, where it is not the saved one.
         verdict: the model against the baselines, in words.
-        advice: what to try, as (reason, command).
+        data_options: the options that the data was made with, as on the command line.
         metadata: further front matter, e.g. `{"license": "mit"}`; its tags are added to the card's.
 
     Example:
@@ -141,7 +141,7 @@ def write_generator_card(
         command=command,
         note=note,
         verdict=verdict,
-        advice=advice,
+        data_options=data_options,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
@@ -148,26 +149,28 @@ class TimeLimitCallback(TrainerCallback):
     Ends a training after the step in which a time is over. An evaluation at the end of an epoch takes place then too.
 
     Args:
-        seconds: wall time from the beginning of the training.
+        seconds: time from the beginning of the training.
+        clock: wall time, or `time.process_time` for CPU time.
 
     Attributes:
-        seconds_used, epochs: wall time and length of the training.
+        seconds_used, epochs: time and length of the training.
         ended: whether the limit ended the training.
 
     Example:
         >>> trainer = SequentialTrainer(..., callbacks=[TimeLimitCallback(60)])  # doctest: +SKIP
     """
 
-    def __init__(self, seconds: float):
-        self.seconds, self.seconds_used, self.epochs, self.ended = seconds, 0.0, 0.0, False
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter):
+        self.seconds, self.clock = seconds, clock
+        self.seconds_used, self.epochs, self.ended = 0.0, 0.0, False
         self._began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._began = time.perf_counter()
+        self._began = self.clock()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.perf_counter() - self._began >= self.seconds:
+        if self.clock() - self._began >= self.seconds:
             self.ended = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.seconds_used, self.epochs = time.perf_counter() - self._began, state.epoch or 0.0
+        self.seconds_used, self.epochs = self.clock() - self._began, state.epoch or 0.0

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from onerec_hf.workflows.data_options import option_words
+
 if TYPE_CHECKING:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
@@ -46,7 +48,7 @@ def what_to_try(
     if not fixed_sizes and cast("Any", trainer.model).config.item_head is None:
         tries.append(("an item head: every item is scored with a vector of its own", _again(command, _HEAD, folder)))
     if data and data.get("prepared") is None:
-        words = _words({name: value for name, value in data.items() if value is not None})
+        words = option_words(data)
         comparison = ["onerec-hf", "compare", *words, "--output_dir", f"{folder}-comparison"]
         tries.append(("other models, all with the same number of trials", shlex.join(comparison)))
     return tries
@@ -78,16 +80,7 @@ def _again(command: str | None, options: Mapping[str, Any], folder: Path) -> str
     if command is None:
         return f"train(..., {', '.join(f'{name}={value!r}' for name, value in options.items())})"
     replaced = {*options, "overwrite", "resume_from_checkpoint"}
-    return shlex.join([*_without(shlex.split(command), replaced), *_words(options)])
-
-
-def _words(options: Mapping[str, Any]) -> list[str]:
-    """Options as on the command line."""
-    words = []
-    for name, value in options.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        words += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
-    return words
+    return shlex.join([*_without(shlex.split(command), replaced), *option_words(options)])
 
 
 def _without(words: Sequence[str], names: set[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from onerec_hf.workflows.artefact import (
     write_items,
     write_origin,
 )
-from onerec_hf.workflows.data_options import excludes_seen, save_data_options
+from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
 from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import all_ranks, is_first, say, wait
 from onerec_hf.workflows.evaluation import ranking_rows
@@ -228,6 +229,7 @@ def report(
         data.protocol,
         rows,
         exclude_seen=exclude_seen,
+        data_options=shlex.join(option_words({**data.options, "exclude_seen": exclude_seen})),
         counts=data.counts(),
         training=Training.of(trainer),
         alignment=alignment,

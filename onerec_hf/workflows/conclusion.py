@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
     from onerec_hf.workflows.dataset import RecommendationDataset
+    from onerec_hf.workflows.pace import TimeLimit
 
 
 def verdict_on(
@@ -50,7 +51,7 @@ def conclude(
     ranking: Ranking,
     folder: Path,
     *,
-    sasrec_seconds: float | None = None,
+    sasrec: TimeLimit | None = None,
     command: str | None = None,
     given: Mapping[str, Any] | None = None,
     fixed_sizes: bool = False,
@@ -60,26 +61,26 @@ def conclude(
 
     Args:
         ranking: of the test users by model and baselines; a SASRec is added to it.
-        sasrec_seconds: time of the run so far, of which a small SASRec gets a share; None trains none.
+        sasrec: time of a small SASRec, from `Pace.of_sasrec`; None trains none.
         command, given, fixed_sizes: as in [`what_to_try`].
     """
     if len(ranking.ranked) < 2:
         return None
     args, notes = cast("OneRecTrainingArguments", trainer.args), []
     ks = tuple(args.eval_top_k)
-    if sasrec_seconds is not None:
-        notes.append(_add_sasrec(trainer, data, ranking, sasrec_seconds))
+    if sasrec is not None:
+        notes.append(_add_sasrec(trainer, data, ranking, sasrec))
     return verdict_on(ranking, ks, notes=notes, advice=what_to_try(trainer, folder, command, given, fixed_sizes))
 
 
-def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ranking, run_seconds: float) -> str:
+def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ranking, time: TimeLimit) -> str:
     """Ranks with a small SASRec too; returns a sentence about it."""
     args = cast("OneRecTrainingArguments", trainer.args)
     catalogue = catalogue_of(cast("OneRecProcessor", trainer.processing_class))
     if num_ranks() > 1:
         return "No SASRec is beside it, which is trained by a single process."
     try:
-        sasrec = fit_small_sasrec(data, catalogue, args, run_seconds)
+        sasrec = fit_small_sasrec(data, catalogue, args, *time)
     except (FloatingPointError, MemoryError) as error:
         return f"No SASRec is beside it: its training failed ({short(error)})."
     histories, _ = item_indices(data.test, catalogue)

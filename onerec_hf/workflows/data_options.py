@@ -144,3 +144,19 @@ def _spelled(value: Any) -> str:
     if isinstance(value, list):
         return shlex.join(value)
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """
+    Options as on the command line, without those that are None.
+
+    Example:
+        >>> option_words({"positive": ["rating>=4", "like>=1"], "exclude_seen": False, "dataset": None})
+        ['--positive', 'rating>=4', 'like>=1', '--exclude_seen', 'false']
+    """
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return words

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.evaluation import baseline_rankings
+from onerec_hf.workflows.small_sasrec import LEAST_SECONDS, SHARE
 
 if TYPE_CHECKING:
     import datasets
@@ -24,6 +27,15 @@ _SAMPLE_SEED = 0
 # Users of the two evaluations that the time of the final one is estimated from, and the least share of a budget that is kept for it.
 _FEW, _MORE = 32, 256
 _LEAST_SHARE = 0.1
+# Of a budget the small SASRec gets what is a share of the rest.
+_OF_BUDGET = SHARE / (1 + SHARE)
+
+
+class TimeLimit(NamedTuple):
+    """Seconds of a clock."""
+
+    seconds: float
+    clock: Callable[[], float]
 
 
 @dataclass
@@ -37,6 +49,7 @@ class Pace:
         validation_users: users of evaluations during training, a random sample; all when None.
         baselines: whether the evaluation after the training also ranks with the baselines.
         refit: interactions of a second training after the evaluation, relative to the first; 0 for none.
+        sasrec: whether a small SASRec is trained after the evaluation.
     """
 
     budget: Budget | None = None
@@ -44,6 +57,7 @@ class Pace:
     validation_users: int | None = None
     baselines: bool = True
     refit: float = 0.0
+    sasrec: bool = False
 
     @classmethod
     def start(cls, budget: str | None, validation_users: int | None, baselines: bool, quiet: bool) -> Pace:
@@ -86,6 +100,8 @@ class Pace:
         if args.eval_strategy != "no":  # one more evaluation, of the weights at the end of the budget
             seconds *= 1 + len(cast("Any", trainer.eval_dataset)) / max(len(data.test), 1)
         seconds = max(seconds, _LEAST_SHARE * self.budget.seconds)
+        if self.sasrec:
+            seconds += _OF_BUDGET * self.budget.seconds
         left = self.budget.seconds - self.budget.spent - seconds
         callback = BudgetCallback(self.budget, seconds + max(left, 0) * self.refit / (1 + self.refit))
         try:
@@ -99,6 +115,21 @@ class Pace:
         trainer.add_callback(callback)
         if self.progress is not None:
             self.progress.attach(trainer, after=callback.reserve)
+
+    def of_sasrec(self, run_seconds: float) -> TimeLimit | None:
+        """
+        Time of the small SASRec: a quarter of the run's so far, at least 5 seconds; with a budget a fifth of it, as far as that is left.
+
+        Args:
+            run_seconds: time of the run so far.
+        """
+        if not self.sasrec:
+            return None
+        if self.budget is None:
+            return TimeLimit(max(SHARE * run_seconds, LEAST_SECONDS), time.perf_counter)
+        left = (self.budget.seconds - self.budget.spent) / (1 + self.refit)
+        seconds = max(min(_OF_BUDGET * self.budget.seconds, left), 0.0)
+        return TimeLimit(seconds, time.process_time if self.budget.cpu else time.perf_counter)
 
     def report(self, trainer: OneRecTrainer) -> None:
         """Says how far the training came where the budget ended it."""

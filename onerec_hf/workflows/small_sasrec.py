@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,27 +43,32 @@ class SmallSASRec:
 
 
 def fit_small_sasrec(
-    data: RecommendationDataset, catalogue: ItemCatalogue, args: OneRecTrainingArguments, run_seconds: float
+    data: RecommendationDataset,
+    catalogue: ItemCatalogue,
+    args: OneRecTrainingArguments,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> SmallSASRec:
     """
     Trains a SASRec of width 64 with the cross-entropy over all items, and keeps the weights of the best NDCG@10 on validation users.
 
     Args:
         args: of the generator's training: seed, device, precision and whether seen items are left out.
-        run_seconds: time of the run so far; the training ends after a quarter of it (at least 5 seconds) or by early stopping.
+        seconds: the training ends after this time or by early stopping.
+        clock: of wall time, or of CPU time.
 
     Raises:
         FloatingPointError, MemoryError: the training failed.
 
     Example:
-        >>> sasrec = fit_small_sasrec(dataset, processor.catalogue, args, run_seconds=600)  # doctest: +SKIP
+        >>> sasrec = fit_small_sasrec(dataset, processor.catalogue, args, seconds=120)  # doctest: +SKIP
         >>> sasrec.model.rank([np.array([3, 4])], k=10).shape  # doctest: +SKIP
         (1, 10)
     """
     from onerec_hf.trainers import fit_sequential
     from onerec_hf.trainers.callbacks import TimeLimitCallback
 
-    limit = TimeLimitCallback(max(SHARE * run_seconds, LEAST_SECONDS))
+    limit = TimeLimitCallback(seconds, clock)
     say(f"training a small SASRec as a baseline: at most {limit.seconds:.0f} seconds")
     sequences = data.train_sequences
     batch_size = int(np.clip(len(sequences) // 50, 16, 128))

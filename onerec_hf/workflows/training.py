@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from onerec_hf.workflows.artefact import (
 )
 from onerec_hf.workflows.auto import Choice, choices_table, shown
 from onerec_hf.workflows.conclusion import conclude
-from onerec_hf.workflows.data_options import excludes_seen, save_data_options
+from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
@@ -155,6 +156,7 @@ def train(
     first, source, options = given_settings(data, settings, options)
     folder, run = Path(str(first.args.output_dir)), first.run
     pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
+    pace.sasrec = run.baselines and run.verdict_sasrec
     own_checkpoint = open_folder(folder, run.overwrite, first.args)
     with pace.progress or contextlib.nullcontext():
         return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
@@ -214,7 +216,7 @@ def _train(
             dataset,
             ranking,
             folder,
-            sasrec_seconds=time.perf_counter() - started if final.run.verdict_sasrec else None,
+            sasrec=pace.of_sasrec(time.perf_counter() - started),
             command=command,
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
@@ -510,7 +512,7 @@ def report(
         command=command,
         note="" if refitted is None else refitted.note,
         verdict="" if verdict is None else verdict.sentences,
-        advice=() if verdict is None else verdict.advice,
+        data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),
     )
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:

@@ -479,10 +479,10 @@ def test_a_checkpoint_that_is_none(data, tmp_path, monkeypatch, damage):
 
 def test_training_on_packed_prefixes(data, tmp_path, monkeypatch):
     trainers = []
-    original = onerec_hf.workflows.training.evaluate_beside_baselines
+    original = onerec_hf.workflows.training.rank_beside_baselines
     monkeypatch.setattr(
         onerec_hf.workflows.training,
-        "evaluate_beside_baselines",
+        "rank_beside_baselines",
         lambda trainer, *args: trainers.append(trainer) or original(trainer, *args),
     )
     options = ["--train_on", "prefixes", "--encoder_is_causal", "true", "--packing", "true", "--max_history", "8"]

@@ -11,7 +11,14 @@ from onerec_hf.workflows.data_options import DATA_OPTIONS_NAME, differences, opt
 from tests.cli.commands import onerec, rated_rows, refused, succeeded
 from tests.workflows.conftest import TINY, frame, options_of
 
-GIVEN = {"positive": ["rating>=2"], "min_item_interactions": 2, "session_length": 3, "max_history": 7, "stride": 2}
+GIVEN = {
+    "positive": ["rating>=2"],
+    "min_item_interactions": 2,
+    "session_length": 3,
+    "max_history": 7,
+    "stride": 2,
+    "ties": "shuffle",
+}
 SAVED = {
     "dataset": None,
     "user_column": "who",
@@ -48,6 +55,8 @@ def metrics_of(folder):
 def test_they_are_saved_beside_the_model(trained):
     assert json.loads((trained / DATA_OPTIONS_NAME).read_text()) == SAVED
     assert read_data_options("--model", trained) == SAVED
+    card = (trained / "README.md").read_text()
+    assert "--positive 'rating>=2' --min_item_interactions 2 --session_length 3 --max_history 7 --stride 2" in card
 
 
 def test_evaluate_takes_them_and_says_where_the_users_differ(trained, rated, tmp_path):
@@ -79,7 +88,7 @@ def test_python_takes_single_options_one_by_one_and_objects_whole(trained, rated
         evaluate(data, model=str(trained))
         assert (
             "--min_item_interactions 5: the model was trained with 2; --session_length 5: the model was trained with 3; "
-            "--max_history 50: the model was trained with 7; --stride 1: the model was trained with 2\n"
+            "--max_history 50: the model was trained with 7; --stride 1: the model was trained with 2; --ties file: the model was trained with shuffle\n"
         ) in capsys.readouterr().err
 
 
@@ -138,9 +147,13 @@ def test_a_prepared_folder_has_its_own(trained, rated, tmp_path, capsys):
     data = load_dataset(prepared=str(tmp_path / "ready"), model=str(trained))
     assert data.options == {name: value for name, value in SAVED.items() if name != "exclude_seen"} | {
         "stride": 1,
+        "ties": "file",
     }
     evaluate(data, model=str(trained))
-    assert "--stride 1: the model was trained with 2" in capsys.readouterr().err.splitlines()
+    assert (
+        "--stride 1: the model was trained with 2; --ties file: the model was trained with shuffle"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_named_data_set_is_taken_too():

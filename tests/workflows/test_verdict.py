@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import onerec_hf.workflows.small_sasrec
+import onerec_hf.workflows.pace
 from onerec_hf.cli.arguments import parse_given
 from onerec_hf.evaluation import ndcg_at_k
-from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+from onerec_hf.trainers import Budget, OneRecTrainer, OneRecTrainingArguments
 from onerec_hf.workflows import (
     DataSettings,
     ModelSettings,
@@ -24,6 +25,7 @@ from onerec_hf.workflows import (
 )
 from onerec_hf.workflows.advice import what_to_try
 from onerec_hf.workflows.evaluation import item_indices, rank_beside_baselines
+from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.verdict import Difference, Verdict
 from tests.cli.commands import onerec, refused
 from tests.workflows.conftest import TINY
@@ -89,7 +91,7 @@ def trained(dataset, tmp_path_factory):
     """A training with the SASRec, which has a second."""
     folder = tmp_path_factory.mktemp("verdict") / "mine"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onerec_hf.workflows.small_sasrec, "LEAST_SECONDS", 1.0)
+        patch.setattr(onerec_hf.workflows.pace, "LEAST_SECONDS", 1.0)
         result = train(dataset, output_dir=folder, **{**TINY, "verdict_sasrec": True})
     return result
 
@@ -164,6 +166,20 @@ def test_a_sasrec_that_fails_loses_nothing(dataset, tmp_path, monkeypatch):
     result = train(dataset, output_dir=tmp_path / "out", **{**TINY, "verdict_sasrec": True})
     assert "No SASRec is beside it: its training failed (too large)." in result.verdict.sentences
     assert "item_knn" in result.verdict.differences
+
+
+def test_the_sasrec_is_within_a_budget():
+    """A fifth of it, less where less is left, by the clock of the budget."""
+    budget = Budget.parse("100s-cpu").start()
+    pace = Pace(budget, sasrec=True)
+    assert pace.of_sasrec(50) == (20, time.process_time)
+    budget.carry(90)
+    assert pace.of_sasrec(50)[0] == pytest.approx(10, abs=1)
+    budget.carry(200)
+    assert pace.of_sasrec(50)[0] == 0
+    assert Pace(budget).of_sasrec(50) is None
+    assert Pace(sasrec=True).of_sasrec(100) == (25, time.perf_counter)
+    assert Pace(sasrec=True).of_sasrec(1)[0] == 5
 
 
 def test_weights_that_diverged(trained, dataset, files, tmp_path, monkeypatch):
