@@ -30,7 +30,8 @@ _DECAY = 0.8
 
 class ItemEvidence(nn.Module):
     """
-    Neighbour lists of items and the weights of the evidence, as buffers. Items are rows from 1 on; row 0 is no item.
+    Neighbour lists of items and the weights of the evidence, as buffers. Items are rows from 1 on; row 0 is no item. Until lists and weights are set, the
+    scores are the head's.
 
     Args:
         num_items: rows, without row 0.
@@ -40,6 +41,7 @@ class ItemEvidence(nn.Module):
     Example:
         >>> evidence = ItemEvidence(num_items=3, neighbours=2)
         >>> evidence.set_list("next", torch.tensor([[2, 0], [0, 0], [0, 0]]), torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+        >>> evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
         >>> scores = evidence.add(torch.zeros(1, 3), history=torch.tensor([[0, 1]]))  # item 2 followed item 1 four times
         >>> scores.argmax().item() + 1
         2
@@ -52,7 +54,8 @@ class ItemEvidence(nn.Module):
             self.register_buffer(f"{name}_items", torch.zeros(num_items + 1, neighbours, dtype=torch.int32))
             self.register_buffer(f"{name}_counts", torch.zeros(num_items + 1, neighbours))
         self.interactions = nn.Buffer(torch.zeros(num_items + 1))
-        self.weights = nn.Buffer(torch.tensor(DEFAULT_WEIGHTS))
+        # Nothing is known before lists and weights are set: the head alone.
+        self.weights = nn.Buffer(torch.tensor([1.0] + [0.0] * (len(FEATURES) - 1)))
 
     def list_of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(num_items + 1, neighbours) rows of the neighbours, 0 where a list ends, and their counts."""

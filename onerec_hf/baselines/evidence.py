@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.data.evidence_counts import count_evidence
-from onerec_hf.modeling.item_evidence import ItemEvidence, fit_weights
+from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, ItemEvidence, fit_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +68,7 @@ def add_evidence(
     model.evidence = ItemEvidence(len(items), config.neighbours).to(model.device)
     model.content = None if table is None else table.to(model.device)
     count_evidence(model.evidence, (flat, np.cumsum([0, *lengths])))
+    model.evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
     if validation is not None and len(validation):
         model.evidence.set_weights(_fitted(model, items, validation, exclude_seen))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ ROW = 64  # items of a packed row; more where histories are longer than half of 
 TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 2_500, 10, 30  # steps that the ceiling of epochs aims at
 RATE, WARMUP = 0.005, 50
+SESSION, SESSION_SHARE = 5, 0.1
 PATIENCE, EVAL_STEPS = 3, 500
 MORE_EPOCHS, RATE_OF_MORE = 3, 0.001  # to go on from a trained model
 REPEATS = 0.1  # share of targets in their own history, from which seen items are ranked
@@ -166,7 +168,7 @@ def choose(
     Example:
         >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
         >>> [row.value for row in rows if row.option in ("codebook_sizes", "hidden_size", "intermediate_size", "max_history")]
-        [20, [128, 128, 128], 96, 192]
+        [20, [256, 256, 256], 96, 192]
     """
     table = Table(given or {})
     if found.in_memory:
@@ -195,7 +197,7 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
     length = min(LONGEST_HISTORY, max(SHORTEST_HISTORY, 10 * -(-int(longest) // 10)))
     for option, value, reason in (
         ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions"),
-        ("session_length", 1, "the next item is what is evaluated"),
+        ("session_length", SESSION, "the paper's sessions; the next item is their first"),
     ):
         if saved is None:
             table.add(option, value, reason)
@@ -230,7 +232,7 @@ def codebook_size(num_items: int) -> int:
         >>> [codebook_size(items) for items in (5, 60, 1600, 12_801, 10**7)]
         [5, 16, 32, 256, 256]
     """
-    power = 1 << (max(1, num_items // ITEMS_PER_CODE).bit_length() - 1)
+    power = 2 ** round(math.log2(max(1, num_items / ITEMS_PER_CODE)))
     return min(num_items, max(SMALLEST_CODEBOOK, min(LARGEST_CODEBOOK, power)))
 
 
@@ -265,6 +267,8 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
         table.add("item_head_dropout", 0.3, "items must also be read from their codes")
         return
     table.add("item_head_dropout", 0.3, "items must also be read from their codes")
+    if found.in_memory and (items := _value(table, "session_length", SESSION)) > 1:
+        table.add("item_head_loss_weight", float(items), f"as much as the codes of the first of {items} items")
     table.add("item_head_codes", True, "rare items share what their codes have learned")
     if found.embeddings or found.texts > 1:
         table.add("item_head_content", True, "similar items share what their content has learned")
@@ -285,6 +289,8 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
         rows = max(1, min(TOKENS, interactions // STEPS_OF_AN_EPOCH) // length)
         rows = table.add("per_device_train_batch_size", rows, f"rows of {length} items; {interactions:,} interactions")
         batch, read = rows * length, found.items_read(longest)
+        if _value(table, "session_length", SESSION) > 1 and _value(table, "item_head", False):
+            table.add("session_share", SESSION_SHARE, "the decoder trains on these sessions, the item head on all")
     else:
         batch, read = table.add("per_device_train_batch_size", 128, "examples of a step"), interactions
     steps = max(1, read // batch)

@@ -109,8 +109,8 @@ def test_cut_gives_the_examples_of_another_reading(tables):
 
 def test_rules_follow_the_data():
     options = chosen()
-    assert (options["max_history"], options["session_length"], options["train_on"]) == (20, 1, "prefixes")
-    assert (options["codebook_sizes"], options["hidden_size"], options["intermediate_size"]) == ([128] * 3, 128, 256)
+    assert (options["max_history"], options["session_length"], options["train_on"]) == (20, 5, "prefixes")
+    assert (options["codebook_sizes"], options["hidden_size"], options["intermediate_size"]) == ([256] * 3, 128, 256)
     assert (options["dropout_rate"], options["label_smoothing_factor"]) == (0.45, 0.2)
     assert (options["packing_length"], options["per_device_train_batch_size"]) == (64, 8)
     assert options["eval_exclude_seen"]
@@ -128,7 +128,7 @@ def test_codebooks_grow_with_the_catalogue():
 def test_reasons_hold_the_number():
     reasons = {row.option: row.reason for row in choose(LARGE)}
     assert reasons["max_history"] == "95 % of users have at most 19 training interactions"
-    assert reasons["codebook_sizes"] == "12,101 items, about 94 to a code"
+    assert reasons["codebook_sizes"] == "12,101 items, about 47 to a code"
     assert reasons["dropout_rate"] == "16 interactions per item"
     assert all(reasons.values())
 
@@ -202,7 +202,7 @@ def test_train_without_options_is_the_chosen_model(trained, tables):
     config, rows = trained.model.config, chosen_settings(**tables, **QUICK)
     options = {row.option: row.value for row in rows}
     assert (config.hidden_size, config.encoder_layers, config.decoder_layers) == (64, 2, 1)
-    assert (config.encoder_is_causal, config.encoder_attention, config.session_length) == (True, "pointwise", 1)
+    assert (config.encoder_is_causal, config.encoder_attention, config.session_length) == (True, "pointwise", 5)
     assert config.item_head.num_items == 40
     assert trained.processor.max_history == options["max_history"] == 10
     assert trained.trainer.args.learning_rate == options["learning_rate"]
@@ -232,7 +232,7 @@ def test_options_of_the_data_that_were_given_stay(tables):
     data = load_dataset(**tables, max_history=3)
     rows = {row.option: row for row in chosen_settings(data)}
     assert (rows["max_history"].value, rows["max_history"].reason) == (3, "given")
-    assert rows["session_length"].value == 1
+    assert rows["session_length"].value == 5
 
 
 def test_settings_objects_are_given_as_a_whole(files):
