@@ -211,7 +211,8 @@ class OneRecGenerationMixin(GenerationMixin):
             if weight := self._item_score_weight(item_score_weight, generation_config):
                 history, mask, input_ids = self._encoded(inputs, kwargs)
                 item_scores = self._item_scores(history, mask, constraint.trie, weight, input_ids)
-            decoder_weight = self._decoder_weight(decoder_weight, weight, generation_config)
+            one_item = self._generates_one_item(kwargs, generation_config)
+            decoder_weight = self._decoder_weight(decoder_weight, weight, one_item, generation_config)
             logits_processor = LogitsProcessorList(logits_processor or [])
             logits_processor.append(
                 SemanticIDLogitsProcessor(
@@ -325,7 +326,8 @@ class OneRecGenerationMixin(GenerationMixin):
                 ([`ItemEvidence`]) of each item, given the items before it. It guides the beams from the first code on.
                 `generation_config.item_score_weight` when not given, 0 where that has none.
             decoder_weight: factor of the decoder's log-probabilities beside the item scores. With 0 and sessions of one item the item head
-                alone ranks, and no decoder runs. `generation_config.decoder_weight` when not given, 1 where that has none.
+                alone ranks, and no decoder runs. When not given, `generation_config.decoder_weight` for sessions of one item (1 where that has
+                none), and 1 for longer ones.
             diversity: penalty on items that the returned sessions of a user share; 0 returns the best beams, which differ by an item or two. With 1,
                 three sessions of five share almost none; each shared item takes `log(items)`, the score of an item drawn at random. The first session
                 is the best one, each other the best beside those before it, and `sequences_scores` say what that costs: they are without the penalty.
@@ -388,7 +390,7 @@ class OneRecGenerationMixin(GenerationMixin):
             item_scores = None
             if weight := self._item_score_weight(item_score_weight):
                 item_scores = self._item_scores(history, attention_mask, constraint.trie, weight, input_ids)
-            decoder_weight = self._decoder_weight(decoder_weight, weight)
+            decoder_weight = self._decoder_weight(decoder_weight, weight, session_length == 1)
             diverse = None
             if diversity and min(num_return_sequences, session_length) > 1:  # single items are all different
                 weights = torch.full((session_length,), decoder_weight, device=self.device)
@@ -497,10 +499,20 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         return float(weight)
 
-    def _decoder_weight(self, given: float | None, item_score_weight: float, generation_config=None) -> float:
-        """The weight that was given, or else the default of the generation config."""
+    def _generates_one_item(self, kwargs: dict, generation_config) -> bool:
+        """Whether `generate` with these arguments writes sessions of one item."""
+        tokens = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
+        if tokens is None and (length := kwargs.get("max_length") or getattr(generation_config, "max_length", None)):
+            tokens = length - 1
+        tokens = self._session_tokens(self.config.session_length) if tokens is None else tokens
+        return tokens == self._session_tokens(1)
+
+    def _decoder_weight(
+        self, given: float | None, item_score_weight: float, one_item: bool, generation_config=None
+    ) -> float:
+        """The weight that was given, or else for single items the default of the generation config; 1 for longer sessions."""
         asked = given
-        for config in (generation_config, self.generation_config):
+        for config in (generation_config, self.generation_config) if one_item else ():
             given = getattr(config, "decoder_weight", None) if given is None else given  # no field of transformers'
         weight = 1.0 if given is None else float(given)
         if weight < 0:

@@ -261,6 +261,25 @@ def test_sampled_sessions_have_the_scores_of_both():
     assert_close(out.sampling_scores.view(2, ITEMS).exp().sum(1), torch.ones(2), terms=1024)
 
 
+@torch.no_grad()
+def test_the_default_weight_is_for_single_items():
+    """Longer sessions are written by the decoder too, in both ways to generate."""
+    model, inputs = make(), PROCESSOR(HISTORIES)
+    model.generation_config.item_score_weight = 2.0
+    expected = {}
+    for length in (1, 2):
+        for weight in (0.0, 1.0):
+            expected[length, weight] = model.recommend(**inputs, session_length=length, num_beams=8, decoder_weight=weight)
+    assert any(not torch.equal(expected[length, 0.0], expected[length, 1.0]) for length in (1, 2))
+    model.generation_config.decoder_weight = 0.0
+    for length, weight in ((1, 0.0), (2, 1.0)):
+        tokens = length * model.config.tokens_per_item - 1
+        assert torch.equal(model.recommend(**inputs, session_length=length, num_beams=8), expected[length, weight])
+        assert torch.equal(model.generate(**inputs, max_new_tokens=tokens, num_beams=8), expected[length, weight])
+        again = model.generate(**inputs, max_length=tokens + 1, num_beams=8)
+        assert torch.equal(again, expected[length, weight])
+
+
 def test_nothing_left_to_rank_by():
     model, inputs = make(), PROCESSOR(HISTORIES)
     with pytest.raises(ValueError, match="decoder_weight=0 leaves nothing to rank by"):
