@@ -31,6 +31,7 @@ from .layers_onerec import at_places
 from .top_candidates import top_candidates
 
 _CPU_ROWS_AT_ONCE = 1024
+_PROBES = 1024
 # The scorer of each encoder, with what it was made from: at a million items its vectors take longer to compute than an answer.
 _SCORERS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, list, ItemScorer]] = weakref.WeakKeyDictionary()
 # Arguments that generate() passes to its search and that the fast path uses, or may ignore.
@@ -627,12 +628,15 @@ class OneRecGenerationMixin(GenerationMixin):
 
 
 def _made_from(encoder) -> list | None:
-    """The state of the weights behind item scores, as far as autograd's version counters show it; None under adapters, which are switched without."""
+    """The state of the weights behind item scores; None under adapters, which are switched without a change of weights."""
     modules = [*encoder.item_head.modules(), encoder.embed_tokens]
     if any(type(module).__module__.startswith("peft") for module in modules):
         return None
     weights = [weight for module in modules for weight in (*module.parameters(False), *module.buffers(False))]
-    return [(id(weight), weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
+    # Fused optimizers change weights without counting a version: some of the entries tell.
+    probes = [weight.flatten()[:: 1 + weight.numel() // _PROBES].double().sum() for weight in weights]
+    named = [(id(weight), weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
+    return [named, torch.stack(probes).tolist()]
 
 
 def _check_added(content: Mapping[Any, Any], added: list) -> None:

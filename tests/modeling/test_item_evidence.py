@@ -269,7 +269,9 @@ def test_the_default_weight_is_for_single_items():
     expected = {}
     for length in (1, 2):
         for weight in (0.0, 1.0):
-            expected[length, weight] = model.recommend(**inputs, session_length=length, num_beams=8, decoder_weight=weight)
+            expected[length, weight] = model.recommend(
+                **inputs, session_length=length, num_beams=8, decoder_weight=weight
+            )
     assert any(not torch.equal(expected[length, 0.0], expected[length, 1.0]) for length in (1, 2))
     model.generation_config.decoder_weight = 0.0
     for length, weight in ((1, 0.0), (2, 1.0)):
@@ -278,6 +280,41 @@ def test_the_default_weight_is_for_single_items():
         assert torch.equal(model.generate(**inputs, max_new_tokens=tokens, num_beams=8), expected[length, weight])
         again = model.generate(**inputs, max_length=tokens + 1, num_beams=8)
         assert torch.equal(again, expected[length, weight])
+
+
+@pytest.mark.parametrize("optimizer", [{"fused": True}, {"foreach": True}])
+def test_scores_follow_the_weights(optimizer):
+    """Between two rankings an optimizer, whether or not it counts versions, a copy of weights, or another dtype changes the item vectors."""
+    model, inputs = make(evidence=False), PROCESSOR(HISTORIES)
+    options = {
+        "session_length": 1,
+        "num_beams": 30,
+        "num_return_sequences": 30,
+        "decoder_weight": 0.0,
+        "item_score_weight": 1.0,
+    }
+
+    def ranked():
+        found = model.recommend(**inputs, **options)
+        with torch.no_grad():
+            wanted = scores_of(model, HISTORIES).topk(30).indices
+        return PROCESSOR.item_indices(found).view(2, 30), wanted
+
+    first, _ = ranked()
+    again, _ = ranked()
+    assert torch.equal(first, again)
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1, **optimizer)
+    for _ in range(2):
+        model(**PROCESSOR(HISTORIES, sessions=[["m4", "m6"], ["m7", "m8"]])).loss.backward()
+        adamw.step()
+        found, _ = ranked()
+        with torch.enable_grad():  # nothing is kept where gradients are needed
+            encoder, trie = model.get_encoder(), model.catalogue.trie
+            fresh = model.item_scorer(trie)
+        states = history_states(encoder(**inputs).last_hidden_state, inputs["attention_mask"])
+        wanted = fresh.log_probs(states)[:, trie.index_to_leaf].topk(30).indices
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found, first)
 
 
 def test_nothing_left_to_rank_by():
