@@ -205,7 +205,7 @@ class View:
             # What no trial changes stands in the family's file, and all of it in results.json.
             drawn = [name for name in settings if name not in one.family.settings or name in one.family.space]
             shown = ", ".join(f"{name}={_plain(settings[name])}" for name in drawn)
-            rows.append([one.family.title, shown, f"{np.mean(epochs):.0f}" if epochs else ""])
+            rows.append([one.family.title, shown, f"{np.mean(epochs):.3g}" if epochs else ""])
         return Table(["model", "chosen settings", "epochs trained"], rows)
 
     def pictures(self) -> dict[str, str]:
