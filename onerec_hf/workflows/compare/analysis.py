@@ -38,19 +38,6 @@ class Quality:
         return float(self.users[metric].mean())
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """
-    The mean difference user by user, and its standard error.
-
-    Example:
-        >>> mean, error = difference(np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]))
-        >>> mean, round(error, 3)
-        (0.25, 0.25)
-    """
-    more = one - other
-    return float(more.mean()), float(more.std(ddof=1) / len(more) ** 0.5)
-
-
 def strata(data: InMemoryDataset) -> dict[str, dict[str, np.ndarray]]:
     """
     (users,) masks of test users by name, in groups: popularity of the target, cold targets, length of the history, repeated targets, repeats in the

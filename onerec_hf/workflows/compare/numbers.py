@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from onerec_hf.workflows.verdict import Difference
+
 
 def number(value: float) -> str:
     """
@@ -16,15 +18,15 @@ def number(value: float) -> str:
     return f"{value:.4f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.4f}"
 
 
-def signed(mean: float, error: float) -> str:
+def signed(difference: Difference) -> str:
     """
     A difference and its standard error.
 
     Example:
-        >>> signed(0.0026, 0.0011), signed(-0.0019, 0.0007)
+        >>> signed(Difference(0.0026, 0.0011, 500)), signed(Difference(-0.0019, 0.0007, 500))
         ('+.0026 ± .0011', '-.0019 ± .0007')
     """
-    return f"{'' if mean < 0 else '+'}{number(mean)} ± {number(error)}"
+    return f"{'' if difference.mean < 0 else '+'}{number(difference.mean)} ± {number(difference.error)}"
 
 
 def spread(values: list[float]) -> str:

@@ -48,8 +48,7 @@ class Run:
         Raises:
             ValueError: its file is of a run with other settings, or damaged.
         """
-        kept = not self.spec["keep"] or Path(self.spec["folder"], "config.json").is_file()
-        if not (self.path.is_file() and kept):
+        if not self.path.is_file():
             return None
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
@@ -58,7 +57,8 @@ class Run:
             raise ValueError(f"{self.path} is damaged ({short(error)}). Remove it: the run is repeated") from None
         if differ := [key for key, value in self.spec.items() if spec.get(key) != value]:
             raise ValueError(f"{self.path} was measured with another {', '.join(differ)}. Pass another --output_dir")
-        return found
+        lost = self.spec["keep"] and not Path(self.spec["folder"], "config.json").is_file()
+        return None if lost and found["state"] == "finished" else found
 
 
 @dataclass

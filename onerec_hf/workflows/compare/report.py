@@ -12,9 +12,10 @@ import numpy as np
 from onerec_hf.evaluation.results import machine, result_row, write_results
 from onerec_hf.workflows.artefact import write_bytes
 from onerec_hf.workflows.compare import plots
-from onerec_hf.workflows.compare.analysis import by_strata, difference
+from onerec_hf.workflows.compare.analysis import by_strata
 from onerec_hf.workflows.compare.numbers import duration, number, signed, spread
 from onerec_hf.workflows.compare.ranking import METRIC
+from onerec_hf.workflows.verdict import FEWEST_USERS, Difference
 
 if TYPE_CHECKING:
     from onerec_hf.workflows.compare.bench import Bench, Outcome
@@ -80,7 +81,9 @@ class View:
         self.colour = plots.colours([one.family.title for one in self.ranked])
         self.users = len(bench.dataset.test)
         self.differences = {
-            one.family.name: difference(_users(one), _users(self.best)) for one in self.ranked if one is not self.best
+            one.family.name: Difference.of(_users(one), _users(self.best))
+            for one in self.ranked
+            if one is not self.best
         }
 
     @property
@@ -98,11 +101,13 @@ class View:
             f"{number(quality.mean(METRIC))} and recall@10 {number(quality.mean('recall@10'))}, over {_count(len(self.bench.seeds), 'seed')} and "
             f"{self.users:,} users."
         ]
+        if self.users < FEWEST_USERS:
+            return [*found, f"{_count(self.users, 'test user')} are too few to tell models apart."]
         level, ahead = self._compared()
         if ahead:
             found.append(f"On test {_listed(ahead)} is ahead, although validation chose another: consider both.")
         if level:
-            shown = [f"{one.family.title} ({signed(*self.differences[one.family.name])})" for one in level]
+            shown = [f"{one.family.title} ({signed(self.differences[one.family.name])})" for one in level]
             found.append(f"Not clearly different on test, within {CLEAR:g} standard errors: {', '.join(shown)}.")
         elif self.differences and not ahead:
             found.append(f"Every other model is behind by more than {CLEAR:g} standard errors.")
@@ -118,7 +123,7 @@ class View:
                 f"Behind item-kNN by more than {CLEAR:g} standard errors: {', '.join(one.family.title for one in behind)}."
             )
         if self.differences:
-            error = float(np.median([error for _, error in self.differences.values()]))
+            error = float(np.median([found.error for found in self.differences.values()]))
             found.append(
                 f"With {self.users:,} test users, differences below about {number(CLEAR * error)} NDCG@10 cannot be told from chance."
             )
@@ -144,7 +149,7 @@ class View:
             assert one.quality is not None
             shown = [spread([run["metrics"][VALUE] for run in one.runs.values()])]
             shown += [spread(one.quality.seeds[metric]) for metric in ("recall@10", METRIC)]
-            against = "best" if one is self.best else signed(*self.differences[one.family.name])
+            against = "best" if one is self.best else signed(self.differences[one.family.name])
             rows.append([one.family.title, self._trials(one), *shown, against])
         rows += [[one.family.title, self._trials(one), "", "", "", one.reason or ""] for one in self.failed]
         return Table(
@@ -200,7 +205,7 @@ class View:
             # What no trial changes stands in the family's file, and all of it in results.json.
             drawn = [name for name in settings if name not in one.family.settings or name in one.family.space]
             shown = ", ".join(f"{name}={_plain(settings[name])}" for name in drawn)
-            rows.append([one.family.title, shown, f"{np.mean(epochs):.0f}" if epochs else ""])
+            rows.append([one.family.title, shown, f"{np.mean(epochs):.3g}" if epochs else ""])
         return Table(["model", "chosen settings", "epochs trained"], rows)
 
     def pictures(self) -> dict[str, str]:
@@ -265,14 +270,14 @@ class View:
             values = [run["metrics"][VALUE] for run in one.runs.values()]
             found.append(result_row(f"{name}/{VALUE}", float(np.mean(values)), "share", spread=_ends(values)))
             if one is not self.best:
-                mean, error = self.differences[name]
+                more = self.differences[name]
                 found.append(
                     result_row(
                         f"{name}/{METRIC}_difference",
-                        mean,
+                        more.mean,
                         "share",
                         self.best.family.name,
-                        (mean - error, mean + error),
+                        (more.mean - more.error, more.mean + more.error),
                     )
                 )
             found.append(result_row(f"{name}/train_cpu_seconds", _mean(one, "train_cpu_seconds"), "s"))
@@ -286,20 +291,14 @@ class View:
         """Families that are level with the best on test, and titles of those that are ahead."""
         level, ahead = [], []
         for one in self.ranked[1:]:
-            mean, error = self.differences[one.family.name]
-            if abs(mean) <= CLEAR * error:
-                level.append(one)
-            elif mean > 0:
-                ahead.append(one.family.title)
+            outcome = self.differences[one.family.name].outcome
+            level += [one] if outcome == "open" else []
+            ahead += [one.family.title] if outcome == "better" else []
         return level, ahead
 
     def _behind(self, baseline: Outcome) -> list[Outcome]:
-        found = []
-        for one in self.ranked:
-            if one is not baseline and one.family.name != "popularity":
-                mean, error = difference(_users(one), _users(baseline))
-                found += [one] if mean < -CLEAR * error else []
-        return found
+        others = [one for one in self.ranked if one.family.name not in ("popularity", baseline.family.name)]
+        return [one for one in others if Difference.of(_users(one), _users(baseline)).outcome == "worse"]
 
     def _trials(self, one: Outcome) -> str:
         if one.search is None:

@@ -107,7 +107,7 @@ def _fit_ranking(
     progress.ends()
     items = ItemIndex(data.item_ids)
     save_ranking(folder, model, items)
-    _save_items(folder, data, items)
+    _save_beside(folder, data, items, spec["exclude_seen"])
 
 
 def _fit_sequential(
@@ -134,7 +134,7 @@ def _fit_sequential(
     model.save_pretrained(folder)
     items = model.items
     assert isinstance(items, ItemIndex)
-    _save_items(folder, data, items)
+    _save_beside(folder, data, items, spec["exclude_seen"])
 
 
 def _fit_onerec(
@@ -160,10 +160,12 @@ def _fit_onerec(
     )
 
 
-def _save_items(folder: Path, data: InMemoryDataset, items: Any) -> None:
-    """Titles beside the model, for the server's answers; `train` saves a generator's."""
+def _save_beside(folder: Path, data: InMemoryDataset, items: Any, exclude_seen: bool) -> None:
+    """Data options and titles beside the model, for later commands and the server's answers; `train` saves a generator's."""
     from onerec_hf.data.item_fields import save_items_table
+    from onerec_hf.workflows.data_options import save_data_options
 
+    save_data_options(folder, data, exclude_seen)
     if data.items is not None:
         save_items_table(folder, data.items, items)
 

@@ -1,14 +1,11 @@
-"""Options of a comparison, and times such as `2h`."""
+"""Options of a comparison."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from onerec_hf.workflows.settings import OutputSettings
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass
@@ -72,14 +69,19 @@ class CompareSettings(OutputSettings):
         The budget in seconds; None without one.
 
         Raises:
-            ValueError: it is no time.
+            ValueError: it is no wall time.
         """
         if self.budget is None:
             return None
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget.strip())
-        if found is None or not float(found[1]):
-            raise ValueError(f"--budget {self.budget}: pass a time above 0, such as 90s, 30m, 2h or 1d")
-        return float(found[1]) * _UNITS[found[2]]
+        from onerec_hf.trainers.budget import Budget
+
+        try:
+            budget = Budget.parse(self.budget)
+        except ValueError as error:
+            raise ValueError(f"--budget: {error}") from None
+        if budget.cpu:
+            raise ValueError(f"--budget {self.budget}: a comparison takes wall time, such as 30m or 2h")
+        return budget.seconds
 
     @property
     def folder(self) -> Path:

@@ -200,13 +200,13 @@ def test_a_budget_that_ends_in_the_first_round_stops_what_runs(searches):
 def test_processes_end_and_say_why(tmp_path):
     """A run that fails says why in its file and its log; one that is stopped is gone with its folder."""
 
-    def run(name):
+    def run(name, keep=False):
         folder = tmp_path / "scratch" / name
         folder.mkdir(parents=True)
         paths = {"result": f"{tmp_path}/{name}.json", "progress": f"{tmp_path}/{name}.progress", "folder": str(folder)}
-        return Run(name, name, 0, {**paths, "keep": False})
+        return Run(name, name, 0, {**paths, "keep": keep})
 
-    wrong, long = run("wrong"), run("long")
+    wrong, long = run("wrong", keep=True), run("long")
     with Processes(3) as processes:
         processes.start(wrong)  # a spec without a family
         processes.start(long)
