@@ -9,8 +9,9 @@ head, it names items that the learned vectors miss, because counts need no gradi
     before         log(1 + how often i directly preceded item n)
     content        the largest cosine of i's content and that of a history item
     content_last   the cosine of i's content and that of item n
+    popular        log(1 + interactions of i)
 
-The counts are neighbour lists, the largest `neighbours` per item. The six weights are fitted on validation users after training.
+The counts are neighbour lists, the largest `neighbours` per item. The seven weights are fitted on validation users after training.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import nn
 from .top_candidates import top_candidates
 
 LISTS = ("near", "next", "before")
-FEATURES = ("head", *LISTS, "content", "content_last")
-#: Weights where there are no validation users: those of Amazon Beauty without `before`, whose sign depends on how a log orders equal times.
-DEFAULT_WEIGHTS = (0.57, 1.1, 0.2, 0.0, 2.05, 0.6)
+FEATURES = ("head", *LISTS, "content", "content_last", "popular")
+#: Weights where there are no validation users: those of Amazon Beauty without `before`, whose sign depends on how a log orders equal times, and
+#: `popular`, which depends on the data.
+DEFAULT_WEIGHTS = (0.57, 1.1, 0.2, 0.0, 2.05, 0.6, 0.0)
 _DECAY = 0.8
 
 
@@ -115,6 +117,10 @@ class ItemEvidence(nn.Module):
         sums = values.new_zeros(*items.shape[:-1], width).scatter_add_(-1, found, values.flatten(-2))
         return found, sums
 
+    def _popularity(self) -> torch.Tensor:
+        """(num_items + 1,) of each row."""
+        return torch.log1p(self.interactions.float())
+
     def _weight(self, name: str) -> torch.Tensor:
         return self.weights[FEATURES.index(name)].float()
 
@@ -143,7 +149,8 @@ class ItemEvidence(nn.Module):
         """
         items = scores.shape[1]
         columns, rows = self._places(items, columns, rows, scores.device)
-        out = F.pad(scores.float() * self._weight("head"), (0, 1))  # what is in no column goes into the last one
+        base = scores.float() * self._weight("head") + self._weight("popular") * self._popularity()[rows]
+        out = F.pad(base, (0, 1))  # what is in no column goes into the last one
         for name, where, value in self._from_lists(history, columns, items + 1):
             out.scatter_(1, where, out.gather(1, where) + self._weight(name) * value)
         out = out[:, :items]
@@ -178,7 +185,7 @@ class ItemEvidence(nn.Module):
             excluded: (users, e) rows that are no candidates, padded with 0.
 
         Returns:
-            (users, candidates, 6) the head's score and the evidence in the order of `FEATURES`, and (users, candidates) rows; 0 for an excluded
+            (users, candidates, 7) the head's score and the evidence in the order of `FEATURES`, and (users, candidates) rows; 0 for an excluded
             item, which is there only where fewer items than candidates are left.
         """
         items = scores.shape[1]
@@ -198,12 +205,13 @@ class ItemEvidence(nn.Module):
             parts += [torch.zeros_like(parts[0])] * 2
         else:
             parts += similarities(content, history, rows[found])
+        parts.append(self._popularity()[rows[found]])
         which = rows[found] if legal is None else rows[found].masked_fill(~legal.gather(1, found), 0)
         return torch.stack(parts, dim=-1), which
 
     @torch.no_grad()
     def set_weights(self, weights: torch.Tensor) -> None:
-        """Sets the six weights, in the order of `FEATURES`."""
+        """Sets the seven weights, in the order of `FEATURES`."""
         self.weights.copy_(weights)
 
 
@@ -223,7 +231,9 @@ class SessionEvidence:
 
     def __init__(self, evidence: ItemEvidence, scores, history, content, columns, rows, found):
         self.evidence, self.columns, self.found, self.rows = evidence, columns, found, rows
-        self.base = evidence._weight("head") * scores
+        self.base = (
+            evidence._weight("head") * scores + evidence._weight("popular") * evidence._popularity()[rows[found]]
+        )
         items = len(rows)
         present = history > 0
         age = present.flip(1).cumsum(1).flip(1) - 1
@@ -327,13 +337,13 @@ def fit_weights(
     Args:
         features, rows: of [`ItemEvidence.features`].
         targets: (users,) rows of the held-out items. Users whose target is no candidate are left out.
-        start: (6,) weights; `DEFAULT_WEIGHTS` when not given.
+        start: (7,) weights; `DEFAULT_WEIGHTS` when not given.
 
     Returns:
-        (6,) float32; `start` where no target is a candidate.
+        (7,) float32; `start` where no target is a candidate.
 
     Example:
-        >>> features = torch.randn(64, 10, 6)
+        >>> features = torch.randn(64, 10, 7)
         >>> rows = torch.arange(1, 11).expand(64, 10)
         >>> targets = features[..., 1].argmax(1) + 1  # the counts alone decide
         >>> bool((fit_weights(features, rows, targets).argmax() == 1))

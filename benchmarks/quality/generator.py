@@ -138,15 +138,15 @@ def session_rows(setting: Setting) -> list[dict[str, Any]]:
         rows.append(row(f"sessions/{name}/recall_of_five", _recall(found, targets), "share"))
         vectors = content.vectors[found]
         cosines = [(vectors[:, i] * vectors[:, j]).sum(-1).mean() for i, j in combinations(range(5), 2)]
-        rows.append(row(f"sessions/{name}/different", 1 - np.mean(cosines), "1 - cosine"))
+        rows.append(row(f"sessions/{name}/different", 1 - float(np.mean(cosines)), "1 - cosine"))
         categories = [len(set(content.categories[items])) for items in found]
-        rows.append(row(f"sessions/{name}/categories", np.mean(categories), "of five"))
+        rows.append(row(f"sessions/{name}/categories", float(np.mean(categories)), "of five"))
         seen = [np.isin(items, index(history)).mean() for items, history in zip(way(True), histories, strict=True)]
-        rows.append(row(f"sessions/{name}/repeats", np.mean(seen), "share"))
+        rows.append(row(f"sessions/{name}/repeats", float(np.mean(seen)), "share"))
     vectors = content.vectors[targets]
     cosines = [(vectors[:, i] * vectors[:, j]).sum(-1).mean() for i, j in combinations(range(5), 2)]
-    rows.append(row("sessions/true/different", 1 - np.mean(cosines), "1 - cosine"))
-    categories = np.mean([len(set(content.categories[items])) for items in targets])
+    rows.append(row("sessions/true/different", 1 - float(np.mean(cosines)), "1 - cosine"))
+    categories = float(np.mean([len(set(content.categories[items])) for items in targets]))
     rows.append(row("sessions/true/categories", categories, "of five"))
     ranked = models.ranking(model, processor, histories, 15, **models.WAYS["head"])
     rows.append(row("sessions/list_head_15/recall_of_five", _recall(ranked, targets), "share"))
@@ -236,6 +236,7 @@ def cold_rows(setting: Setting) -> list[dict[str, Any]]:
     from onerec_hf.semantic_ids import extend_catalogue
     from onerec_hf.semantic_ids.quantizer import Quantizer
 
+    assert setting.data.items is not None
     new_users, old_users, new = models.hold_out_items(setting.data, 0.05, setting.users)
     folder = setting.work / "cold"
     # New items have no behaviour: the semantic IDs are of the contents alone.
@@ -244,7 +245,7 @@ def cold_rows(setting: Setting) -> list[dict[str, Any]]:
     quantizer = Quantizer.load(f"{folder}-quantizer.safetensors")
     vectors = np.asarray(setting.data.items.select(new).embeddings, dtype=np.float32)
     catalogue = extend_catalogue(model.catalogue, quantizer, new, vectors)
-    content = models.content_of(setting.data.items, new)
+    content = models.content_of(setting.data.items, new.tolist())
     model.set_catalogue(catalogue, content=dict(zip(new.tolist(), torch.from_numpy(content), strict=True)))
     processor.set_catalogue(catalogue)
     rows = []

@@ -186,11 +186,11 @@ def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32; the item head's 64-bit
     keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
-    counts and six weights.
+    counts and seven weights.
     """
     biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
     head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
     of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
     if head is not None and head.evidence:
-        of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 6
+        of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7
     return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + of_head

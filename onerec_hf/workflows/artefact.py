@@ -258,7 +258,8 @@ def new_model(
     model.set_catalogue(catalogue)
     if content is not None:
         codes, vectors = torch.tensor(catalogue.codes, dtype=torch.long), torch.from_numpy(content)
-        model.get_encoder().item_head.set_content(codes, vectors)
+        head: Any = model.get_encoder().item_head
+        head.set_content(codes, vectors)
     set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model
 

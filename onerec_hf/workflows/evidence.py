@@ -46,7 +46,7 @@ def fit_evidence(
 
     Example:
         >>> fit_evidence(result.model, result.processor, dataset)  # doctest: +SKIP
-        {'head': 1.1, 'near': 0.4, 'next': 0.3, 'before': 0.2, 'content': 1.5, 'content_last': 1.0}
+        {'head': 1.1, 'near': 0.4, 'next': 0.3, 'before': 0.2, 'content': 1.5, 'content_last': 1.0, 'popular': 0.1}
     """
     from onerec_hf.data.evidence_counts import count_evidence
     from onerec_hf.modeling.item_evidence import FEATURES, fit_weights
@@ -120,7 +120,7 @@ def candidate_features(
             parts.append((features, rows, head.rows(batch["labels"][:, :levels])))
     model.train(training)
     if not parts:
-        empty = torch.zeros(0, 1, 6)
+        empty = torch.zeros(0, 1, 7)
         return empty, empty[..., 0].long(), empty[:, 0, 0].long()
     features, rows, targets = (torch.cat(part) for part in zip(*parts, strict=True))
     return features, rows, targets

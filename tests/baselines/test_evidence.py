@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from onerec_hf.baselines import SequentialRecommender, add_evidence
 from onerec_hf.baselines.next_items import pad_left
-from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
+from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, FEATURES, LISTS
 from onerec_hf.trainers import fit_sequential
 from tests.rounding import assert_close, close
 
@@ -38,7 +38,7 @@ def test_scores_are_those_by_hand():
     model, history = make(), [0, 5, 3]
     plain = model(pad_left([np.array(history)])).logits[0]
     add_evidence(model, PAIRS, content=content)
-    model.evidence.set_weights(torch.tensor([2.0, 0.5, 0.25, 0.125, 1.5, -1.0]))
+    model.evidence.set_weights(torch.tensor([2.0, 0.5, 0.25, 0.125, 1.5, -1.0, 0.75]))
     rows = [[int(item[1:]) for item in sequence] for sequence in PAIRS]
     counts, follow, bought = np.zeros((12, 12)), np.zeros((12, 12)), np.zeros(12)
     for sequence in rows:
@@ -59,6 +59,7 @@ def test_scores_are_those_by_hand():
         + 0.125 * np.log1p(follow[:, 3])
         + 1.5 * cosines.max(1)
         - cosines[:, -1]
+        + 0.75 * np.log1p(bought)
     )
     found = model(pad_left([np.array(history)])).logits[0].detach().numpy()
     # Content counts from the least similar candidate on: a constant for each user, which ranks nothing. It is kept in float16.
@@ -92,7 +93,7 @@ def test_weights_are_fitted_on_validation_users():
     model.item_embedding.weight.data[1:] = torch.from_numpy(draw.normal(size=(40, 16))).float()
     content = draw.normal(size=(40, 4))
     add_evidence(model, sequences, validation, content)
-    weights = dict(zip(("head", *LISTS, "content", "content_last"), model.evidence.weights.tolist(), strict=True))
+    weights = dict(zip(FEATURES, model.evidence.weights.tolist(), strict=True))
     start = dict(zip(weights, DEFAULT_WEIGHTS, strict=True))
     assert weights["next"] > start["next"]
     assert weights["head"] < start["head"]

@@ -65,7 +65,8 @@ def by_hand(evidence, scores, history, content):
                 / math.sqrt(degree[other] * degree[item])
                 for j, other in enumerate(known)
             )
-            total = weights["head"] * score + weights["near"] * math.log1p(10 * near)
+            total = weights["head"] * score + weights["popular"] * math.log1p(float(evidence.interactions[item]))
+            total += weights["near"] * math.log1p(10 * near)
             if known:
                 total += weights["next"] * math.log1p(lists["next"][known[-1]].get(item, 0))
                 total += weights["before"] * math.log1p(lists["before"][known[-1]].get(item, 0))
@@ -96,7 +97,7 @@ def test_features_times_weights_are_the_scores():
     evidence, content = filled(12), content_of(12)
     history, scores = torch.tensor([[1, 5, 0], [0, 7, 7]]), torch.randn(2, 12)
     features, rows = evidence.features(scores, history, content, excluded=torch.tensor([[1, 5], [7, 0]]))
-    assert features.shape == (2, 12, 6)
+    assert features.shape == (2, 12, 7)
     assert (rows == 0).sum(1).tolist() == [2, 1]  # in place of the excluded ones, which are last
     assert not (rows[0, :, None] == torch.tensor([1, 5])).any()
     total, direct = features @ evidence.weights, evidence.add(scores, history, content).gather(1, (rows - 1).clamp(0))
@@ -119,8 +120,8 @@ def test_only_the_best_candidates_are_compared_by_content():
 
 def test_planted_weights_are_found():
     torch.manual_seed(0)
-    planted = torch.tensor([1.0, 2.0, 0.5, -0.5, 3.0, 0.0])
-    features, rows = torch.randn(4000, 20, 6), torch.arange(1, 21).expand(4000, 20)
+    planted = torch.tensor([1.0, 2.0, 0.5, -0.5, 3.0, 0.0, 1.0])
+    features, rows = torch.randn(4000, 20, 7), torch.arange(1, 21).expand(4000, 20)
     targets = torch.distributions.Categorical(logits=features @ planted).sample() + 1
     found = fit_weights(features, rows, targets)
     # Four standard errors of a coefficient: at most the one of a Gaussian with this many observations.
@@ -129,17 +130,17 @@ def test_planted_weights_are_found():
 
 @pytest.mark.parametrize("targets", [[0, 0], [99, 99]])
 def test_without_targets_the_weights_stay(targets):
-    start = torch.tensor([1.0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    features, rows = torch.randn(2, 5, 6), torch.arange(1, 6).expand(2, 5)
+    start = torch.tensor([1.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    features, rows = torch.randn(2, 5, 7), torch.arange(1, 6).expand(2, 5)
     assert torch.equal(fit_weights(features, rows, torch.tensor(targets), start), start)
 
 
 def test_evidence_that_never_differs_keeps_its_weight():
-    features, rows = torch.randn(50, 5, 6), torch.arange(1, 6).expand(50, 5)
-    features[..., 4:] = 0  # items without content
-    start = torch.ones(6)
+    features, rows = torch.randn(50, 5, 7), torch.arange(1, 6).expand(50, 5)
+    features[..., 4:6] = 0  # items without content
+    start = torch.ones(7)
     found = fit_weights(features, rows, torch.randint(1, 6, (50,)), start)
-    assert torch.equal(found[4:], start[4:])
+    assert torch.equal(found[4:6], start[4:6])
     assert not torch.equal(found[:4], start[:4])
 
 
