@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE, NOTES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", Path(__file__).with_name("NOTES.md")
 DATASET = "amazon-beauty"
-MAIN = ("popularity", "item_knn", "tiger", "hstu", "sasrec", "sasrec_text", "onerec_search", "onerec")
+MAIN = ("popularity", "item_knn", "tiger", "hstu", "sasrec", "sasrec_text", "onerec", "onerec_evidence")
 # Recall@10 / NDCG@10 on Beauty with the same split, and where they were published.
 PUBLISHED = {
     "tiger": ".0648 / .0384 (TIGER paper)",
