@@ -159,7 +159,7 @@ def sample(examples: datasets.Dataset, users: int | None) -> datasets.Dataset:
     Example:
         >>> from datasets import Dataset
         >>> sample(Dataset.from_dict({"user_id": list(range(100))}), 3)["user_id"][:]
-        [27, 51, 63]
+        [51, 63, 83]
     """
     if users is None or users >= len(examples):
         return examples

@@ -93,10 +93,10 @@ def test_what_was_picked_or_typed(recommender):
 def test_titles_come_from_a_table(tmp_path):
     items = write_csv(tmp_path / "items.csv", [["item_id", "title"], ["m1", "Alien"], ["m2", "Brazil"]])
     catalogue = make_catalogue()
-    found = DemoArguments(items=str(items)).load("", catalogue)
+    found = DemoArguments(items=str(items)).load(str(tmp_path), catalogue)
     assert dict(found) == {"m1": {"title": "Alien"}, "m2": {"title": "Brazil"}}
     with pytest.raises(ValueError, match="no column 'name' among"):
-        DemoArguments(items=str(items), title_column="name").load("", catalogue)
+        DemoArguments(items=str(items), title_column="name").load(str(tmp_path), catalogue)
 
 
 def test_refuses(trained, tmp_path):

@@ -17,7 +17,7 @@ from onerec_hf.planning.plan import best
 from tests.cli.commands import TINY, onerec, refused, succeeded
 
 ROOT = Path(__file__).parents[2]
-SIZES = [*TINY[: TINY.index("--max_steps")], "--codebook_sizes", "8", "8", "8"]
+SIZES = [*TINY[TINY.index("--hidden_size") : TINY.index("--max_steps")], "--codebook_sizes", "8", "8", "8"]
 
 
 def plan(tmp_path, *argv):

@@ -84,7 +84,7 @@ def weights(folder):
 
 def test_own_interactions(first, data):
     folder, done = first
-    processor = check(done, folder, " lamp ", "best")
+    processor = check(done, folder, " lamp ")
     assert processor.catalogue.codebook_sizes == [16, 16, 16]
     assert len(processor.catalogue) == NUM_ITEMS
     command = json.loads((folder / "results.json").read_text())["command"]
