@@ -38,7 +38,11 @@ def test_training_writes_one_artefact_and_says_things_once(shared, trained):
     assert set(contents(folder)) == set(contents(trained.folder))
     assert done.err.count(f"saved to {folder}") == 1
     assert done.err.count(" parameters, ") == 1
-    assert len(done.out.splitlines()) == len(trained.done.out.splitlines()) == 4
+    # A table with a line a model, and the verdict.
+    printed = [run.out.split("\n\n")[:2] for run in (done, trained.done)]
+    assert [len(table.splitlines()) for table, _ in printed] == [4, 4]
+    assert all(verdict.startswith("NDCG@10 of OneRec is ") for _, verdict in printed)
+    assert done.out.count("NDCG@10 of OneRec is ") == 1
     alike = [ItemCatalogue.load(path / "catalogue.safetensors").hash for path in (folder, trained.folder)]
     assert alike[0] == alike[1]
     mine, theirs = results(trained.folder), results(folder)
