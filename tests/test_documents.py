@@ -450,4 +450,4 @@ def test_these_recipes_are_there():
     assert [path.stem for path in LAUNCHES] == ["ddp", "deepspeed_zero3", "distributed", "fsdp2"]
     beauty = ["amazon_beauty.yaml", "amazon_beauty_gpu.yaml", "amazon_beauty_items.yaml"]
     kuairand = ["kuairand.yaml", "kuairand_align.yaml", "kuairand_items.yaml", "kuairand_reward.yaml"]
-    assert [recipe.name for recipe in RECIPES] == [*beauty, *kuairand, "movielens.yaml"]
+    assert [recipe.name for recipe in RECIPES] == [*beauty, "auto.yaml", *kuairand, "movielens.yaml"]
