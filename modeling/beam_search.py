@@ -249,7 +249,7 @@ def beam_search(
             if guide is not None and guide.guides(item):
                 added = guide.at_children(item, level, nodes)
             if sample:
-                scored = logits if added is None else logits + guide.increments(item, level, nodes)
+                scored = logits if added is None else logits + guide.increments(added, item, level, nodes)
                 conditional = (scored / temperature).log_softmax(-1)
                 # A beam without any legal child has nan here.
                 drawn_from = (sampled_from[..., None] + conditional).masked_fill_(~legal, float("-inf"))

@@ -114,7 +114,9 @@ class SemanticIDLogitsProcessor(LogitsProcessor):
             return 0.0
         users = len(self.item_scores.states)  # a constraint that holds for all users does not know their number
         self._guide.begin(item, own.unflatten(0, (users, -1)))
-        return self._guide.increments(item, level, nodes.view(users, -1)).flatten(0, 1)
+        nodes = nodes.view(users, -1)
+        children = self._guide.at_children(item, level, nodes)
+        return self._guide.increments(children, item, level, nodes).flatten(0, 1)
 
 
 class OneRecGenerationMixin(GenerationMixin):

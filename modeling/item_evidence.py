@@ -99,23 +99,31 @@ class ItemEvidence(nn.Module):
 
     def _from_lists(self, history: torch.Tensor, columns: torch.Tensor, width: int):
         """Per list its name, the columns that it names (users, m) and the evidence there; a column that is named twice has it twice."""
-        present = history > 0
-        age = present.flip(1).cumsum(1).flip(1) - 1
-        found, sums = self._near(history, _DECAY ** age.float() * present, columns, width)
+        found, sums = self.near_sums(history, columns, width)
         yield "near", found, torch.log1p(10 * sums.gather(1, found))
         last = latest(history)
         for name in LISTS[1:]:
             rows, counts = (part[last] for part in self.list_of(name))
             yield name, columns[rows.long()], torch.log1p(counts.float())
 
-    def _near(self, items: torch.Tensor, weights: torch.Tensor, columns: torch.Tensor, width: int):
-        """Columns (..., items * neighbours) that the neighbours of items (..., items) are in, and the weighted sums of N there (..., width)."""
-        degree = (self.interactions.float() + 1).rsqrt()
+    def near_sums(self, history: torch.Tensor, columns: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns (users, m) that the neighbours of histories' items are in, and the sums of N by age (users, width)."""
+        present = history > 0
+        age = present.flip(1).cumsum(1).flip(1) - 1
+        rows, values = self.near_pairs(history, _DECAY ** age.float() * present)
+        found = columns[rows]
+        # `len(history)` would make the number of users a constant of an exported graph.
+        return found, values.new_zeros(history.shape[0], width).scatter_add_(1, found, values)
+
+    def near_pairs(self, items: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the neighbours of items (..., n), and N of each pair times the item's weight: two tensors (..., n * neighbours)."""
         rows, counts = self.near_items[items].long(), self.near_counts[items].float()
-        values = counts * (weights * degree[items]).unsqueeze(-1) * degree[rows]
-        found = columns[rows].flatten(-2)
-        sums = values.new_zeros(*items.shape[:-1], width).scatter_add_(-1, found, values.flatten(-2))
-        return found, sums
+        values = counts * (weights * self._inverse_root(items)).unsqueeze(-1) * self._inverse_root(rows)
+        return rows.flatten(-2), values.flatten(-2)
+
+    def _inverse_root(self, rows: torch.Tensor) -> torch.Tensor:
+        """D^-1/2 of rows."""
+        return (self.interactions[rows].float() + 1).rsqrt()
 
     def _popularity(self) -> torch.Tensor:
         """(num_items + 1,) of each row."""
@@ -140,15 +148,16 @@ class ItemEvidence(nn.Module):
             scores: (users, items) float32 of the head.
             history: (users, n) rows of the items of histories, oldest first; 0 where there is none.
             content: (num_items + 1, d) content vectors of length 1, zeros for an item without content. Without, there is no content evidence.
-            columns: (num_items + 1,) the column of `scores` of each row, -1 for none; row i is column i - 1 when not given.
-            rows: (items,) the row of each column, in place of 1, 2, ...
+            columns: (num_items + 1,) the column of `scores` of each row, the number of items for none; row i is column i - 1 when not given.
+            rows: (items,) the row of each column, given with `columns`.
             legal: (users, items) bool; other items take no place among the candidates whose content is compared.
 
         Returns:
             (users, items) float32. An item that is no candidate gets the content evidence of the least similar candidate.
         """
         items = scores.shape[1]
-        columns, rows = self._places(items, columns, rows, scores.device)
+        if columns is None or rows is None:
+            columns, rows = self._places(items)
         base = scores.float() * self._weight("head") + self._weight("popular") * self._popularity()[rows]
         out = F.pad(base, (0, 1))  # what is in no column goes into the last one
         for name, where, value in self._from_lists(history, columns, items + 1):
@@ -162,12 +171,10 @@ class ItemEvidence(nn.Module):
         bonus = self._weight("content") * largest + self._weight("content_last") * last
         return out.scatter_add(1, found, bonus - bonus.amin(1, keepdim=True))
 
-    def _places(self, items: int, columns, rows, device):
-        """Column of each row, `items` for rows without one; and row of each column."""
-        if columns is None:
-            columns = torch.arange(-1, len(self.interactions) - 1, device=device)
-            rows = torch.arange(1, items + 1, device=device)
-        return torch.where(columns < 0, items, columns), rows
+    def _places(self, items: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column of each row where row i is column i - 1, `items` for row 0, which has none; and row of each column."""
+        rows = torch.arange(1, items + 1, device=self.interactions.device)
+        return F.pad(rows - 1, (1, 0), value=items), rows
 
     def features(
         self,
@@ -189,7 +196,7 @@ class ItemEvidence(nn.Module):
             item, which is there only where fewer items than candidates are left.
         """
         items = scores.shape[1]
-        columns, rows = self._places(items, None, None, scores.device)
+        columns, rows = self._places(items)
         legal = None
         if excluded is not None:
             legal = torch.ones_like(scores, dtype=torch.bool)
@@ -234,11 +241,7 @@ class SessionEvidence:
         self.base = (
             evidence._weight("head") * scores + evidence._weight("popular") * evidence._popularity()[rows[found]]
         )
-        items = len(rows)
-        present = history > 0
-        age = present.flip(1).cumsum(1).flip(1) - 1
-        _, sums = evidence._near(history, _DECAY ** age.float() * present, columns, items + 1)
-        self.near = sums.gather(1, found)
+        self.near = evidence.near_sums(history, columns, len(rows) + 1)[1].gather(1, found)
         self.last = latest(history)
         self.content = None if content is None or content.shape[1] == 0 else content
         if self.content is not None:
@@ -260,11 +263,9 @@ class SessionEvidence:
         evidence, (users, beams, items), count = self.evidence, written.shape, self.found.shape[1]
         rows = self.rows[written]
         weights = _DECAY ** torch.arange(items - 1, -1, -1, device=rows.device)
-        degree = (evidence.interactions.float() + 1).rsqrt()
-        names, counts = evidence.near_items[rows].long(), evidence.near_counts[rows].float()
-        values = counts * (weights * degree[rows]).unsqueeze(-1) * degree[names]
+        names, values = evidence.near_pairs(rows, weights)
         near = torch.zeros(users, beams, count + 1, device=rows.device)
-        near.scatter_add_(2, self._places(names.flatten(2)), values.flatten(2))
+        near.scatter_add_(2, self._places(names), values)
         near = near[..., :count] + _DECAY**items * self.near[:, None]
         if self.content is None:
             return self._total(near, rows[..., -1])

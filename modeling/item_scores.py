@@ -21,7 +21,7 @@ class ItemScorer:
     """
 
     def __init__(self, encoder, code_tokens: torch.Tensor):
-        head, self.scored, self.columns = encoder.item_head, None, None
+        head, self.scored = encoder.item_head, None
         self.evidence, self.content = head.evidence, head.content
         self.rows = head.rows(code_tokens)
         # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
@@ -31,10 +31,10 @@ class ItemScorer:
             self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
             if not (head.config.score_codes or self.rows.all()):
                 self.scored = self.rows > 0
-            items = torch.arange(len(self.rows), device=self.rows.device)
-            self.columns = torch.full((len(head.keys) + 1,), -1, device=self.rows.device)
-            self.columns[self.rows] = items
-            self.columns[0] = -1
+        # The column of each row of the item head; the number of items for rows without one, and for row 0.
+        self.columns = torch.full((len(head.keys) + 1,), len(self.rows), device=self.rows.device)
+        self.columns[self.rows] = torch.arange(len(self.rows), device=self.rows.device)
+        self.columns[0] = len(self.rows)
 
     def scores(
         self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
@@ -58,12 +58,6 @@ class ItemScorer:
         """(users, items) float32 logits without evidence."""
         scores = (states @ self.vectors.T).float()
         return scores if self.scored is None else scores.masked_fill(~self.scored, float("-inf"))
-
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows + 1,) the column of each row of the item head, the number of items for none; and (items,) the row of each column."""
-        if self.columns is None:
-            return torch.cat([self.rows.new_full((1,), len(self.rows)), self.rows - 1]), self.rows
-        return torch.where(self.columns < 0, len(self.rows), self.columns), self.rows
 
     def log_probs(
         self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
@@ -112,10 +106,6 @@ class ItemScores:
     def guide(self, users: slice, constraint: CatalogueConstraint) -> SessionGuide:
         """The guide of beam search for some of the users."""
         return SessionGuide(self, users, constraint)
-
-    def at_nodes(self, users: slice, constraint: CatalogueConstraint) -> list[torch.Tensor]:
-        """Scores of the nodes of each level for some of the users ([`node_scores`])."""
-        return node_scores(self.trie, self.at_leaves(users, constraint), self.weight)
 
 
 def node_scores(trie: SemanticIDTrie, leaf_scores: torch.Tensor, weight: float) -> list[torch.Tensor]:
@@ -193,10 +183,9 @@ class SessionGuide:
             return self.first[level].gather(1, nodes)
         return self._at(level, nodes.unsqueeze(-1)).squeeze(-1)
 
-    def increments(self, item: int, level: int, nodes: torch.Tensor) -> torch.Tensor:
-        """(users, beams, children) what the scores of children, on `level`, add to those of their nodes; the root has the score 0."""
-        added = self.at_children(item, level, nodes)
-        return added if level == 0 else added - self.at(item, level - 1, nodes)[..., None]
+    def increments(self, children: torch.Tensor, item: int, level: int, nodes: torch.Tensor) -> torch.Tensor:
+        """(users, beams, children) what the scores of children (`at_children`) add to those of their nodes; the root has the score 0."""
+        return children if level == 0 else children - self.at(item, level - 1, nodes)[..., None]
 
     def reorder(self, origin: torch.Tensor) -> None:
         """Beam i continues beam `origin[i]`: (users, beams)."""
@@ -223,9 +212,8 @@ class SessionGuide:
         count = min(scorer.evidence.candidates, leaves.shape[1])
         found = leaves.topk(count, dim=1).indices.sort(dim=1).values
         head = scorer.head_scores(states)
-        columns, rows = scorer.places()
         self._evidence = SessionEvidence(
-            scorer.evidence, head.gather(1, found), history, scorer.content, columns, rows, found
+            scorer.evidence, head.gather(1, found), history, scorer.content, scorer.columns, scorer.rows, found
         )
         self._legal = leaves.gather(1, found).isfinite()
         # The others keep the evidence of the history for the whole session. What log-probabilities and logits differ by is the same for all
