@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,14 +25,11 @@ from .cpu_experts import packed
 from .diversity import SessionDiversity
 from .files import find_file, read_json_object
 from .item_head import history_states
-from .item_scores import ItemScorer, ItemScores, SessionGuide
+from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
 from .layers_onerec import at_places
 from .top_candidates import top_candidates
 
 _CPU_ROWS_AT_ONCE = 1024
-_PROBES = 1024
-# The scorer of each encoder, with what it was made from: at a million items its vectors take longer to compute than an answer.
-_SCORERS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, list, ItemScorer]] = weakref.WeakKeyDictionary()
 # Arguments that generate() passes to its search and that the fast path uses, or may ignore.
 _FAST_INPUTS = {
     "encoder_outputs",
@@ -487,9 +483,7 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _item_score_weight(self, given: float | None, generation_config=None) -> float:
         """The weight that was given, or else the default of the generation config."""
-        for config in (generation_config, self.generation_config):  # as generate() fills in other options
-            given = getattr(config, "item_score_weight", None) if given is None else given  # no field of transformers'
-        weight = given
+        weight = self._generation_default("item_score_weight", generation_config) if given is None else given
         if not weight:
             return 0.0
         if weight < 0:
@@ -501,6 +495,11 @@ class OneRecGenerationMixin(GenerationMixin):
                 "(OneRecConfig(item_head=...)), or leave item_score_weight out"
             )
         return float(weight)
+
+    def _generation_default(self, name: str, generation_config=None) -> float | None:
+        """A field of ours, not of transformers', in the generation config of a call or else in the model's, as generate() fills in others."""
+        values = (getattr(config, name, None) for config in (generation_config, self.generation_config))
+        return next((value for value in values if value is not None), None)
 
     def _generates_one_item(self, kwargs: dict, generation_config) -> bool:
         """Whether `generate` with these arguments writes sessions of one item."""
@@ -514,14 +513,12 @@ class OneRecGenerationMixin(GenerationMixin):
         self, given: float | None, item_score_weight: float, one_item: bool, generation_config=None
     ) -> float:
         """The weight that was given, or else for single items the default of the generation config; 1 for longer sessions."""
-        asked = given
-        for config in (generation_config, self.generation_config) if one_item else ():
-            given = getattr(config, "decoder_weight", None) if given is None else given  # no field of transformers'
-        weight = 1.0 if given is None else float(given)
+        default = self._generation_default("decoder_weight", generation_config) if one_item else None
+        weight = next((float(each) for each in (given, default) if each is not None), 1.0)
         if weight < 0:
             raise ValueError(f"decoder_weight={weight} must not be negative")
         if weight == 0 and not item_score_weight:
-            if asked is None:  # the default of a model that is ranked without its item scores for once
+            if given is None:  # the default of a model that is ranked without its item scores for once
                 return 1.0
             raise ValueError(
                 "decoder_weight=0 leaves nothing to rank by: pass an item_score_weight above 0, or a decoder_weight above 0"
@@ -537,17 +534,8 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def item_scorer(self, trie) -> ItemScorer:
         """The item head's scores of a trie's leaves. While no gradients are needed, it is kept until a weight changes."""
-        encoder, made = self.get_encoder(), None
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            made = _made_from(encoder)
-        kept = _SCORERS.get(encoder)
-        if made is not None and kept is not None and kept[0] is trie and kept[1] == made:
-            return kept[2]
         leaves = torch.arange(trie.num_leaves, device=trie.leaf_to_index.device)
-        scorer = ItemScorer(encoder, self._code_tokens(trie, leaves))
-        if made is not None:
-            _SCORERS[encoder] = trie, made, scorer
-        return scorer
+        return kept_scorer(self.get_encoder(), trie, lambda: self._code_tokens(trie, leaves))
 
     @torch.no_grad()
     def _encoded(self, inputs, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -627,18 +615,6 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
-
-
-def _made_from(encoder) -> list | None:
-    """The state of the weights behind item scores; None under adapters, which are switched without a change of weights."""
-    modules = [*encoder.item_head.modules(), encoder.embed_tokens]
-    if any(type(module).__module__.startswith("peft") for module in modules):
-        return None
-    weights = [weight for module in modules for weight in (*module.parameters(False), *module.buffers(False))]
-    # Fused optimizers change weights without counting a version: some of the entries tell.
-    probes = [weight.flatten()[:: 1 + weight.numel() // _PROBES].double().sum() for weight in weights]
-    named = [(id(weight), weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
-    return [named, torch.stack(probes).tolist()]
 
 
 def _check_added(content: Mapping[Any, Any], added: list) -> None:

@@ -5,6 +5,10 @@ sum over the items below it, so that item scores count from the first code on.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .constraint import CatalogueConstraint, SemanticIDTrie
@@ -67,6 +71,41 @@ class ItemScorer:
         if self.scored is None:
             return scores
         return torch.where(self.scored, scores, scores.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True))
+
+
+_PROBES = 1024
+# The scorer of each encoder, with what it was made from: at a million items its vectors take longer to compute than an answer.
+_SCORERS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, list, ItemScorer]] = weakref.WeakKeyDictionary()
+
+
+def kept_scorer(encoder, trie: SemanticIDTrie, code_tokens: Callable[[], torch.Tensor]) -> ItemScorer:
+    """
+    The scorer of an encoder for a trie's leaves. While no gradients are needed, it is kept until a weight changes.
+
+    Args:
+        encoder: as for [`ItemScorer`].
+        code_tokens: makes the (leaves, levels) code tokens, where the scorer is made anew.
+    """
+    made = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _made_from(encoder)
+    kept = _SCORERS.get(encoder)
+    if made is not None and kept is not None and kept[0] is trie and kept[1] == made:
+        return kept[2]
+    scorer = ItemScorer(encoder, code_tokens())
+    if made is not None:
+        _SCORERS[encoder] = trie, made, scorer
+    return scorer
+
+
+def _made_from(encoder) -> list | None:
+    """The state of the weights behind item scores; None under adapters, which are switched without a change of weights."""
+    modules = [*encoder.item_head.modules(), encoder.embed_tokens]
+    if any(type(module).__module__.startswith("peft") for module in modules):
+        return None
+    weights = [weight for module in modules for weight in (*module.parameters(False), *module.buffers(False))]
+    # Fused optimizers change weights without counting a version: some of the entries tell.
+    probes = [weight.flatten()[:: 1 + weight.numel() // _PROBES].double().sum() for weight in weights]
+    named = [(id(weight), weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
+    return [named, torch.stack(probes).tolist()]
 
 
 class ItemScores:
@@ -236,4 +275,4 @@ class SessionGuide:
         return (share.clamp(min=torch.finfo(torch.float32).tiny).log() * self.weight).float()
 
 
-__all__ = ["ItemScorer", "ItemScores", "SessionGuide", "node_scores"]
+__all__ = ["ItemScorer", "ItemScores", "SessionGuide", "kept_scorer", "node_scores"]
