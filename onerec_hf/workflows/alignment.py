@@ -26,7 +26,7 @@ from onerec_hf.workflows.artefact import (
     write_origin,
 )
 from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
-from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue
+from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue, sample
 from onerec_hf.workflows.distributed import all_ranks, is_first, say, wait
 from onerec_hf.workflows.evaluation import ranking_rows
 from onerec_hf.workflows.loading import as_dataset, data_and_options
@@ -176,9 +176,7 @@ def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
     if isinstance(examples, ExampleStream):
         files: Any = examples.files  # its annotation wants paths of one class
         examples = Dataset.from_parquet(files, columns=examples.column_names)
-    if count is None or count >= len(examples):
-        return examples
-    return examples.select(np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False)))
+    return sample(examples, count, seed)
 
 
 def make_trainer(

@@ -263,10 +263,9 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
     needs = f"{found.items:,} vectors need {_bytes(memory)} in training, of {_bytes(found.memory)}"
     if not table.add("item_head", fits, needs):
         return
-    if table.given.get("item_head_loss_weight") == 0:  # vectors without scores
-        table.add("item_head_dropout", 0.3, "items must also be read from their codes")
-        return
     table.add("item_head_dropout", 0.3, "items must also be read from their codes")
+    if table.given.get("item_head_loss_weight") == 0:  # vectors without scores
+        return
     if found.in_memory and (items := _value(table, "session_length", SESSION)) > 1:
         table.add("item_head_loss_weight", float(items), f"as much as the codes of the first of {items} items")
     table.add("item_head_codes", True, "rare items share what their codes have learned")

@@ -329,6 +329,20 @@ def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:
     return np.split(np.searchsorted(item_ids, sequences.item_ids), sequences.offsets[1:-1])
 
 
+def sample(examples: datasets.Dataset, count: int | None, seed: int = 0) -> datasets.Dataset:
+    """
+    At most this many examples in their order, drawn at random, the same for the same seed; all of them for None.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> sample(Dataset.from_dict({"user_id": list(range(100))}), 3)["user_id"][:]
+        [51, 63, 83]
+    """
+    if count is None or count >= len(examples):
+        return examples
+    return examples.select(np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False)))
+
+
 class ItemLookup(Protocol):
     """The items of a model: a [`~onerec_hf.ItemCatalogue`], or the item index of a sequence model."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.workflows.artefact import catalogue_of
+from onerec_hf.workflows.dataset import RecommendationDataset, sample
 from onerec_hf.workflows.distributed import say
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows.dataset import RecommendationDataset
 
 #: Validation users that fit the weights; more change nothing.
 MOST_USERS = 5000
@@ -124,13 +124,6 @@ def candidate_features(
         return empty, empty[..., 0].long(), empty[:, 0, 0].long()
     features, rows, targets = (torch.cat(part) for part in zip(*parts, strict=True))
     return features, rows, targets
-
-
-def sample(examples: datasets.Dataset, most: int, seed: int) -> datasets.Dataset:
-    """At most this many examples, drawn at random."""
-    if len(examples) <= most:
-        return examples
-    return examples.select(np.sort(np.random.default_rng(seed).choice(len(examples), most, replace=False)))
 
 
 def content_of_catalogue(data: RecommendationDataset, processor: OneRecProcessor) -> np.ndarray | None:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import numpy as np
-
-from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.evaluation import baseline_rankings
 from onerec_hf.workflows.small_sasrec import LEAST_SECONDS, SHARE
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from onerec_hf.trainers import Budget, OneRecTrainer, OneRecTrainingArguments, RunProgress
     from onerec_hf.trainers.budget import BudgetCallback
 
-#: Seed of the sample of validation users: the same users in every evaluation, whatever the seed of the training.
-_SAMPLE_SEED = 0
 # Users of the two evaluations that the time of the final one is estimated from, and the least share of a budget that is kept for it.
 _FEW, _MORE = 32, 256
 _LEAST_SHARE = 0.1
@@ -79,7 +75,7 @@ class Pace:
         return cls(clock, RunProgress(bar=False if quiet or not is_first() else None), validation_users, baselines)
 
     def validation(self, data: RecommendationDataset) -> datasets.Dataset:
-        """The validation examples of evaluations during training."""
+        """The validation examples of evaluations during training: the same users in each, whatever the seed of the training."""
         return sample(data.validation, self.validation_users)
 
     def prepare(self, trainer: OneRecTrainer, data: RecommendationDataset) -> None:
@@ -150,21 +146,6 @@ def budget_callback(trainer: OneRecTrainer) -> BudgetCallback | None:
     from onerec_hf.trainers import BudgetCallback
 
     return next((each for each in trainer.callback_handler.callbacks if isinstance(each, BudgetCallback)), None)
-
-
-def sample(examples: datasets.Dataset, users: int | None) -> datasets.Dataset:
-    """
-    A random sample of examples in their order, the same every time; all of them where there are no more.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> sample(Dataset.from_dict({"user_id": list(range(100))}), 3)["user_id"][:]
-        [51, 63, 83]
-    """
-    if users is None or users >= len(examples):
-        return examples
-    chosen = np.random.default_rng(_SAMPLE_SEED).choice(len(examples), users, replace=False)
-    return examples.select(np.sort(chosen))
 
 
 def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool) -> float:

@@ -112,9 +112,10 @@ def refit(
     say(f"refit: training once more, on all {count:,} interactions, for {last_step:,} steps")
     refitted = train_again(whole, folder / _FOLDER, again, last_step, trainer)
     processor = cast("OneRecProcessor", refitted.processing_class)
-    catalogue_of(processor).popularity = np.bincount(
-        catalogue_of(processor).indices(data.sequences.item_ids), minlength=len(catalogue_of(processor))
-    )
+    catalogue = catalogue_of(processor)
+    counts = np.bincount(catalogue.indices(data.sequences.item_ids), minlength=len(catalogue))
+    processor.set_catalogue(catalogue.with_popularity(counts))
+    cast("Any", refitted.model).set_catalogue(processor.catalogue)
     save_trained(refitted, folder)
     save_processor(processor, folder)
     wait()

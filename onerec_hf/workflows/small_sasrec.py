@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from onerec_hf.workflows.dataset import RecommendationDataset, sample
 from onerec_hf.workflows.distributed import say
 
 if TYPE_CHECKING:
-    import datasets
-
     from onerec_hf.baselines import SequentialRecommender
     from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.trainers import OneRecTrainingArguments
-    from onerec_hf.workflows.dataset import RecommendationDataset
 
 #: Time of the SASRec relative to the run before it, and the least of it in seconds.
 SHARE, LEAST_SECONDS = 0.25, 5.0
@@ -75,7 +73,7 @@ def fit_small_sasrec(
     targets = batch_size * min(sequences.lengths.mean(), data.max_history)
     model = fit_sequential(
         cast("Any", sequences.lists()),
-        _sample(data.validation),
+        sample(data.validation, _VALIDATION_USERS),
         item_ids=catalogue.item_ids,
         architecture="sasrec",
         hidden_size=HIDDEN_SIZE,
@@ -100,11 +98,3 @@ def fit_small_sasrec(
         end = "validation NDCG@10 no longer rose" if limit.epochs < _EPOCHS else "its last epoch"
     note = f"The SASRec has width {HIDDEN_SIZE} and was trained for {limit.epochs:.3g} epochs in {limit.seconds_used:.0f} seconds, until {end}."
     return SmallSASRec(model, note)
-
-
-def _sample(examples: datasets.Dataset) -> datasets.Dataset:
-    """The same users every time."""
-    if len(examples) <= _VALIDATION_USERS:
-        return examples
-    chosen = np.random.default_rng(0).choice(len(examples), _VALIDATION_USERS, replace=False)
-    return cast("datasets.Dataset", examples.select(np.sort(chosen)))

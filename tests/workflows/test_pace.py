@@ -6,7 +6,7 @@ import pytest
 
 from onerec_hf.trainers import Budget, OneRecTrainer
 from onerec_hf.workflows import load_dataset, train
-from onerec_hf.workflows.pace import sample
+from onerec_hf.workflows.dataset import sample
 from tests.workflows.conftest import TINY
 from tests.workflows.test_training import parameters, rows_of
 

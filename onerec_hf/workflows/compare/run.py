@@ -14,8 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ def train_and_rank(spec: dict[str, Any]) -> dict[str, Any]:
     progress = Progress(Path(spec["progress"]))
     fit = {"ranking": _fit_ranking, "sequential": _fit_sequential, "onerec": _fit_onerec}[family.kind]
     settings = resolved(spec["settings"], data)
-    with quiet():
+    with redirect_stdout(sys.stderr):  # Trainer prints its logs
         fit(data, folder, settings, spec, progress)
     cost = progress.cost()
     recommender = recommender_of(folder)
@@ -168,16 +167,6 @@ def _save_beside(folder: Path, data: InMemoryDataset, items: Any, exclude_seen: 
     save_data_options(folder, data, exclude_seen)
     if data.items is not None:
         save_items_table(folder, data.items, items)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Trainer prints its logs to stdout; the log of a run holds them beside the messages."""
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = stdout
 
 
 def peak_gib() -> float:
