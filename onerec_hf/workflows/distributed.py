@@ -62,11 +62,19 @@ def wait() -> None:
 
 
 def leave() -> None:
-    """Waits for the other ranks before this one ends: a rank that leaves early may abort those that still communicate with it."""
+    """
+    Waits for the other ranks before this one ends: a rank that leaves early may abort those that still communicate with it.
+    A program that holds a trainer deletes it before: a model under DDP keeps the process group alive.
+    """
     if num_ranks() == 1:
         return
+    import gc
+
     import torch.distributed as dist
 
     wait()
     if dist.is_initialized():
+        # gloo's threads end with the last reference to their group. Threads that outlive the interpreter abort the process
+        # where they release a tensor of Python's (pytorch#190489).
+        gc.collect()
         dist.destroy_process_group()

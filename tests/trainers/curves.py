@@ -27,6 +27,7 @@ from onerec_hf.trainers import (
     Seq2SeqDPOConfig,
     Seq2SeqDPOTrainer,
 )
+from onerec_hf.workflows.distributed import leave
 from tests.conftest import make_catalogue, make_model
 from tests.rounding import distance
 
@@ -169,9 +170,8 @@ def main(layout: str, start: str, out: str) -> None:
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             (folder / "curve.json").write_text(json.dumps(found))
-        trainer.accelerator.wait_for_everyone()
-    # A rank that leaves while the other still talks to it may abort in gloo's threads.
-    trainer.accelerator.end_training()
+    del trainer
+    leave()
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def test_the_batch_size_is_still_found_automatically(tmp_path):
 RANKS = """
 import os, signal, sys
 from transformers import TrainerCallback
+from onerec_hf.workflows.distributed import leave
 from tests.trainers.test_faults import Dies, poisoned
 from tests.trainers.test_onerec_trainer import make_trainer
 
@@ -202,8 +203,8 @@ else:
 trainer.train(resume_from_checkpoint=what == "resume")
 if trainer.is_world_process_zero():
     trainer.model.save_pretrained(folder + "/final")
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+del trainer
+leave()
 """
 
 

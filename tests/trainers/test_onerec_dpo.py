@@ -321,6 +321,7 @@ def test_refuses_rows_that_cannot_be_trained_on(tmp_path, change, message):
 RANKS = """
 import sys
 from safetensors.torch import save_file
+from onerec_hf.workflows.distributed import leave
 from tests.trainers.test_onerec_dpo import RANK_SETTINGS, make_trainer, ragged
 
 folder = sys.argv[1]
@@ -332,9 +333,8 @@ if trainer.is_world_process_zero():
     state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
     trainer.pairs.to_json(f"{folder}/pairs.jsonl")
-# A rank that leaves while the other still talks to it may abort in gloo's threads.
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+del trainer
+leave()
 """
 # Few pairs: most steps have a rank with none.
 RANK_SETTINGS = {

@@ -275,6 +275,7 @@ RANKS = """
 import json
 import sys
 from safetensors.torch import save_file
+from onerec_hf.workflows.distributed import leave
 from tests.trainers.preference_runs import make_trainer
 
 folder, kind, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -287,9 +288,8 @@ if "save_steps" in settings:  # once more, from the checkpoint
 if trainer.is_world_process_zero():
     state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     save_file({name: value.clone() for name, value in state.items()}, f"{folder}/weights.safetensors")
-# A rank that leaves while the other still talks to it may abort in gloo's threads.
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+del trainer
+leave()
 """
 PRECOMPUTED = {"precompute_ref_log_probs": True}
 SYNCHRONIZED = {"sync_ref_model": True, "ref_model_sync_steps": 1}

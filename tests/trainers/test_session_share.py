@@ -194,6 +194,7 @@ RANKS = """
 import sys
 import torch
 import onerec_hf.trainers.onerec_trainer as module
+from onerec_hf.workflows.distributed import leave
 from tests.trainers.test_packed_training import PREFIXES, make_trainer
 from tests.trainers.test_session_share import model_with_head
 
@@ -206,8 +207,8 @@ trainer.train()
 torch.save(batches, f"{folder}/batches-{trainer.args.process_index}.pt")
 if trainer.is_world_process_zero():
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(f"{folder}/trained")
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+del trainer
+leave()
 """
 
 
