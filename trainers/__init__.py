@@ -12,6 +12,7 @@ _PUBLIC = {
     "InterruptCallback": "callbacks",
     "LostRankError": "faults",
     "NonFiniteError": "faults",
+    "PlateauDecayCallback": "plateau",
     "RouterBalanceCallback": "callbacks",
     "RunProgress": "progress",
     "OneRecTrainingArguments": "onerec_config",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
     from onerec_hf.trainers.onerec_dpo_trainer import OneRecDPOTrainer
     from onerec_hf.trainers.onerec_trainer import OneRecTrainer
+    from onerec_hf.trainers.plateau import PlateauDecayCallback
     from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
     from onerec_hf.trainers.progress import RunProgress
     from onerec_hf.trainers.reward_config import RewardTrainingArguments

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from onerec_hf.trainers.budget import BudgetCallback, duration
+from onerec_hf.trainers.plateau import PlateauDecayCallback
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
@@ -37,13 +38,14 @@ class RunProgress(TrainerCallback):
         self._after = 0.0
         self._others = False
         self._budget: BudgetCallback | None = None
+        self._plateau: PlateauDecayCallback | None = None
         self._forget_training()
 
     def _forget_training(self) -> None:
         self._steps, self._train_seconds, self._evaluations, self._evaluation_seconds = 0, 0.0, 0, 0.0
         self._since: float | None = None
         self._evaluation_since: float | None = None
-        self._batches = 0
+        self._batches = self._shown_evaluations = 0
         self._shown: dict[str, float] = {}
         self._ended_epoch: float | None = None
 
@@ -82,6 +84,7 @@ class RunProgress(TrainerCallback):
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         self._budget = next((each for each in callbacks if isinstance(each, BudgetCallback)), None)
+        self._plateau = next((each for each in callbacks if isinstance(each, PlateauDecayCallback)), None)
 
     # -- training ------------------------------------------------------------------------------
     def on_train_begin(self, args, state, control, **kwargs):
@@ -119,9 +122,13 @@ class RunProgress(TrainerCallback):
 
     def seconds_left(self, args, state) -> float:
         """Seconds until the end of the run, from the mean times of a step and of an evaluation so far."""
-        left = (state.max_steps - state.global_step) * self._train_seconds / max(self._steps, 1)
+        last_step = state.max_steps
+        if self._plateau is not None and self._plateau.decay is not None and self._budget is None:
+            last_step = self._plateau.decay[1]
+        left = (last_step - state.global_step) * self._train_seconds / max(self._steps, 1)
         if self._evaluations and state.num_train_epochs and args.eval_strategy == "epoch":
-            left += (state.num_train_epochs - self._evaluations) * self._evaluation_seconds / self._evaluations
+            evaluations = state.num_train_epochs * last_step / state.max_steps - self._evaluations
+            left += max(evaluations, 0) * self._evaluation_seconds / self._evaluations
         if self._budget is not None and not self._budget.budget.cpu:
             left = min(left, max(self._budget.seconds_left, 0.0))
         elif self._budget is not None and self._budget.progress:
@@ -163,9 +170,12 @@ class RunProgress(TrainerCallback):
             self.bar.last_print_t = time.perf_counter()
 
     def _line(self, args, state) -> None:
-        """The end of an epoch as a line, once its evaluation is over."""
+        """The end of an epoch as a line, once its evaluation is over; where evaluations are rarer than epochs, of one with an evaluation."""
         if self._draws or self._ended_epoch is None or not state.is_world_process_zero:
             return
+        if args.eval_strategy == "steps" and self._shown_evaluations == self._evaluations and self._since is not None:
+            return
+        self._shown_evaluations = self._evaluations
         values = "".join(f", {name} {value:.4g}" for name, value in self._shown.items())
         left = duration(self.seconds_left(args, state))
         epoch = f"epoch {self._ended_epoch:.3g} of {state.num_train_epochs}"

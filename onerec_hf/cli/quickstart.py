@@ -20,7 +20,7 @@ from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
 from onerec_hf.workflows.settings import OutputSettings
-from onerec_hf.workflows.training import final_settings, given_settings, report, train_generator
+from onerec_hf.workflows.training import final_settings, given_settings, report, stopping, train_generator
 
 
 @dataclass
@@ -80,9 +80,9 @@ def main(argv: list[str]) -> None:
         ids,
         model,
         training_args,
-        early_stopping_patience=run.early_stopping_patience,
         can_resume=False,
         pace=Pace(validation_users=run.validation_users),
+        callbacks=stopping(run),
     )
     with resumable(folder, command, keep=False):
         ranking = rank_beside_baselines(trainer, data, "test")

@@ -26,10 +26,14 @@ DROPOUT, DENSE_DROPOUT = 0.45, 0.2
 SMOOTHING, DENSE_SMOOTHING = 0.2, 0.0
 ROW = 64  # items of a packed row; more where histories are longer than half of it
 TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
-EPOCHS = 10  # at most: on the data sets of the benchmark validation NDCG rises no longer
+EPOCHS, STEPS = 10, 3_000  # at most, the more of the two: small sets need many epochs, validation ends what needs none
 RATE, WARMUP = 0.005, 50
 SESSION, SESSION_SHARE = 5, 0.1
 PATIENCE, EVAL_STEPS = 3, 500
+PLATEAU, STEPS_OF_AN_EVALUATION = (
+    2,
+    100,
+)  # evaluations without a better one, none of them after fewer steps: they would be noise
 MORE_EPOCHS, RATE_OF_MORE = 3, 0.001  # to go on from a trained model
 REPEATS = 0.1  # share of targets in their own history, from which seen items are ranked
 
@@ -177,9 +181,15 @@ def choose(
         if table.given.get("semantic_ids") is None:
             _semantic_ids(found, table)
         _model(found, table)
-    _training(found, table, goes_on=table.given.get("model") is not None)
-    if saved is None or table.given.get("model") is not None:
-        _stopping(table)  # a checkpoint of another run has no state of early stopping
+    goes_on = table.given.get("model") is not None
+    # A checkpoint of another run has no state of early stopping.
+    strategy = _validation_strategy(table.given) if saved is None or goes_on else None
+    plateau = strategy is not None and not goes_on and _may_end_on_a_plateau(table.given)
+    steps = _training(found, table, goes_on, plateau)
+    if strategy is not None:
+        _stopping(table, strategy, steps, plateau)
+    elif table.given.get("fsdp_size", 1) != 1:
+        table.add("save_strategy", "no", "the optimizer of a sharded model cannot be saved")
     _evaluation(found, table)
     return table.rows
 
@@ -277,7 +287,8 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
     table.add("decoder_weight", 0.0, "the item head alone ranks single items")
 
 
-def _training(found: Statistics, table: Table, goes_on: bool) -> None:
+def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> int:
+    """Returns the steps of an epoch."""
     interactions = found.interactions
     packing = table.add(
         "packing", found.in_memory, "no padding" if found.in_memory else "a stream of examples is not packed"
@@ -293,11 +304,14 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
     else:
         batch, read = table.add("per_device_train_batch_size", 128, "examples of a step"), interactions
     steps = max(1, read // batch)
-    epochs = MORE_EPOCHS if goes_on else EPOCHS
+    epochs = MORE_EPOCHS if goes_on else max(EPOCHS, -(-STEPS // steps)) if plateau else EPOCHS
     epochs = table.add("num_train_epochs", epochs, f"at most; about {steps:,} steps each")
     rate = RATE_OF_MORE if goes_on else RATE
     table.add("learning_rate", rate, "goes on from a trained model" if goes_on else f"steps of {batch} items")
-    table.add("lr_scheduler_type", "cosine", "ends where the epochs end")
+    if plateau:
+        table.add("lr_scheduler_type", "constant_with_warmup", "until validation NDCG rises no longer")
+    else:
+        table.add("lr_scheduler_type", "cosine", "ends where the epochs end")
     total = table.given.get("max_steps", 0)
     total = total if total > 0 else int(steps * epochs)
     table.add("warmup_steps", min(WARMUP, total // 10), f"of about {total:,} steps")
@@ -305,22 +319,37 @@ def _training(found: Statistics, table: Table, goes_on: bool) -> None:
     dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
     table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)
     table.add("logging_steps", 50, "a line of losses every 50 steps")
+    return steps
 
 
-def _stopping(table: Table) -> None:
-    """The best checkpoint by validation, and an early end where it gets no better; left out where the caller saves or evaluates otherwise."""
-    given = table.given
+def _validation_strategy(given: Mapping[str, Any]) -> str | None:
+    """When validation chooses the best checkpoint: steps, epoch, or auto for either; None where the caller saves or evaluates otherwise."""
     if given.get("fsdp_size", 1) != 1:
-        table.add("save_strategy", "no", "the optimizer of a sharded model cannot be saved")
-        return
+        return None
     strategies = [given[option] for option in ("eval_strategy", "save_strategy") if option in given]
     if "no" in strategies or len(set(strategies)) > 1 or not given.get("predict_with_generate", True):
-        return
-    strategy = strategies[0] if strategies else "epoch"
+        return None
+    return strategies[0] if strategies else "auto"
+
+
+def _may_end_on_a_plateau(given: Mapping[str, Any]) -> bool:
+    """Whether the caller leaves the schedule to the validation."""
+    return given.get("decay_on_plateau", PLATEAU) is not None and not given.keys() & {
+        "lr_scheduler_type",
+        "early_stopping_patience",
+    }
+
+
+def _stopping(table: Table, strategy: str, steps: int, plateau: bool) -> None:
+    """The best checkpoint by validation, and an end where it gets no better."""
+    given = table.given
+    if strategy == "auto":
+        strategy = "steps" if plateau and steps < STEPS_OF_AN_EVALUATION else "epoch"
     table.add("eval_strategy", strategy, "validation NDCG chooses the checkpoint")
     table.add("save_strategy", strategy, "with each evaluation")
     if strategy == "steps":
-        steps = given.get("eval_steps", given.get("save_steps", EVAL_STEPS))
+        least = STEPS_OF_AN_EVALUATION if steps < STEPS_OF_AN_EVALUATION else EVAL_STEPS
+        steps = given.get("eval_steps", given.get("save_steps", least))
         table.add("eval_steps", steps, "with each checkpoint")
         table.add("save_steps", steps, "with each evaluation")
     table.add("save_total_limit", 1, "the best checkpoint is kept beside the last one")
@@ -328,7 +357,10 @@ def _stopping(table: Table) -> None:
     ks = given.get("eval_top_k", [5, 10])
     table.add("metric_for_best_model", f"ndcg@{10 if 10 in ks else max(ks)}", "of validation users")
     table.add("greater_is_better", True, "NDCG")
-    table.add("early_stopping_patience", PATIENCE, "evaluations without a better one end the training")
+    if plateau:
+        table.add("decay_on_plateau", PLATEAU, "evaluations without a better one end the constant learning rate")
+    else:
+        table.add("early_stopping_patience", PATIENCE, "evaluations without a better one end the training")
 
 
 def _evaluation(found: Statistics, table: Table) -> None:

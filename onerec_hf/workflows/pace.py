@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import is_first, say
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import datasets
 
     from onerec_hf.trainers import Budget, OneRecTrainer, OneRecTrainingArguments, RunProgress
-    from onerec_hf.trainers.budget import BudgetCallback
+
+Callback = TypeVar("Callback")
 
 # Users of the two evaluations that the time of the final one is estimated from, and the least share of a budget that is kept for it.
 _FEW, _MORE = 32, 256
@@ -129,7 +130,9 @@ class Pace:
 
     def report(self, trainer: OneRecTrainer) -> None:
         """Says how far the training came where the budget ended it."""
-        callback = budget_callback(trainer)
+        from onerec_hf.trainers import BudgetCallback
+
+        callback = callback_of(trainer, BudgetCallback)
         if callback is None or not callback.ended:
             return
         state = trainer.state
@@ -141,11 +144,9 @@ class Pace:
         )
 
 
-def budget_callback(trainer: OneRecTrainer) -> BudgetCallback | None:
-    """The callback of the trainer's budget, if it has one."""
-    from onerec_hf.trainers import BudgetCallback
-
-    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, BudgetCallback)), None)
+def callback_of(trainer: OneRecTrainer, kind: type[Callback]) -> Callback | None:
+    """The trainer's callback of this class, if it has one."""
+    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, kind)), None)
 
 
 def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from onerec_hf.workflows.artefact import catalogue_of, save_processor, save_trained
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 from onerec_hf.workflows.distributed import is_first, say, wait
-from onerec_hf.workflows.pace import budget_callback
+from onerec_hf.workflows.pace import callback_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,11 +101,20 @@ def refit(
         train_again: `train_again(data, folder, args, last_step, evaluated)` trains into another folder, with the evidence weights of the
             evaluated model.
     """
+    from onerec_hf.trainers import PlateauDecayCallback
+
     assert isinstance(data, InMemoryDataset)
     whole, again = everything(data), copy.copy(args)
     steps, scheduled = _length(trainer)
     grown = _rows(whole.train) / _rows(data.train)
     last_step, again.max_steps = max(round(steps * grown), 1), max(round(scheduled * grown), 1)
+    if (plateau := callback_of(trainer, PlateauDecayCallback)) is not None:
+        # No validation ends it, so that the decay is part of the schedule, in its length of the first training.
+        assert plateau.decay is not None
+        first, last = (round(step * grown * scheduled / trainer.state.max_steps) for step in plateau.decay)
+        again.max_steps = max(last, 1)
+        again.lr_scheduler_type = cast("Any", "warmup_stable_decay")
+        again.lr_scheduler_kwargs = {"num_decay_steps": max(last - first, 1), "decay_type": "linear"}
     again.eval_strategy = again.save_strategy = cast("Any", "no")
     again.load_best_model_at_end, again.resume_from_checkpoint = False, None
     count = len(data.sequences.item_ids)
@@ -135,9 +144,11 @@ def _length(trainer: OneRecTrainer) -> tuple[int, float]:
     """Steps that the kept weights were trained for, and steps at which their schedule would have ended."""
     from transformers import TrainerState
 
+    from onerec_hf.trainers import BudgetCallback
+
     state = trainer.state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    steps, callback = state.global_step, budget_callback(trainer)
+    steps, callback = state.global_step, callback_of(trainer, BudgetCallback)
     progress = None if callback is None else callback.progress
     if best is not None:
         saved = TrainerState.load_from_json(str(Path(best) / "trainer_state.json"))

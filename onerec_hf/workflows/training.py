@@ -85,6 +85,12 @@ class TrainSettings(ModelOutputSettings):
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model; off by default."},
     )
+    decay_on_plateau: int | None = field(
+        default=None,
+        metadata={
+            "help": "With a constant learning rate: after this many evaluations without a better metric_for_best_model (at the latest after three quarters of the steps) it decays to 0 over a quarter of all steps, and the training ends. Off by default."
+        },
+    )
     validation_users: int = field(
         default=5000,
         metadata={"help": "Validation users of evaluations during training: a random sample, always the same users."},
@@ -203,11 +209,10 @@ def _train(
         final.model,
         final.args,
         final.sharding,
-        final.run.early_stopping_patience,
         command,
         save_items=final.run.save_items,
         pace=pace,
-        callbacks=callbacks,
+        callbacks=[*stopping(final.run), *callbacks],
     )
     with resumable(folder, command):
         ranking = rank_beside_baselines(trainer, dataset, "test", final.run.baselines)
@@ -343,10 +348,16 @@ def _check(settings: Settings) -> None:
     ids, model, sharding, run, args = settings
     if model.model is not None and ids.semantic_ids is not None:
         raise ValueError(BOTH)
-    if run.early_stopping_patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
-        raise ValueError(
-            "--early_stopping_patience needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
-        )
+    for option, patience in (
+        ("--early_stopping_patience", run.early_stopping_patience),
+        ("--decay_on_plateau", run.decay_on_plateau),
+    ):
+        if patience is not None and (args.eval_strategy == "no" or args.metric_for_best_model is None):
+            raise ValueError(
+                f"{option} needs --eval_strategy steps (or epoch) and --metric_for_best_model, e.g. recall@10"
+            )
+        if patience is not None and patience < 1:
+            raise ValueError(f"{option} must be at least 1; got {patience}")
     if run.train_on not in ("windows", "prefixes"):
         raise ValueError(f"--train_on {run.train_on}: choose windows or prefixes")
     if run.train_on == "prefixes" and model.model is None and not model.encoder_is_causal:
@@ -360,6 +371,20 @@ def _check(settings: Settings) -> None:
         )
 
 
+def stopping(run: TrainSettings) -> list[TrainerCallback]:
+    """The callbacks that end a training by validation."""
+    from transformers import EarlyStoppingCallback
+
+    from onerec_hf.trainers import PlateauDecayCallback
+
+    callbacks: list[TrainerCallback] = []
+    if run.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience))
+    if run.decay_on_plateau is not None:
+        callbacks.append(PlateauDecayCallback(run.decay_on_plateau))
+    return callbacks
+
+
 def train_generator(
     data: RecommendationDataset,
     folder: Path,
@@ -367,7 +392,6 @@ def train_generator(
     model_settings: ModelSettings,
     args: OneRecTrainingArguments,
     sharding: ShardingSettings | None = None,
-    early_stopping_patience: int | None = None,
     command: str | None = None,
     can_resume: bool = True,
     save_items: bool = True,
@@ -383,7 +407,7 @@ def train_generator(
         can_resume: False where Ctrl-C removes the run.
         save_items: save titles and other columns of the items.
         pace: budget, progress and users of evaluations during training.
-        callbacks: more callbacks of the trainer.
+        callbacks: of the trainer, such as those of `stopping`.
         weights_of: as for `fit_evidence`.
 
     Raises:
@@ -416,7 +440,7 @@ def train_generator(
         train_dataset=data.train,
         eval_dataset=pace.validation(data),
         processing_class=processor,
-        callbacks=[*([EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []), *callbacks],
+        callbacks=list(callbacks),
     )
     pace.prepare(trainer, data)
     begin(folder, command, own_checkpoint)

@@ -166,12 +166,37 @@ def test_what_is_given_stays_and_the_rest_fits_it():
     ],
     ids=str,
 )
-def test_early_stopping_leaves_the_callers_strategy(given, strategy):
+def test_the_end_by_validation_leaves_the_callers_strategy(given, strategy):
     options = chosen(**given)
-    assert options.get("early_stopping_patience") == (None if strategy is None else 3)
+    assert options.get("decay_on_plateau") == (None if strategy is None else 2)
+    assert options["lr_scheduler_type"] == ("cosine" if strategy is None else "constant_with_warmup")
     if strategy is not None:
         assert options["eval_strategy"] == options["save_strategy"] == strategy
         assert options.get("eval_steps") == given.get("save_steps")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"lr_scheduler_type": "linear"}, {"early_stopping_patience": 7}, {"decay_on_plateau": None}, {"model": "m"}],
+    ids=str,
+)
+def test_a_schedule_of_the_caller_ends_by_early_stopping(given):
+    options = chosen(saved={} if "model" in given else None, **given)
+    assert options["early_stopping_patience"] == given.get("early_stopping_patience", 3)
+    assert options.get("decay_on_plateau") is None
+    assert options["lr_scheduler_type"] == given.get("lr_scheduler_type", "cosine")
+    assert options["num_train_epochs"] == (3 if "model" in given else 10)
+
+
+def test_small_sets_get_more_epochs_and_evaluations_after_many_steps():
+    small = Statistics(
+        users=120, items=60, interactions=1440, per_item=(20, 30), per_user=(10, 10), lengths=np.full(120, 10)
+    )
+    options = {row.option: row.value for row in choose(small)}
+    steps = small.items_read(options["max_history"]) // options["packing_length"]
+    assert options["num_train_epochs"] == -(-3000 // steps) > 10
+    assert (options["eval_strategy"], options["eval_steps"], options["save_steps"]) == ("steps", 100, 100)
+    assert options["decay_on_plateau"] == 2
 
 
 def test_a_saved_model_keeps_its_sizes():

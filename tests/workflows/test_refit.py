@@ -94,6 +94,22 @@ def test_a_refit_lasts_as_long_as_the_best_weights_were_trained(data, tmp_path):
     assert refitted.trainer.state.max_steps == round(12 * 34 * 330 / 270)
 
 
+def test_a_refit_decays_as_the_training_that_a_plateau_ended(data, tmp_path):
+    settings = {**STOPPING, "num_train_epochs": 12, "lr_scheduler_type": "constant_with_warmup"}
+    settings |= {"early_stopping_patience": None, "decay_on_plateau": 1}
+    refitted = train(data, output_dir=tmp_path / "out", refit=True, **settings)
+    (saved,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    state = json.loads((saved / "trainer_state.json").read_text())
+    steps = int(saved.name.removeprefix("checkpoint-"))
+    assert refitted.trainer.state.global_step == round(steps * 330 / 270)
+    args = refitted.trainer.args
+    assert state["max_steps"] == 12 * 34
+    assert args.lr_scheduler_type == "warmup_stable_decay"
+    # A decay of a quarter of all steps.
+    assert args.lr_scheduler_kwargs["num_decay_steps"] == pytest.approx(args.max_steps / 4, abs=2)
+    assert args.max_steps < 12 * 34
+
+
 def test_a_refit_starts_from_the_same_model(data, evaluated, tmp_path):
     settings = {name: value for name, value in EPOCHS.items() if name != "codebook_sizes"}
     again = train(data, output_dir=tmp_path / "out", model=str(evaluated.folder), refit=True, **settings)
