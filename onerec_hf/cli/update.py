@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onerec_hf.cli.arguments import parse
+from onerec_hf.cli.arguments import options_of, parse_given
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.updating import UpdateSettings, update
 
@@ -24,8 +24,10 @@ class UpdateOptions:
 
 
 def main(argv: list[str]) -> None:
-    settings, tables = parse((UpdateSettings, UpdateOptions), argv, "update", required=("--model", "--interactions"))
-    result = update(tables.interactions, settings, history=tables.history)
+    given = parse_given((UpdateSettings, UpdateOptions), argv, "update", required=("--model", "--interactions"))
+    tables = UpdateOptions(**options_of(UpdateOptions, given))
+    assert tables.interactions is not None
+    result = update(tables.interactions, history=tables.history, **options_of(UpdateSettings, given))
     for note in result.notes:
         say(note)
     counts = result.counts

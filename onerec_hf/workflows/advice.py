@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from onerec_hf.workflows.data_options import option_words
+from onerec_hf.workflows.pace import callback_of
 
 if TYPE_CHECKING:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
@@ -56,7 +57,13 @@ def what_to_try(
 
 def _why_longer(trainer: OneRecTrainer) -> str | None:
     """Why the training may have ended too early, if it may."""
-    state = trainer.state
+    from onerec_hf.trainers import PlateauDecayCallback
+
+    state, plateau = trainer.state, callback_of(trainer, PlateauDecayCallback)
+    if plateau is not None and plateau.decay is not None and plateau.decay[1] < state.max_steps:
+        return (
+            None  # its last evaluation is the best one of a decayed learning rate, after a constant one gained nothing
+        )
     evaluated = [entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     if state.best_global_step and evaluated:
         return "its last evaluation was the best" if state.best_global_step == max(evaluated) else None

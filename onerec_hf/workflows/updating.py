@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onerec_hf.workflows.artefact import catalogue_of, load_model, load_processor, load_sequential, model_type
+from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.evaluation import SEQUENTIAL
 from onerec_hf.workflows.evidence import rows_of_items
 from onerec_hf.workflows.run_folder import check_folder
@@ -81,7 +82,8 @@ def update(
         settings: [`UpdateSettings`], optional.
         history: earlier rows of the same users, counted before: pairs of an earlier and a new item count as well. Rows that are among the new
             ones do not matter.
-        options: single fields of the settings, e.g. `model="runs/mine"`.
+        options: single fields of the settings, e.g. `model="runs/mine"`. Columns and positive feedback that are not given are those that the model
+            was trained with.
 
     Raises:
         ValueError: no model, a model without anything to update, rows that were counted before or of which none is of the model's items.
@@ -93,7 +95,9 @@ def update(
     """
     from onerec_hf.modeling.catalogue import ItemCatalogue
 
-    (how,) = gather((UpdateSettings,), settings, options if settings else {"output_dir": None, **options})
+    if not settings:
+        options = {**_trained_with(options.get("model")), "output_dir": None, **options}
+    (how,) = gather((UpdateSettings,), settings, options)
     assert isinstance(how, UpdateSettings)
     if how.model is None:
         raise ValueError("pass --model: the folder or Hub id of a saved model")
@@ -126,6 +130,12 @@ def update(
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _save(model, source, target, [*earlier, {"date": now, "interactions": name, "digest": digest, **counts}])
     return UpdateResult(target, counts, _notes(counts, evidence is not None, history is not None))
+
+
+def _trained_with(model: str | None) -> dict[str, Any]:
+    """The settings of an update that a model was trained with."""
+    trained = {} if model is None else read_data_options("--model", model)
+    return {each.name: trained[each.name] for each in fields(UpdateSettings) if each.name in trained}
 
 
 def _folder_of(model: str) -> Path:

@@ -151,6 +151,20 @@ def test_unknown_items_and_other_feedback_are_left_out_and_told(mine, tmp_path):
     assert "2 interactions and 1 pairs of 4 positive rows (5 in the table)" in done.out
 
 
+def test_columns_and_feedback_are_those_that_the_model_was_trained_with(mine, tmp_path):
+    path = mine / "data_options.json"
+    options = {**json.loads(path.read_text()), "user_column": "who", "positive": ["rating>=4"]}
+    path.write_text(json.dumps(options))
+    rows = pd.DataFrame(
+        [("u1", "m1", 900, 5), ("u1", "m2", 902, 1)], columns=["who", "item_id", "timestamp", "rating"]
+    )
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    done = succeeded(onerec("update", "--model", mine, "--interactions", tmp_path / "new.csv"))
+    assert "1 interactions and 0 pairs of 1 positive rows (2 in the table)" in done.out
+    counts = update(rows.assign(rating=5, timestamp=903), model=str(mine), user_column="who", positive=None).counts
+    assert counts["positive"] == 2
+
+
 def test_sequence_models(tmp_path, split):
     rows, parts = split
     model, wanted = (SequentialRecommender.from_items([f"m{i}" for i in range(40)], hidden_size=8) for _ in range(2))

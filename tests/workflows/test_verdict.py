@@ -152,6 +152,21 @@ def test_commands_to_try_are_commands(trained):
     assert [words.split("--budget ")[1] for _, words in budget] == ["2h60m-cpu --output_dir mine-2"]
 
 
+def test_a_training_that_a_plateau_ended_was_long_enough(tmp_path, dataset):
+    settings = {
+        **TINY,
+        "max_steps": 40,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.0,
+        "eval_strategy": "steps",
+    }
+    settings |= {"eval_steps": 2, "metric_for_best_model": "ndcg@10", "decay_on_plateau": 1, "save_strategy": "steps"}
+    trainer = train(dataset, output_dir=tmp_path / "out", save_steps=2, **settings).trainer
+    assert trainer.state.global_step < 10
+    trainer.state.best_global_step = max(entry["step"] for entry in trainer.state.log_history)
+    assert not any("longer" in reason for reason, _ in what_to_try(trainer, Path("mine")))
+
+
 def test_in_python_it_is_a_call(trained):
     (_, longer), (_, head) = what_to_try(trained.trainer, Path("mine"))
     assert longer == "train(..., max_steps=6, output_dir='mine-2')"
