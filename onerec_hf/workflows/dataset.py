@@ -214,6 +214,28 @@ class InMemoryDataset:
             protocol=self._protocol(split.description) + SHUFFLED,
         )
 
+    def where(self, keep: np.ndarray, note: str) -> InMemoryDataset:
+        """
+        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew.
+
+        Args:
+            note: sentence for the protocol.
+
+        Raises:
+            DataError: no user is left with items to hold out.
+        """
+        from onerec_hf.data import leave_one_out
+
+        settings, sequences = self.settings, self.sequences.where(keep)
+        split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+        return replace(
+            self,
+            sequences=sequences,
+            split=split,
+            item_ids=sequences.item_counts()[0],
+            protocol=f"{self._protocol(split.description)} {note}",
+        )
+
     def _protocol(self, description: str) -> str:
         """The protocol with another description of the split."""
         return self.protocol.replace(self.split.description, description)
@@ -363,9 +385,7 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
     Raises:
         ValueError: items are missing (how many, the first three), or ids are of the other type.
     """
-    cure = (
-        "pass the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
-    )
+    cure = "pass --new_items skip or add, or the options that the catalogue was made with (--min_item_interactions, --positive)"
     try:
         unknown = catalogue.indices(data.item_ids, unknown="mask") < 0
     except TypeError as error:
