@@ -123,40 +123,14 @@ def add_items(
         >>> add_items("new_films.csv", model="runs/films").added  # doctest: +SKIP
         ['m300', 'm301']
     """
-    from onerec_hf.data import PositiveFeedback, UserSequences, read_interactions, read_items
-    from onerec_hf.data.columns import about
-    from onerec_hf.data.sources import with_text
-
     (how,) = gather((AddItemsSettings,), settings, options if settings else {"output_dir": None, **options})
     assert isinstance(how, AddItemsSettings)
     if how.model is None:
         raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
     if items is None and interactions is None:
         raise ValueError("pass --items, a table of the new items, or --interactions, a log in which they occur")
-    trained = read_data_options("--model", how.model)
-    columns = {
-        name: getattr(how, name) or trained.get(name, default)
-        for name, default in (
-            ("user_column", "user_id"),
-            ("item_column", "item_id"),
-            ("timestamp_column", "timestamp"),
-        )
-    }
     target = None if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
-    table = sequences = None
-    if items is not None:
-        table = read_items(items, item_column=columns["item_column"], embeddings=embeddings)
-        with about(items):
-            table = with_text(table)
-    if interactions is not None:
-        rules = how.positive if how.positive is not None else trained.get("positive")
-        rows = PositiveFeedback.parse(rules or ()).apply(read_interactions(interactions, **columns))
-        sequences = UserSequences.from_interactions(rows)
-    if table is not None:
-        ids = table.item_ids
-    else:
-        assert sequences is not None
-        ids = sequences.item_counts()[0]
+    ids, table, sequences = _read(how, items, embeddings, interactions)
     grown = _grown(how.model, ids, table, sequences)
     if not len(grown.added):
         what = f"all {grown.known:,} items are in its catalogue"
@@ -167,6 +141,62 @@ def add_items(
         raise ValueError(f"--model {how.model}: {what}, so that nothing was added. {_cure(table, sequences)}")
     folder = grown.save(target)
     return AddedItems(folder, grown.added, grown.left_out, grown.known)
+
+
+@contextlib.contextmanager
+def with_new_items(
+    model: str, items: TableSource | None, interactions: TableSource | None = None, **options
+) -> Iterator[str]:
+    """
+    The folder of a model with the new items of a table, which lasts as long as the block; the model itself where none is new.
+
+    Args:
+        model, items, interactions, options: as for [`add_items`].
+
+    Raises:
+        ValueError: as [`add_items`], but for a table without new items.
+    """
+    how = AddItemsSettings(model=model, **options)
+    grown = _grown(model, *_read(how, items, None, interactions))
+    say(_told(model, grown))
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(grown.save(Path(folder, Path(model).name))) if len(grown.added) else model
+
+
+def _read(
+    how: AddItemsSettings,
+    items: TableSource | None,
+    embeddings: np.ndarray | str | None,
+    interactions: TableSource | None,
+) -> tuple[np.ndarray, ItemTable | None, UserSequences | None]:
+    """The ids of the tables' items, the items table, and the sequences of positive interactions."""
+    from onerec_hf.data import PositiveFeedback, UserSequences, read_interactions, read_items
+    from onerec_hf.data.columns import about
+    from onerec_hf.data.sources import with_text
+
+    assert how.model is not None
+    trained = read_data_options("--model", how.model)
+    columns = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
+    columns = {name: getattr(how, name) or trained.get(name, default) for name, default in columns.items()}
+    table = sequences = None
+    if interactions is not None:
+        rules = how.positive if how.positive is not None else trained.get("positive")
+        rows = PositiveFeedback.parse(rules or ()).apply(read_interactions(interactions, **columns))
+        sequences = UserSequences.from_interactions(rows)
+    if items is None:
+        assert sequences is not None
+        return sequences.item_counts()[0], None, sequences
+    table = read_items(items, item_column=columns["item_column"], embeddings=embeddings)
+    with about(items):
+        return table.item_ids, with_text(table), sequences
+
+
+def _told(model: str, grown: _Grown) -> str:
+    """What is said of added items."""
+    text = f"--model {model}: {len(grown.added):,} new items are added to its catalogue of {len(grown.catalogue) - len(grown.added):,}"
+    if len(grown.left_out):
+        text += f"; {len(grown.left_out):,} with neither known words nor interactions with its items are left out, e.g. {grown.left_out[0]!r}"
+    return text
 
 
 def _cure(table: ItemTable | None, sequences: UserSequences | None) -> str:
@@ -205,9 +235,7 @@ def settled(
         yield _without(data, model, new), model
         return
     grown = _grown(model, new, data.items, data.train_sequences, for_training)
-    say(
-        f"--model {model}: {len(grown.added):,} new items are added to its catalogue of {len(grown.catalogue) - len(grown.added):,}"
-    )
+    say(_told(model, grown))
     if len(grown.left_out):
         data = _without(data, model, np.asarray(grown.left_out, dtype=new.dtype))
     with tempfile.TemporaryDirectory() as folder:
