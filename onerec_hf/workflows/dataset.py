@@ -375,17 +375,20 @@ class ItemLookup(Protocol):
         ...
 
 
-def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationDataset) -> None:
+def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationDataset, may_choose: bool = False) -> None:
     """
     Checks that the catalogue of a model holds every item of the data.
 
     Args:
         option: where the catalogue comes from, for the message.
+        may_choose: whether the command has `--new_items`, for the message.
 
     Raises:
         ValueError: items are missing (how many, the first three), or ids are of the other type.
     """
-    cure = "pass --new_items skip or add, or the options that the catalogue was made with (--min_item_interactions, --positive)"
+    cure = (
+        "pass the data, and the options for it, that the catalogue was made with (--min_item_interactions, --positive)"
+    )
     try:
         unknown = catalogue.indices(data.item_ids, unknown="mask") < 0
     except TypeError as error:
@@ -393,5 +396,5 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
     if unknown.any():
         raise ValueError(
             f"{option}: {int(unknown.sum())} of {len(data.item_ids)} items of the data are not in its catalogue of {len(catalogue)} "
-            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {cure}"
+            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {'pass --new_items skip or add, or ' if may_choose else ''}{cure}"
         )

@@ -51,7 +51,7 @@ def newer(data: InMemoryDataset, model: str, name: str | None = None) -> InMemor
     old = sequences.timestamps <= until
     ids, codes = np.unique(sequences.item_ids, return_inverse=True)
     frequent = np.bincount(codes[old], minlength=len(ids)) >= data.settings.min_item_interactions
-    check_catalogue(f"--model {name}", catalogue, replace(data, item_ids=ids[frequent]))
+    check_catalogue(f"--model {name}", catalogue, replace(data, item_ids=ids[frequent]), may_choose=True)
     known = catalogue.indices(sequences.item_ids, unknown="mask") >= 0
     if not (known & ~old).any():
         say(f"--model {name}: {_nothing_new(trained_on, sequences, known)}")

@@ -226,7 +226,7 @@ def settled(
         return
     lookup = lookup_of(model)
     if choice == "error":
-        check_catalogue(f"--model {model}", lookup, data)
+        check_catalogue(f"--model {model}", lookup, data, may_choose=True)
     new = _unknown(model, lookup, data)
     if choice == "error" or not len(new):
         yield data, model
