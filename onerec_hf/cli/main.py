@@ -25,7 +25,7 @@ COMMANDS = {
     "export": "export a trained generator as ONNX graphs and compare them with the model",
     "serve": "serve a saved model over HTTP: batching, per-request constraints, metrics, reload",
     "demo": "open a page in the browser: pick a history, see generated sessions",
-    "recommend": "recommend items for histories (file or stdin), as JSON lines",
+    "recommend": "recommend items for histories or the users of a table; rank given items; similar items",
 }
 
 USAGE = "\n".join(

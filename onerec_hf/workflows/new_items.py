@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -127,6 +128,10 @@ def add_items(
     assert isinstance(how, AddItemsSettings)
     if how.model is None:
         raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
+    if how.output_dir is None and not os.path.isdir(how.model):
+        raise ValueError(
+            f"--model {how.model}: there is no such folder; for a repository of the Hub pass --output_dir, a folder for the grown model"
+        )
     if items is None and interactions is None:
         raise ValueError("pass --items, a table of the new items, or --interactions, a log in which they occur")
     target = None if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
@@ -356,6 +361,11 @@ def _grown(
     rows = None if table is None or not len(new) else table.select(new)
     vectors = _encoded(encoder, rows, len(new), repo)
     known = quantizer.decode(_codes(catalogue, len(quantizer.codebook_sizes))).numpy()
+    if known.shape[1] != encoder.width:
+        raise ValueError(
+            f"--model {repo}: {ITEM_ENCODER_NAME} makes vectors of {encoder.width} columns, {CODEBOOKS_NAME} takes {known.shape[1]}: they belong to "
+            "different models; copy both again"
+        )
     counts, together = _together(sequences, catalogue, new)
     vectors = encoder.with_behaviour(vectors, known, together)
     placed = vectors.any(1)

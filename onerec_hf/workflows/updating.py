@@ -211,8 +211,8 @@ def _sequences(
     unknown = rows.loc[(indices < 0) & rows["new"].to_numpy(), "item_id"]
     if len(unknown) == len(new):
         raise ValueError(
-            f"interactions: none of {len(new):,} rows is of the model's {len(items):,} items (first: {unknown.iloc[0]!r}). Add the items to "
-            "the catalogue, or train on with: onerec-hf train --model"
+            f"interactions: none of {len(new):,} rows is of the model's {len(items):,} items (first: {unknown.iloc[0]!r}). Add them with "
+            "onerec-hf add-items, or train on with: onerec-hf train --model"
         )
     known = indices >= 0  # as in training, where rows of rare items are left out
     rows, indices = rows.loc[known], indices[known]

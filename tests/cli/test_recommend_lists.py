@@ -83,6 +83,8 @@ def test_candidates_are_ranked_exactly_all_of_them(model, tmp_path):
     assert set(answer["items"]) == set(ids)  # m2 of the history too
     assert answer["scores"] == sorted(answer["scores"], reverse=True)
     assert answers(recommend(model, "--candidates", tmp_path / "ids.parquet")) == [answer]
+    line = json.dumps({"history": ["m1", "m2"], "candidates": ids}) + "\n"
+    assert answers(recommend(model, stdin=line))[0]["scores"] == answer["scores"]
     processor = AutoProcessor.from_pretrained(model)
     batch = processor([["m1", "m2"]] * 5, sessions=[[item] for item in answer["items"]])
     logits = AutoModelForSeq2SeqLM.from_pretrained(model).eval()(**batch).logits.log_softmax(-1)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf.baselines import SequentialRecommender
 from onerec_hf.data.item_fields import read_items_file
 from onerec_hf.workflows import add_items, evaluate, train
 from tests.cli.commands import contents, onerec, refused, succeeded
@@ -129,6 +130,10 @@ def test_items_known_by_behaviour_need_a_log(by_behaviour, tables_of, tmp_path):
     assert "2 new items were added; 38 were known" in done.out
 
 
+def test_a_repository_of_the_hub_is_not_changed_in_place(tables_of):
+    refused(onerec("add-items", "--model", "me/films", "--items", tables_of / "items.csv"), "pass --output_dir")
+
+
 def test_models_without_an_encoder_are_refused(by_text, tables_of, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(by_text, mine)
@@ -150,6 +155,21 @@ def test_evaluation_with_new_items(by_text, tables_of):
     assert "2 new items are added to its catalogue of 38" in done.err
     assert contents(by_text) == before
     refused(evaluated(by_text, tables_of, "--new_items", "drop"), "choose add, skip or error")
+
+
+def test_a_sequence_model_takes_no_new_items(tables, tables_of, tmp_path):
+    known = sorted(set(tables["items"]["item_id"]) - set(NEW))
+    SequentialRecommender.from_items(known, hidden_size=8).save_pretrained(tmp_path / "sasrec")
+    refused(evaluated(tmp_path / "sasrec", tables_of), "2 of 40 items", "--new_items skip or add")
+    refused(evaluated(tmp_path / "sasrec", tables_of, "--new_items", "add"), "whose items are learned by training")
+    succeeded(evaluated(tmp_path / "sasrec", tables_of, "--new_items", "skip"))
+
+
+def test_codebooks_of_another_model_are_refused(by_text, by_behaviour, tables_of, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(by_text, mine)
+    shutil.copyfile(by_behaviour / "codebooks.safetensors", mine / "codebooks.safetensors")
+    refused(onerec("add-items", "--model", mine, "--items", tables_of / "items.csv"), "belong to different models")
 
 
 def test_skipped_rows_leave_what_was_there(by_text, tables_of):
