@@ -86,8 +86,6 @@ class Request:
         history: item ids, oldest first.
         exclude: more items to leave out.
         allow: the only items to choose from (a category, what is in stock); all when not given.
-        candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
-            `num_beams` and `exclude_seen` do not count then.
         top_k: items (or sessions) to return, best first.
         session_length: with 1, a ranked list of items; with more, sessions of so many items each.
         num_beams: beam width; 50, or `top_k` where that is more, when not given.
@@ -96,6 +94,8 @@ class Request:
         max_history: the latest items of the history that the model reads; the processor's when not given.
         diversity: penalty on items that the sessions share; 1 leaves hardly any.
         name: of the history in messages.
+        candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
+            `num_beams` and `exclude_seen` do not count then.
 
     Raises:
         RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, another value of `unknown`, or `candidates` beside `allow` or for
@@ -109,7 +109,6 @@ class Request:
     history: Any
     exclude: Any = None
     allow: Any = None
-    candidates: Any = None
     top_k: int = 10
     session_length: int = 1
     num_beams: int | None = None
@@ -118,6 +117,7 @@ class Request:
     max_history: int | None = None
     diversity: float = 0.0
     name: str = "the history"
+    candidates: Any = None
 
     def __post_init__(self):
         for option in _COUNTS:

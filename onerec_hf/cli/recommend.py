@@ -87,7 +87,7 @@ class RecommendArguments(ShownItemArguments):
     unknown: str | None = field(
         default=None,
         metadata={
-            "help": "Unknown items in a history: error, or skip (counted; a user without any known item gets an empty answer). By default error, and skip with --interactions."
+            "help": "Unknown items in a history: error, or skip (counted; a user without any known item, or to whom nothing is left to recommend, gets an empty answer). By default error, and skip with --interactions."
         },
     )
     new_items: str | None = field(
@@ -338,8 +338,8 @@ def resolve_line(
     A line's request against the catalogue.
 
     Raises:
-        ValueError: ids of the wrong type, with `--unknown error` an unknown item or an empty history, or a request that leaves nothing to
-            recommend; the message names the line.
+        ValueError: ids of the wrong type; with `--unknown error` an unknown item, an empty history, or a request that leaves nothing to
+            recommend. The message names the line.
     """
     from onerec_hf.modeling.requests import Request, RequestError
 
@@ -349,7 +349,7 @@ def resolve_line(
     try:
         resolved = recommender.resolve(Request(**lists, **args.options()), **shared.rows)
         problem = recommender.problem(resolved)
-        if problem and (not resolved.candidates or (not resolved.history and args.unknown == "error")):
+        if problem and args.unknown != "skip" and not (resolved.candidates and resolved.history):
             raise problem
     except RequestError as error:
         raise ValueError(f"line {number}: {error.message(_spell_option)}") from None

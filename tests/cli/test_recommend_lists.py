@@ -56,6 +56,14 @@ def test_a_history_is_the_positive_rows_and_all_rows_are_left_out(model, tmp_pat
     refused(recommend(model, *options, "--unknown", "error"), "1 of 3 items are not in the catalogue")
 
 
+def test_a_user_who_has_seen_everything_costs_no_other_user_the_answer(model, tmp_path):
+    rows = [("whale", f"m{i}", i) for i in range(NUM_ITEMS)] + [("u1", "m4", 1)]
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_csv(tmp_path / "log.csv", index=False)
+    done = recommend(model, "--interactions", tmp_path / "log.csv", "--top_k", 2)
+    assert [(answer["user_id"], len(answer["items"])) for answer in answers(done)] == [("u1", 2), ("whale", 0)]
+    assert "1 of 2 histories leave nothing to recommend" in done.err
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "jsonl"])
 def test_answers_are_written_as_a_table(model, data, tmp_path, suffix):
     path = tmp_path / f"out.{suffix}"
