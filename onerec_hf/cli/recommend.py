@@ -156,6 +156,8 @@ def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
         raise ValueError(f"--{sources[0]} and --{sources[1]} both say what to recommend for: pass one of them")
     if args.users is not None and args.interactions is None:
         raise ValueError("--users goes with --interactions, a table that holds their interactions")
+    if args.similar_to is not None and (args.candidates or args.allow):
+        raise ValueError("--similar_to looks among all items: leave out --candidates and --allow")
     if args.candidates is not None and args.allow is not None:
         raise ValueError("--candidates and --allow both name the items to choose from: pass one of them")
     if args.candidates is not None and args.session_length > 1:

@@ -140,3 +140,4 @@ def test_similar_items(model):
     assert len(everything["items"]) == NUM_ITEMS - 1
     refused(recommend(model, "--similar_to", "x3"), "--similar_to: 1 of 1 items")
     refused(recommend(model, "--similar_to", "m3", "--interactions", "log.csv"), "pass one of them")
+    refused(recommend(model, "--similar_to", "m3", "--allow", "m1"), "leave out --candidates and --allow")
