@@ -29,7 +29,8 @@ from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
 from .layers_onerec import at_places
 from .top_candidates import top_candidates
 
-_CPU_ROWS_AT_ONCE = 1024
+# Beams of all users that exist at once.
+_CPU_ROWS_AT_ONCE, _ROWS_AT_ONCE = 1024, 1 << 16
 # Arguments that generate() passes to its search and that the fast path uses, or may ignore.
 _FAST_INPUTS = {
     "encoder_outputs",
@@ -297,8 +298,8 @@ class OneRecGenerationMixin(GenerationMixin):
         num_beams: int = 32,
         num_return_sequences: int = 1,
         exclude_seen: bool = False,
-        exclude: torch.Tensor | Sequence[Sequence] | None = None,
-        allow: torch.Tensor | Sequence[Sequence] | None = None,
+        exclude: torch.Tensor | Sequence | None = None,
+        allow: torch.Tensor | Sequence | None = None,
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
@@ -318,8 +319,9 @@ class OneRecGenerationMixin(GenerationMixin):
             num_beams: beams per user.
             num_return_sequences: sessions returned per user, at most `num_beams`.
             exclude_seen: leave out the items of `input_ids`.
-            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1.
-            allow: the only items to choose from, in the same forms (a category, what is in stock); one row holds for all users.
+            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1; or for all users one
+                list of item ids, or a flat tensor.
+            allow: the only items to choose from, in the same forms (a category, what is in stock).
             distinct: whether an item may occur only once in a session.
             item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own; with evidence
                 ([`ItemEvidence`]) of each item, given the items before it. It guides the beams from the first code on.
@@ -450,7 +452,7 @@ class OneRecGenerationMixin(GenerationMixin):
             return _best_items(item_scores, constraint, num_beams)
         # With a few users at a time, the search of a CPU stays in its caches; the answer is the same.
         users = len(history)
-        at_once = users if history.device.type != "cpu" else max(1, _CPU_ROWS_AT_ONCE // num_beams)
+        at_once = max(1, (_CPU_ROWS_AT_ONCE if history.device.type == "cpu" else _ROWS_AT_ONCE) // num_beams)
         compile_config = self.generation_config.compile_config
         parts = []
         for start in range(0, users, at_once):
@@ -588,11 +590,14 @@ class OneRecGenerationMixin(GenerationMixin):
         ]
         return CatalogueConstraint(trie, *leaves, distinct=distinct)
 
-    def _rows_per_user(self, items: torch.Tensor | Sequence[Sequence], what: str, users: int) -> torch.Tensor:
-        """(users, e) item indices, padded with -1, from lists of item ids or from indices; one list holds for all users."""
+    def _rows_per_user(self, items: torch.Tensor | Sequence, what: str, users: int) -> torch.Tensor:
+        """(users, e) item indices, padded with -1, from lists of item ids or from indices; one list, flat or not, holds for all users."""
         if isinstance(items, torch.Tensor):
             rows = items.to(self.device)
+            rows = rows[None] if rows.ndim == 1 else rows
         else:
+            if any(isinstance(each, str | int) for each in items):
+                items = [items]
             lists = [torch.from_numpy(self.catalogue.indices(each)) for each in items]
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
         if len(rows) not in (1, users):

@@ -61,6 +61,8 @@ class GenerativeRecommendationPipeline(Pipeline):
         exclude_seen (`bool`, defaults to `True`): leave out all items of the history, those that are too old to be read as well.
         exclude (list of item ids, *optional*): more items to leave out, for all histories.
         allow (list of item ids, *optional*): the only items to choose from (a category, what is in stock), for all histories.
+        candidates (list of item ids, *optional*): items to rank, for all histories: answers have all of them, with exact scores, those of the
+            history too; `top_k`, `num_beams` and `exclude_seen` do not count then.
         unknown ("skip" or "error", defaults to "skip"): handling of unknown ids and of histories without any
             item. They are skipped, a history without a known item getting an empty answer, and one warning at the end counts them; or
             they raise.
@@ -116,7 +118,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         Args:
             histories: one history, oldest item first; or a list of histories; or a dataset, generator or other iterable of them. A
                 history is a list of item ids, or a dictionary with one under "history" and, for it alone, lists of item ids under
-                "exclude" (on top of the option's) and "allow" (in place of it); other keys are ignored, so that a `datasets.Dataset`
+                "exclude" (on top of the option's), "allow" and "candidates" (in place of it); other keys are ignored, so that a `datasets.Dataset`
                 with a column `history` can be passed directly.
             kwargs: the class's options, and `batch_size` (1 by default) and `num_workers` of transformers' pipelines.
 
@@ -143,6 +145,23 @@ class GenerativeRecommendationPipeline(Pipeline):
         (result,) = _told([self._run(_Numbered(None, histories), **kwargs)])
         return result
 
+    def similar_items(self, item_ids, top_k: int = 10) -> list[list[dict]]:
+        """
+        The most similar items of each item: those whose vectors, of the item head or of their codes, have the largest cosine.
+
+        Args:
+            item_ids: ids of the catalogue.
+            top_k: items per item, best first.
+
+        Returns:
+            Per item a list `[{"item": id, "score": cosine, **fields}, ...]`.
+
+        Raises:
+            KeyError: an id that the catalogue does not hold.
+        """
+        items = self._forward_params["items"]
+        return Recommender(self.model, self.processor, items).similar_items(item_ids, top_k)
+
     def _run(self, numbered, **kwargs) -> Any:
         return super().__call__(numbered, **kwargs)
 
@@ -158,6 +177,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         exclude_seen=None,
         exclude=None,
         allow=None,
+        candidates=None,
         unknown=None,
         max_history=None,
         diversity=None,
@@ -178,7 +198,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         checked = Request((), **options)
         catalogue = Recommender(self.model, self.processor).catalogue
         preprocess: dict[str, Any] = {"options": options}
-        for name, ids in (("exclude", exclude), ("allow", allow)):
+        for name, ids in (("exclude", exclude), ("allow", allow), ("candidates", candidates)):
             if ids is not None:
                 rows, skipped = known_indices(catalogue, ids, name, checked.unknown)
                 if skipped:
@@ -188,7 +208,7 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def preprocess(self, input_: _Numbered, options: Mapping[str, Any], **rows):
         given = input_.history if isinstance(input_.history, Mapping) else {"history": input_.history}
-        lists = {name: given.get(name) for name in ("history", "exclude", "allow")}
+        lists = {name: given.get(name) for name in ("history", "exclude", "allow", "candidates")}
         recommender = Recommender(self.model, self.processor)
         resolved = recommender.resolve(Request(**lists, name=input_.name, **options), **rows)
         if resolved.request.unknown == "error" and not resolved.history:

@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 from .files import find_file
+from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
@@ -93,9 +94,12 @@ class Request:
         max_history: the latest items of the history that the model reads; the processor's when not given.
         diversity: penalty on items that the sessions share; 1 leaves hardly any.
         name: of the history in messages.
+        candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
+            `num_beams` and `exclude_seen` do not count then.
 
     Raises:
-        RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, or another value of `unknown`.
+        RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, another value of `unknown`, or `candidates` beside `allow` or for
+            sessions of several items.
 
     Example:
         >>> Request(["m4"], top_k=80).beams
@@ -113,6 +117,7 @@ class Request:
     max_history: int | None = None
     diversity: float = 0.0
     name: str = "the history"
+    candidates: Any = None
 
     def __post_init__(self):
         for option in _COUNTS:
@@ -123,6 +128,11 @@ class Request:
             raise RequestError(f"diversity must be a finite number, at least 0; got {self.diversity}")
         if self.unknown not in ("skip", "error"):
             raise RequestError(f'unknown must be "skip" or "error"; got {self.unknown!r:.40}')
+        if self.candidates is not None:
+            if self.session_length > 1:
+                raise RequestError(f"candidates are single items; got session_length={self.session_length}")
+            if self.allow is not None:
+                raise RequestError("candidates and allow both name the items to choose from; pass one of them")
         if self.top_k > self.beams:
             raise RequestError(f"top_k={self.top_k} exceeds num_beams={self.num_beams}; raise num_beams")
 
@@ -152,6 +162,7 @@ class ResolvedRequest:
         history: the ids that the model reads.
         exclude, allow: distinct item indices. With `allow`, the exclusions are taken from it already.
         candidates: active items that are left to choose from.
+        ranks: whether `allow` holds candidates, all of which are ranked.
         length: ids of the history as it came.
         skipped: ids of the request that the catalogue does not hold.
         cut: whether the history is longer than what the model reads.
@@ -165,11 +176,19 @@ class ResolvedRequest:
     length: int
     skipped: int
     cut: bool
+    ranks: bool = False
+
+    @property
+    def count(self) -> int:
+        """Items or sessions of the answer, at most."""
+        return self.candidates if self.ranks else self.request.top_k
 
     @property
     def kind(self) -> BatchKind:
         """Requests of one kind are searched together."""
         request = self.request
+        if self.ranks:  # a beam for each candidate: none is pruned. Similar numbers share a batch.
+            return BatchKind(1, 1 << max(0, self.candidates - 1).bit_length(), has_allow=True)
         kind = BatchKind(request.session_length, request.beams, self.allow is not None)
         if request.diversity and min(request.session_length, request.top_k) > 1:
             # How many sessions are returned decides which.
@@ -332,7 +351,11 @@ class Recommender:
         return self.model.named_parameters()
 
     def resolve(
-        self, request: Request, exclude: np.ndarray = _NO_ITEMS, allow: np.ndarray | None = None
+        self,
+        request: Request,
+        exclude: np.ndarray = _NO_ITEMS,
+        allow: np.ndarray | None = None,
+        candidates: np.ndarray | None = None,
     ) -> ResolvedRequest:
         """
         The request against the catalogue.
@@ -340,6 +363,7 @@ class Recommender:
         Args:
             exclude: item indices to leave out of all requests, on top of the request's.
             allow: item indices to choose from where the request has no `allow`.
+            candidates: item indices to rank where the request has no `candidates`.
 
         Raises:
             RequestError: a value that is not a list, or invalid item ids. [`ItemIdTypeError`] for ids of another type than the
@@ -354,15 +378,22 @@ class Recommender:
         if request.allow is not None:
             allow, unknown = known_indices(catalogue, request.allow, f"allow of {name}", request.unknown)
             skipped += unknown
-        exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen else exclude)
+        if request.candidates is not None:
+            candidates, unknown = known_indices(
+                catalogue, request.candidates, f"candidates of {name}", request.unknown
+            )
+            skipped += unknown
+        if ranks := candidates is not None:
+            allow = candidates
+        exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen and not ranks else exclude)
         if allow is None:
-            candidates = catalogue.num_active - int(catalogue.active[exclude].sum())
+            left = catalogue.num_active - int(catalogue.active[exclude].sum())
         else:
             allow, exclude = np.setdiff1d(allow, exclude), _NO_ITEMS
-            candidates = int(catalogue.active[allow].sum())
+            left = int(catalogue.active[allow].sum())
         latest = catalogue.ids(history[-(request.max_history or self.max_history) :])
         cut = len(latest) < len(history)
-        return ResolvedRequest(request, latest, exclude, allow, candidates, length, skipped, cut)
+        return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks)
 
     def problem(self, resolved: ResolvedRequest) -> RequestError | None:
         """Why the answer is empty; None where it need not be."""
@@ -372,6 +403,10 @@ class Recommender:
             return RequestError(
                 f"{name} {reason}: there is nothing to read", ("unknown", "skip", "for an empty answer")
             )
+        if resolved.ranks and not resolved.candidates:
+            return RequestError(
+                f"{name}: none of the candidates is left to rank: they are unknown, retired or excluded"
+            )
         if resolved.candidates < request.session_length:
             seen = ("exclude_seen", False, "to recommend items of the history again") if request.exclude_seen else None
             return RequestError(
@@ -380,6 +415,47 @@ class Recommender:
                 seen,
             )
         return None
+
+    def similar_items(self, item_ids: Sequence, top_k: int = 10) -> list[list[dict[str, Any]]]:
+        """
+        The most similar active items of each item, by the cosine of their vectors ([`item_vectors`]); the item itself is left out.
+
+        Returns:
+            Per item, dictionaries with `item`, `score` and the item's fields, best first.
+
+        Raises:
+            RequestError: an id that the catalogue does not hold, ids of the other type, or `top_k` below 1.
+        """
+        if top_k < 1:
+            raise RequestError(f"top_k must be at least 1; got {top_k}")
+        rows, _ = known_indices(self.catalogue, item_ids, "similar_to", "error")
+        vectors = torch.nn.functional.normalize(self.item_vectors().float(), dim=1)
+        active = torch.from_numpy(np.array(self.catalogue.active)).to(vectors.device)
+        answers = []
+        for row in rows.tolist():
+            scores = (vectors @ vectors[row]).masked_fill_(~active, -math.inf)
+            scores[row] = -math.inf
+            found, places = top_candidates(scores[None], top_k)
+            kept = found[0].isfinite()
+            ids, values = self.catalogue.ids(places[0][kept].cpu().numpy()), found[0][kept].tolist()
+            fields = [{} if self.items is None else dict(self.items.get(item, {})) for item in ids]
+            answers.append(
+                [{"item": item, "score": score, **of} for item, score, of in zip(ids, values, fields, strict=True)]
+            )
+        return answers
+
+    @torch.no_grad()
+    def item_vectors(self) -> torch.Tensor:
+        """
+        (items, width) vectors of the catalogue's items, in its order, to compare items by: those that the item head scores by (vectors, content and
+        codes, as far as it has them); without such a head the sums of the embeddings of their codes, which the encoder reads.
+        """
+        config, encoder = self.model.config, self.model.get_encoder()
+        tokens = torch.tensor(self.catalogue.codes, dtype=torch.long) + torch.tensor(config.level_offsets)
+        tokens = tokens.to(self.model.device)
+        if config.item_head is not None and config.item_head.loss_weight:
+            return encoder.item_head.output_vectors(encoder.embed_tokens, tokens)
+        return encoder.embed_tokens(tokens).sum(1)
 
     def recommend(self, requests: Iterable[Request]) -> list[Answer]:
         """One answer per request, in order; raises as [`resolve`] and [`answer`] do."""
@@ -405,7 +481,7 @@ class Recommender:
 
     def search(self, kind: BatchKind, requests: Sequence[ResolvedRequest]) -> list[Answer]:
         """As [`answer`], for requests of one kind that are answerable: one batch."""
-        most = max(resolved.request.top_k for resolved in requests)
+        most = max(resolved.count for resolved in requests)
         histories = [resolved.history for resolved in requests]  # cut already
         output: Any = self.model.recommend(
             **self.processor(histories, max_history=max(map(len, histories))),
@@ -420,7 +496,7 @@ class Recommender:
         sessions, scores = self.processor.batch_decode(output), output.sequences_scores.tolist()
         answers = []
         for place, resolved in enumerate(requests):
-            mine = slice(place * most, place * most + resolved.request.top_k)
+            mine = slice(place * most, place * most + resolved.count)
             # A beam that found no session is empty.
             found = [pair for pair in zip(sessions[mine], scores[mine], strict=True) if pair[0]]
             answer = Answer(resolved, [session for session, _ in found], [score for _, score in found])

@@ -76,24 +76,28 @@ class ItemRecommender(Recommender):
         return self.model.named_parameters() if isinstance(self.model, SequentialRecommender) else ()
 
     def resolve(
-        self, request: Request, exclude: np.ndarray = _NO_ITEMS, allow: np.ndarray | None = None
+        self,
+        request: Request,
+        exclude: np.ndarray = _NO_ITEMS,
+        allow: np.ndarray | None = None,
+        candidates: np.ndarray | None = None,
     ) -> ResolvedRequest:
         if request.session_length > 1:
             raise RequestError(
                 f"session_length={request.session_length}: this model ranks single items, sessions need a OneRec",
                 ("session_length", 1, "for a ranked list"),
             )
-        return super().resolve(request, exclude, allow)
+        return super().resolve(request, exclude, allow, candidates)
 
     def search(self, kind: BatchKind, requests: Sequence[ResolvedRequest]) -> list[Answer]:
-        most = max(resolved.request.top_k for resolved in requests)
+        most = max(resolved.count for resolved in requests)
         histories = [self.catalogue.indices(resolved.history) for resolved in requests]
         exclude = [resolved.exclude for resolved in requests]
         allow = [resolved.allow for resolved in requests if resolved.allow is not None] or None
         best = self._sequential if isinstance(self.model, SequentialRecommender) else self.model.top_items
         answers = []
         for resolved, indices, scores in zip(requests, *best(histories, most, exclude, allow), strict=True):
-            found = np.flatnonzero(indices[: resolved.request.top_k] >= 0)
+            found = np.flatnonzero(indices[: resolved.count] >= 0)
             items = self.catalogue.ids(indices[found])
             answer = Answer(resolved, [[item] for item in items], scores[found].tolist())
             if not all(map(math.isfinite, answer.scores)):
@@ -102,6 +106,13 @@ class ItemRecommender(Recommender):
                 answer.fields = [[dict(self.items.get(item, {}))] for item in items]
             answers.append(answer)
         return answers
+
+    def item_vectors(self) -> torch.Tensor:
+        if not isinstance(self.model, SequentialRecommender):
+            raise RequestError(
+                f"similar_to: a {type(self.model).__name__} has no vectors of items; name a OneRec or a sequence model"
+            )
+        return self.model.item_vectors()
 
     def _sequential(
         self, histories: list[np.ndarray], k: int, exclude: list[np.ndarray], allow: list[np.ndarray] | None

@@ -18,13 +18,14 @@ COMMANDS = {
     "plan": "compute memory per GPU, communication and time per step of a model from its config",
     "reward": "train a reward model that scores sessions, from impressions with feedback",
     "align": "align a trained generator with preferences, from reward models or given pairs",
+    "add-items": "add new items to a saved model, without training",
     "update": "count new interactions into a saved model, without training",
     "evaluate": "rank the full catalogue for held-out items, with popularity and item-kNN as baselines",
     "compare": "tune and compare model families on your table, with costs and a report",
     "export": "export a trained generator as ONNX graphs and compare them with the model",
     "serve": "serve a saved model over HTTP: batching, per-request constraints, metrics, reload",
     "demo": "open a page in the browser: pick a history, see generated sessions",
-    "recommend": "recommend items for histories (file or stdin), as JSON lines",
+    "recommend": "recommend items for histories or the users of a table; rank given items; similar items",
 }
 
 USAGE = "\n".join(

@@ -134,7 +134,7 @@ def align_embeddings(
         seed: seed of weights and batches. The global random state is unchanged.
 
     Returns:
-        (N, at most dim) float32, unit rows.
+        (N, at most dim) float32, unit rows. [`AlignmentMap.fit`] also keeps the map, for items that come later.
 
     Raises:
         ValueError: NaN or infinite embeddings, pairs of a wrong shape or with indices out of range.
@@ -147,48 +147,125 @@ def align_embeddings(
         >>> aligned.shape, bool(aligned[0] @ aligned[1] > unit[0] @ unit[1])
         ((40, 8), True)
     """
-    embeddings = check_points(embeddings).float().cpu()
-    pairs = torch.as_tensor(pairs).cpu()
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(f"pairs must be (P, 2) item indices, not empty; got shape {tuple(pairs.shape)}")
-    if int(pairs.min()) < 0 or int(pairs.max()) >= len(embeddings):
-        raise ValueError(
-            f"pairs hold item indices {int(pairs.min())} to {int(pairs.max())}, but the embeddings have rows 0 to {len(embeddings) - 1}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    inputs = functional.normalize(embeddings, dim=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        projection = _Projection(inputs, min(dim, inputs.shape[1]), hidden_size)
-    optimizer = torch.optim.AdamW(projection.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(steps):
-        batch = pairs[torch.randint(len(pairs), (batch_size,), generator=generator)]
-        first, second = projection(inputs[batch.T.reshape(-1)]).chunk(2)
-        loss = info_nce(first, second, temperature=temperature, items=batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return torch.cat([projection(chunk) for chunk in inputs.split(ROWS)]).numpy()
+    alignment = AlignmentMap.fit(
+        embeddings,
+        pairs,
+        dim=dim,
+        hidden_size=hidden_size,
+        temperature=temperature,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    return alignment(embeddings)
+
+
+class AlignmentMap:
+    """
+    The map of [`align_embeddings`]: (n, d) content embeddings to (n, at most dim) float32 unit rows.
+
+    Example:
+        >>> alignment = AlignmentMap(_Projection(4, 2, 8))
+        >>> again = AlignmentMap.of(alignment.tensors())
+        >>> bool((again(np.eye(4)) == alignment(np.eye(4))).all())
+        True
+    """
+
+    def __init__(self, projection: _Projection):
+        self._projection = projection
+
+    @classmethod
+    def fit(
+        cls,
+        embeddings: np.ndarray | torch.Tensor,
+        pairs: np.ndarray | torch.Tensor,
+        *,
+        dim: int = 256,
+        hidden_size: int = 256,
+        temperature: float = 0.07,
+        steps: int = 2000,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> AlignmentMap:
+        """Learns the map; arguments and errors as for [`align_embeddings`]."""
+        embeddings = check_points(embeddings).float().cpu()
+        pairs = torch.as_tensor(pairs).cpu()
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+            raise ValueError(f"pairs must be (P, 2) item indices, not empty; got shape {tuple(pairs.shape)}")
+        if int(pairs.min()) < 0 or int(pairs.max()) >= len(embeddings):
+            raise ValueError(
+                f"pairs hold item indices {int(pairs.min())} to {int(pairs.max())}, but the embeddings have rows 0 to {len(embeddings) - 1}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        inputs = functional.normalize(embeddings, dim=1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projection = _Projection(inputs.shape[1], min(dim, inputs.shape[1]), hidden_size)
+        projection.turn_to(inputs)
+        optimizer = torch.optim.AdamW(projection.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for _ in range(steps):
+            batch = pairs[torch.randint(len(pairs), (batch_size,), generator=generator)]
+            first, second = projection(inputs[batch.T.reshape(-1)]).chunk(2)
+            loss = info_nce(first, second, temperature=temperature, items=batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return cls(projection)
+
+    def __call__(self, embeddings: np.ndarray | torch.Tensor) -> np.ndarray:
+        inputs = functional.normalize(check_points(embeddings).float().cpu(), dim=1)
+        with torch.no_grad():
+            return torch.cat([self._projection(chunk) for chunk in inputs.split(ROWS)]).numpy()
+
+    @property
+    def input_size(self) -> int:
+        """Dimensions of the content."""
+        return self._projection.linear.in_features
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by name."""
+        return self._projection.state_dict()
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor]) -> AlignmentMap:
+        """
+        The map with the weights of [`tensors`].
+
+        Raises:
+            ValueError: weights that do not fit together.
+        """
+        try:
+            (dim, size), hidden_size = tensors["linear.weight"].shape, len(tensors["correction.0.bias"])
+            projection = _Projection(size, dim, hidden_size)
+            projection.load_state_dict(tensors)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the weights of the alignment do not fit together: {error!s:.200}") from error
+        return cls(projection)
 
 
 class _Projection(nn.Module):
-    """Projection to the principal directions plus an MLP initialised to zero, with unit outputs."""
+    """A linear map plus an MLP initialised to zero, with unit outputs."""
 
-    def __init__(self, inputs: torch.Tensor, dim: int, hidden_size: int):
+    def __init__(self, size: int, dim: int, hidden_size: int):
         super().__init__()
-        size = inputs.shape[1]
         last = nn.Linear(hidden_size, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.linear = nn.Linear(size, dim, bias=False)
         self.correction = nn.Sequential(nn.Linear(size, hidden_size), nn.GELU(), last)
+
+    @torch.no_grad()
+    def turn_to(self, inputs: torch.Tensor) -> None:
+        """Initialises the linear map to the principal directions of the inputs."""
         centred = inputs - inputs.mean(0)
         directions = torch.linalg.eigh(centred.T @ centred).eigenvectors  # ascending
-        with torch.no_grad():
-            self.linear.weight.copy_(directions.T.flip(0)[:dim])
+        self.linear.weight.copy_(directions.T.flip(0)[: len(self.linear.weight)])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return functional.normalize(self.linear(inputs) + self.correction(inputs), dim=1)

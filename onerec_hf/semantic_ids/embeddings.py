@@ -33,15 +33,65 @@ def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.nd
         >>> vectors.shape, bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2]), vectors[3].tolist()
         ((4, 2), True, [0.0, 0.0])
     """
+    return TextEncoder.fit(texts, dim, seed)[0]
+
+
+#: Terms of a [`TextEncoder`]: those of most texts. The others hardly reach a new text.
+MOST_TERMS = 32_768
+
+
+class TextEncoder:
+    """
+    [`text_embeddings`] of new texts: the terms of a fit, their weights and their vectors.
+
+    Args:
+        terms: T words and word pairs.
+        idf: (T,) float32 inverse document frequencies.
+        vectors: (T, d) float32 vectors of the terms.
+
+    Example:
+        >>> fitted, encoder = TextEncoder.fit(["red lipstick", "red nail polish", "garden hose"], dim=2)
+        >>> bool(np.allclose(encoder.encode(["garden hose"]), fitted[2:], atol=1e-3)), encoder.encode(["blue"]).tolist()
+        (True, [[0.0, 0.0]])
+    """
+
+    def __init__(self, terms: Sequence[str], idf: np.ndarray, vectors: np.ndarray):
+        self.terms, self.idf, self.vectors = list(terms), idf, vectors
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], dim: int = 64, seed: int = 0) -> tuple[np.ndarray, TextEncoder]:
+        """
+        The embeddings of `texts`, and their encoder with at most [`MOST_TERMS`] terms.
+
+        Args:
+            texts, dim, seed: as for [`text_embeddings`].
+
+        Raises:
+            ValueError: no text contains a word.
+        """
+        vectorizer = _vectorizer()
+        try:
+            matrix = vectorizer.fit_transform(texts)
+        except ValueError as error:
+            raise ValueError(
+                f"none of {len(texts)} texts contains a word to embed ({error}); pass other text columns or embeddings"
+            ) from None
+        reduced, directions = _reduce(matrix, dim, seed)
+        kept = np.sort(np.argsort(vectorizer.idf_, kind="stable")[:MOST_TERMS])
+        terms = vectorizer.get_feature_names_out()[kept].tolist()
+        return unit_rows(reduced), cls(terms, vectorizer.idf_[kept].astype(np.float32), directions[:, kept].T)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d) float32 unit rows; zero rows for texts without a known term."""
+        vectorizer = _vectorizer(vocabulary={term: place for place, term in enumerate(self.terms)})
+        vectorizer.idf_ = self.idf
+        return unit_rows(vectorizer.transform(texts) @ self.vectors)
+
+
+def _vectorizer(**fitted):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    try:
-        matrix = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
-    except ValueError as error:
-        raise ValueError(
-            f"none of {len(texts)} texts contains a word to embed ({error}); pass other text columns or embeddings"
-        ) from None
-    return _unit_rows(_reduce(matrix, dim, seed))
+    return TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **fitted)
 
 
 def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, batch_size: int = 64) -> np.ndarray:
@@ -71,7 +121,7 @@ def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, 
     model = SentenceTransformer(model) if isinstance(model, str) else model
     vectors = np.asarray(model.encode(list(texts), batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
     vectors[[not text.strip() for text in texts]] = 0
-    return _unit_rows(vectors)
+    return unit_rows(vectors)
 
 
 def reduce_embeddings(embeddings: np.ndarray, dim: int, whiten: bool = False, seed: int = 0) -> np.ndarray:
@@ -122,8 +172,8 @@ def behaviour_embeddings(
         ((5, 3), [0.0, 0.0, 0.0])
     """
     matrix = positive_pmi(cooccurrence(sequences, num_items, window))
-    reduced = _reduce(matrix, dim, seed, scale_power=0.5)
-    return _unit_rows(reduced)
+    reduced, _ = _reduce(matrix, dim, seed, scale_power=0.5)
+    return unit_rows(reduced)
 
 
 def cooccurrence(sequences: Sequence[np.ndarray], num_items: int, window: int) -> scipy.sparse.csr_matrix:
@@ -176,7 +226,7 @@ def combine_embeddings(parts: Sequence[np.ndarray], weights: Sequence[float] | N
     """
     weights = [1.0] * len(parts) if weights is None else weights
     return np.concatenate(
-        [weight * _unit_rows(part) for part, weight in zip(parts, weights, strict=True)], axis=1, dtype=np.float32
+        [weight * unit_rows(part) for part, weight in zip(parts, weights, strict=True)], axis=1, dtype=np.float32
     )
 
 
@@ -199,18 +249,18 @@ def fingerprint_of(parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[in
     return digest.hexdigest()
 
 
-def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> np.ndarray:
-    """(n, d) float32 `U * S^scale_power` of the d = min(dim, rank bound) largest singular values."""
+def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """(n, d) float32 `U * S^scale_power` of the d = min(dim, rank bound) largest singular values, and the (d, columns) directions."""
     from sklearn.decomposition import TruncatedSVD
 
     dim = max(1, min(dim, min(matrix.shape) - 1))
     svd = TruncatedSVD(dim, random_state=seed)
     reduced = svd.fit_transform(matrix)
     scale = np.maximum(svd.singular_values_, 1e-12) ** (scale_power - 1)
-    return (reduced * scale).astype(np.float32)
+    return (reduced * scale).astype(np.float32), svd.components_.astype(np.float32)
 
 
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Normalises rows to length one; (almost) zero rows become zero."""
     rows = np.asarray(rows, dtype=np.float32)
     length = np.linalg.norm(rows, axis=1, keepdims=True)

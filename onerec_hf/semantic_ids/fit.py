@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from onerec_hf.modeling.catalogue import ItemCatalogue
-from onerec_hf.semantic_ids.balanced_assignment import ROWS
+from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough
 from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
+from onerec_hf.semantic_ids.item_encoder import ItemEncoder
+from onerec_hf.semantic_ids.new_codes import numbered, spill
 from onerec_hf.semantic_ids.process_group import Ranks
 from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport, describe_ids
@@ -22,11 +24,12 @@ from onerec_hf.semantic_ids.unique_codes import add_digit, add_digit_over, make_
 
 @dataclass(frozen=True, eq=False)
 class SemanticIDs:
-    """A fitted catalogue, the quantiser that encodes new items, and the report."""
+    """A fitted catalogue, the quantiser that encodes new items, the report, and where it is known what embeds new items."""
 
     catalogue: ItemCatalogue
     quantizer: Quantizer
     report: SemanticIDReport
+    encoder: ItemEncoder | None = None
 
 
 def fit_semantic_ids(
@@ -155,19 +158,20 @@ def extend_catalogue(
     popularity: np.ndarray | None = None,
 ) -> ItemCatalogue:
     """
-    Adds new items to a catalogue. Each gets its nearest codes; if the last code is taken, a free one is assigned at minimum cost. Existing
-    items keep their codes, so trained models remain usable (`model.set_catalogue(extended)`).
+    Adds new items to a catalogue. Each gets its nearest codes; if the last code is taken, a free one is assigned at minimum cost, and where all last
+    codes of a prefix are taken, the nearest prefix with a free one. Existing items keep their codes, so trained models remain usable
+    (`model.set_catalogue(extended)`).
 
     Args:
-        catalogue: from `fit_semantic_ids` with the default "assign".
+        catalogue: from `fit_semantic_ids`.
         quantizer: the quantiser fitted with it.
         item_ids: n new integers or strings.
         embeddings: (n, d), from the same recipe as those of the fit.
         popularity: (n,) interaction counts.
 
     Raises:
-        ValueError: existing ids, embeddings of a wrong width or not finite, a quantiser with other codebook sizes, or a prefix with fewer
-            free codes than new items.
+        ValueError: existing ids, embeddings of a wrong width or not finite, or a quantiser with other codebook sizes.
+        CrowdedPrefixError: no free code is left near a new item.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -178,15 +182,26 @@ def extend_catalogue(
     """
     item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
     points = _check_embeddings(item_ids, embeddings)
-    if list(quantizer.codebook_sizes) != catalogue.codebook_sizes:
+    sizes, levels = list(quantizer.codebook_sizes), len(catalogue.codebook_sizes)
+    if sizes not in (catalogue.codebook_sizes, catalogue.codebook_sizes[:-1]):
         raise ValueError(
-            f"the quantiser has codebook sizes {list(quantizer.codebook_sizes)}, the catalogue {catalogue.codebook_sizes}; pass "
-            'the catalogue and the quantiser of one fit with on_collision="assign"'
+            f"the quantiser has codebook sizes {sizes}, the catalogue {catalogue.codebook_sizes}; pass the catalogue and the quantiser of one fit"
         )
     codes = quantizer.encode(points)
+    codes, moved = spill(codes, catalogue, lambda rows, prefixes: _distances(quantizer, points[rows], prefixes))
+    if len(sizes) < levels:  # the last level numbers items of equal codes
+        return catalogue.add(item_ids, numbered(codes, catalogue).numpy(), popularity=popularity)
+    residuals, codebook = quantizer.last_level(points, codes)
+    if moved.any():
+        codes[moved, -1] = nearest(residuals[moved], codebook)
     allowed = catalogue.free_last_codes(codes[:, :-1].cpu().numpy())
-    unique = make_unique(codes, *quantizer.last_level(points, codes), allowed=allowed)
+    unique = make_unique(codes, residuals, codebook, allowed=allowed)
     return catalogue.add(item_ids, unique.codes.cpu().numpy(), popularity=popularity)
+
+
+def _distances(quantizer: Quantizer, points: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+    """(n, prefixes) distances of points to the reconstructions of prefixes."""
+    return torch.cdist(points, quantizer.decode(prefixes.to(points.device)).to(points.device))
 
 
 def _check_embeddings(item_ids: Sequence | np.ndarray, embeddings: np.ndarray | torch.Tensor) -> torch.Tensor:

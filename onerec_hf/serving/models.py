@@ -157,7 +157,12 @@ class ServedModel:
                 raise RequestError(
                     f"{key} is at most {most} on this server; got {value if value < 10**18 else 'far more'}"
                 )
-        lists = {"history": query.history, "exclude": query.exclude or None, "allow": query.allow}
+        lists = {
+            "history": query.history,
+            "exclude": query.exclude or None,
+            "allow": query.allow,
+            "candidates": query.candidates,
+        }
         for key, ids in lists.items():
             most = settings.max_history_items if key == "history" else settings.max_list_items
             if ids is not None and len(ids) > most:

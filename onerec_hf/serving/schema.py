@@ -30,6 +30,11 @@ class Query(BaseModel):
     exclude_seen: StrictBool = Field(True, description="Exclude the items of the history.")
     exclude: ItemIds = Field(default_factory=list, description="Further items to exclude.")
     allow: ItemIds | None = Field(None, description="Recommend only these items.")
+    candidates: ItemIds | None = Field(
+        None,
+        description="Rank these items: the answer has all of them, best first, also those of the history, with exact scores. `top_k`, `num_beams` and "
+        "`exclude_seen` do not count then.",
+    )
     unknown: Annotated[StrictStr, Field(pattern="^(skip|error)$")] | None = Field(
         None,
         description="Ids that are not in the catalogue: `skip` ignores and counts them, `error` returns 422. Default: the server's setting.",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from onerec_hf._lazy import lazy_exports
 
 _PUBLIC = {
+    "AddItemsSettings": "new_items",
+    "AddedItems": "new_items",
     "AlignSettings": "alignment",
     "Choice": "auto",
     "DataSettings": "settings",
@@ -34,6 +36,7 @@ _PUBLIC = {
     "TrainSettings": "training",
     "UpdateResult": "updating",
     "UpdateSettings": "updating",
+    "add_items": "new_items",
     "align": "alignment",
     "chosen_settings": "training",
     "compare_quantizers": "semantic_ids",
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from onerec_hf.workflows.errors import RunComplete
     from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
     from onerec_hf.workflows.loading import load_dataset, load_in_memory
+    from onerec_hf.workflows.new_items import AddedItems, AddItemsSettings, add_items
     from onerec_hf.workflows.results import GeneratorResult, Result, RewardResult, ranking_table
     from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
     from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward

@@ -26,10 +26,19 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.requests import Recommender
     from onerec_hf.semantic_ids import SemanticIDs
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
     from onerec_hf.workflows.settings import ModelSettings
 
 # ITEMS_NAME is modeling.requests' too; importing it from there would import torch when the command line prints help.
 CODEBOOKS_NAME, REPORT_NAME, ITEMS_NAME = "codebooks.safetensors", "semantic_ids.json", "items.parquet"
+#: What embeds new items: for semantic IDs, and for the content vectors of the item head.
+ITEM_ENCODER_NAME, CONTENT_ENCODER_NAME = "item_encoder.safetensors", "content_encoder.safetensors"
+
+
+#: The `model_type` of sequence models.
+SEQUENTIAL = "onerec_baseline"
+#: The names of saved baselines by their `model_type`.
+RANKINGS = {"onerec_popularity": "popularity", "onerec_item_knn": "item_knn"}
 
 
 @contextlib.contextmanager
@@ -329,26 +338,41 @@ def write_items(folder: Path, items: ItemTable | None, processor: OneRecProcesso
 
 def find_origin(repo: str | os.PathLike, with_items: bool = True) -> dict[str, bytes]:
     """
-    The files that belong to the semantic IDs in a folder or Hub repository, as far as it has them: codebooks, report, and `with_items` the
-    items table. A run that reuses the semantic IDs copies these files.
+    The files that belong to the semantic IDs in a folder or Hub repository, as far as it has them: codebooks, encoders of new items, report, and
+    `with_items` the items table. A run that reuses the semantic IDs copies these files.
     """
     from transformers.utils.hub import cached_file
 
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    names = (CODEBOOKS_NAME, REPORT_NAME, *((ITEMS_NAME,) if with_items else ()))
+    names = [
+        CODEBOOKS_NAME,
+        REPORT_NAME,
+        ITEM_ENCODER_NAME,
+        CONTENT_ENCODER_NAME,
+        *([ITEMS_NAME] if with_items else []),
+    ]
     paths = {name: cached_file(repo, name, **quietly) for name in names}
     return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
 
 
-def write_origin(folder: Path, origin: dict[str, bytes] | SemanticIDs) -> None:
-    """Writes the result of `find_origin`, or codebooks and report of newly fitted semantic IDs; the first rank writes."""
+def write_origin(folder: Path, origin: dict[str, bytes] | SemanticIDs, content: ItemEncoder | None = None) -> None:
+    """
+    Writes the result of `find_origin`, or codebooks, encoder and report of newly fitted semantic IDs; the first rank writes.
+
+    Args:
+        content: the encoder of new content vectors of the item head.
+    """
     if not is_first():
         return
     if not isinstance(origin, dict):
         origin.quantizer.save(folder / CODEBOOKS_NAME)
+        if origin.encoder is not None:
+            origin.encoder.save(folder / ITEM_ENCODER_NAME)
         origin = {REPORT_NAME: (json.dumps(origin.report.as_dict(), indent=1) + "\n").encode()}
-    for name, content in origin.items():
-        write_bytes(folder / name, content)
+    for name, content_of in origin.items():
+        write_bytes(folder / name, content_of)
+    if content is not None:
+        content.save(folder / CONTENT_ENCODER_NAME)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -214,6 +214,28 @@ class InMemoryDataset:
             protocol=self._protocol(split.description) + SHUFFLED,
         )
 
+    def where(self, keep: np.ndarray, note: str) -> InMemoryDataset:
+        """
+        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew.
+
+        Args:
+            note: sentence for the protocol.
+
+        Raises:
+            DataError: no user is left with items to hold out.
+        """
+        from onerec_hf.data import leave_one_out
+
+        settings, sequences = self.settings, self.sequences.where(keep)
+        split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+        return replace(
+            self,
+            sequences=sequences,
+            split=split,
+            item_ids=sequences.item_counts()[0],
+            protocol=f"{self._protocol(split.description)} {note}",
+        )
+
     def _protocol(self, description: str) -> str:
         """The protocol with another description of the split."""
         return self.protocol.replace(self.split.description, description)
@@ -353,12 +375,13 @@ class ItemLookup(Protocol):
         ...
 
 
-def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationDataset) -> None:
+def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationDataset, may_choose: bool = False) -> None:
     """
     Checks that the catalogue of a model holds every item of the data.
 
     Args:
         option: where the catalogue comes from, for the message.
+        may_choose: whether the command has `--new_items`, for the message.
 
     Raises:
         ValueError: items are missing (how many, the first three), or ids are of the other type.
@@ -373,5 +396,5 @@ def check_catalogue(option: str, catalogue: ItemLookup, data: RecommendationData
     if unknown.any():
         raise ValueError(
             f"{option}: {int(unknown.sum())} of {len(data.item_ids)} items of the data are not in its catalogue of {len(catalogue)} "
-            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {cure}"
+            f"items, e.g. {data.item_ids[unknown][:3].tolist()}; {'pass --new_items skip or add, or ' if may_choose else ''}{cure}"
         )

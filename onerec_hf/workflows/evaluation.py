@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +12,8 @@ import numpy as np
 
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.artefact import (
+    RANKINGS,
+    SEQUENTIAL,
     catalogue_of,
     check_finite,
     load_model,
@@ -23,9 +24,10 @@ from onerec_hf.workflows.artefact import (
     set_ranking_weights,
 )
 from onerec_hf.workflows.data_options import excludes_seen
-from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset, check_catalogue
+from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset
 from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
 from onerec_hf.workflows.loading import as_dataset, data_and_options
+from onerec_hf.workflows.new_items import check_choice, settled
 from onerec_hf.workflows.results import Result
 from onerec_hf.workflows.settings import DataSettings, gather, given_options
 
@@ -39,11 +41,6 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
-
-#: The `model_type` of sequence models.
-SEQUENTIAL = "onerec_baseline"
-#: The names of saved baselines by their `model_type`.
-RANKINGS = {"onerec_popularity": "popularity", "onerec_item_knn": "item_knn"}
 
 
 @dataclass
@@ -66,6 +63,12 @@ class EvaluateSettings:
     item_score_weight: float | None = field(
         default=None, metadata={"help": "Weight of the item head's scores; the model's default if not given."}
     )
+    new_items: str = field(
+        default="error",
+        metadata={
+            "help": "Items of the data that the model does not hold: error, skip (leave out their rows) or add (to a copy of the model, without training)."
+        },
+    )
 
     def check(self) -> None:
         """
@@ -74,6 +77,7 @@ class EvaluateSettings:
         """
         if self.model is None:
             raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
+        check_choice(self.new_items)
         if self.split not in ("test", "validation"):
             raise ValueError(f"--split is test or validation, not {self.split!r}")
         if min(self.top_k) < 1 or self.num_beams < max(self.top_k) or self.batch_size < 1:
@@ -107,31 +111,34 @@ def evaluate(data: RecommendationDataset | DataSettings | None = None, *settings
     assert how.model is not None
     if "exclude_seen" not in given_options((EvaluateSettings,), settings, options):
         how.exclude_seen = excludes_seen("--model", how.model)
-    kind = model_type(how.model)
-    if kind == SEQUENTIAL:
-        rows = _sequential_rows(load_sequential("--model", how.model), where, how)
-    elif kind in RANKINGS:
-        model, items = load_ranking("--model", how.model)
-        rows = _item_rows(
-            RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), where, how
-        )
-    else:
-        rows = _generator_rows(load_processor("--model", how.model), load_model("--model", how.model), where, how)
+    with settled(as_dataset(where, how.model), how.model, how.new_items) as (dataset, model):
+        rows = _rows_of(model, dataset, how)
     wait()
     return Result(rows)
+
+
+def _rows_of(place: str, data: RecommendationDataset, how: EvaluateSettings) -> list[dict[str, Any]]:
+    """The rows of the model of a folder or Hub repository, of any kind."""
+    kind = model_type(place)
+    if kind == SEQUENTIAL:
+        return _sequential_rows(load_sequential("--model", place), data, how)
+    if kind in RANKINGS:
+        model, items = load_ranking("--model", place)
+        return _item_rows(
+            RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), data, how
+        )
+    return _generator_rows(load_processor("--model", place), load_model("--model", place), data, how)
 
 
 def _generator_rows(
     processor: OneRecProcessor,
     model: OneRecForConditionalGeneration,
-    data: RecommendationDataset | DataSettings | Mapping[str, Any],
+    data: RecommendationDataset,
     how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     set_ranking_weights(model, how.item_score_weight)
-    dataset = as_dataset(data, how.model)
-    check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
             scratch,
@@ -142,12 +149,12 @@ def _generator_rows(
             use_cpu=joined_on_cpu(),
         )
         trainer = OneRecTrainer(model, args, processing_class=processor)
-        return evaluate_beside_baselines(trainer, dataset, how.split, how.baselines)
+        return evaluate_beside_baselines(trainer, data, how.split, how.baselines)
 
 
 def _sequential_rows(
     model: SequentialRecommender,
-    data: RecommendationDataset | DataSettings | Mapping[str, Any],
+    data: RecommendationDataset,
     how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     """The rows of a sequence model under the name of its architecture; the first rank ranks."""
@@ -169,21 +176,20 @@ def _item_rows(
     name: str,
     items: ItemLookup,
     rank: Callable[[list[np.ndarray], int], np.ndarray],
-    data: RecommendationDataset | DataSettings | Mapping[str, Any],
+    data: RecommendationDataset,
     how: EvaluateSettings,
 ) -> list[dict[str, Any]]:
     """The rows of a model that ranks items: `rank` takes histories of item indices and k."""
-    dataset, ks = as_dataset(data, how.model), tuple(how.top_k)
-    check_catalogue(f"--model {how.model}", items, dataset)
+    ks = tuple(how.top_k)
     if not is_first():
         return []
-    histories, relevant = item_indices(held_out(dataset, how.split), items)
+    histories, relevant = item_indices(held_out(data, how.split), items)
     found = Ranking([], {}, relevant)
     found.add(name, rank(histories, max(ks)), ks, len(items))
     if how.baselines:
         for row in found.rows:
             row["against"] = row["name"].replace(f"{name}/", "popularity/")
-        _add_baselines(found, dataset, items, how.split, ks, how.exclude_seen)
+        _add_baselines(found, data, items, how.split, ks, how.exclude_seen)
     return found.rows
 
 

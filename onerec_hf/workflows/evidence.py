@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
 #: Validation users that fit the weights; more change nothing.
 MOST_USERS = 5000
@@ -126,39 +126,49 @@ def candidate_features(
     return features, rows, targets
 
 
-def content_of_catalogue(data: RecommendationDataset, processor: OneRecProcessor) -> np.ndarray | None:
-    """(items, d) content vectors in the order of the catalogue, zeros for items that the data does not hold; None where the data has no content."""
-    vectors = content_vectors(data, CONTENT_DIM)
-    if vectors is None:
+class Content(NamedTuple):
+    """(items, d) content vectors of length 1, and what makes those of new items."""
+
+    vectors: np.ndarray
+    encoder: ItemEncoder
+
+
+def content_of_catalogue(data: RecommendationDataset, processor: OneRecProcessor) -> Content | None:
+    """Content vectors in the order of the catalogue, zeros for items that the data does not hold; None where the data has no content."""
+    found = content_vectors(data, CONTENT_DIM)
+    if found is None:
         say("the items have neither text nor embeddings: the item head has no content vectors")
         return None
     catalogue = catalogue_of(processor)
-    content = np.zeros((len(catalogue), vectors.shape[1]), dtype=np.float32)
-    content[catalogue.indices(data.item_ids)] = vectors
-    return content
+    content = np.zeros((len(catalogue), found.vectors.shape[1]), dtype=np.float32)
+    content[catalogue.indices(data.item_ids)] = found.vectors
+    return found._replace(vectors=content)
 
 
-def content_vectors(data: RecommendationDataset, dim: int) -> np.ndarray | None:
+def content_vectors(data: RecommendationDataset, dim: int) -> Content | None:
     """
-    (items, d) content vectors of length 1 in the order of `data.item_ids`: given embeddings, else text embeddings; None without either. More than `dim`
-    dimensions are reduced by a singular value decomposition, which keeps inner products as well as that many dimensions can.
+    Content vectors in the order of `data.item_ids`: given embeddings, else text embeddings; None without either. More than `dim` dimensions are
+    reduced by a singular value decomposition, which keeps inner products as well as that many dimensions can.
 
     Args:
         dim: the largest width.
     """
-    from onerec_hf.semantic_ids import text_embeddings
+    from onerec_hf.semantic_ids.embeddings import TextEncoder
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
     if data.items is None:
         return None
-    items = data.items.select(data.item_ids)
-    if items.embeddings is not None:
-        vectors = np.asarray(items.embeddings, dtype=np.float32)
-    else:
-        texts: Sequence[str] = items.frame["text"].tolist()
-        vectors = text_embeddings(texts, dim=dim)
-    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    items, axes = data.items.select(data.item_ids), None
+    if items.embeddings is None:
+        vectors, of_texts = TextEncoder.fit(items.frame["text"].tolist(), dim)
+        return Content(vectors, ItemEncoder([("text", vectors.shape[1], 1.0)], of_texts))
+    vectors = _normalised(np.asarray(items.embeddings, dtype=np.float32))
     if vectors.shape[1] > dim:
         _, axes = np.linalg.eigh(vectors.T @ vectors)
-        vectors = vectors @ axes[:, : -dim - 1 : -1]
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors
+        axes = axes[:, : -dim - 1 : -1]
+        vectors = _normalised(vectors @ axes)
+    return Content(vectors, ItemEncoder([("given", vectors.shape[1], 1.0)], axes=axes))
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

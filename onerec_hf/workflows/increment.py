@@ -30,7 +30,7 @@ def write_trained_on(folder: Path, data: RecommendationDataset, refitted: bool) 
     write_bytes(folder / TRAINED_ON, (json.dumps(content) + "\n").encode())
 
 
-def newer(data: InMemoryDataset, model: str) -> InMemoryDataset:
+def newer(data: InMemoryDataset, model: str, name: str | None = None) -> InMemoryDataset:
     """
     The dataset for going on from a saved model: training examples whose sessions hold an item that the model has not been trained on, and held-out
     items that it has not seen. Rows of items that the model's catalogue lacks are left out and counted. Without newer rows, or for a model that does
@@ -38,6 +38,7 @@ def newer(data: InMemoryDataset, model: str) -> InMemoryDataset:
 
     Args:
         model: folder or Hub id of a model that `train` wrote.
+        name: of the model in messages.
 
     Raises:
         ValueError: items that the model should know are not in its catalogue, or no user has a newer item to evaluate on.
@@ -46,20 +47,20 @@ def newer(data: InMemoryDataset, model: str) -> InMemoryDataset:
     if trained_on is None:
         return data
     until, sequences = trained_on["until"], data.sequences
-    catalogue = catalogue_of(load_processor("--model", model))
+    catalogue, name = catalogue_of(load_processor("--model", model)), name or model
     old = sequences.timestamps <= until
     ids, codes = np.unique(sequences.item_ids, return_inverse=True)
     frequent = np.bincount(codes[old], minlength=len(ids)) >= data.settings.min_item_interactions
-    check_catalogue(f"--model {model}", catalogue, replace(data, item_ids=ids[frequent]))
+    check_catalogue(f"--model {name}", catalogue, replace(data, item_ids=ids[frequent]), may_choose=True)
     known = catalogue.indices(sequences.item_ids, unknown="mask") >= 0
     if not (known & ~old).any():
-        say(f"--model {model}: {_nothing_new(trained_on, sequences, known)}")
+        say(f"--model {name}: {_nothing_new(trained_on, sequences, known)}")
         return data if known.all() else _examples(data, sequences.where(known), None, "The model's own items")
     kept = sequences.where(known)
     before = _per_user(kept, kept.timestamps <= until)
     held_out = trained_on["held_out"]
     trained = np.where(before >= 3, before - held_out, before)
-    return _examples(data, kept, trained, _counts(model, sequences, kept, known, until, trained_on))
+    return _examples(data, kept, trained, _counts(name, sequences, kept, known, until, trained_on))
 
 
 def _read(model: str) -> dict | None:

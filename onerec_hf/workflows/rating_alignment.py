@@ -48,7 +48,7 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
     from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 
     quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    features, _ = embed_items(data, SemanticIDSettings())
+    features = embed_items(data, SemanticIDSettings()).vectors
     processor, rows = trainer.processing_class, data.train
     rng = np.random.default_rng(seed)
     prompts = rows.select(np.sort(rng.choice(len(rows), size=min(EXAMPLES, len(rows)), replace=False)))

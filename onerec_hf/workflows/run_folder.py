@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onerec_hf.workflows.artefact import CODEBOOKS_NAME, ITEMS_NAME, REPORT_NAME, write_bytes
+from onerec_hf.workflows.artefact import (
+    CODEBOOKS_NAME,
+    CONTENT_ENCODER_NAME,
+    ITEM_ENCODER_NAME,
+    ITEMS_NAME,
+    REPORT_NAME,
+    write_bytes,
+)
 from onerec_hf.workflows.data_options import DATA_OPTIONS_NAME
 from onerec_hf.workflows.distributed import is_first, num_ranks, say
 from onerec_hf.workflows.errors import RunComplete
@@ -36,6 +43,8 @@ _WRITTEN = (
     "pairs/pairs.parquet",
     REPORT_NAME,
     CODEBOOKS_NAME,
+    ITEM_ENCODER_NAME,
+    CONTENT_ENCODER_NAME,
     ITEMS_NAME,
     DATA_OPTIONS_NAME,
     "model*.safetensors",
@@ -170,7 +179,11 @@ def claim_folder(folder: Path, keep_checkpoints: bool = False) -> None:
     for name in (*(() if keep_checkpoints else ("checkpoints",)), "_removed-checkpoints", "aligned", ".unfinished"):
         shutil.rmtree(folder / name, ignore_errors=True)
     # A resumed run reads these from its folder and writes them again: after a kill in between they would be lost.
-    kept = (REPORT_NAME, CODEBOOKS_NAME, ITEMS_NAME, DATA_OPTIONS_NAME) if keep_checkpoints else ()
+    kept = (
+        (REPORT_NAME, CODEBOOKS_NAME, ITEM_ENCODER_NAME, CONTENT_ENCODER_NAME, ITEMS_NAME, DATA_OPTIONS_NAME)
+        if keep_checkpoints
+        else ()
+    )
     written = [name for name in _WRITTEN if name not in kept]
     for pattern in (*written, *(f"{name}.*.tmp" for name in (*_WRITTEN, UNFINISHED_RUN))):
         for path in folder.glob(pattern):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, Sema
 
 if TYPE_CHECKING:
     from onerec_hf.semantic_ids import SemanticIDReport, SemanticIDs
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
 
 @dataclass
@@ -97,23 +98,25 @@ def compare_quantizers(
     return reports
 
 
-def embed_items(
-    data: RecommendationDataset, settings: SemanticIDSettings, rows: slice = slice(None)
-) -> tuple[np.ndarray, str]:
+class EmbeddedItems(NamedTuple):
+    """(items, d) float32 embeddings in the order of `data.item_ids`, a description of their sources, and what embeds new items alike."""
+
+    vectors: np.ndarray
+    recipe: str
+    encoder: ItemEncoder
+
+
+def embed_items(data: RecommendationDataset, settings: SemanticIDSettings, rows: slice = slice(None)) -> EmbeddedItems:
     """
-    (items, d) float32 embeddings in the order of `data.item_ids`, and a description of their sources. Behaviour is learned from
-    training sequences only.
+    Embeddings of the items. Behaviour is learned from training sequences only.
 
     Args:
         rows: the items to return. Given embeddings alone are read for these items only.
     """
-    from onerec_hf.semantic_ids import (
-        align_embeddings,
-        behaviour_embeddings,
-        combine_embeddings,
-        cooccurring_pairs,
-        text_embeddings,
-    )
+    from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, cooccurring_pairs
+    from onerec_hf.semantic_ids.alignment import AlignmentMap
+    from onerec_hf.semantic_ids.embeddings import TextEncoder
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
     kinds = settings.embedding
     read = rows if kinds == "given" else slice(None)
@@ -123,36 +126,41 @@ def embed_items(
             kinds = "behaviour"
         else:
             kinds = "given+behaviour" if items.embeddings is not None else "text+behaviour"
-    parts, weights = [], []
-    dim = settings.embedding_dim
+    vectors, parts = [], []
+    dim, encoder, alignment = settings.embedding_dim, None, None
     given = None if items is None or items.embeddings is None else np.asarray(items.embeddings, dtype=np.float32)
-    text = None if items is None else lambda: text_embeddings(items.frame["text"].tolist(), dim=dim)
+    texts = None if items is None else items.frame["text"].tolist()
     for kind in kinds.split("+"):
+        weight, name = 1.0, kind
         if kind == "behaviour":
-            parts.append(behaviour_embeddings(data.train_rows(), len(data.item_ids), dim=dim))
-            weights.append(settings.behaviour_weight)
-        elif kind == "text" and text is not None:
-            parts.append(text())
-            weights.append(1.0)
+            vectors.append(behaviour_embeddings(data.train_rows(), len(data.item_ids), dim=dim))
+            weight = settings.behaviour_weight
+        elif kind == "text" and texts is not None:
+            of_texts, encoder = TextEncoder.fit(texts, dim)
+            vectors.append(of_texts)
         elif kind == "given" and given is not None:
-            parts.append(given)
-            weights.append(1.0)
-        elif kind == "aligned" and text is not None:
-            pairs = cooccurring_pairs(data.train_rows(), len(data.item_ids))
-            parts.append(align_embeddings(text() if given is None else given, pairs, seed=settings.semantic_id_seed))
-            weights.append(1.0)
+            vectors.append(given)
+        elif kind == "aligned" and texts is not None:
+            pairs, content, name = cooccurring_pairs(data.train_rows(), len(data.item_ids)), given, "aligned given"
+            if content is None:
+                (content, encoder), name = TextEncoder.fit(texts, dim), "aligned text"
+            alignment = AlignmentMap.fit(content, pairs, seed=settings.semantic_id_seed)
+            vectors.append(alignment(content))
         else:
             raise ValueError(
                 f"--embedding {settings.embedding}: {kind!r} is not available; pass text or embeddings with --items (and --embeddings), or "
                 "use behaviour"
             )
+        parts.append((name, vectors[-1].shape[1], weight))
     recipe = f"{kinds} (dim {dim}, behaviour weight {settings.behaviour_weight:g})"
-    vectors = combine_embeddings(parts, weights)
-    return (vectors if kinds == "given" else vectors[rows]), recipe
+    combined = combine_embeddings(vectors, [weight for _, _, weight in parts])
+    return EmbeddedItems(
+        combined if kinds == "given" else combined[rows], recipe, ItemEncoder(parts, encoder, alignment)
+    )
 
 
 def fit_catalogue(
-    data: RecommendationDataset, settings: SemanticIDSettings, embedded: tuple[np.ndarray, str] | None = None
+    data: RecommendationDataset, settings: SemanticIDSettings, embedded: EmbeddedItems | None = None
 ) -> SemanticIDs:
     """
     Semantic IDs for the items of `data`, with their training popularity; under torchrun the ranks share the items.
@@ -166,10 +174,10 @@ def fit_catalogue(
         raise ValueError(f"--codebook_sizes must hold positive numbers, one per level; got {settings.codebook_sizes}")
     ranks = all_ranks()
     mine = slice(None) if ranks is None else ranks.share(len(data.item_ids))
-    embeddings, recipe = embed_items(data, settings, mine) if embedded is None else embedded
+    embeddings, recipe, encoder = embed_items(data, settings, mine) if embedded is None else embedded
     popularity = np.bincount(np.concatenate(data.train_rows()), minlength=len(data.item_ids))
     say(f"semantic IDs: {len(data.item_ids):,} items from {recipe}, codebooks {settings.codebook_sizes}")
-    return fit_semantic_ids(
+    fitted = fit_semantic_ids(
         data.item_ids[mine],
         embeddings,
         settings.codebook_sizes,
@@ -181,3 +189,4 @@ def fit_catalogue(
         seed=settings.semantic_id_seed,
         ranks=ranks,
     )
+    return replace(fitted, encoder=encoder)

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -35,6 +35,7 @@ from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
 from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset, data_and_options
+from onerec_hf.workflows.new_items import check_choice, settled
 from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
 from onerec_hf.workflows.refit import Refit, growth, refit
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.semantic_ids import SemanticIDs
+    from onerec_hf.semantic_ids.item_encoder import ItemEncoder
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
 OUTPUT_DIR = "onerec-model"
@@ -105,6 +107,12 @@ class TrainSettings(ModelOutputSettings):
         default=False,
         metadata={
             "help": "After the evaluation train once more on all interactions, nothing held out; that model is saved."
+        },
+    )
+    new_items: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --model, items that it does not hold: add, skip (leave out their rows) or error. By default those that came after its training are left out, others are an error."
         },
     )
     baselines: bool = field(
@@ -191,8 +199,28 @@ def _train(
     if choices:
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
-    if isinstance(dataset, InMemoryDataset) and final.model.model is not None:
-        dataset = newer(dataset, final.model.model)
+    if final.model.model is None:
+        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+    with settled(dataset, final.model.model, final.run.new_items, for_training=True) as (dataset, model):
+        if isinstance(dataset, InMemoryDataset):
+            dataset = newer(dataset, model, final.model.model)
+        final = final._replace(model=replace(final.model, model=model))
+        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+
+
+def _train_on(
+    dataset: RecommendationDataset,
+    folder: Path,
+    final: Settings,
+    choices: list[Choice],
+    place: str | None,
+    started: float,
+    source: RecommendationDataset | DataSettings | Mapping[str, Any],
+    pace: Pace,
+    command: str | None,
+    callbacks: Sequence[TrainerCallback],
+) -> GeneratorResult:
+    """`train` once its data and the model to start from are final."""
     if final.run.train_on == "prefixes":
         if not isinstance(dataset, InMemoryDataset):
             raise ValueError(
@@ -358,6 +386,9 @@ def _check(settings: Settings) -> None:
             )
         if patience is not None and patience < 1:
             raise ValueError(f"{option} must be at least 1; got {patience}")
+    check_choice(run.new_items)
+    if run.new_items is not None and model.model is None:
+        raise ValueError("--new_items goes with --model: a new model is made for all items of the data")
     if run.train_on not in ("windows", "prefixes"):
         raise ValueError(f"--train_on {run.train_on}: choose windows or prefixes")
     if run.train_on == "prefixes" and model.model is None and not model.encoder_is_causal:
@@ -426,7 +457,7 @@ def train_generator(
     if args.device.type == "cpu":
         keep_freed_memory()
     checkpoint = args.resume_from_checkpoint
-    model, processor, origin = _start(data, ids, model_settings, checkpoint, save_items)
+    model, processor, origin, content = _start(data, ids, model_settings, checkpoint, save_items)
     say(f"model: {model.num_parameters():,} parameters, {len(data.train):,} training examples")
     if sharding is not None:
         model = sharding.shard(model)
@@ -444,7 +475,7 @@ def train_generator(
     )
     pace.prepare(trainer, data)
     begin(folder, command, own_checkpoint)
-    write_origin(folder, origin)
+    write_origin(folder, origin, content)
     save_data_options(folder, data, args.eval_exclude_seen)
     save_processor(processor, folder, data.items if save_items else None)
     with resumable(folder, command, can_resume), contextlib.redirect_stdout(sys.stderr):  # Trainer prints its logs
@@ -464,8 +495,11 @@ def _start(
     settings: ModelSettings,
     checkpoint: str | None,
     save_items: bool,
-) -> tuple[OneRecForConditionalGeneration, OneRecProcessor, dict[str, bytes] | SemanticIDs]:
-    """Model and processor to train, new or from a checkpoint, model or folder of semantic IDs; and the origin of the semantic IDs."""
+) -> tuple[OneRecForConditionalGeneration, OneRecProcessor, dict[str, bytes] | SemanticIDs, ItemEncoder | None]:
+    """
+    Model and processor to train, new or from a checkpoint, model or folder of semantic IDs; the origin of the semantic IDs; and the encoder of content
+    vectors that are new.
+    """
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
     places = {"--resume_from_checkpoint": checkpoint, "--model": settings.model, "--semantic_ids": ids.semantic_ids}
@@ -481,10 +515,11 @@ def _start(
     if place is None or option == "--semantic_ids":
         processor.max_history = data.max_history
         content = content_of_catalogue(data, processor) if settings.item_head_content else None
-        return new_model(settings, processor, data.session_length, content), processor, origin
+        vectors, encoder = (None, None) if content is None else content
+        return new_model(settings, processor, data.session_length, vectors), processor, origin, encoder
     model = load_model(option, place, settings.attn_implementation)
     set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
-    return model, processor, origin
+    return model, processor, origin, None
 
 
 def report(

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.workflows.artefact import catalogue_of, load_model, load_processor, load_sequential, model_type
+from onerec_hf.workflows.artefact import (
+    SEQUENTIAL,
+    catalogue_of,
+    load_model,
+    load_processor,
+    load_sequential,
+    model_type,
+)
 from onerec_hf.workflows.data_options import read_data_options
-from onerec_hf.workflows.evaluation import SEQUENTIAL
 from onerec_hf.workflows.evidence import rows_of_items
 from onerec_hf.workflows.run_folder import check_folder
 from onerec_hf.workflows.settings import gather
@@ -101,7 +107,7 @@ def update(
     assert isinstance(how, UpdateSettings)
     if how.model is None:
         raise ValueError("pass --model: the folder or Hub id of a saved model")
-    source = _folder_of(how.model)
+    source = folder_of(how.model)
     target = source if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
     model, items, evidence, to_rows = _load(how.model)
     popularity = items.popularity if isinstance(items, ItemCatalogue) else None
@@ -138,7 +144,7 @@ def _trained_with(model: str | None) -> dict[str, Any]:
     return {each.name: trained[each.name] for each in fields(UpdateSettings) if each.name in trained}
 
 
-def _folder_of(model: str) -> Path:
+def folder_of(model: str) -> Path:
     """The folder of a model: a repository of the Hub is downloaded."""
     if os.path.isdir(model):
         return Path(model)
@@ -205,8 +211,8 @@ def _sequences(
     unknown = rows.loc[(indices < 0) & rows["new"].to_numpy(), "item_id"]
     if len(unknown) == len(new):
         raise ValueError(
-            f"interactions: none of {len(new):,} rows is of the model's {len(items):,} items (first: {unknown.iloc[0]!r}). Add the items to "
-            "the catalogue, or train on with: onerec-hf train --model"
+            f"interactions: none of {len(new):,} rows is of the model's {len(items):,} items (first: {unknown.iloc[0]!r}). Add them with "
+            "onerec-hf add-items, or train on with: onerec-hf train --model"
         )
     known = indices >= 0  # as in training, where rows of rare items are left out
     rows, indices = rows.loc[known], indices[known]

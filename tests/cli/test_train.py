@@ -27,6 +27,7 @@ FILES = {
     "data_options.json",
     "expert_load.png",
     "generation_config.json",
+    "item_encoder.safetensors",
     "items.parquet",
     "model.safetensors",
     "processor_config.json",

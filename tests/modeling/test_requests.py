@@ -33,6 +33,7 @@ from onerec_hf.serving.schema import Query
 from onerec_hf.serving.settings import ServingSettings
 from onerec_hf.workflows.artefact import load_model, load_processor
 from tests.conftest import make_catalogue, make_model
+from tests.rounding import close
 
 NUM_ITEMS, MAX_HISTORY = 40, 10
 IDS = [f"m{i}" for i in range(NUM_ITEMS)]
@@ -354,3 +355,80 @@ def test_the_processor_carries_the_table(folder, tmp_path):
     pipe = pipeline("generative-recommendation", model=str(folder), device="cpu")
     pipe.save_pretrained(tmp_path / "pipeline", include_code=False)
     assert (tmp_path / "pipeline" / "items.parquet").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("ids", [[IDS[3], IDS[0], IDS[25], IDS[39]], IDS])
+def test_candidates_are_ranked_alike_everywhere(folder, recommender, served, ids):
+    """All of them, with the scores of a search that prunes nothing; those of the history too."""
+    history = [IDS[3], IDS[7]]
+    (answer,) = recommender.recommend([Request(history, candidates=[*ids, "x1"], unknown="skip", top_k=1)])
+    out = recommender.model.recommend(
+        **recommender.processor([history]),
+        session_length=1,
+        num_beams=NUM_ITEMS,
+        num_return_sequences=NUM_ITEMS,
+        return_dict_in_generate=True,
+    )
+    scores = dict(
+        zip((item for (item,) in recommender.processor.batch_decode(out)), out.sequences_scores.tolist(), strict=True)
+    )
+    assert [item for (item,) in answer.sessions] == sorted(ids, key=lambda item: -scores[item])
+    assert answer.scores == close([scores[item] for (item,) in answer.sessions])
+    assert answer.request.skipped == 1
+
+    pipe = pipeline("generative-recommendation", model=str(folder), device="cpu")
+    wanted = answer.rows()
+    assert pipe(history, candidates=ids) == wanted
+    assert pipe({"history": history, "candidates": ids}) == wanted
+    key, resolved = served.prepare(Query(history=history, candidates=ids), "history", ServingSettings(), "skip")
+    (from_server,) = served.answer(key, [resolved])
+    assert from_server["items"] == [row["item"] for row in wanted]
+    assert from_server["scores"] == close(answer.scores)
+
+
+def test_candidates_go_with_single_items_and_without_allow(recommender, served):
+    with pytest.raises(RequestError, match="single items"):
+        Request(["m1"], candidates=["m2"], session_length=2)
+    with pytest.raises(RequestError, match="pass one of them"):
+        Request(["m1"], candidates=["m2"], allow=["m2"])
+    resolved = recommender.resolve(Request(["m1"], candidates=["x2"]))
+    assert "none of the candidates" in str(recommender.problem(resolved))
+    (answer,) = recommender.recommend([Request(["m1"], candidates=["m2", "m3"], exclude=["m3"])])
+    assert answer.sessions == [["m2"]]
+
+
+def test_one_list_holds_for_all_users(recommender):
+    model, inputs = recommender.model, recommender.processor([["m1"], ["m2"]])
+    options = {"session_length": 1, "num_beams": 5, "num_return_sequences": 3}
+    wanted = model.recommend(**inputs, **options, allow=[["m5", "m6", "m7"]] * 2)
+    assert torch.equal(model.recommend(**inputs, **options, allow=["m5", "m6", "m7"]), wanted)
+    rows = torch.tensor(recommender.catalogue.indices(["m5", "m6", "m7"]))
+    assert torch.equal(model.recommend(**inputs, **options, allow=rows), wanted)
+    excluded = model.recommend(**inputs, **options, exclude=["m5"])
+    assert torch.equal(excluded, model.recommend(**inputs, **options, exclude=[["m5"], ["m5"]]))
+
+
+def test_similar_items_have_the_nearest_vectors(folder, recommender):
+    vectors = torch.nn.functional.normalize(recommender.item_vectors(), dim=1)
+    (found,) = recommender.similar_items(["m3"], top_k=NUM_ITEMS)
+    cosines = (vectors @ vectors[3]).tolist()
+    assert {row["item"] for row in found} == set(IDS) - {"m3"}
+    assert [row["score"] for row in found] == close(sorted(cosines[:3] + cosines[4:], reverse=True))
+    assert found[0].get("title") == FIELDS.get(found[0]["item"], {}).get("title")
+    pipe = pipeline("generative-recommendation", model=str(folder), device="cpu")
+    assert [row["item"] for row in pipe.similar_items(["m3"], top_k=4)[0]] == [row["item"] for row in found[:4]]
+    with pytest.raises(UnknownItemError):
+        recommender.similar_items(["x3"])
+
+
+def test_sequence_models_rank_candidates_and_find_similar_items():
+    from onerec_hf.baselines import ItemRecommender, PopularityBaseline, SequentialRecommender
+
+    model = SequentialRecommender.from_items(IDS, hidden_size=16)
+    recommender = ItemRecommender(model, model.items)
+    (answer,) = recommender.recommend([Request(["m1"], candidates=["m1", "m8", "m9"], top_k=1)])
+    assert {item for (item,) in answer.sessions} == {"m1", "m8", "m9"}
+    assert len(recommender.similar_items(["m1"], 3)[0]) == 3
+    popular = ItemRecommender(PopularityBaseline().fit([[0, 1]], NUM_ITEMS), model.items)
+    with pytest.raises(RequestError, match="no vectors of items"):
+        popular.similar_items(["m1"])

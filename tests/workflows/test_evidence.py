@@ -29,7 +29,7 @@ def untrained(dataset):
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=8)
     sizes = {name: value for name, value in TINY.items() if name in ModelSettings.__dataclass_fields__}
     settings = ModelSettings(**sizes, **HEAD)
-    return new_model(settings, processor, 5, content_of_catalogue(dataset, processor)), processor
+    return new_model(settings, processor, 5, content_of_catalogue(dataset, processor).vectors), processor
 
 
 def pairs(model, name):
@@ -127,7 +127,7 @@ def test_content_vectors_keep_inner_products(tables, dim):
     items = tables["items"]
     low_rank = random.normal(size=(len(items), 3)) @ random.normal(size=(3, 16))
     dataset = load_dataset(**tables, embeddings=low_rank.astype(np.float32))
-    found = content_vectors(dataset, dim)
+    found = content_vectors(dataset, dim).vectors
     given = dataset.items.select(dataset.item_ids).embeddings
     given = given / np.linalg.norm(given, axis=1, keepdims=True)
     assert found.shape == (len(dataset.item_ids), min(dim, 16))
