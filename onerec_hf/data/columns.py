@@ -21,6 +21,7 @@ MISSING_TEXT = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 _MAX_COLUMNS = 5_000
 _MAX_MESSAGE = 1_500  # characters
 _CANONICAL_INTEGER = r"0|-?[1-9][0-9]*"
+_INTEGRAL_FLOAT = rf"(?:{_CANONICAL_INTEGER})\.0"
 
 
 class DataError(ValueError):
@@ -134,13 +135,18 @@ def column_of(table: pd.DataFrame, column: str) -> pd.Series:
 
 def integers_from_text(series: pd.Series) -> pd.Series:
     """
-    Converts an id column of a text file to integers if every value is a canonical integer ("123"); otherwise ("00123", "+1", "12a") it is unchanged.
+    Converts an id column of a text file to integers if every value is a canonical integer ("123"), or every one such an integer as a float
+    ("123.0"); otherwise ("00123", "+1", "12a") it is unchanged.
 
     Example:
         >>> integers_from_text(pd.Series(["7", "-12"])).tolist(), integers_from_text(pd.Series(["7", "012"])).tolist()
         ([7, -12], ['7', '012'])
     """
-    if series.isna().any() or not series.str.fullmatch(_CANONICAL_INTEGER).all():
+    if series.isna().any():
+        return series
+    if series.str.fullmatch(_INTEGRAL_FLOAT).all():
+        series = series.str.removesuffix(".0")
+    elif not series.str.fullmatch(_CANONICAL_INTEGER).all():
         return series
     try:
         return series.astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from onerec_hf.data.aliases import find_column
 from onerec_hf.data.columns import (
     DataError,
     canonical_ids,
@@ -19,15 +21,18 @@ from onerec_hf.data.columns import (
     integers_from_text,
     names_source,
     require_columns,
-    to_numbers,
 )
-from onerec_hf.data.tables import load_table
-from onerec_hf.modeling.files import map_npy
+from onerec_hf.data.tables import is_text, load_table
+from onerec_hf.data.times import Instants, instants
+from onerec_hf.data.types import plain_column
+from onerec_hf.modeling.files import listed, map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
 
 _CHUNK = 65_536
+# The index that pandas and spreadsheets write beside the columns. It would hide duplicates.
+_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
 
 
 @names_source
@@ -36,31 +41,39 @@ def read_interactions(
     *,
     user_column: str = "user_id",
     item_column: str = "item_id",
-    timestamp_column: str = "timestamp",
+    timestamp_column: str | None = "timestamp",
     feedback_columns: Sequence[str] | None = None,
     session_column: str | None = None,
+    column_names: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """
     Reads interactions, one row each, sorted by user and time (stable: rows with equal timestamps keep their order).
 
     Ids are kept unchanged. In a text file an id column becomes integers only if every value is a canonical integer: a single "00123"
-    keeps the whole column as text.
+    keeps the whole column as text. A table may also hold one row per user, with a list of items, oldest first; lists of the same length in
+    other columns belong to the items.
 
     Args:
-        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        user_column, item_column, timestamp_column: column names in the source.
+        source: path of a .csv, .tsv, .parquet, .jsonl, .ndjson or .json file, a RecBole .inter or .item file, or a .txt file with a user and
+            its items in each line; text and JSON also with .gz, .zst or .bz2. Or a pandas or polars DataFrame, a `pyarrow.Table`, or a
+            `datasets.Dataset`.
+        user_column, item_column, timestamp_column: column names in the source. In place of a default name that is absent, one of the usual
+            other names is taken ("userId", "movieId", "asin", "time", ...). Without times pass None (or "none"): the rows of a user are in
+            the order of time, and `timestamp` is their place.
         feedback_columns: further columns to keep (default: all other columns).
         session_column: column of session ids (default: "session_id" if present).
+        column_names: the columns of a text file without a header, in order.
 
     Returns:
-        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are truncated
+        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are cut
         after sorting), `session_id` if present, then the feedback columns.
 
     Raises:
         DataError: unreadable or empty source, missing columns, null or mixed ids, timestamps that are not finite numbers or datetimes.
 
     Warns:
-        UserWarning: exact duplicate rows were dropped (with their number).
+        UserWarning: exact duplicate rows were dropped (with their number); rows that differ in a column of distinct values only were kept;
+            a column was found by another name; times in a type that is too narrow for them.
 
     Example:
         >>> rows = pd.DataFrame({"user": ["b", "a", "a"], "movie": ["07", "7", "8"], "t": [3, 2, 1], "rating": [5.0, 3.0, 4.0]})
@@ -70,46 +83,161 @@ def read_interactions(
         1       a       7          2     3.0
         2       b      07          3     5.0
     """
-    table = load_table(source, (user_column, item_column, session_column or "session_id"))
+    table = load_table(source, (user_column, item_column, session_column or "session_id"), column_names)
     if session_column is None and "session_id" in table.columns:
         session_column = "session_id"
-    names = {"user_id": user_column, "item_id": item_column, "timestamp": timestamp_column}
+    names = {
+        "user_id": find_column(table.columns, user_column, "user_id"),
+        "item_id": find_column(table.columns, item_column, "item_id"),
+    }
     if session_column is not None:
         names["session_id"] = session_column
-    require_columns(table, [*names.values(), *(feedback_columns or ())], "interactions")
+    lists = names["item_id"] in table.columns and is_listed(column_of(table, names["item_id"]))
+    if timestamp_column not in (None, "none"):
+        found = find_column(table.columns, str(timestamp_column), "timestamp")
+        if found in table.columns or timestamp_column != "timestamp" or not lists:
+            names["timestamp"] = found
+    _require(table, names, feedback_columns)
+    if lists:
+        table = one_item_per_row(table, names["item_id"])
+    timed = "timestamp" in names
     if feedback_columns is None:
         feedback_columns = [column for column in table.columns if column not in names.values()]
-    taken = [column for column in feedback_columns if column in names]
+    taken = [column for column in feedback_columns if column in (*names, "timestamp")]
     if taken:
         raise DataError(
-            f"interactions: column {taken[0]!r} conflicts with the {taken[0]} read from {names[taken[0]]!r}. Drop or rename "
+            f"interactions: column {taken[0]!r} conflicts with the {taken[0]} read from {names.get(taken[0])!r}. Drop or rename "
             "it, or list the columns to keep in feedback_columns."
         )
+    columns: dict[str, Any] = {
+        name: _ids(source, column_of(table, column), column) for name, column in names.items() if name != "timestamp"
+    }
+    if timed:
+        times = _instants(source, column_of(table, names["timestamp"]), names["timestamp"], column_names)
+        repeated = _repeated(table, columns, times, names)
+    else:
+        times, repeated = Instants(np.arange(len(table)), None), np.zeros(len(table), dtype=bool)
+    ids = {name: columns[name] for name in ("user_id", "item_id")}
+    result = pd.DataFrame(
+        ids
+        | {"timestamp": times.whole}
+        | {name: column for name, column in columns.items() if name not in ids}
+        | {column: table[column] for column in feedback_columns}
+    )
+    users = pd.factorize(result["user_id"], sort=True)[0]
+    order = np.lexsort((*(() if times.rest is None else (times.rest,)), times.whole, users))
+    result = result.iloc[order[~repeated[order]]].reset_index(drop=True)
+    if not timed:
+        result["timestamp"] = result.groupby("user_id").cumcount()
+    return result
 
-    repeated = _comparable(table).duplicated().to_numpy()
+
+def one_item_per_row(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """
+    The table with a row per item of the lists in `column`. Lists of the same length in other columns go with the items.
+
+    Example:
+        >>> table = pd.DataFrame({"user_id": [1, 2], "items": [[5, 6], [7]], "rating": [[4, 3], [5]]})
+        >>> one_item_per_row(table, "items").to_dict("list")
+        {'user_id': [1, 1, 2], 'items': [5, 6, 7], 'rating': [4, 3, 5]}
+    """
+    lengths = list_lengths(column_of(table, column))
+    if (lengths <= 0).any():
+        warnings.warn(
+            f"interactions: {(lengths <= 0).sum():,} of {len(table):,} rows have no items (first: row {int((lengths <= 0).argmax())})."
+        )
+    along = [name for name in table.columns if np.array_equal(list_lengths(column_of(table, name)), lengths)]
+    rows = np.repeat(np.arange(len(table)), np.maximum(lengths, 0))
+    flat = {}
+    for name in table.columns:
+        values = column_of(table, name)
+        if name in along:
+            parts = [value for value, length in zip(values, lengths, strict=True) if length > 0 for value in value]
+            flat[name] = plain_column(pd.Series(parts, dtype=object).infer_objects())
+        else:
+            flat[name] = values.iloc[rows].reset_index(drop=True)
+    return pd.DataFrame(flat)
+
+
+def is_listed(series: pd.Series) -> bool:
+    """
+    Whether a column holds lists, null or empty ones aside.
+
+    Example:
+        >>> is_listed(pd.Series([[1], None])), is_listed(pd.Series(["a", "b"])), is_listed(pd.Series([1, [2]]))
+        (True, False, False)
+    """
+    if series.dtype != object:
+        return False
+    lengths = list_lengths(series)
+    return bool((lengths >= 0).any()) and not bool((lengths[series.notna().to_numpy()] < 0).any())
+
+
+def list_lengths(series: pd.Series) -> np.ndarray:
+    """
+    (N,) lengths of a column's lists; -1 where there is none.
+
+    Example:
+        >>> list_lengths(pd.Series([[1, 2], None])).tolist()
+        [2, -1]
+    """
+    return np.array([len(value) if isinstance(value, list | tuple | np.ndarray) else -1 for value in series])
+
+
+def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Sequence[str] | None) -> None:
+    try:
+        require_columns(table, [*names.values(), *(feedback_columns or ())], "interactions")
+    except DataError as error:
+        hint = ""
+        if [name for name in names.values() if name not in table.columns] == [names.get("timestamp")]:
+            hint = " Without times pass --timestamp_column none: rows are then in the order of time."
+        elif any(str(name).isdecimal() for name in table.columns):
+            hint = " If the file has no header, pass --column_names."
+        raise DataError(f"{error}{hint}") from None
+
+
+def _repeated(table: pd.DataFrame, ids: dict[str, np.ndarray], times: Instants, names: dict[str, str]) -> np.ndarray:
+    """(N,) whether a row is an exact duplicate of an earlier one; says what is dropped, and what differs in one column only."""
+    compared = table.drop(columns=[name for name in table.columns if _ROW_NUMBERS.fullmatch(str(name))])
+    compared = compared.assign(
+        **{names[name]: values for name, values in ids.items()}, **{names["timestamp"]: times.whole}
+    )
+    if times.rest is not None:
+        compared["__rest__"] = times.rest
+    keys = [names["user_id"], names["item_id"], names["timestamp"]]
+    again = compared.duplicated(keys, keep=False).to_numpy()
+    repeated = np.zeros(len(table), dtype=bool)
+    if not again.any():
+        return repeated
+    suspects = _comparable(compared.loc[again])
+    repeated[again] = suspects.duplicated().to_numpy()
     if repeated.any():
         warnings.warn(
             f"interactions: dropped {repeated.sum():,} of {len(table):,} rows as exact duplicates "
             f"(first: row {int(repeated.argmax())})."
         )
-    columns: dict[str, Any] = {}
-    for name, column in names.items():
-        read = _instants if name == "timestamp" else _ids
-        columns[name] = read(source, column_of(table, column), column)
-    columns |= {column: table[column] for column in feedback_columns}
-    result = pd.DataFrame(columns).loc[~repeated]
-    users = pd.factorize(result["user_id"], sort=True)[0]
-    order = np.lexsort((result["timestamp"].to_numpy(), users))
-    result = result.iloc[order].reset_index(drop=True)
-    unit = 1_000_000 if pd.api.types.is_datetime64_any_dtype(table[timestamp_column]) else 1
-    result["timestamp"] = (result["timestamp"] // unit).astype(np.int64)
-    return result
+    suspects = suspects.loc[~repeated[again]]
+    numbering = [name for name in suspects.columns if name not in keys and _all_distinct(column_of(compared, name))]
+    hidden = suspects.drop(columns=numbering).duplicated().sum()
+    if hidden:
+        warnings.warn(
+            f"interactions: {hidden:,} of {len(table):,} rows equal an earlier row but for {listed(numbering)}, which differs in every row; they "
+            "are kept. If that column only numbers the rows, drop it."
+        )
+    return repeated
+
+
+def _all_distinct(series: pd.Series) -> bool:
+    try:
+        return bool(series.is_unique)
+    except TypeError:  # lists
+        return False
 
 
 def _ids(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
     """(N,) ids; text files carry no column types, so integers are detected."""
-    from_text = isinstance(source, str | Path) and Path(source).suffix.lower() in (".csv", ".tsv")
-    return canonical_ids(integers_from_text(series) if from_text else series, column)
+    text = is_text(source) and pd.api.types.infer_dtype(series, skipna=True) == "string"
+    return canonical_ids(integers_from_text(series) if text else series, column)
 
 
 def _comparable(table: pd.DataFrame) -> pd.DataFrame:
@@ -125,27 +253,11 @@ def _comparable(table: pd.DataFrame) -> pd.DataFrame:
     return written
 
 
-def _instants(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
-    """(N,) numbers to sort by: int64 or float64 as given, microseconds since 1970 UTC for datetimes."""
-    fix = "Use numbers (seconds since 1970) or pandas.to_datetime(column)."
-    if pd.api.types.is_bool_dtype(series.dtype):
-        raise DataError(f"column {column!r}: timestamps are booleans. Is this the right column? {fix}")
-    if pd.api.types.is_datetime64_any_dtype(series.dtype):
-        bad = series.isna().to_numpy()
-        zone = getattr(series.dtype, "tz", None)
-        values = (series if zone is None else series.dt.tz_convert(None)).to_numpy("datetime64[us]").astype(np.int64)
-    else:
-        parsed: Any = to_numbers(series)
-        numbers = parsed.to_numpy(dtype=np.float64, na_value=np.nan)
-        bad = ~(np.abs(numbers) < 2.0**63)
-        exact = not bad.any() and pd.api.types.is_integer_dtype(parsed.dtype)
-        values = parsed.to_numpy(dtype=np.int64) if exact else numbers
-    if bad.any():
-        raise DataError(
-            f"column {column!r}: {bad.sum():,} of {len(series):,} timestamps are neither finite numbers nor datetimes "
-            f"(first: {first(series, bad)}). {fix}"
-        )
-    return values
+def _instants(source: TableSource, series: pd.Series, column: str, names: Sequence[str] | None) -> Instants:
+    """The times; a text file whose times are not integers is read again, since pandas made floats of them, which hold 15 digits."""
+    if is_text(source) and series.dtype == np.float64 and series.notna().all():
+        series = column_of(load_table(source, (column,), names), column)
+    return instants(series, column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +327,8 @@ def read_items(
     Reads the item table, in the row order of the source.
 
     Args:
-        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        item_column: column of item ids; ids are kept unchanged (see `read_interactions`).
+        source: a table, as `read_interactions` takes it.
+        item_column: column of item ids; ids are kept unchanged, and other usual names of a default are found (see `read_interactions`).
         text_columns: further columns to keep (default: all other columns).
         embedding_column: a column of lists of equal length, one embedding per row.
         embeddings: (N, d) array aligned with the source's rows, or the path of a .npy file with one (float32 stays memory-mapped).
@@ -234,6 +346,7 @@ def read_items(
     if embedding_column is not None and embeddings is not None:
         raise DataError("items: embedding_column and embeddings are both given. Pass only one of them.")
     table = load_table(source, (item_column, *(text_columns or ())))
+    item_column = find_column(table.columns, item_column, "item_id")
     embedding_columns = [] if embedding_column is None else [embedding_column]
     require_columns(table, [item_column, *(text_columns or ()), *embedding_columns], "items")
     ids = _ids(source, column_of(table, item_column), item_column)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, column_of
-from onerec_hf.data.interactions import ItemTable, read_items
+from onerec_hf.data.interactions import ItemTable, is_listed, read_items
+from onerec_hf.data.types import text_of
 from onerec_hf.modeling.requests import ITEMS_NAME, RESERVED_FIELDS
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def _shown_columns(frame: pd.DataFrame) -> tuple[dict[str, pd.Series], dict[str,
         if name in RESERVED_FIELDS:
             left_out[name] = "answers use this name"
             continue
+        values = values.map(text_of) if _lists_words(values) else values
         kind = pd.api.types.infer_dtype(values, skipna=True)
         if kind.startswith("mixed") and any(
             not isinstance(v, str | int | float | np.generic) for v in values.dropna()
@@ -214,6 +216,11 @@ def _shown_columns(frame: pd.DataFrame) -> tuple[dict[str, pd.Series], dict[str,
     ):
         del columns["text"]  # nothing is lost
     return columns, left_out
+
+
+def _lists_words(values: pd.Series) -> bool:
+    """Whether a column holds lists of words, such as genres, which are shown as one text."""
+    return is_listed(values) and all(isinstance(word, str) for words in values.dropna() for word in words)
 
 
 def shown_values(values: pd.Series) -> pd.Series:

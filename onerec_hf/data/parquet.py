@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from onerec_hf.data.types import table_from_arrow
+
 # Limits on decoded data: an absolute one for small files, a ratio for larger ones. Real logs and embeddings decode to 1 to 20 bytes per byte.
 _FREE_VALUES, _VALUES_PER_BYTE = 50_000_000, 64
 _FREE_BYTES, _BYTES_PER_BYTE = 2**28, 200
+_INDEX = re.compile(r"__index_level_\d+__")
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
     """
-    Reads a Parquet file like `pandas.read_parquet`.
+    Reads a Parquet file, with columns as `plain_columns` has them.
 
     Raises:
         ValueError: the file is damaged, or decodes to more than 50 million values or 256 MiB, out of proportion to its size.
@@ -44,7 +48,7 @@ def _read(path: Path) -> pd.DataFrame:
     size = path.stat().st_size
     limit = max(_FREE_BYTES, size * _BYTES_PER_BYTE)
     with pq.ParquetFile(path) as file:
-        metadata, schema = file.metadata, file.schema_arrow
+        metadata = file.metadata
         groups = range(metadata.num_row_groups)
         _check_limit(limit, sum(metadata.row_group(group).total_byte_size for group in groups), "bytes", size)
         for group in groups:
@@ -63,7 +67,7 @@ def _read(path: Path) -> pd.DataFrame:
     _check_limit(limit, fixed + sum(chunk.total_uncompressed_size for chunk in chunks), "bytes", size)
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     if not texts:
-        return pd.read_parquet(path)
+        return _plain(pq.read_table(path))
     # Dictionary encoding keeps a repeated string once, so the decoded size is known before the strings are created.
     table = pq.read_table(path, read_dictionary=texts)
     _check_limit(
@@ -71,8 +75,14 @@ def _read(path: Path) -> pd.DataFrame:
     )
     table.validate(full=True)  # invalid UTF-8 would only fail at first access
     if not set(texts) <= set(table.column_names):  # strings inside lists
-        return pd.read_parquet(path)
-    return table.cast(schema).to_pandas()
+        table = pq.read_table(path)
+    return _plain(table)
+
+
+def _plain(table: Any) -> pd.DataFrame:
+    """Without the index that pandas writes if it has no name."""
+    unnamed = [name for name in table.column_names if _INDEX.fullmatch(name)]
+    return table_from_arrow(table.drop_columns(unnamed))
 
 
 def _check_limit(limit: int, found: int, what: str, size: int) -> None:
@@ -88,10 +98,14 @@ def _decoded_bytes(array: Any) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    texts = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
     if pa.types.is_dictionary(array.type):
-        if not (pa.types.is_string(array.type.value_type) or pa.types.is_binary(array.type.value_type)):
+        kind, values = array.type.value_type, array.dictionary
+        if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+            values = values.cast(pa.large_binary())
+        elif not any(test(kind) for test in texts):
             return array.nbytes
-        lengths = pc.binary_length(array.dictionary)  # pyright: ignore[reportAttributeAccessIssue]
+        lengths = pc.binary_length(values)  # pyright: ignore[reportAttributeAccessIssue]
         return pc.sum(lengths.take(array.indices).cast(pa.int64())).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         return _decoded_bytes(array.flatten())

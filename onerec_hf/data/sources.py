@@ -15,6 +15,7 @@ import pandas as pd
 from onerec_hf.data.columns import DataError, about, column_of
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
 from onerec_hf.data.positives import PositiveFeedback
+from onerec_hf.data.types import holds_text, text_of
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
@@ -137,7 +138,8 @@ def load_files(
 
 def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> ItemTable:
     """
-    Adds a column `text` that joins the text columns (default: a column called `text` if present, else all text columns).
+    Adds a column `text` that joins the text columns (default: a column called `text` if present, else all columns with text; lists of words
+    are joined by commas).
 
     Warns:
         UserWarning: items without text (with their number), if there are no embeddings.
@@ -150,7 +152,7 @@ def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> It
     frame = items.frame
     if text_columns is None:
         candidates = [column for column in frame.columns if column != "item_id"]
-        text_columns = [c for c in candidates if pd.api.types.infer_dtype(frame[c], skipna=True) == "string"]
+        text_columns = [column for column in candidates if holds_text(column_of(frame, column))]
         text_columns = ["text"] if "text" in text_columns else text_columns
     text = _join(frame, text_columns) if text_columns else pd.Series("", index=frame.index)
     empty = (text == "").to_numpy()
@@ -163,8 +165,8 @@ def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> It
 
 
 def _join(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
-    """Joins the columns as "a | b", without nulls and empty strings."""
-    rows = zip(*(column_of(frame, column).astype(object).fillna("").astype(str) for column in columns), strict=True)
+    """Joins the columns as "a | b", without nulls and empty strings; lists of words are joined by commas."""
+    rows = zip(*(column_of(frame, column).map(text_of) for column in columns), strict=True)
     return pd.Series([" | ".join(filter(None, row)) for row in rows], index=frame.index, dtype=object)
 
 

@@ -1,37 +1,59 @@
-"""Loads a table from a path, a DataFrame or a Dataset."""
+"""Loads a table from a path, a DataFrame, an Arrow table or a Dataset."""
 
 from __future__ import annotations
 
-import json
 import sys
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from onerec_hf.data.atomic import read_atomic
-from onerec_hf.data.columns import MISSING_TEXT, DataError, check_width
+from onerec_hf.data.columns import DataError, check_width
+from onerec_hf.data.compressed import COMPRESSIONS, table_name
 from onerec_hf.data.parquet import read_parquet
+from onerec_hf.data.text_files import read_delimited, read_json, read_lines_per_user
+from onerec_hf.data.types import plain_columns, table_from_arrow
 from onerec_hf.modeling.files import UNEXPECTED, short
 
 if TYPE_CHECKING:
     import datasets
+    import polars
+    import pyarrow
 
-    TableSource = str | Path | pd.DataFrame | datasets.Dataset
+    TableSource = str | Path | pd.DataFrame | datasets.Dataset | polars.DataFrame | polars.LazyFrame | pyarrow.Table
 
 
-SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".inter", ".item")
+_DELIMITED = (".csv", ".tsv", ".data", ".dat", ".txt")
+_JSON = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json", ".txt", ".data", ".dat", ".inter", ".item")
+_COMPRESSED = _DELIMITED + _JSON
 
 
-def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -> pd.DataFrame:
+def is_text(source: Any) -> bool:
     """
-    Loads a table from a path, a DataFrame or a `datasets.Dataset`, with rows numbered from 0.
+    Whether a source is a file that stores values as text, without types: integers are detected there.
+
+    Example:
+        >>> is_text("clicks.csv.gz"), is_text("clicks.jsonl")
+        (True, False)
+    """
+    return isinstance(source, str | Path) and table_name(source).suffix in _DELIMITED
+
+
+def load_table(
+    source: TableSource, text_columns: tuple[str | None, ...] = (), names: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """
+    Loads a table, with rows numbered from 0 and columns as `plain_columns` has them.
 
     Args:
-        source: path of a .csv, .tsv, .parquet, .jsonl or RecBole .inter or .item file, a DataFrame, or a `datasets.Dataset`.
-        text_columns: columns of a .csv/.tsv to read as text (ids: no conversion to numbers, and only the empty field is missing). Pass
+        source: path of a file with one of `SUFFIXES` (text and JSON also with .gz, .zst or .bz2), a pandas or polars DataFrame, a
+            `pyarrow.Table`, or a `datasets.Dataset`.
+        text_columns: columns of a text file to read as text (ids: no conversion to numbers, and only the empty field is missing). Pass
             such a column through `integers_from_text` before `canonical_ids`.
+        names: the columns of a text file without a header.
 
     Raises:
         DataError: missing file, folder, unsupported suffix, unreadable or empty table, duplicate column name.
@@ -40,67 +62,71 @@ def load_table(source: TableSource, text_columns: tuple[str | None, ...] = ()) -
         >>> load_table(pd.DataFrame({"item_id": [7, 8]}, index=[5, 5])).index.tolist()
         [0, 1]
     """
-    if isinstance(source, pd.DataFrame):
-        table, where = source.reset_index(drop=True), "the DataFrame"
-    elif isinstance(source, str | Path):
-        table, where = _load_file(Path(source), text_columns), str(source)
-    elif "datasets" in sys.modules and isinstance(source, sys.modules["datasets"].Dataset):
-        table, where = source.to_pandas(), "the Dataset"
-        assert isinstance(table, pd.DataFrame)
+    if names is not None and not is_text(source):
+        raise DataError(f"column names are for text files without a header ({', '.join(_DELIMITED)}). Leave them out.")
+    if isinstance(source, str | Path):
+        table, where = _load_file(Path(source).expanduser(), text_columns, names), str(source)
     else:
-        raise DataError(
-            f"cannot read a table from {type(source).__name__}: pass a path ({', '.join(SUFFIXES)}), a pandas.DataFrame or one split "
-            "of a datasets.Dataset (of a DatasetDict, choose one: dataset['train'])."
-        )
+        table, where = _in_memory(source)
     check_width(len(table.columns), where)
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
         raise DataError(f"{where}: column {repeated[0]!r} occurs more than once. Rename or drop one of them.")
     if not len(table):
         raise DataError(f"{where}: the table has no rows.")
-    return table
+    return table if isinstance(source, str | Path) else plain_columns(table)
 
 
-def _read_json_lines(path: Path) -> pd.DataFrame:
-    """A JSON object per line. pandas' reader makes a date of any column called "timestamp", and its switch against that is deprecated."""
-    with open(path, encoding="utf-8-sig") as file:
-        rows = {number: json.loads(line) for number, line in enumerate(file, start=1) if line.strip()}
-    for number, row in rows.items():
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-    return pd.DataFrame(list(rows.values()))
+def _in_memory(source: Any) -> tuple[pd.DataFrame, str]:
+    if isinstance(source, pd.DataFrame):
+        # As in a file, a named index is a column.
+        named = [name for name in source.index.names if name is not None and name not in source.columns]
+        levels = {name: source.index.get_level_values(name) for name in named}
+        table = source.reset_index(drop=True)
+        for name, level in levels.items():
+            table[name] = level
+        return table, "the DataFrame"
+    polars, pyarrow, datasets = (sys.modules.get(name) for name in ("polars", "pyarrow", "datasets"))
+    if polars is not None and isinstance(source, polars.DataFrame | polars.LazyFrame):
+        try:
+            frame = source.collect() if isinstance(source, polars.LazyFrame) else source
+            return table_from_arrow(frame.to_arrow()), "the DataFrame"
+        except polars.exceptions.PolarsError as error:
+            raise DataError(f"the polars frame cannot be read: {short(error, 500)}") from error
+    if pyarrow is not None and isinstance(source, pyarrow.Table):
+        return table_from_arrow(source), "the Arrow table"
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        return table_from_arrow(source.with_format("arrow")[:]), "the Dataset"
+    raise DataError(
+        f"cannot read a table from {type(source).__name__}: pass a path ({', '.join(SUFFIXES)}), a pandas or polars DataFrame, a "
+        "pyarrow.Table or one split of a datasets.Dataset (of a DatasetDict, choose one: dataset['train'])."
+    )
 
 
-def _load_file(path: Path, text_columns: tuple[str | None, ...]) -> pd.DataFrame:
+def _load_file(path: Path, text_columns: tuple[str | None, ...], names: Sequence[str] | None) -> pd.DataFrame:
     if path.is_dir():
         raise DataError(f"{path} is a folder: pass one file ({', '.join(SUFFIXES)}), or a DataFrame of all of them.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{path}: unsupported suffix {path.suffix!r}. Supported: {', '.join(SUFFIXES)}.")
+    kind = table_name(path)
+    if kind.suffix not in SUFFIXES:
+        raise DataError(f"{path}: unsupported suffix {kind.suffix!r}. Supported: {', '.join(SUFFIXES)}.")
+    if kind.compression and kind.suffix not in _COMPRESSED:
+        raise DataError(f"{path}: {kind.suffix} files are read without {path.suffix}. Decompress it.")
     if not path.is_file():
         raise DataError(f"{path}: no such file. Check the path.")
-    if path.suffix.lower() in (".inter", ".item"):
-        return read_atomic(path)
+    if kind.suffix in (".inter", ".item"):
+        return plain_columns(read_atomic(path))
     try:
-        if path.suffix.lower() == ".parquet":
+        if kind.suffix == ".parquet":
             return read_parquet(path)
-        if path.suffix.lower() == ".jsonl":
-            return _read_json_lines(path)
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        columns = pd.read_csv(path, sep=separator, nrows=0, encoding="utf-8-sig", index_col=False).columns
-        check_width(len(columns), path)
-        text = {column for column in text_columns if column in columns}
-        with warnings.catch_warnings():
-            # Otherwise pandas drops surplus fields of a row, or shifts all columns by one.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                path,
-                sep=separator,
-                encoding="utf-8-sig",
-                index_col=False,
-                dtype=dict.fromkeys(text, str),
-                keep_default_na=False,
-                na_values={column: [""] if column in text else MISSING_TEXT for column in columns},
-                low_memory=False,
-            )
+        if kind.suffix in _JSON:
+            return plain_columns(read_json(path))
+        if kind.suffix == ".txt" and names is None and (table := read_lines_per_user(path)) is not None:
+            return table
+        return plain_columns(read_delimited(path, text_columns, names))
+    except DataError:
+        raise
     except (*UNEXPECTED, OSError, pd.errors.ParserWarning) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {short(error, 500)}") from error
+        raise DataError(f"{path}: cannot be read as {kind.suffix[1:]}: {short(error, 500)}") from error
+
+
+__all__ = ["COMPRESSIONS", "SUFFIXES", "TableSource", "is_text", "load_table"]

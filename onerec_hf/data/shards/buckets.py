@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from onerec_hf.data.prefixes import prefix_examples
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.shards.logs import import_polars
+from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import hold_out_last_two, last_item_slices
 from onerec_hf.data.windows import example_table, list_slices, window_bounds, window_slices
 
@@ -53,33 +53,32 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     Sorts a bucket's rows by user and time (equal times in the order of the log) and drops exact duplicates.
 
     Args:
-        bucket: `user`, `item`, `time`, `row`, `rest`, as returned by [`Log.batches`].
-        integers: which of "user", "item" and "time" contain only integers, if they are text.
+        bucket: `user`, `item`, `time`, `rest`, `row`, `others`, as returned by [`Log.batches`].
+        integers: whether "user" and "item" contain only integers ("7" or "7.0"), if they are text.
 
     Returns:
         columns `user` and `item`, int64 or str.
 
     Example:
         >>> import polars as pl
-        >>> rows = {"user": ["b", "a", "a", "a"], "item": ["7", "8", "9", "9"], "time": ["1", "10", "9", "9"], "row": [0, 1, 2, 3], "rest": [0] * 4}
-        >>> tidy(pl.DataFrame(rows), {"user": False, "item": True, "time": True}).rows()
+        >>> rows = {"user": ["b", "a", "a", "a"], "item": ["7", "8", "9", "9"], "time": [1, 10, 9, 9], "rest": [0.0] * 4}
+        >>> rows |= {"row": [0, 1, 2, 3], "others": [0] * 4}
+        >>> tidy(pl.DataFrame(rows), {"user": False, "item": True}).rows()
         [('a', 9), ('a', 8), ('b', 7)]
     """
     pl = import_polars()
-    text = [name for name in ("user", "item", "time") if bucket.schema[name] == pl.String]
-    casts = [pl.col(name).cast(pl.Int64) for name in text if integers[name]]
-    if "time" in text and not integers["time"]:
-        casts.append(pl.col("time").cast(pl.Float64))
-    ordered = bucket.with_columns(casts).sort("user", "time", "row")
+    text = [name for name in ("user", "item") if bucket.schema[name] == pl.String and integers[name]]
+    casts = [pl.col(name).str.strip_suffix(".0").cast(pl.Int64) for name in text]
+    # Items of one row's list have its number; they stay in their order.
+    ordered = bucket.with_columns(casts).sort("user", "time", "rest", "row", maintain_order=True)
     # Duplicates share user and time. Few rows do, so only those are compared.
-    with_last = ((pl.col("user") == pl.col("user").shift()) & (pl.col("time") == pl.col("time").shift())).fill_null(
-        False
-    )
-    ordered = ordered.with_columns(compared=with_last | with_last.shift(-1, fill_value=False))
+    again = [pl.col(name) == pl.col(name).shift() for name in ("user", "time", "rest")]
+    with_last = pl.all_horizontal(again).fill_null(False)
+    ordered = ordered.with_columns(compared=with_last | with_last.shift(-1, fill_value=False)).with_row_index("place")
     compared = ordered.filter("compared")
     if len(compared):
-        first = compared.unique(["user", "item", "time", "rest"], keep="first", maintain_order=True)["row"]
-        ordered = ordered.filter(~pl.col("compared") | pl.col("row").is_in(first.implode()))
+        first = compared.unique(["user", "item", "time", "rest", "others"], keep="first", maintain_order=True)["place"]
+        ordered = ordered.filter(~pl.col("compared") | pl.col("place").is_in(first.implode()))
     return ordered.select("user", "item")
 
 

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import glob
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.data.columns import MISSING_TEXT, DataError
+from onerec_hf.data.aliases import ALIASES, find_column, usual_column
+from onerec_hf.data.columns import DataError
+from onerec_hf.data.compressed import table_name
 from onerec_hf.data.positives import PositiveFeedback
+from onerec_hf.data.shards import expressions
+from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
+from onerec_hf.data.tables import is_text
+from onerec_hf.data.times import BAD, warn_narrow
 
 if TYPE_CHECKING:
     import polars as pl
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".data", ".dat")
 BATCH_ROWS = 1_000_000
-# Number of JSON lines used to infer column types.
-_JSON_LINES = 100_000
-
-
-def import_polars():
-    """
-    Imports polars (extra `prepare`).
-
-    Raises:
-        ImportError: polars is not installed.
-    """
-    try:
-        import polars
-    except ImportError:
-        raise ImportError(
-            'preparing large logs needs polars, which is not installed. Run: pip install "onerec-hf[prepare]"'
-        ) from None
-    return polars
+# In a folder, a .txt or .json file may be notes or a description.
+FOLDER_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+DEFAULTS = tuple(ALIASES)
+# The index that pandas and spreadsheets write beside the columns. It would hide duplicates.
+_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
 
 
 def find_log_files(source: str | Path) -> list[Path]:
@@ -56,15 +51,15 @@ def find_log_files(source: str | Path) -> list[Path]:
         found, kind = [Path(source)], "file"
     elif Path(source).is_dir():
         visible = (path for path in Path(source).rglob("*") if not path.name.startswith((".", "_")))
-        found, kind = [path for path in visible if path.suffix.lower() in SUFFIXES], "folder"
+        found, kind = [path for path in visible if table_name(path).suffix in FOLDER_SUFFIXES], "folder"
     else:
         found, kind = [Path(path) for path in glob.glob(text, recursive=True) if Path(path).is_file()], "pattern"
     if not found:
         raise DataError(f"{text}: no such file, folder or pattern with log files ({kinds}). Check the path.")
-    unread = [path for path in found if path.suffix.lower() not in SUFFIXES]
+    unread = [path for path in found if table_name(path).suffix not in SUFFIXES]
     if unread:
-        raise DataError(f"{unread[0]}: unsupported suffix {unread[0].suffix!r}. Supported: {kinds}.")
-    there = sorted({path.suffix.lower() for path in found})
+        raise DataError(f"{unread[0]}: unsupported suffix {table_name(unread[0]).suffix!r}. Supported: {kinds}.")
+    there = sorted({table_name(path).suffix for path in found})
     if len(there) > 1:
         raise DataError(
             f"{text}: files of several formats ({', '.join(there)}) in one {kind}. Select one format with a pattern."
@@ -79,17 +74,30 @@ class Checks:
 
     Args:
         rows: number of rows.
+        left_out: number of rows without any value, or without items; they are not among `rows`.
         positive: number of positive rows.
-        integers: for "user", "item" and "time", whether all values that are text are integers.
+        integers: for "user" and "item", whether all values that are text are integers.
+        floats: whether all of them are integers written as floats ("7.0").
+        dates: number of times that are dates.
+        latest: the largest absolute time.
         highest: the largest value of each feedback column.
         bad: (column, problem) -> number of rows, first row.
     """
 
     rows: int = 0
+    left_out: int = 0
     positive: int = 0
-    integers: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(("user", "item", "time"), True))
+    integers: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(("user", "item"), True))
+    floats: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(("user", "item"), True))
+    dates: int = 0
+    latest: int = 0
     highest: dict[str, float] = field(default_factory=dict)
     bad: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def as_integers(self) -> dict[str, bool]:
+        """For "user" and "item", whether values that are text become integers."""
+        return {name: self.integers[name] or self.floats[name] for name in self.integers}
 
     def count_bad(self, column: str, what: str, count: int, first: int) -> None:
         """Records `count` invalid rows, the first of them `first`."""
@@ -100,7 +108,7 @@ class Checks:
 _FIXES = {
     "ids are null": "Drop these rows or give them ids.",
     "ids are not exact 64-bit integers": "Convert them to integers or strings.",
-    "timestamps are neither finite numbers nor datetimes": "Use numbers (seconds since 1970) or datetimes.",
+    BAD: "Use numbers (seconds since 1970), datetimes or ISO dates.",
     "values are not numbers": "Convert the column, or remove it from the positive rule.",
 }
 
@@ -112,9 +120,10 @@ class Log:
 
     Args:
         files: as returned by `find_log_files`.
-        user_column, item_column, timestamp_column: column names.
+        user_column, item_column, timestamp_column: column names, as in `read_interactions`.
         positive: rule for positive rows.
         first_row: number of the first row, if other files precede these.
+        column_names: the columns of text files without a header.
 
     Example:
         >>> import os, tempfile
@@ -130,45 +139,15 @@ class Log:
     files: Sequence[Path]
     user_column: str = "user_id"
     item_column: str = "item_id"
-    timestamp_column: str = "timestamp"
+    timestamp_column: str | None = "timestamp"
     positive: PositiveFeedback = field(default_factory=PositiveFeedback)
     first_row: int = 0
+    column_names: Sequence[str] | None = None
 
     @property
     def is_text(self) -> bool:
-        """Whether the format stores all values as text (.csv, .tsv)."""
-        return self.files[0].suffix.lower() in (".csv", ".tsv")
-
-    def scan(self) -> pl.LazyFrame:
-        """
-        All rows, with their number in `__row__`.
-
-        Raises:
-            DataError: unreadable file or missing column.
-        """
-        pl = import_polars()
-        paths, suffix = list(self.files), self.files[0].suffix.lower()
-        number: dict[str, Any] = {"row_index_name": "__row__", "row_index_offset": self.first_row}
-        try:
-            if suffix == ".parquet":
-                upcast = pl.ScanCastOptions(integer_cast="upcast", float_cast="upcast")
-                frame = pl.scan_parquet(paths, cast_options=upcast, extra_columns="ignore", glob=False, **number)
-            elif suffix == ".jsonl":
-                frame = pl.scan_ndjson(paths, infer_schema_length=_JSON_LINES, **number)
-            else:
-                separator = "\t" if suffix == ".tsv" else ","
-                frame = pl.scan_csv(paths, separator=separator, infer_schema=False, glob=False, **number)
-            names = frame.collect_schema().names()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._unreadable(error) from error
-        wanted = [self.user_column, self.item_column, self.timestamp_column, *self.positive.any_of]
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            there = ", ".join(name for name in names if name != "__row__")
-            raise DataError(
-                f"{self.files[0]}: no column {', '.join(map(repr, missing))} among: {there}. Name the right one, or rename it."
-            )
-        return frame
+        """Whether the format stores all values as text."""
+        return is_text(self.files[0])
 
     def batches(self, checks: Checks, buckets: int = 1) -> Iterator[pl.DataFrame]:
         """
@@ -178,96 +157,105 @@ class Log:
             buckets: number of buckets that users are hashed into.
 
         Returns:
-            frames of `user`, `item`, `time` (in their type; text in text formats), `row` (uint64), `rest` (uint64, a hash of
-            all other columns) and `bucket` (uint32, by user).
+            frames of `user`, `item` (in their type; text in text formats), `time` (int64), `rest` (float64: fractions of times), `row`
+            (uint64), `others` (uint64, a hash of all other columns) and `bucket` (uint32, by user).
 
         Raises:
             DataError: unreadable files, or columns of unsupported types.
         """
         pl = import_polars()
-        frame = self.scan()
-        schema = frame.collect_schema()
-        columns = {
-            "user": self._id(pl, schema, self.user_column),
-            "item": self._id(pl, schema, self.item_column),
-            "time": self._time(pl, schema),
-        }
-        # Duplicates agree in all columns. Datetimes are hashed too, since they may be finer than the microseconds used for sorting.
-        alone = [self.user_column, self.item_column]
-        alone += [] if isinstance(schema[self.timestamp_column], pl.Datetime) else [self.timestamp_column]
-        others = [name for name in schema.names() if name not in ("__row__", *alone)]
-        rest = pl.struct(others).hash(seed=0) if others else pl.lit(0, dtype=pl.UInt64)
-        feedback = {f"feedback {name}": self._feedback(pl, schema, name) for name in self.positive.any_of}
-        given = {"user given": pl.col(self.user_column), "item given": pl.col(self.item_column)}
-        given |= {f"given {name}": self._without_missing(pl, name) for name in self.positive.any_of}
-        given = {name: column.is_not_null() for name, column in given.items()}
-        query = frame.select(row=pl.col("__row__").cast(pl.UInt64), rest=rest, **columns, **feedback, **given)
-        query = query.with_columns(bucket=(pl.col("user").hash(seed=0) % buckets).cast(pl.UInt32))
-        rules = [pl.col(f"feedback {name}") >= value for name, value in self.positive.any_of.items()]
-        kept = ["user", "item", "time", "row", "rest", "bucket"]
+        kept = ["user", "item", "time", "rest", "row", "others", "bucket"]
+        conditions = self.positive.conditions
         try:
-            for batch in query.collect_batches(chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"):
-                self._check(pl, batch, checks)
-                if rules:
-                    batch = batch.filter(pl.any_horizontal(rules))
-                checks.positive += len(batch)
-                yield batch.select(kept)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise self._unreadable(error) from error
+            for part in scan(self.files, self.first_row, self.column_names):
+                query = self._query(part, buckets)
+                for batch in query.collect_batches(chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"):
+                    batch = self._check(pl, batch, checks)
+                    if conditions:
+                        batch = batch.filter(pl.any_horizontal(f"holds {place}" for place in range(len(conditions))))
+                    checks.positive += len(batch)
+                    yield batch.select(kept)
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+            raise unreadable(self.files, error) from error
 
-    def _unreadable(self, error: Exception) -> DataError:
-        kind, many = self.files[0].suffix[1:], f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else ""
-        return DataError(f"{self.files[0]}{many}: cannot be read as {kind}: {error}")
-
-    def _id(self, pl, schema, name: str):
-        """Integers as int64, else text; invalid values become null."""
-        column, kind = pl.col(name), schema[name]
-        if kind.is_integer():
-            return column.cast(pl.Int64, strict=False)
-        if kind in (pl.Float32, pl.Float64):
-            exact = (column.floor() == column) & (column.abs() < (2**24 if kind == pl.Float32 else 2**53))
-            return pl.when(exact).then(column).otherwise(None).cast(pl.Int64)
-        if kind in (pl.String, pl.Categorical, pl.Enum):
-            return column.cast(pl.String)
-        raise DataError(
-            f"column {name!r}: ids must be integers or strings, not {kind}. Is this the right column, and are all ids of one type?"
+    def _query(self, frame: pl.LazyFrame, buckets: int) -> pl.LazyFrame:
+        """The columns of `batches`, and those that `_check` looks at."""
+        pl = import_polars()
+        schema = frame.collect_schema()
+        user, item, time = self._columns(schema)
+        blank = pl.lit(False)
+        if self.is_text and len(schema) > 2:
+            blank = pl.all_horizontal(pl.col(name).is_null() for name in schema if name not in OWN)
+        if isinstance(schema[item], pl.List | pl.Array):
+            frame = one_item_per_row(frame, schema, item)
+            schema, blank = frame.collect_schema(), pl.col(item).is_null()
+        if time is None:
+            at = pl.col("__row__").cast(pl.Int64)
+            place = pl.col("__place__").cast(pl.Float64) if "__place__" in schema else pl.lit(0.0)
+            times = (at, place, pl.lit(False))
+        else:
+            times = expressions.times(time, schema[time])
+        named = {"user": user, "item": item} | ({} if time is None else {"time": time})
+        # Duplicates agree in all columns but the number of the row.
+        others = [n for n in schema if n not in (*OWN, *named.values()) and not _ROW_NUMBERS.fullmatch(n)]
+        alike = [expressions.compared(name, schema[name]) for name in others]
+        columns = {
+            "row": pl.col("__row__").cast(pl.UInt64),
+            "user": expressions.ids(user, schema[user]),
+            "item": expressions.ids(item, schema[item]),
+            "time": times[0],
+            "rest": times[1],
+            "date": times[2],
+            "others": pl.struct(alike).hash(seed=0) if alike else pl.lit(0, dtype=pl.UInt64),
+            "blank": blank,
+            "user given": pl.col(user).is_not_null(),
+            "item given": pl.col(item).is_not_null(),
+        }
+        for place, condition in enumerate(self.positive.conditions):
+            name, kind = condition.column, schema[condition.column]
+            columns[f"holds {place}"] = expressions.holds(condition, kind, self.is_text).fill_null(False)
+            if isinstance(condition.value, float) and not condition.is_date:
+                columns[f"feedback {place}"] = expressions.numbers(name, kind, self.is_text)
+                columns[f"given {place}"] = expressions.without_missing(name, self.is_text).is_not_null()
+        self._narrow = (
+            str(schema[time]).lower() if time is not None and schema[time] in (pl.Float16, pl.Float32) else ""
         )
+        query = frame.select(**columns)
+        return query.with_columns(bucket=(pl.col("user").hash(seed=0) % buckets).cast(pl.UInt32))
 
-    def _time(self, pl, schema):
-        """Sort key; values that are not finite become null."""
-        column, kind = pl.col(self.timestamp_column), schema[self.timestamp_column]
-        if kind == pl.String:
-            numbers = column.cast(pl.Float64, strict=False)
-            return pl.when(numbers.abs() < 2.0**63).then(column).otherwise(None)
-        if kind.is_integer():
-            return column.cast(pl.Int64, strict=False)
-        if kind.is_float():
-            numbers = column.cast(pl.Float64)
-            return pl.when(numbers.abs() < 2.0**63).then(numbers).otherwise(None)
-        if isinstance(kind, pl.Datetime):
-            return column.dt.epoch("us")
-        raise DataError(
-            f"column {self.timestamp_column!r}: timestamps must be numbers or datetimes, not {kind}. Is this the right column?"
-        )
+    def _columns(self, schema: pl.Schema) -> tuple[str, str, str | None]:
+        """
+        The names of the user, item and time columns; no time where the rows are in its order.
 
-    def _without_missing(self, pl, name: str):
-        """A feedback column with the missing-value markers of text files replaced by null."""
-        column = pl.col(name)
-        return pl.when(column.is_in(MISSING_TEXT)).then(None).otherwise(column) if self.is_text else column
-
-    def _feedback(self, pl, schema, name: str):
-        """(N,) float64; null if not a number."""
-        kind = schema[name]
-        if not (self.is_text or kind.is_numeric() or kind == pl.Boolean):
+        Raises:
+            DataError: missing columns.
+        """
+        pl = import_polars()
+        names = [name for name in schema if name not in OWN]
+        user = find_column(names, self.user_column, "user_id")
+        item = find_column(names, self.item_column, "item_id")
+        time, hint = None, ""
+        if self.timestamp_column not in (None, "none"):
+            time = find_column(names, str(self.timestamp_column), "timestamp")
+            listed = item in names and isinstance(schema[item], pl.List | pl.Array)
+            time = None if listed and time not in names and self.timestamp_column == "timestamp" else time
+        wanted = [user, item, *([] if time is None else [time]), *self.positive.columns]
+        missing = [name for name in wanted if name not in names]
+        if missing == [time]:
+            hint = " Without times pass --timestamp_column none: rows are then in the order of time."
+        elif any(name.isdecimal() for name in names):
+            hint = " If the file has no header, pass --column_names."
+        if missing:
             raise DataError(
-                f"column {name!r}: expected numbers, got {kind}. Convert it, or remove it from the positive rule."
+                f"{self.files[0]}: no column {', '.join(map(repr, missing))} among: {', '.join(names)}. Name the right one, or rename "
+                f"it.{hint}"
             )
-        column = self._without_missing(pl, name)
-        if self.is_text:
-            column = column.replace({"True": "1", "False": "0", "true": "1", "false": "0"})
-        return column.cast(pl.Float64, strict=False).fill_nan(None)  # polars orders NaN above all numbers
+        return user, item, time
 
-    def _check(self, pl, batch: pl.DataFrame, checks: Checks) -> None:
+    def _check(self, pl, batch: pl.DataFrame, checks: Checks) -> pl.DataFrame:
+        """Counts what is wrong; returns the rows that hold values."""
+        checks.left_out += int(batch["blank"].sum())
+        batch = batch.filter(~pl.col("blank"))
         checks.rows += len(batch)
 
         def count(column: str, what: str, bad) -> None:
@@ -281,38 +269,83 @@ class Log:
                 count(column, "ids are null", ~given)
                 count(column, "ids are not exact 64-bit integers", batch[name].is_null() & given)
         if batch["time"].null_count():
-            count(
-                self.timestamp_column, "timestamps are neither finite numbers nor datetimes", batch["time"].is_null()
-            )
-        for name in self.positive.any_of:
-            values = batch[f"feedback {name}"]
+            count(str(self.timestamp_column), BAD, batch["time"].is_null())
+        checks.dates += int(batch["date"].fill_null(False).sum())
+        if len(batch):
+            checks.latest = max(checks.latest, int(batch["time"].abs().max() or 0))  # pyright: ignore[reportArgumentType]
+        for place, condition in enumerate(self.positive.conditions):
+            if f"feedback {place}" not in batch.columns:
+                continue
+            values = batch[f"feedback {place}"]
             if self.is_text:
-                count(name, "values are not numbers", values.is_null() & batch[f"given {name}"])
+                count(condition.column, "values are not numbers", values.is_null() & batch[f"given {place}"])
             highest: Any = values.max()
             if highest is not None:
-                checks.highest[name] = max(highest, checks.highest.get(name, float("-inf")))
-        for name in ("user", "item", "time"):
-            if batch.schema[name] == pl.String and checks.integers[name]:
-                # Canonical integers only: "7", not "07" or "+7".
-                parsed = batch[name].cast(pl.Int64, strict=False)
-                same = parsed.cast(pl.String) == batch[name] if name != "time" else parsed.is_not_null()
-                checks.integers[name] = parsed.null_count() == batch[name].null_count() and bool(same.all())
+                checks.highest[condition.column] = max(highest, checks.highest.get(condition.column, float("-inf")))
+        for name in ("user", "item"):
+            if batch.schema[name] == pl.String:
+                _follow(batch[name], name, checks)
+        return batch
 
     def require_good(self, checks: Checks) -> None:
         """
         Raises:
             DataError: invalid rows (number, first row, fix), an empty log, or no positive row.
+
+        Warns:
+            UserWarning: rows without values or items were left out (with their number); times in a type that is too narrow for them.
         """
         if not checks.rows:
             raise DataError(f"{self.files[0]}: the log has no rows. Check the path.")
         for (column, what), (count, first) in checks.bad.items():
-            value = self.scan().filter(import_polars().col("__row__") == first).select(column).collect().item()
             raise DataError(
-                f"column {column!r}: {count:,} of {checks.rows:,} {what} (first: row {first}, {value!r}, counting from 0 over all "
-                f"files). {_FIXES[what]}"
+                f"column {column!r}: {count:,} of {checks.rows:,} {what} (first: row {first}, {self._value(column, first)!r}, counting from 0 over "
+                f"all files). {_FIXES[what]}"
             )
+        if 0 < checks.dates < checks.rows:
+            raise DataError(
+                f"column {self.timestamp_column!r}: {checks.rows - checks.dates:,} of {checks.rows:,} timestamps are numbers and the others dates. "
+                "Write all of them alike."
+            )
+        if checks.left_out:
+            warnings.warn(
+                f"{self.files[0]}: left out {checks.left_out:,} rows without values or items; {checks.rows:,} are read."
+            )
+        if self._narrow:
+            warn_narrow(str(self.timestamp_column), self._narrow, checks.latest)
         if not checks.positive:
-            seen = ", ".join(f"{name} at most {value:g}" for name, value in checks.highest.items())
+            seen = ", ".join(f"{name} at most {value:g}" for name, value in checks.highest.items()) or "other values"
             raise DataError(
-                f"positive feedback: none of {checks.rows:,} rows has {self.positive} (found: {seen}). Lower a threshold."
+                f"positive feedback: none of {checks.rows:,} rows has {self.positive} (found: {seen}). Change the rule."
             )
+
+    def _value(self, column: str, row: int) -> Any:
+        """A value of the log, for messages."""
+        pl = import_polars()
+        for part in scan(self.files, self.first_row, self.column_names):
+            names = part.collect_schema().names()
+            default = next((n for n in DEFAULTS if getattr(self, f"{n.removesuffix('_id')}_column") == column), column)
+            found = part.filter(pl.col("__row__") == row).select(usual_column(names, column, default)).collect()
+            if len(found):
+                return found.item()
+        return None
+
+
+def _follow(values: pl.Series, name: str, checks: Checks) -> None:
+    """Whether ids that are text are canonical integers: "7", not "07" or "+7"; or all of them "7.0"."""
+    pl = import_polars()
+    for state, suffix in ((checks.integers, ""), (checks.floats, ".0")):
+        if state[name]:
+            digits = values.str.strip_suffix(suffix) if suffix else values
+            parsed = digits.cast(pl.Int64, strict=False)
+            same = (parsed.cast(pl.String) + suffix) == values
+            state[name] = parsed.null_count() == values.null_count() and bool(same.all())
+
+
+def one_item_per_row(frame: pl.LazyFrame, schema: pl.Schema, item: str) -> pl.LazyFrame:
+    """A row per item of the lists in a column, with their `__place__`; other lists go with the items. Empty lists give a null item."""
+    pl = import_polars()
+    along = [name for name, kind in schema.items() if isinstance(kind, pl.List | pl.Array)]
+    lists = [pl.col(name).arr.to_list() for name in along if isinstance(schema[name], pl.Array)]
+    places = pl.int_ranges(pl.col(item).list.len()).alias("__place__")
+    return frame.with_columns(lists).with_columns(places).explode([*along, "__place__"])

@@ -45,7 +45,7 @@ class PreparedFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            manifest: Any = json.loads((self.path / MANIFEST_NAME).read_text())
+            manifest: Any = json.loads((self.path / MANIFEST_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(
                 f"{path}: {MANIFEST_NAME} is missing. Pass a folder written by `onerec-hf prepare`."

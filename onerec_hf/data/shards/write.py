@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,9 +24,11 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from onerec_hf.data.columns import DataError
+from onerec_hf.data.compressed import table_name
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards.buckets import BucketExamples, ExampleSettings, tidy
-from onerec_hf.data.shards.logs import Checks, Log, find_log_files, import_polars
+from onerec_hf.data.shards.logs import Checks, Log, find_log_files
+from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import describe_leave_one_out
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ FORMAT = 1
 _MAX_BUCKETS = 512
 # Minimum bytes per row of a text file. It overestimates the number of buckets, which is harmless.
 _TEXT_ROW = 16
+# How many times a compressed log expands.
+_EXPANDS = 10
 _IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -79,7 +83,8 @@ def prepare_log(
     *,
     user_column: str = "user_id",
     item_column: str = "item_id",
-    timestamp_column: str = "timestamp",
+    timestamp_column: str | None = "timestamp",
+    column_names: Sequence[str] | None = None,
     positive: PositiveFeedback | None = None,
     settings: ExampleSettings | None = None,
     num_shards: int = 64,
@@ -95,8 +100,9 @@ def prepare_log(
     `train_interactions`) and `prepared.json`, the manifest. It is written under a temporary name and renamed when complete.
 
     Args:
-        source: a .parquet, .csv, .tsv or .jsonl file, a folder, or a glob pattern. Files are read in the order of their names.
+        source: a file that `read_interactions` reads (not RecBole's), a folder, or a glob pattern. Files are read in the order of their names.
         output_dir: the folder to create.
+        user_column, item_column, timestamp_column, column_names: as in `read_interactions`.
         positive: rule for positive rows (default: every row).
         settings: how sequences become examples.
         num_shards: number of training files. A multiple of ranks x data loader workers reads evenly.
@@ -127,7 +133,7 @@ def prepare_log(
             raise ValueError(f"{name} must be at least 1; got {value}")
     check_output(output_dir, overwrite)
     positive, settings = positive or PositiveFeedback(), settings or ExampleSettings()
-    log = Log(find_log_files(source), user_column, item_column, timestamp_column, positive)
+    log = Log(find_log_files(source), user_column, item_column, timestamp_column, positive, 0, column_names)
     run = _Run(log, settings, num_shards, _number_of_buckets(log, rows_per_bucket), seed)
     with _new_folder(Path(output_dir)) as folder:
         run.write(folder)
@@ -141,7 +147,7 @@ def prepare_log(
             "train": [{"file": name, "rows": rows} for name, rows in run.shards],
             "protocol": run.protocol(),
         }
-        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -193,7 +199,8 @@ def _number_of_buckets(log: Log, rows_per_bucket: int) -> int:
         except (pa.ArrowException, OSError):
             return 1  # reading the log raises the error with details
     else:
-        rows = sum(path.stat().st_size for path in log.files) // _TEXT_ROW
+        sizes = (path.stat().st_size * (_EXPANDS if table_name(path).compression else 1) for path in log.files)
+        rows = sum(sizes) // _TEXT_ROW
     return min(max(-(-rows // rows_per_bucket), 1), _MAX_BUCKETS)
 
 
@@ -224,6 +231,7 @@ class _Run:
             "user_column": log.user_column,
             "item_column": log.item_column,
             "timestamp_column": log.timestamp_column,
+            "column_names": None if log.column_names is None else list(log.column_names),
             "positive": dict(log.positive.any_of),
             **asdict(self.settings),
             "num_shards": self.num_shards,
@@ -273,7 +281,7 @@ class _Run:
             if not path.exists():
                 continue
             rows = _read(path)
-            ordered = tidy(rows, checks.integers)
+            ordered = tidy(rows, checks.as_integers)
             self.counts.repeated += len(rows) - len(ordered)
             path.unlink()
             ordered.write_ipc(scratch / f"{bucket}.rows", compression="lz4")
