@@ -97,7 +97,9 @@ class ShownItemArguments:
         Raises:
             ValueError: a table that is damaged or belongs to another catalogue.
         """
-        from onerec_hf.data import read_items
+        import pandas as pd
+
+        from onerec_hf.data import canonical_ids, read_items
         from onerec_hf.data.columns import about
         from onerec_hf.data.item_fields import ItemFields
         from onerec_hf.modeling.requests import saved_items
@@ -109,4 +111,6 @@ class ShownItemArguments:
             return cast("ItemFields | None", saved_items(repo, catalogue))  # the package is here
         column = self.item_column or saved_data_options(repo).get("item_column", "item_id")
         with about(self.items):
-            return ItemFields(read_items(self.items, item_column=column), catalogue)
+            of_model = canonical_ids(pd.Series(catalogue.ids([0])), "item_id")
+            items = read_items(self.items, item_column=column).with_ids_like(of_model)
+            return ItemFields(items, catalogue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -51,8 +52,29 @@ def main(argv: list[str] | None = None) -> int:
         0
     """
     argv = sys.argv[1:] if argv is None else argv
+    speak_utf8()
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the reader of the output (`| head`) has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def speak_utf8() -> None:
+    """
+    Sets stdin, stdout and stderr to UTF-8, whatever the locale: ids and titles are in every script, and files are UTF-8 too. A byte order mark
+    at the beginning of stdin is passed over.
+    """
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold bytes that are not UTF-8; they are written as they came.
+            errors = "strict" if stream is sys.stdin else "surrogateescape" if stream is sys.stdout else "backslashreplace"
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE, flush=True)
         return 0 if argv else 2
     if argv[0] == "--version":
         from onerec_hf import __version__
@@ -70,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             old = r"`(is_gradient_checkpointing|gradient_checkpointing_\w+able)` is deprecated"
             warnings.filterwarnings("ignore", message=old, category=FutureWarning)
             command.main(argv[1:])
+            sys.stdout.flush()
             leave()
     except SystemExit as exit:  # --help
         return int(exit.code or 0)
@@ -79,9 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\nonerec-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of the output (`| head`) has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ONEREC_HF_DEBUG"):
             raise

@@ -52,6 +52,12 @@ def read_options(file: str) -> dict[str, Any]:
     return options
 
 
+def _at_home(text: str) -> str:
+    """A value that begins with the home folder: a shell expands neither `~` in a file nor after an equals sign."""
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else text
+
+
 class CommandParser(TrlParser):
     """
     Dataclasses filled from the command line and, below it, from `--config FILE.yaml`.
@@ -129,7 +135,7 @@ class CommandParser(TrlParser):
         return unknown
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [*self._from_file, *(args or [])]
+        args = [_at_home(each) for each in (*self._from_file, *(args or []))]
         unset = object()
         blank = Namespace(**{action.dest: unset for action in self._actions})
         values = vars(super().parse_known_args(args, blank)[0])

@@ -15,7 +15,9 @@ class PrepareOptions(OutputSettings):
 
     interactions: str | None = field(
         default=None,
-        metadata={"help": "The log: a .parquet, .csv, .tsv or .jsonl file, a folder of them, or a quoted pattern."},
+        metadata={
+            "help": "The log: a file such as --interactions of train takes, a folder of them, or a quoted pattern."
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder to make."})
     train_on: str = field(
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> None:
         user_column=windows.user_column,
         item_column=windows.item_column,
         timestamp_column=windows.timestamp_column,
+        column_names=windows.column_names,
         positive=None if windows.positive is None else PositiveFeedback.parse(windows.positive),
         settings=settings,
         num_shards=args.num_shards,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +21,16 @@ from onerec_hf.data.columns import (
     names_source,
     require_columns,
 )
+from onerec_hf.data.duplicates import repeated_rows
+from onerec_hf.data.lists import is_listed, one_item_per_row
 from onerec_hf.data.tables import is_text, load_table
 from onerec_hf.data.times import Instants, instants
-from onerec_hf.data.types import plain_column
-from onerec_hf.modeling.files import listed, map_npy
+from onerec_hf.modeling.files import map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
 
 _CHUNK = 65_536
-# The index that pandas and spreadsheets write beside the columns. It would hide duplicates.
-_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
 
 
 @names_source
@@ -114,7 +112,7 @@ def read_interactions(
     }
     if timed:
         times = _instants(source, column_of(table, names["timestamp"]), names["timestamp"], column_names)
-        repeated = _repeated(table, columns, times, names)
+        repeated = repeated_rows(table, columns, times, names)
     else:
         times, repeated = Instants(np.arange(len(table)), None), np.zeros(len(table), dtype=bool)
     ids = {name: columns[name] for name in ("user_id", "item_id")}
@@ -132,58 +130,6 @@ def read_interactions(
     return result
 
 
-def one_item_per_row(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """
-    The table with a row per item of the lists in `column`. Lists of the same length in other columns go with the items.
-
-    Example:
-        >>> table = pd.DataFrame({"user_id": [1, 2], "items": [[5, 6], [7]], "rating": [[4, 3], [5]]})
-        >>> one_item_per_row(table, "items").to_dict("list")
-        {'user_id': [1, 1, 2], 'items': [5, 6, 7], 'rating': [4, 3, 5]}
-    """
-    lengths = list_lengths(column_of(table, column))
-    if (lengths <= 0).any():
-        warnings.warn(
-            f"interactions: {(lengths <= 0).sum():,} of {len(table):,} rows have no items (first: row {int((lengths <= 0).argmax())})."
-        )
-    along = [name for name in table.columns if np.array_equal(list_lengths(column_of(table, name)), lengths)]
-    rows = np.repeat(np.arange(len(table)), np.maximum(lengths, 0))
-    flat = {}
-    for name in table.columns:
-        values = column_of(table, name)
-        if name in along:
-            parts = [value for value, length in zip(values, lengths, strict=True) if length > 0 for value in value]
-            flat[name] = plain_column(pd.Series(parts, dtype=object).infer_objects())
-        else:
-            flat[name] = values.iloc[rows].reset_index(drop=True)
-    return pd.DataFrame(flat)
-
-
-def is_listed(series: pd.Series) -> bool:
-    """
-    Whether a column holds lists, null or empty ones aside.
-
-    Example:
-        >>> is_listed(pd.Series([[1], None])), is_listed(pd.Series(["a", "b"])), is_listed(pd.Series([1, [2]]))
-        (True, False, False)
-    """
-    if series.dtype != object:
-        return False
-    lengths = list_lengths(series)
-    return bool((lengths >= 0).any()) and not bool((lengths[series.notna().to_numpy()] < 0).any())
-
-
-def list_lengths(series: pd.Series) -> np.ndarray:
-    """
-    (N,) lengths of a column's lists; -1 where there is none.
-
-    Example:
-        >>> list_lengths(pd.Series([[1, 2], None])).tolist()
-        [2, -1]
-    """
-    return np.array([len(value) if isinstance(value, list | tuple | np.ndarray) else -1 for value in series])
-
-
 def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Sequence[str] | None) -> None:
     try:
         require_columns(table, [*names.values(), *(feedback_columns or ())], "interactions")
@@ -196,61 +142,10 @@ def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Seque
         raise DataError(f"{error}{hint}") from None
 
 
-def _repeated(table: pd.DataFrame, ids: dict[str, np.ndarray], times: Instants, names: dict[str, str]) -> np.ndarray:
-    """(N,) whether a row is an exact duplicate of an earlier one; says what is dropped, and what differs in one column only."""
-    compared = table.drop(columns=[name for name in table.columns if _ROW_NUMBERS.fullmatch(str(name))])
-    compared = compared.assign(
-        **{names[name]: values for name, values in ids.items()}, **{names["timestamp"]: times.whole}
-    )
-    if times.rest is not None:
-        compared["__rest__"] = times.rest
-    keys = [names["user_id"], names["item_id"], names["timestamp"]]
-    again = compared.duplicated(keys, keep=False).to_numpy()
-    repeated = np.zeros(len(table), dtype=bool)
-    if not again.any():
-        return repeated
-    suspects = _comparable(compared.loc[again])
-    repeated[again] = suspects.duplicated().to_numpy()
-    if repeated.any():
-        warnings.warn(
-            f"interactions: dropped {repeated.sum():,} of {len(table):,} rows as exact duplicates "
-            f"(first: row {int(repeated.argmax())})."
-        )
-    suspects = suspects.loc[~repeated[again]]
-    numbering = [name for name in suspects.columns if name not in keys and _all_distinct(column_of(compared, name))]
-    hidden = suspects.drop(columns=numbering).duplicated().sum()
-    if hidden:
-        warnings.warn(
-            f"interactions: {hidden:,} of {len(table):,} rows equal an earlier row but for {listed(numbering)}, which differs in every row; they "
-            "are kept. If that column only numbers the rows, drop it."
-        )
-    return repeated
-
-
-def _all_distinct(series: pd.Series) -> bool:
-    try:
-        return bool(series.is_unique)
-    except TypeError:  # lists
-        return False
-
-
 def _ids(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
     """(N,) ids; text files carry no column types, so integers are detected."""
     text = is_text(source) and pd.api.types.infer_dtype(series, skipna=True) == "string"
     return canonical_ids(integers_from_text(series) if text else series, column)
-
-
-def _comparable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with lists and arrays converted to strings, since `duplicated` cannot hash them."""
-    unhashable = [
-        column
-        for column in table.columns
-        if table[column].dtype == object and pd.api.types.infer_dtype(table[column], skipna=True).startswith("mixed")
-    ]
-    written = table.copy(deep=False)
-    for column in unhashable:
-        written[column] = table[column].map(lambda v: repr(v.tolist() if isinstance(v, np.ndarray) else v))
-    return written
 
 
 def _instants(source: TableSource, series: pd.Series, column: str, names: Sequence[str] | None) -> Instants:
@@ -283,6 +178,44 @@ class ItemTable:
     def __len__(self) -> int:
         return len(self.item_ids)
 
+    def rows_of(self, item_ids: np.ndarray) -> np.ndarray:
+        """
+        The rows of items; -1 where there is none.
+
+        Example:
+            >>> read_items(pd.DataFrame({"item_id": [1, 2]})).rows_of(np.array([2, 3])).tolist()
+            [1, -1]
+        """
+        return pd.Index(self.item_ids).get_indexer(pd.Index(item_ids))
+
+    def with_ids_like(self, item_ids: np.ndarray) -> ItemTable:
+        """
+        The table with ids of the other type, where its own differ from `item_ids` in type only: "7" and 7. Integers always become text; text
+        becomes integers if each is a canonical one ("7", not "07").
+
+        Warns:
+            UserWarning: the ids were converted.
+
+        Example:
+            >>> items = read_items(pd.DataFrame({"item_id": [1, 2]}))
+            >>> items.with_ids_like(np.array(["2"], dtype=object)).item_ids.tolist()  # doctest: +SKIP
+            ['1', '2']
+        """
+        if item_ids.dtype == self.item_ids.dtype or not len(item_ids):
+            return self
+        if item_ids.dtype == object:
+            ids: Any = np.array(list(map(str, self.item_ids.tolist())), dtype=object)
+        else:
+            ids = integers_from_text(pd.Series(self.item_ids, dtype=object)).to_numpy()
+            if ids.dtype == object:
+                return self
+        types = {"O": "text", "i": "integers"}
+        warnings.warn(
+            f"items: their ids are {types[self.item_ids.dtype.kind]} and those of the interactions {types[item_ids.dtype.kind]}; they are matched "
+            f"as {types[ids.dtype.kind]}."
+        )
+        return ItemTable(ids, self.frame.assign(item_id=ids), self.embeddings)
+
     def select(self, item_ids: Sequence | np.ndarray) -> ItemTable:
         """
         The rows of the given items, in their order.
@@ -296,11 +229,11 @@ class ItemTable:
             [2, 1]
         """
         wanted = canonical_ids(pd.Series(item_ids), "item_id") if len(item_ids) else self.item_ids[:0]
-        rows = pd.Index(self.item_ids).get_indexer(pd.Index(wanted))
+        rows = self.rows_of(wanted)
         missing = wanted[rows < 0]
         if len(missing):
             types = {"O": "strings", "i": "integers"}
-            fix = "Add their rows, or drop their interactions."
+            fix = "Add their rows, or drop their interactions (--missing_items drop)."
             if wanted.dtype != self.item_ids.dtype:
                 fix = (
                     f"The interactions' ids are {types[wanted.dtype.kind]}, the item table's {types[self.item_ids.dtype.kind]}: "
@@ -322,6 +255,7 @@ def read_items(
     text_columns: Sequence[str] | None = None,
     embedding_column: str | None = None,
     embeddings: np.ndarray | str | Path | None = None,
+    column_names: Sequence[str] | None = None,
 ) -> ItemTable:
     """
     Reads the item table, in the row order of the source.
@@ -332,6 +266,7 @@ def read_items(
         text_columns: further columns to keep (default: all other columns).
         embedding_column: a column of lists of equal length, one embedding per row.
         embeddings: (N, d) array aligned with the source's rows, or the path of a .npy file with one (float32 stays memory-mapped).
+        column_names: the columns of a text file without a header, in order.
 
     Raises:
         DataError: unreadable or empty source, missing columns, null, mixed or duplicate ids, embeddings with a wrong number of rows, of
@@ -345,7 +280,7 @@ def read_items(
     """
     if embedding_column is not None and embeddings is not None:
         raise DataError("items: embedding_column and embeddings are both given. Pass only one of them.")
-    table = load_table(source, (item_column, *(text_columns or ())))
+    table = load_table(source, (item_column, *(text_columns or ())), column_names)
     item_column = find_column(table.columns, item_column, "item_id")
     embedding_columns = [] if embedding_column is None else [embedding_column]
     require_columns(table, [item_column, *(text_columns or ()), *embedding_columns], "items")

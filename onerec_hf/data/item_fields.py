@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, column_of
-from onerec_hf.data.interactions import ItemTable, is_listed, read_items
+from onerec_hf.data.interactions import ItemTable, read_items
+from onerec_hf.data.lists import is_listed
 from onerec_hf.data.types import text_of
 from onerec_hf.modeling.requests import ITEMS_NAME, RESERVED_FIELDS
 

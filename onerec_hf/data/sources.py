@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.columns import DataError, about, column_of
+from onerec_hf.data.columns import DataError, about, canonical_ids, column_of
+from onerec_hf.data.compressed import table_name
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.types import holds_text, text_of
@@ -80,24 +81,34 @@ def load_files(
     *,
     user_column: str = "user_id",
     item_column: str = "item_id",
-    timestamp_column: str = "timestamp",
+    timestamp_column: str | None = "timestamp",
     feedback_columns: Sequence[str] | None = None,
     session_column: str | None = None,
+    column_names: Sequence[str] | None = None,
+    item_column_names: Sequence[str] | None = None,
     text_columns: Sequence[str] | None = None,
     embedding_column: str | None = None,
     embeddings: np.ndarray | str | Path | None = None,
+    missing_items: str = "error",
     positive: PositiveFeedback | None = None,
 ) -> RecommendationData:
     """
-    Loads interactions and items: paths, DataFrames or `datasets.Dataset`s. Both tables use the same `item_column`.
+    Loads interactions and items: tables as `read_interactions` takes them. Both use the same `item_column`.
 
-    The items' `text` joins `text_columns` (default: a column called `text` if present, else all text columns).
+    The items' `text` joins `text_columns` (default: a column called `text` if present, else all columns with text). Ids of items that differ
+    from those of the interactions in type only ("7" and 7) are matched.
+
+    Args:
+        column_names, item_column_names: the columns of interactions and of items in text files without a header.
+        missing_items: "error", or "drop" for interactions with items that have no row.
 
     Raises:
         DataError: as `read_interactions` and `read_items`, or items with interactions but no row.
+        ValueError: another `missing_items`.
 
     Warns:
-        UserWarning: items without text (with their number), if there are no embeddings.
+        UserWarning: items without text (with their number), if there are no embeddings; interactions that were dropped, since their items have
+            no row; ids of items that were converted.
 
     Example:
         >>> import os, tempfile
@@ -109,6 +120,8 @@ def load_files(
         >>> data.name, data.positive.apply(data.interactions)["item_id"].tolist()
         ('clicks', ['a7'])
     """
+    if missing_items not in ("error", "drop"):
+        raise ValueError(f"--missing_items {missing_items}: choose error or drop")
     interactions = read_interactions(
         interactions_table,
         user_column=user_column,
@@ -116,6 +129,7 @@ def load_files(
         timestamp_column=timestamp_column,
         feedback_columns=feedback_columns,
         session_column=session_column,
+        column_names=column_names,
     )
     items = None
     tables = [interactions_table] if items_table is None else [interactions_table, items_table]
@@ -128,12 +142,56 @@ def load_files(
             text_columns=text_columns,
             embedding_column=embedding_column,
             embeddings=embeddings,
+            column_names=item_column_names,
         )
         with about(items_table):
-            items.select(column_of(interactions, "item_id").unique().tolist())  # raises if an item has no row
+            interactions, items = matched(interactions, items, missing_items)
             items = with_text(items, text_columns)
-    name = Path(interactions_table).stem if isinstance(interactions_table, str | Path) else "interactions"
+    name = table_name(interactions_table).stem if isinstance(interactions_table, str | Path) else "interactions"
     return RecommendationData(name, interactions, items, description, positive or PositiveFeedback())
+
+
+def matched(
+    interactions: pd.DataFrame, items: ItemTable, missing_items: str = "error"
+) -> tuple[pd.DataFrame, ItemTable]:
+    """
+    Interactions and items with ids of one type, and a row for each item that has interactions.
+
+    Args:
+        missing_items: "error", or "drop" for interactions with items that have no row.
+
+    Raises:
+        DataError: items without a row, with "error"; interactions without any item that has one.
+
+    Warns:
+        UserWarning: interactions were dropped, or ids converted.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1, 1], "item_id": [7, 8], "timestamp": [0, 1]})
+        >>> items = read_items(pd.DataFrame({"item_id": [7, 8]}))
+        >>> len(matched(rows, items)[0])
+        2
+    """
+    ids = canonical_ids(column_of(interactions, "item_id"), "item_id")
+    items = items.with_ids_like(ids)
+    if items.item_ids.dtype == object and ids.dtype != object:
+        # Among the items' ids are some that are no integers: those of the interactions become text, which loses nothing.
+        texts = np.array(list(map(str, ids.tolist())), dtype=object)
+        if (items.rows_of(texts) >= 0).any():
+            warnings.warn(
+                "items: their ids are text and those of the interactions integers; they are matched as text."
+            )
+            ids, interactions = texts, interactions.assign(item_id=texts)
+    known = items.rows_of(ids) >= 0
+    if missing_items == "drop" and not known.all() and known.any():
+        lacking = pd.unique(ids[~known])
+        warnings.warn(
+            f"interactions: dropped {(~known).sum():,} of {len(ids):,} rows, whose {len(lacking):,} items have no row in the item table "
+            f"(first: {', '.join(map(repr, lacking[:3].tolist()))})."
+        )
+        return interactions.loc[known].reset_index(drop=True), items
+    items.select(pd.unique(ids).tolist())  # raises if an item has no row
+    return interactions, items
 
 
 def with_text(items: ItemTable, text_columns: Sequence[str] | None = None) -> ItemTable:

@@ -138,6 +138,9 @@ def _read(
         user_column=settings.user_column,
         item_column=settings.item_column,
         timestamp_column=settings.timestamp_column,
+        column_names=settings.column_names,
+        item_column_names=settings.item_column_names,
+        missing_items=settings.missing_items,
         embeddings=embeddings,
     )
 
@@ -201,7 +204,9 @@ def _open_shards(
             )
     if items is None and embeddings is not None:
         raise ValueError("--embeddings goes with --items; pass both or neither")
-    table = None if items is None else _items_of(folder, items, settings.item_column, embeddings)
+    if settings.missing_items != "error":
+        raise ValueError("--missing_items goes with --interactions: a prepared folder has its examples already")
+    table = None if items is None else _items_of(folder, items, settings, embeddings)
     dataset = ShardedDataset(folder, table, settings.eval_users)
     say(
         f"{path}: {folder.counts['rows']:,} interactions; {folder.counts['kept']:,} of them, by {folder.counts['users']:,} users on "
@@ -211,15 +216,17 @@ def _open_shards(
 
 
 def _items_of(
-    folder: PreparedFolder, items: TableSource, item_column: str, embeddings: np.ndarray | str | None
+    folder: PreparedFolder, items: TableSource, settings: DataSettings, embeddings: np.ndarray | str | None
 ) -> ItemTable:
     """The items table of a prepared folder, which has a row for each of its items."""
     from onerec_hf.data import read_items
     from onerec_hf.data.columns import about
     from onerec_hf.data.sources import with_text
 
-    table = read_items(items, item_column=item_column, embeddings=embeddings)
+    names = settings.item_column_names
+    table = read_items(items, item_column=settings.item_column, embeddings=embeddings, column_names=names)
     with about(items):
+        table = table.with_ids_like(folder.item_ids)
         table.select(folder.item_ids)  # raises where an item has no row
         return with_text(table)
 

@@ -17,11 +17,17 @@ class WindowSettings:
 
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
-    timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+    timestamp_column: str = field(
+        default="timestamp",
+        metadata={"help": "Name of the time column; none where the rows of a user are in the order of time."},
+    )
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of a text file without a header, in order."}
+    )
     positive: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Positive feedback, e.g. 'rating>=4' 'like>=1' (any of them); by default the data set's rule."
+            "help": "Positive feedback, e.g. 'rating>=4' 'day>=2024-01-31' 'event=purchase' (any of them); by default the data set's rule."
         },
     )
     min_item_interactions: int = field(default=5, metadata={"help": "Leave out items with fewer interactions."})
@@ -50,11 +56,18 @@ class DataSettings(WindowSettings):
     interactions: str | None = field(
         default=None,
         metadata={
-            "help": "Your own table: .csv, .tsv, .parquet, .jsonl or RecBole's .inter with user, item and timestamp."
+            "help": "Your own table: .csv, .tsv, .parquet, .json, .jsonl (also .gz, .zst), .txt or RecBole's .inter with user, item and timestamp."
         },
     )
     items: str | None = field(
         default=None, metadata={"help": "Your items: the same formats, item_id and text columns."}
+    )
+    item_column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of --items without a header, in order."}
+    )
+    missing_items: str = field(
+        default="error",
+        metadata={"help": "Interactions with items that have no row in --items: error, or drop (counted)."},
     )
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
@@ -79,9 +92,18 @@ def data_options() -> list[Field]:
 
     Example:
         >>> [each.name for each in data_options()][:4]
-        ['user_column', 'item_column', 'timestamp_column', 'positive']
+        ['user_column', 'item_column', 'timestamp_column', 'column_names']
     """
-    others = ("data_dir", "interactions", "items", "embeddings", "prepared", "eval_users")
+    others = (
+        "data_dir",
+        "interactions",
+        "items",
+        "item_column_names",
+        "missing_items",
+        "embeddings",
+        "prepared",
+        "eval_users",
+    )
     return [each for each in fields(DataSettings) if each.name not in others]
 
 

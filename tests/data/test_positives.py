@@ -29,7 +29,9 @@ def test_parse():
     assert PositiveFeedback.parse([]) == PositiveFeedback()
 
 
-@pytest.mark.parametrize("rule", ["rating", "rating>", "rating>=", ">=4", "rating>high", "rating>=high", "rating>=nan", "a>=1>=2"])
+@pytest.mark.parametrize(
+    "rule", ["rating", "rating>", "rating>=", ">=4", "rating>high", "rating>=high", "rating>=nan", "a>=1>=2"]
+)
 def test_parse_refuses(rule):
     with pytest.raises(DataError, match=r"expected 'column>=number'"):
         PositiveFeedback.parse([rule])

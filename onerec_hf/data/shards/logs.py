@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onerec_hf.data.aliases import ALIASES, find_column, usual_column
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
+from onerec_hf.data.duplicates import ROW_NUMBERS
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards import expressions
 from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
@@ -27,8 +27,6 @@ BATCH_ROWS = 1_000_000
 # In a folder, a .txt or .json file may be notes or a description.
 FOLDER_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 DEFAULTS = tuple(ALIASES)
-# The index that pandas and spreadsheets write beside the columns. It would hide duplicates.
-_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__)?")
 
 
 def find_log_files(source: str | Path) -> list[Path]:
@@ -197,7 +195,7 @@ class Log:
             times = expressions.times(time, schema[time])
         named = {"user": user, "item": item} | ({} if time is None else {"time": time})
         # Duplicates agree in all columns but the number of the row.
-        others = [n for n in schema if n not in (*OWN, *named.values()) and not _ROW_NUMBERS.fullmatch(n)]
+        others = [n for n in schema if n not in (*OWN, *named.values()) and not ROW_NUMBERS.fullmatch(n)]
         alike = [expressions.compared(name, schema[name]) for name in others]
         columns = {
             "row": pl.col("__row__").cast(pl.UInt64),
@@ -216,7 +214,8 @@ class Log:
             columns[f"holds {place}"] = expressions.holds(condition, kind, self.is_text).fill_null(False)
             if isinstance(condition.value, float) and not condition.is_date:
                 columns[f"feedback {place}"] = expressions.numbers(name, kind, self.is_text)
-                columns[f"given {place}"] = expressions.without_missing(name, self.is_text).is_not_null()
+                if kind == pl.String:
+                    columns[f"given {place}"] = expressions.without_missing(name, self.is_text).is_not_null()
         self._narrow = (
             str(schema[time]).lower() if time is not None and schema[time] in (pl.Float16, pl.Float32) else ""
         )
@@ -277,13 +276,15 @@ class Log:
             if f"feedback {place}" not in batch.columns:
                 continue
             values = batch[f"feedback {place}"]
-            if self.is_text:
+            if f"given {place}" in batch.columns:
                 count(condition.column, "values are not numbers", values.is_null() & batch[f"given {place}"])
             highest: Any = values.max()
             if highest is not None:
                 checks.highest[condition.column] = max(highest, checks.highest.get(condition.column, float("-inf")))
         for name in ("user", "item"):
-            if batch.schema[name] == pl.String:
+            if not self.is_text:
+                checks.integers[name] = checks.floats[name] = False
+            elif batch.schema[name] == pl.String:
                 _follow(batch[name], name, checks)
         return batch
 

@@ -241,7 +241,10 @@ BAD = {
         r"1 of 3 timestamps are neither finite numbers .*\(first: row 2, 'soon'",
     ),
     "booleans": ({"timestamp": [True, False, True]}, "timestamps must be numbers or datetimes, not Boolean"),
-    "text feedback": ({"like": ["yes", "no", "no"]}, "column 'like': expected numbers, got String"),
+    "text feedback": (
+        {"like": ["yes", "no", "no"]},
+        r"column 'like': 3 of 3 values are not numbers \(first: row 0, 'yes'",
+    ),
     "no positive": ({"like": [0, 0, 0.5]}, r"none of 3 rows has like >= 1 \(found: like at most 0.5\)"),
 }
 
@@ -273,12 +276,12 @@ def test_bad_text(tmp_path):
 
 
 def test_bad_files(tmp_path):
-    table = pd.DataFrame({"user": [1], "item_id": [2], "timestamp": [3]})
+    table = pd.DataFrame({"who": [1], "item_id": [2], "timestamp": [3]})
     table.to_parquet(tmp_path / "log.parquet")
-    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id' among: user, item_id, timestamp"):
+    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id' among: who, item_id, timestamp"):
         prepare_log(tmp_path / "log.parquet", tmp_path / "ready")
     with pytest.raises(DataError, match="no column 'like'"):
-        prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="user", positive=LIKED)
+        prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="who", positive=LIKED)
     with pytest.raises(DataError, match="no such file, folder or pattern with log files"):
         prepare_log(tmp_path / "*.csv", tmp_path / "ready")
     (tmp_path / "notes.parquet").write_text("not Parquet at all")
@@ -287,16 +290,16 @@ def test_bad_files(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n")
     with pytest.raises(DataError, match=r"files of several formats \(.csv, .parquet\) in one folder"):
         prepare_log(tmp_path, tmp_path / "ready")
-    (tmp_path / "log.txt").write_text("")
+    (tmp_path / "log.xls").write_text("")
     with pytest.raises(DataError, match="unsupported suffix"):
-        prepare_log(tmp_path / "log.txt", tmp_path / "ready")
+        prepare_log(tmp_path / "log.xls", tmp_path / "ready")
     with pytest.raises(DataError, match="none of 1 items has that many positive interactions"):
-        prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="user")
+        prepare_log(tmp_path / "log.parquet", tmp_path / "ready", user_column="who")
     with pytest.raises(DataError, match="none of 1 users has 3 items"):
         prepare_log(
             tmp_path / "log.parquet",
             tmp_path / "ready",
-            user_column="user",
+            user_column="who",
             settings=ExampleSettings(min_item_interactions=1),
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.parquet", "log.txt", "notes.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.parquet", "log.xls", "notes.parquet"]
