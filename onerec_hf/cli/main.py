@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         onerec-hf ...
         0
     """
-    argv = sys.argv[1:] if argv is None else argv
-    speak_utf8()
+    if argv is None:  # a process of its own
+        speak_utf8()
+        argv = sys.argv[1:]
     try:
         return _run(argv)
     except BrokenPipeError:  # the reader of the output (`| head`) has ended
@@ -104,6 +105,12 @@ def _run(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
+    except RuntimeError as error:
+        # Trackers of --report_to that are not installed, by transformers' callbacks.
+        if "to be installed" not in str(error) or os.environ.get("ONEREC_HF_DEBUG"):
+            raise
+        print(f"onerec-hf {argv[0]}: --report_to: {error}", file=sys.stderr)
+        return 2
     except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ONEREC_HF_DEBUG"):
             raise

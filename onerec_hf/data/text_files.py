@@ -50,11 +50,11 @@ def read_delimited(path: Path, text_columns: Sequence[str | None], names: Sequen
     with content:
         form = layout(lambda: _rewound(content), table_name(path).suffix, names, path)
         text = {usual_column(form.columns, column) for column in text_columns if column} & set(form.columns)
-        with warnings.catch_warnings():
+        with _rewound(content) as file, warnings.catch_warnings():
             # Otherwise pandas drops surplus fields of a row, or shifts all columns by one.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table: Any = pd.read_csv(
-                _rewound(content),
+                file,
                 dtype=dict.fromkeys(text, str),
                 na_values={column: [""] if column in text else MISSING_TEXT for column in form.columns},
                 **form.pandas_options(names),

@@ -1,5 +1,9 @@
 """The entry point and the parser: help, unknown things, YAML files, what a crash looks like."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import onerec_hf.cli.evaluate
@@ -162,3 +166,55 @@ def test_warnings_speak_to_people(data, tmp_path):
     (line,) = [line for line in done.err.splitlines() if "exact duplicates" in line]
     assert line.startswith("onerec-hf: interactions: dropped 360 of 720 rows")
     assert "UserWarning" not in done.err
+
+
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_utf8_whatever_the_locale(locale, mark):
+    text = "import sys; from onerec_hf.cli.main import speak_utf8; speak_utf8(); line = sys.stdin.read(); print(line, end=''); sys.exit(line)"
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        input=mark + "商品, Café".encode(),
+        capture_output=True,
+        env={**os.environ, **locale},
+        check=False,
+    )
+    assert done.stdout.decode() == done.stderr.decode().strip() == "商品, Café"
+
+
+def test_a_file_name_that_is_not_utf8_is_printed_as_it_came():
+    text = (
+        "import os; from onerec_hf.cli.main import speak_utf8; speak_utf8(); print(os.fsdecode(b'caf\\xe9'), end='')"
+    )
+    assert subprocess.run([sys.executable, "-c", text], capture_output=True, check=True).stdout == b"caf\xe9"
+
+
+def test_help_into_a_closed_pipe():
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", "from onerec_hf.cli.main import main; import sys; sys.exit(main())", "--help"]
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(reader)
+    os.close(writer)
+    assert (process.communicate()[1], process.returncode) == (b"", 0)
+
+
+def test_the_home_folder_in_a_file_and_on_the_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.yaml").write_text("interactions: ~/log.csv\npositive: ['a~b>=4']\n")
+    (data,) = parse(
+        (DataSettings,),
+        ["--config", str(tmp_path / "options.yaml"), "--items=~/items.csv", "--data_dir", "~/x"],
+        "train",
+    )
+    assert (data.interactions, data.items) == (f"{tmp_path}/log.csv", f"{tmp_path}/items.csv")
+    assert (data.data_dir, data.positive) == (f"{tmp_path}/x", ["a~b>=4"])
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    def refuse(argv):
+        raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
+
+    monkeypatch.setattr(onerec_hf.cli.evaluate, "main", refuse)
+    refused(onerec("evaluate"), "--report_to: WandbCallback requires wandb to be installed")

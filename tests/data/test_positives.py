@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from onerec_hf.data import DataError, PositiveFeedback
+from onerec_hf.data import DataError, PositiveFeedback, read_interactions
+from tests.data.test_types import prepared
 
 ROWS = pd.DataFrame({"item_id": [1, 2, 3, 4], "rating": [5.0, 3.9, np.nan, 4.0], "like": [False, True, False, False]})
 
@@ -60,3 +61,49 @@ def test_apply_refuses(rule, message):
 def test_text_column():
     with pytest.raises(DataError, match=r"'rating': expected numbers, got .* 'good'"):
         PositiveFeedback({"rating": 4}).apply(pd.DataFrame({"rating": ["good", "bad"]}))
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        (["rating>3"], [1, 2]),
+        (["rating<=3"], [3]),
+        (["rating<4", "event=buy"], [3, 4]),
+        (["event==buy", "event=cart"], [2, 4]),
+        (["event!=view"], [2, 4]),
+        (["day>=2024-01-02"], [2, 3]),
+        (["day<2024-01-01T12:00:00+01:00"], [1]),
+        (["at>2024-01-01T00:00:00Z"], [2]),
+        (["count=2"], [2]),
+    ],
+)
+def test_comparisons(tmp_path, rules, kept):
+    """The same rows in memory and of `prepare`, whatever the file."""
+    rows = pd.DataFrame(
+        {
+            "user_id": 1,
+            "item_id": [1, 2, 3, 4],
+            "timestamp": [1, 2, 3, 4],
+            "rating": [5, 4, 3, None],
+            "event": ["view", "cart", "view", "buy"],
+            "day": ["2024-01-01", "2024-01-02", "2024-01-03", None],
+            "at": pd.to_datetime(
+                ["2024-01-01", "2024-01-01T00:00:00.000000001", None, "2023-01-01"], format="ISO8601"
+            ),
+            "count": ["1", "2", "3", None],
+        }
+    )
+    positive = PositiveFeedback.parse(rules)
+    assert PositiveFeedback.parse(positive.rules) == positive
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    for source in (rows, tmp_path / "rows.parquet", tmp_path / "rows.csv"):
+        assert positive.apply(read_interactions(source))["item_id"].tolist() == kept
+    for name in ("rows.parquet", "rows.csv"):
+        assert [item for _, item in prepared(tmp_path / name, positive=positive)] == kept
+
+
+def test_a_date_is_not_compared_with_milliseconds():
+    rows = pd.DataFrame({"day": [1_700_000_000_000]})
+    with pytest.raises(DataError, match="no seconds since 1970"):
+        PositiveFeedback({"day": ">=2024-01-01"}).apply(rows)

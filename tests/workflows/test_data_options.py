@@ -24,6 +24,7 @@ SAVED = {
     "user_column": "who",
     "item_column": "what",
     "timestamp_column": "timestamp",
+    "column_names": None,
     **GIVEN,
     "exclude_seen": False,
 }
