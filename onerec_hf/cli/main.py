@@ -69,7 +69,9 @@ def speak_utf8() -> None:
     for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8"), (sys.stderr, "utf-8")):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files may hold bytes that are not UTF-8; they are written as they came.
-            errors = "strict" if stream is sys.stdin else "surrogateescape" if stream is sys.stdout else "backslashreplace"
+            errors = (
+                "strict" if stream is sys.stdin else "surrogateescape" if stream is sys.stdout else "backslashreplace"
+            )
             stream.reconfigure(encoding=encoding, errors=errors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from onerec_hf.data.columns import MISSING_TEXT, DataError, check_width, column_
 _TYPES = ("token", "token_seq", "float", "float_seq")
 
 
-def read_atomic(path: str | Path) -> pd.DataFrame:
+def read_atomic(path: str | Path, text_columns: Sequence[str | None] = ()) -> pd.DataFrame:
     """
     Reads one atomic file as a table and removes the types from the column names. `load_table` uses it for .inter and .item files.
+
+    Args:
+        path: the file.
+        text_columns: columns of the type float to leave as text.
 
     Raises:
         DataError: a missing or unknown type in the header, rows with a wrong number of fields, values that are not numbers in a float column.
@@ -45,7 +50,7 @@ def read_atomic(path: str | Path) -> pd.DataFrame:
             f"{line + 2} has {counts[line]}). Separate the fields by tabs, with none inside a field."
         )
     names = [name for name, _ in types]
-    numbers = [name for name, kind in types if kind == "float"]
+    numbers = [name for name, kind in types if kind == "float" and name not in text_columns]
     table = pd.read_csv(
         path,
         sep="\t",
@@ -65,7 +70,8 @@ def read_atomic(path: str | Path) -> pd.DataFrame:
     columns = {}
     for name, kind in types:
         try:
-            columns[name] = readers[kind](column_of(table, name))
+            column = column_of(table, name)
+            columns[name] = column if kind == "float" and name not in numbers else readers[kind](column)
         except DataError as error:
             raise DataError(f"{path}: column '{name}:{kind}': {error}") from None
     return pd.DataFrame(columns)

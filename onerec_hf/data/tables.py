@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _DELIMITED = (".csv", ".tsv", ".data", ".dat", ".txt")
+_ATOMIC = (".inter", ".item")
 _JSON = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json", ".txt", ".data", ".dat", ".inter", ".item")
 _COMPRESSED = _DELIMITED + _JSON
@@ -39,7 +41,7 @@ def is_text(source: Any) -> bool:
         >>> is_text("clicks.csv.gz"), is_text("clicks.jsonl")
         (True, False)
     """
-    return isinstance(source, str | Path) and table_name(source).suffix in _DELIMITED
+    return isinstance(source, str | Path) and table_name(source).suffix in (*_DELIMITED, *_ATOMIC)
 
 
 def load_table(
@@ -62,7 +64,7 @@ def load_table(
         >>> load_table(pd.DataFrame({"item_id": [7, 8]}, index=[5, 5])).index.tolist()
         [0, 1]
     """
-    if names is not None and not is_text(source):
+    if names is not None and not (is_text(source) and table_name(source).suffix in _DELIMITED):  # pyright: ignore[reportArgumentType]
         raise DataError(f"column names are for text files without a header ({', '.join(_DELIMITED)}). Leave them out.")
     if isinstance(source, str | Path):
         table, where = _load_file(Path(source).expanduser(), text_columns, names), str(source)
@@ -113,8 +115,8 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...], names: Sequence
         raise DataError(f"{path}: {kind.suffix} files are read without {path.suffix}. Decompress it.")
     if not path.is_file():
         raise DataError(f"{path}: no such file. Check the path.")
-    if kind.suffix in (".inter", ".item"):
-        return plain_columns(read_atomic(path))
+    if kind.suffix in _ATOMIC:
+        return plain_columns(read_atomic(path, text_columns))
     try:
         if kind.suffix == ".parquet":
             return read_parquet(path)
@@ -122,10 +124,14 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...], names: Sequence
             return plain_columns(read_json(path))
         if kind.suffix == ".txt" and names is None and (table := read_lines_per_user(path)) is not None:
             return table
-        return plain_columns(read_delimited(path, text_columns, names))
+        return read_delimited(path, text_columns, names)
     except DataError:
         raise
-    except (*UNEXPECTED, OSError, pd.errors.ParserWarning) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not valid UTF-8 ({error}). Save it as UTF-8, e.g. iconv -f latin1 -t utf-8."
+        ) from error
+    except (*UNEXPECTED, OSError, csv.Error, pd.errors.ParserWarning) as error:
         raise DataError(f"{path}: cannot be read as {kind.suffix[1:]}: {short(error, 500)}") from error
 
 

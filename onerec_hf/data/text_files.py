@@ -135,11 +135,17 @@ def first_line(file: IO[bytes]) -> str:
     """
     The first line that is not empty, as text.
 
+    Raises:
+        DataError: lines that end with a carriage return alone.
+
     Example:
         >>> first_line(io.BytesIO(b"\\nuser_id,item_id\\n"))
         'user_id,item_id'
     """
-    return next((line for line in file if line.strip()), b"").decode("utf-8-sig").rstrip("\r\n")
+    line = next((line for line in file if line.strip()), b"").decode("utf-8-sig").rstrip("\r\n")
+    if "\r" in line and '"' not in line:
+        raise DataError("lines end with a carriage return alone. Write the file with \\n.")
+    return line
 
 
 def separator_of(line: str, suffix: str) -> str:

@@ -47,6 +47,8 @@ def plain_column(series: pd.Series) -> pd.Series:
         return plain_column(series.astype(kind.categories.dtype))
     if isinstance(kind, pd.SparseDtype):
         return plain_column(series.astype(kind.subtype))
+    if isinstance(kind, pd.Float32Dtype | pd.Float64Dtype):
+        return pd.Series(series.to_numpy(dtype=kind.numpy_dtype, na_value=np.nan), index=series.index)
     if isinstance(kind, pd.PeriodDtype):
         return series.dt.to_timestamp()
     if isinstance(kind, pd.StringDtype):

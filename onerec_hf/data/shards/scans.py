@@ -78,14 +78,15 @@ def scan(files: Sequence[Path], first_row: int = 0, names: Sequence[str] | None 
                 yield _lines_per_user(paths, number)
         else:
             yield from _delimited(paths, suffix, names, number)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeDecodeError) as error:
         raise unreadable(files, error) from error
 
 
 def unreadable(files: Sequence[Path], error: BaseException) -> DataError:
     """The error for files that polars or the system cannot read."""
     kind, many = table_name(files[0]).suffix[1:], f" and {len(files) - 1:,} more" if len(files) > 1 else ""
-    return DataError(f"{files[0]}{many}: cannot be read as {kind}: {short(error, 500)}")
+    fix = " Save it as UTF-8." if "utf-8" in str(error).lower() or "utf8" in str(error).lower() else ""
+    return DataError(f"{files[0]}{many}: cannot be read as {kind}: {short(error, 500)}{fix}")
 
 
 def _any_bz2(paths: list[Path]) -> bool:
