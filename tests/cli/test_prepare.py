@@ -102,6 +102,7 @@ def test_bad_options(prepared, data, tmp_path):
         ),
         ([*train, "--train_on", "prefixes", "--encoder_is_causal"], "--train_on goes with --interactions"),
         ([*train, "--eval_users", "0"], "--eval_users must be at least 1"),
+        ([*train, "--missing_items", "drop"], "--missing_items goes with --interactions"),
         (
             ["train", "--interactions", data.interactions, "--eval_users", "9", *out],
             "--eval_users goes with --prepared",
