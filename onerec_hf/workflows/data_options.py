@@ -18,15 +18,11 @@ if TYPE_CHECKING:
 
 DATA_OPTIONS_NAME = "data_options.json"
 # Names of columns belong to a table, not to a model.
-_COLUMNS = ("user_column", "item_column", "timestamp_column", "column_names")
+_COLUMNS = ("user_column", "item_column", "timestamp_column")
 _SOURCES = ("dataset", "interactions", "prepared")
 _TYPES: dict[str, type] = {"exclude_seen": bool}
-_TYPES |= {each.name: type(each.default) for each in data_options()} | {
-    "dataset": str,
-    "positive": list,
-    "column_names": list,
-}
-_OPTIONAL = ("dataset", "positive", "column_names")
+_TYPES |= {each.name: type(each.default) for each in data_options()} | {"dataset": str, "positive": list}
+_OPTIONAL = ("dataset", "positive")
 
 
 def save_data_options(folder: Path, data: RecommendationDataset, exclude_seen: bool) -> None:
@@ -74,9 +70,7 @@ def saved_data_options(repo: str | os.PathLike) -> dict[str, Any]:
         return {}
     options = {name: value for name, value in read_json_object(path).items() if name in _TYPES}
     for name, value in options.items():
-        fits = type(value) is _TYPES[name] and (
-            type(value) is not list or all(isinstance(each, str) for each in value)
-        )
+        fits = type(value) is _TYPES[name] and (name != "positive" or all(isinstance(rule, str) for rule in value))
         if not fits and not (value is None and name in _OPTIONAL):
             raise ValueError(
                 f"{DATA_OPTIONS_NAME} is damaged: {name} is {short(value, 80)!r}; copy or download it again"

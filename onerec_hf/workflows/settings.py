@@ -92,12 +92,13 @@ def data_options() -> list[Field]:
 
     Example:
         >>> [each.name for each in data_options()][:4]
-        ['user_column', 'item_column', 'timestamp_column', 'column_names']
+        ['user_column', 'item_column', 'timestamp_column', 'positive']
     """
     others = (
         "data_dir",
         "interactions",
         "items",
+        "column_names",
         "item_column_names",
         "missing_items",
         "embeddings",

@@ -24,7 +24,6 @@ SAVED = {
     "user_column": "who",
     "item_column": "what",
     "timestamp_column": "timestamp",
-    "column_names": None,
     **GIVEN,
     "exclude_seen": False,
 }

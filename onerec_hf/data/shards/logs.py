@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ def find_log_files(source: str | Path) -> list[Path]:
         ...     [path.name for path in find_log_files(folder)]
         ['a.csv', 'b.csv']
     """
+    source = os.path.expanduser(source)
     text, kinds = str(source), ", ".join(SUFFIXES)
     if Path(source).is_file():
         found, kind = [Path(source)], "file"
@@ -181,6 +183,7 @@ class Log:
         pl = import_polars()
         schema = frame.collect_schema()
         user, item, time = self._columns(schema)
+        text = None
         blank = pl.lit(False)
         if self.is_text and len(schema) > 2:
             blank = pl.all_horizontal(pl.col(name).is_null() for name in schema if name not in OWN)
@@ -193,6 +196,9 @@ class Log:
             times = (at, place, pl.lit(False))
         else:
             times = expressions.times(time, schema[time])
+            if (text := expressions.as_text(pl.col(time), schema[time])) is not None:
+                # Nearly all texts are integers; `_check` reads the others, digit by digit.
+                times = (text.cast(pl.Int64, strict=False), pl.lit(0.0), pl.lit(False))
         named = {"user": user, "item": item} | ({} if time is None else {"time": time})
         # Duplicates agree in all columns but the number of the row.
         others = [n for n in schema if n not in (*OWN, *named.values()) and not ROW_NUMBERS.fullmatch(n)]
@@ -204,6 +210,7 @@ class Log:
             "time": times[0],
             "rest": times[1],
             "date": times[2],
+            **({} if time is None or text is None else {"time text": text}),
             "others": pl.struct(alike).hash(seed=0) if alike else pl.lit(0, dtype=pl.UInt64),
             "blank": blank,
             "user given": pl.col(user).is_not_null(),
@@ -255,6 +262,9 @@ class Log:
         """Counts what is wrong; returns the rows that hold values."""
         checks.left_out += int(batch["blank"].sum())
         batch = batch.filter(~pl.col("blank"))
+        if "time text" in batch.columns and batch["time"].null_count():
+            whole, rest, dated = expressions.times("time text", pl.String())
+            batch = batch.with_columns(time=whole, rest=rest, date=dated)
         checks.rows += len(batch)
 
         def count(column: str, what: str, bad) -> None:
