@@ -1,8 +1,7 @@
-"""The Hub: the code that travels with a checkpoint, the checkpoint format, the weights that are refused, and a repository's first card."""
+"""The Hub: the code that travels with a checkpoint, the checkpoint format, and the weights that are refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -11,88 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .files import find_file, pinned, read_json_object, refusing, replacing, replacing_files, short
-
-_MARK = "<!-- Written by push_to_hub, and anew by each one: without this line the card is yours, and is kept. -->"
-# As transformers writes it, blanks and all.
-_TEMPLATE = "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been automatically generated."
-_PAPER = "[arXiv 2502.18965](https://arxiv.org/abs/2502.18965)"
-_KINDS = {
-    "OneRecForConditionalGeneration": (
-        f"A OneRec generator ({_PAPER}): it reads a history of items and writes a session of items as semantic IDs.",
-        "AutoModelForSeq2SeqLM",
-        (
-            *("codebook_sizes", "session_length", "hidden_size", "encoder_layers", "decoder_layers"),
-            *("num_experts", "num_experts_per_tok", "catalogue_hash"),
-        ),
-    ),
-    "OneRecForSessionReward": (
-        f"A OneRec session reward model ({_PAPER}, section 3.3): it predicts the rates at which a user responds to a session of items.",
-        "AutoModelForSequenceClassification",
-        ("objectives", "base_rates", "score_fusion", "score_weights", "num_items", "item_feature_dim", "items_hash"),
-    ),
-}
-
-
-def replace_template(path: str | os.PathLike, repo_id: str, saved: Any) -> None:
-    """
-    Puts a card of a few facts where `push_to_hub` has put the library's template, or an earlier one of these. Any other card is its
-    author's, and stays. Processors and adapters get no card: the
-    template is removed.
-
-    Args:
-        path: `README.md` as it is about to be uploaded; it need not exist.
-        repo_id: the repository, for the snippet.
-        saved: the model, processor or adapter that is pushed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return
-    card = ModelCard.load(path)
-    template = ModelCard.from_template(ModelCardData(), model_description=_TEMPLATE)
-    untouched = card.text.strip() == template.text.strip()
-    kind = None if getattr(saved, "_hf_peft_config_loaded", False) else _KINDS.get(type(saved).__name__)
-    if kind is None:
-        if untouched:
-            path.unlink()
-        return
-    if not untouched and _MARK not in card.text:
-        return
-    about, auto_class, names = kind
-    facts = {"parameters": saved.num_parameters(), **{name: getattr(saved.config, name) for name in names}}
-    card.data.tags = [*(card.data.tags or ()), *({"onerec"} - set(card.data.tags or ()))]
-    text = f"""---
-{card.data.to_yaml()}
----
-
-{_MARK}
-
-# {repo_id.split("/")[-1]}
-
-{about}
-
-```python
-import onerec_hf  # registers the Auto classes
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained({repo_id!r})
-```
-
-Configuration:
-
-```json
-{json.dumps(facts, indent=1)}
-```
-
-Training data, settings and results were not recorded.
-"""
-    with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-
+from .files import find_file, pinned, read_json_object, refusing, replacing_files, short
+from .hub_record import complete_push
 
 # Increased when earlier code cannot read new checkpoints correctly.
 FORMAT_VERSION = 2
@@ -262,12 +184,17 @@ class CarriesCode:
     #: Default of `include_code` in `save_pretrained` and `push_to_hub`. Trainers call them without it: set it on model and processor for
     #: `push_to_hub=True` in training arguments.
     include_code: bool = True
+    #: Folder or repository that card, results and codebooks are copied from in a push, and its revision: where this was loaded from, or
+    #: where a workflow saved it.
+    record_of: tuple[str, str | None] | None = None
     #: Files beside the weights that are written before the library lists a folder.
     _files_beside: tuple[str, ...] = ()
 
     def push_to_hub(self, repo_id: str, *, include_code: bool | None = None, **kwargs):
         """
         Uploads to the Hub everything that [`save_pretrained`] writes: the item catalogue too, with the model as with the processor.
+        Card, results, codebooks and titles of the folder or repository that it was loaded from come along; card and results only with the
+        weights that they describe. A card of yours in the repository is kept.
         Push both into one repository (a processor made from a model's repository alone has no `max_history`):
 
             model.push_to_hub("me/onerec-movies")
@@ -293,7 +220,7 @@ class CarriesCode:
         return {name: time for name, time in times.items() if name != CODE_FOLDER and name not in self._files_beside}
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        replace_template(os.path.join(working_dir, "README.md"), repo_id, self)
+        complete_push(working_dir, repo_id, self)
         with warnings.catch_warnings():
             # The table of titles is meant to be in the model's repository.
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
@@ -395,6 +322,7 @@ class HubModel(CarriesCode):
         loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
+            model.record_of = (os.path.abspath(repo) if os.path.isdir(repo) else str(repo), kwargs.get("revision"))
             if renamed:
                 model._weight_conversions = None  # the library would save under the former names
             places: list[tuple[str | os.PathLike | None, dict]] = [
@@ -433,5 +361,4 @@ __all__ = [
     "check_weights",
     "checked_format",
     "reading_config",
-    "replace_template",
 ]

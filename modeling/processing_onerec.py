@@ -229,7 +229,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
     def to_dict(self):
         output = super().to_dict()
         output.pop("catalogue", None)  # saved in its file
-        output.pop("items_file", None)
+        for place in ("items_file", "record_of"):
+            output.pop(place, None)
         output.pop("include_code", None)  # what to save, not how to read
         return output
 
@@ -302,6 +303,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         except ValueError as error:
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         processor.items_file = find_items(pretrained_model_name_or_path, **kwargs)
+        repo = os.fspath(pretrained_model_name_or_path)
+        processor.record_of = (os.path.abspath(repo) if os.path.isdir(repo) else repo, kwargs.get("revision"))
         return processor
 
 

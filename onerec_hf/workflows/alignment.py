@@ -21,6 +21,7 @@ from onerec_hf.workflows.artefact import (
     load_model,
     load_processor,
     load_reward,
+    recorded_in,
     save_trained,
     write_items,
     write_origin,
@@ -233,6 +234,7 @@ def report(
         alignment=alignment,
         command=command,
     )
+    recorded_in(folder, trainer.model, trainer.processing_class)
 
 
 def session_reward(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> float:

@@ -322,6 +322,12 @@ def save_processor(processor: OneRecProcessor, folder: Path, items: ItemTable | 
         processor.save_pretrained(folder)
 
 
+def recorded_in(folder: Path, *parts: Any) -> None:
+    """Tells model and processor which folder holds their card, results and codebooks: `push_to_hub` takes them along."""
+    for part in parts:
+        part.record_of = (str(folder.resolve()), None)
+
+
 def write_items(folder: Path, items: ItemTable | None, processor: OneRecProcessor) -> None:
     """
     Writes titles and other columns of an items table into `items.parquet` next to the catalogue; the first rank writes. Items that the table

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
-from onerec_hf.workflows.artefact import save_trained
+from onerec_hf.workflows.artefact import recorded_in, save_trained
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.results import RewardResult
 from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
@@ -114,6 +114,7 @@ def train_reward(
             training=Training.of(trainer),
             command=command,
         )
+        recorded_in(folder, model)
         finish(folder)
         say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
     wait()

@@ -21,6 +21,7 @@ from onerec_hf.workflows.artefact import (
     load_model,
     load_processor,
     new_model,
+    recorded_in,
     save_processor,
     save_trained,
     set_ranking_weights,
@@ -573,6 +574,7 @@ def report(
         verdict="" if verdict is None else verdict.sentences,
         data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),
     )
+    recorded_in(folder, trainer.model, trainer.processing_class)
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
         hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)
