@@ -177,9 +177,9 @@ def options_of(command: str) -> frozenset[str]:
 
 def defaults_of(command: str) -> dict[str, str]:
     """Long option -> its default, as the help prints it."""
-    text = " ".join(help_of(command).split("\noptions:")[-1].split())
-    found = re.findall(r"(--\w+)[ ,](?:(?! --\w+[ ,]--| --\w+ [A-Z[]).)*?\(default: (.*?)\)", text)
-    return {option: default.strip("[]").replace(",", "") for option, default in found}
+    entries = re.split(r"^  (--\w+) ", help_of(command), flags=re.MULTILINE)
+    told = {option: " ".join(text.split()) for option, text in zip(entries[1::2], entries[2::2], strict=True)}
+    return {option: found[1] for option, text in told.items() if (found := re.search(r"\(default: (.*?)\)", text))}
 
 
 COMMAND_NAMES = [

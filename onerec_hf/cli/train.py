@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import command_line, parse_given
+from onerec_hf.cli.help import asks_help, groups_of, help_text, trainer_groups
 from onerec_hf.workflows.auto import choices_table
 from onerec_hf.workflows.distributed import is_first
 from onerec_hf.workflows.results import ranking_table
@@ -22,19 +23,22 @@ class TrainOptions:
     )
 
 
+ABOUT = """
+Trains a generator on interactions, ranks the test items beside the baselines, and saves model, catalogue, results and card. Needs --interactions (or
+--dataset, --prepared) only: with --preset auto every option that is not passed is chosen from the data, and --dry_run prints the choices with
+their reasons. The defaults below are those of --preset paper.
+"""
+KINDS = (DataSettings, SemanticIDSettings, ModelSettings, ShardingSettings, TrainSettings, TrainOptions)
+
+
 def main(argv: list[str]) -> None:
+    if asks_help(argv):
+        groups = [*groups_of(KINDS), *trainer_groups()]
+        print(help_text("train", groups, " ".join(ABOUT.split()), everything="--help_all" in argv))
+        return
     from onerec_hf.trainers import OneRecTrainingArguments
 
-    kinds = (
-        DataSettings,
-        SemanticIDSettings,
-        ModelSettings,
-        ShardingSettings,
-        TrainSettings,
-        OneRecTrainingArguments,
-        TrainOptions,
-    )
-    given = parse_given(kinds, argv, "train")
+    given = parse_given((*KINDS, OneRecTrainingArguments), argv, "train")
     if given.pop("dry_run", False):
         choices = chosen_settings(**given)
         if is_first() and choices:

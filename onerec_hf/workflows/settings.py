@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class WindowSettings:
-    """The cutting of interactions to training examples."""
+    """Columns, and how interactions become training examples."""
 
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
@@ -39,7 +39,7 @@ class WindowSettings:
 @dataclass
 class DataSettings(WindowSettings):
     """
-    The interactions and the cutting of examples.
+    The interactions, and their items.
 
     Example:
         >>> DataSettings(interactions="ratings.csv", items="films.csv", positive=["rating>=4"]).session_length
