@@ -28,7 +28,7 @@ def parse(
     Raises:
         ValueError: an unknown option (in the YAML file too), a missing one, or a value that does not fit.
     """
-    _print_help(dataclasses, argv, prog, required)
+    print_help(dataclasses, argv, prog, required)
     from onerec_hf.cli.parser import CommandParser
 
     return CommandParser(dataclasses, f"onerec-hf {prog}", required).parse_command(argv)
@@ -49,7 +49,7 @@ def parse_given(
         >>> parse_given((ModelSettings,), ["--hidden_size", "64", "--no_cross_attention_rope"], "train")
         {'hidden_size': 64, 'cross_attention_rope': False}
     """
-    _print_help(dataclasses, argv, prog, required)
+    print_help(dataclasses, argv, prog, required)
     from onerec_hf.cli.parser import CommandParser
 
     parser = CommandParser(dataclasses, f"onerec-hf {prog}", required)
@@ -57,7 +57,7 @@ def parse_given(
     return parser.given
 
 
-def _print_help(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str, required: Sequence[str]) -> None:
+def print_help(dataclasses: tuple[type, ...], argv: Sequence[str], prog: str, required: Sequence[str]) -> None:
     """Prints the options and exits, if they ask for it; the parser's import takes seconds."""
     if asks_help(argv):
         print(help_text(prog, groups_of(dataclasses), required=required, everything="--help_all" in argv))
