@@ -114,6 +114,7 @@ def write_generator_card(
         levels=code_use(catalogue),
         report=_report(folder, catalogue),
         codebooks=(folder / "codebooks.safetensors").exists(),
+        pictures={name: (folder / name).exists() for name in ("training_report.png", "semantic_ids.html")},
         config=model.config,
         item_score_weight=getattr(model.generation_config, "item_score_weight", 0),  # no field of transformers'
         parameters=total,

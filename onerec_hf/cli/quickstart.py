@@ -21,6 +21,7 @@ from onerec_hf.workflows.results import ranking_table
 from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
 from onerec_hf.workflows.settings import OutputSettings
 from onerec_hf.workflows.training import final_settings, given_settings, report, stopping, train_generator
+from onerec_hf.workflows.training_report import report_panels
 
 
 @dataclass
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
         sources = ("dataset", "data_dir", "interactions", "items", "embeddings")
         given = {name: getattr(args, name) for name in sources}
         verdict = conclude(trainer, data, ranking, folder, command=command, given=given, fixed_sizes=True)
-        rows = ranking.rows
+        rows, panels = ranking.rows, report_panels(trainer, ranking)
         if data.session_length > 1:
             rows += align_once(trainer, data, folder, args.seed, command)
         else:
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
                 "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
             )
     rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, read, rows, command, choices, verdict=verdict)
+    report(trainer, folder, read, rows, command, choices, verdict=verdict, panels=panels)
     finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print(ranking_table(rows))

@@ -50,12 +50,25 @@ def calibration_error(labels, probabilities, bins: int = 10) -> float:
         >>> calibration_error([0, 0, 1, 1], [0.2, 0.2, 0.7, 0.7], bins=2)
         0.25
     """
+    groups = calibration_curve(labels, probabilities, bins)
+    total = sum(size for *_, size in groups)
+    return sum(size / total * abs(predicted - observed) for predicted, observed, size in groups)
+
+
+def calibration_curve(labels, probabilities, bins: int = 10) -> list[tuple[float, float, int]]:
+    """
+    The groups of [`calibration_error`]: sessions sorted by prediction, in `bins` groups of (almost) equal size.
+
+    Returns:
+        Mean prediction, mean label and number of sessions of each group, in the order of the predictions.
+
+    Example:
+        >>> calibration_curve([0, 0, 1, 1], [0.2, 0.2, 0.7, 0.7], bins=2)
+        [(0.2, 0.0, 2), (0.7, 1.0, 2)]
+    """
     labels, probabilities = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
-    order = np.argsort(probabilities, kind="stable")
-    error = 0.0
-    for group in np.array_split(order, min(bins, len(order))):
-        error += len(group) / len(order) * abs(probabilities[group].mean() - labels[group].mean())
-    return float(error)
+    groups = np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(probabilities)))
+    return [(float(probabilities[some].mean()), float(labels[some].mean()), len(some)) for some in groups]
 
 
 def log_loss(labels, probabilities) -> float:

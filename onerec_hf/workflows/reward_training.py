@@ -19,6 +19,7 @@ from onerec_hf.workflows.results import RewardResult
 from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
 from onerec_hf.workflows.settings import OutputSettings, gather
+from onerec_hf.workflows.training_report import calibration_panels, training_panels, write_training_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,6 +77,7 @@ def train_reward(
     """
     from transformers import set_seed
 
+    from onerec_hf.data import label_matrix
     from onerec_hf.hub_cards import Training, write_reward_card
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
@@ -100,11 +102,14 @@ def train_reward(
         save_trained(trainer, folder)
     rows = []
     if is_first():
-        rows = rows_beside_baselines(model, data, items, features)
+        predicted = predictions_beside_baselines(model, data, items, features, data.test)
+        rows = metric_rows(predicted, data)
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_results(
             folder / "results.json", rows, command=command, seed=args.seed, dataset=name, protocol=data.description
         )
+        calibration = calibration_panels(label_matrix(data.test), predicted, data.objectives)
+        write_training_report(folder, [*training_panels(trainer), *calibration], [data.description])
         write_reward_card(
             folder,
             model,
@@ -216,15 +221,13 @@ def predictions_beside_baselines(
     return predicted
 
 
-def rows_beside_baselines(
-    model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray
-) -> list[dict[str, Any]]:
-    """Result rows `model/objective/metric` on the test period."""
+def metric_rows(predicted: dict[str, np.ndarray], feedback: SessionFeedback) -> list[dict[str, Any]]:
+    """Result rows `model/objective/metric` of predictions for the test period."""
     from onerec_hf.data import label_matrix
     from onerec_hf.evaluation.reward_metrics import reward_metrics
 
     labels, rows = label_matrix(feedback.test), []
-    for name, p in predictions_beside_baselines(model, feedback, items, features, feedback.test).items():
+    for name, p in predicted.items():
         found = reward_metrics(labels, p, feedback.objectives, feedback.base_rates)
         for objective in feedback.objectives:
             for metric, unit in METRICS.items():

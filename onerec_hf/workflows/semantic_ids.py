@@ -11,6 +11,7 @@ import numpy as np
 from onerec_hf.workflows.artefact import save_processor, write_origin
 from onerec_hf.workflows.dataset import RecommendationDataset
 from onerec_hf.workflows.distributed import all_ranks, say, wait
+from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.run_folder import begin, check_folder, finish, is_unfinished
 from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, SemanticIDSettings, gather
@@ -57,12 +58,14 @@ def fit_semantic_ids(
     fitted = fit_catalogue(dataset, ids)
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.requests import saved_items
 
     begin(folder, command)
     write_origin(folder, fitted)
     # The catalogue is written last: without it no model is trained from this folder.
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=dataset.max_history)
     save_processor(processor, folder, dataset.items if output.save_items else None)
+    write_id_map(folder, fitted.catalogue, saved_items(folder, fitted.catalogue))
     finish(folder)
     wait()
     return fitted

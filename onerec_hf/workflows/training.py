@@ -34,6 +34,7 @@ from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, 
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
+from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.new_items import check_choice, settled
@@ -52,6 +53,7 @@ from onerec_hf.workflows.settings import (
     given_options,
 )
 from onerec_hf.workflows.sharding import ShardingSettings
+from onerec_hf.workflows.training_report import report_panels, write_training_report
 from onerec_hf.workflows.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids import SemanticIDs
     from onerec_hf.semantic_ids.item_encoder import ItemEncoder
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+    from onerec_hf.workflows.pictures import Panel
 
 OUTPUT_DIR = "onerec-model"
 BOTH = "pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both"
@@ -255,13 +258,14 @@ def _train_on(
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
         )
+        panels = report_panels(trainer, ranking)  # of the evaluated model, and before the counts of a refit
         if final.run.refit:
             trainer, refitted = refit(trainer, dataset, folder, final.args, _again(final, folder, pace))
     rows = ranking.rows
     if is_first():
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
-        report(trainer, folder, dataset, rows, command, choices, refitted, verdict)
+        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels)
         finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer, verdict)
@@ -532,11 +536,16 @@ def report(
     choices: Sequence[Choice] = (),
     refitted: Refit | None = None,
     verdict: Verdict | None = None,
+    panels: Sequence[Panel] = (),
 ) -> None:
-    """Writes `results.json` and the card, both with the `choices` of the settings and the verdict, into the model's folder, and uploads the folder with `push_to_hub`."""
+    """
+    Writes `results.json`, the training report, the map of semantic IDs and the card into the model's folder, and uploads the folder with
+    `push_to_hub`. Results and card have the `choices` of the settings and the verdict.
+    """
     from huggingface_hub import HfApi
 
     from onerec_hf.hub_cards import Training, write_generator_card
+    from onerec_hf.modeling.requests import saved_items
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
     about = {} if verdict is None else {"verdict": str(verdict), "differences": verdict.as_json()}
@@ -551,13 +560,16 @@ def report(
         **({} if refitted is None else {"refit": refitted.facts}),
         **about,
     )
+    processor = cast("OneRecProcessor", trainer.processing_class)
+    write_training_report(folder, panels, [data.protocol, "" if verdict is None else verdict.sentences])
+    write_id_map(folder, catalogue_of(processor), saved_items(folder, catalogue_of(processor)))
     hub = HfApi(token=args.hub_token)
     if args.push_to_hub:
         name = args.hub_model_id or folder.resolve().name
         repo_id = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     write_generator_card(
         folder,
-        cast("OneRecProcessor", trainer.processing_class),
+        processor,
         cast("OneRecForConditionalGeneration", trainer.model),
         data,
         data.protocol,
@@ -574,7 +586,7 @@ def report(
         verdict="" if verdict is None else verdict.sentences,
         data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),
     )
-    recorded_in(folder, trainer.model, trainer.processing_class)
+    recorded_in(folder, trainer.model, processor)
     say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
         hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)

@@ -51,13 +51,13 @@ def strata(data: InMemoryDataset) -> dict[str, dict[str, np.ndarray]]:
     again = np.array([item in history for item, history in zip(target, histories, strict=True)])
     share = np.array([1 - len(np.unique(history)) / len(history) for history in histories])
     groups = {
-        "times the target occurs in training": _thirds(counts),
+        "times the target occurs in training": thirds(counts),
         "cold targets": {
             "never in training": counts == 0,
             "1 to 5 times": (counts >= 1) & (counts <= 5),
             "more often": counts > 5,
         },
-        "items in the history": _thirds(length),
+        "items in the history": thirds(length),
         "repeated targets": {"target in the history": again, "target new to the user": ~again},
         "repeats in the history": {
             "none": share == 0,
@@ -69,12 +69,12 @@ def strata(data: InMemoryDataset) -> dict[str, dict[str, np.ndarray]]:
     return {group: masks for group, masks in filled.items() if len(masks) > 1}
 
 
-def _thirds(values: np.ndarray) -> dict[str, np.ndarray]:
+def thirds(values: np.ndarray) -> dict[str, np.ndarray]:
     """
     Masks of three groups of about equal size by value; fewer where values are few.
 
     Example:
-        >>> list(_thirds(np.array([1, 1, 2, 3, 9, 12])))
+        >>> list(thirds(np.array([1, 1, 2, 3, 9, 12])))
         ['up to 1', '2 to 3', '4 and more']
     """
     low, high = (int(np.sort(values)[len(values) * third // 3 - (len(values) > 2)]) for third in (1, 2))

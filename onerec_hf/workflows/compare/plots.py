@@ -133,6 +133,76 @@ def lines(
     return _svg(width, height, parts, y_label)
 
 
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    colour: dict[str, str],
+    x_label: str,
+    y_label: str,
+    diagonal: bool = False,
+) -> str:
+    """
+    A curve per name over numbers.
+
+    Args:
+        series: per name its points, x and y.
+        diagonal: both axes begin at 0, with the line where y is x.
+
+    Example:
+        >>> curves({"training": [(0, 3.0), (50, 2.5)]}, {"training": "#000"}, "step", "loss").count("<polyline")
+        1
+    """
+    width, height, left, bottom = 720, max(300, 16 * len(series) + 65), 60, 55
+    xs, ys = ([point[axis] for points in series.values() for point in points] for axis in (0, 1))
+    across_ticks, up_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+    if diagonal:
+        across_ticks = up_ticks = _ticks(0.0, max(*xs, *ys))
+    up = _scale(up_ticks[0], up_ticks[-1], height - bottom, 15)
+    across = _scale(across_ticks[0], across_ticks[-1], left, width - 190)
+    parts = [_vertical(across(tick), 15, height - bottom, number(tick)) for tick in across_ticks]
+    parts += [_horizontal(up(tick), left, width - 190, number(tick)) for tick in up_ticks]
+    if diagonal:
+        low, high = up_ticks[0], up_ticks[-1]
+        parts.append(
+            f'<line x1="{across(low):.1f}" y1="{up(low):.1f}" x2="{across(high):.1f}" y2="{up(high):.1f}" class="grid" stroke-dasharray="4 4"/>'
+        )
+    for row, (name, points) in enumerate(series.items()):
+        at = [(across(x), up(y)) for x, y in points]
+        parts.append(
+            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}" fill="none" stroke="{colour[name]}" stroke-width="2"/>'
+        )
+        if len(at) < 60:  # more would hide the curve
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour[name]}"/>' for x, y in at]
+        y = 20 + 16 * row
+        parts.append(
+            f'<circle cx="{width - 175}" cy="{y}" r="4" fill="{colour[name]}"/>' + _text(width - 165, y + 4, name)
+        )
+    parts.append(_text((left + width - 190) / 2, height - 8, x_label, "middle"))
+    return _svg(width, height, parts, y_label)
+
+
+def grid(rows: Mapping[str, Sequence[float]], label: str) -> str:
+    """
+    A row of cells per name, darker for larger values; values are shown on hovering, the range of each row beside it.
+
+    Example:
+        >>> grid({"layer 1": [1.2, 0.8], "layer 2": [1.0, 1.0]}, "load").count("<rect")
+        4
+    """
+    width, left, high = 720, 70, 26
+    most = max(max(values) for values in rows.values()) or 1
+    parts = []
+    for row, (name, values) in enumerate(rows.items()):
+        y, wide = 8 + row * (high + 6), (width - left - 130) / len(values)
+        parts.append(_text(left - 8, y + 17, name, "end"))
+        for place, value in enumerate(values):
+            parts.append(
+                f'<rect x="{left + place * wide:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{high}" fill="{COLOURS[0]}" '
+                f'fill-opacity="{0.05 + 0.95 * value / most:.3f}"><title>{place + 1}: {value:.3g}</title></rect>'
+            )
+        parts.append(_text(width - 122, y + 17, f"{number(min(values))} to {number(max(values))}"))
+    return _svg(width, 16 + len(rows) * (high + 6), parts, label)
+
+
 def _ticks(low: float, high: float) -> list[float]:
     """
     Round numbers that enclose a range.

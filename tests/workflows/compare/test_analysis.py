@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf.workflows import load_in_memory
-from onerec_hf.workflows.compare.analysis import Quality, _thirds, by_strata, share_of_repeats, strata
+from onerec_hf.workflows.compare.analysis import Quality, by_strata, share_of_repeats, strata, thirds
 from onerec_hf.workflows.compare.plots import dots, lines, points
 
 
@@ -42,7 +42,7 @@ def test_the_share_of_repeats_counts_targets(data):
 
 @pytest.mark.parametrize("values", [[1], [3, 3, 3], [0, 1], [5, 1, 9, 9, 2, 2, 7], list(range(100))])
 def test_thirds_part_the_values(values):
-    masks = _thirds(np.array(values))
+    masks = thirds(np.array(values))
     assert sum(mask.astype(int) for mask in masks.values()).tolist() == [1] * len(values)
     if len(values) == 100:
         assert [mask.sum() for mask in masks.values()] == [33, 33, 34]
