@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +18,25 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 MAX_CHOICES = 20_000
+#: The history's column and the sessions' stand beside each other where both have this width, and below each other on a phone.
+_COLUMN = 240
+# Gradio's page is 32 pixels wider than a small phone's, and a title of one long word wider than that.
+_PAGE = """
+<style>
+.gradio-container {max-width: 1600px !important; min-width: 0 !important}
+#history, #sessions, .gradio-container h1, .gradio-container button {overflow-wrap: anywhere}
+.gradio-container main, .gradio-container .row {min-width: 0 !important}
+@media (max-width: 480px) {.gradio-container main {padding: 8px !important}}
+</style>
+"""
 
 _STYLE = """
 <style>
-.onerec-session {border: 1px solid #8884; border-radius: 8px; padding: 8px 14px; margin-bottom: 10px}
+.onerec-session {border: 1px solid #8884; border-radius: 8px; padding: 8px 14px; margin-bottom: 10px; overflow-wrap: anywhere}
+.onerec-session ol {padding-left: 1.4em}
 .onerec-session li {margin: 4px 0}
 .onerec-score {opacity: .7}
-.onerec-code {font-family: monospace; border-radius: 4px; padding: 1px 5px; background: #8882}
+.onerec-code {font-family: monospace; border-radius: 4px; padding: 1px 5px; background: #8882; display: inline-block}
 .onerec-shared {background: #2a78; font-weight: bold}
 .onerec-fields, .onerec-like {opacity: .7; font-size: 90%}
 </style>
@@ -92,9 +106,89 @@ class DemoRecommender:
         ]
         return sorted(zip(labels, map(str, ids), strict=True))
 
+    def examples(self, count: int = 3, length: int = 3) -> list[list]:
+        """
+        Histories to begin with: popular items that begin with the same code, so that each history is of one kind.
+
+        Returns:
+            Up to `count` lists of `length` ids; fewer in a small catalogue.
+        """
+        popularity = self.catalogue.popularity
+        order = np.arange(len(self.catalogue)) if popularity is None else np.argsort(-popularity, kind="stable")
+        order = order[self.catalogue.active[order]]
+        kinds: dict[int, list[int]] = {}
+        for row in order[:MAX_CHOICES]:
+            kinds.setdefault(int(self.catalogue.codes[row, 0]), []).append(int(row))
+        found = [rows[:length] for rows in kinds.values() if len(rows) >= length][:count]
+        return [self.catalogue.ids(rows) for rows in found or [order[:length].tolist()]]
+
+    @cached_property
+    def _titles(self) -> dict[str, list]:
+        """Ids by title in small letters, the most popular first."""
+        popularity = self.catalogue.popularity
+        order = np.arange(len(self.catalogue)) if popularity is None else np.argsort(-popularity, kind="stable")
+        found: dict[str, list] = {}
+        for item in self.catalogue.ids(order):
+            found.setdefault(self.title(item).casefold(), []).append(item)
+        return found
+
+    def typed(self, text: str) -> list:
+        """
+        Item ids of a text: ids or titles, separated by commas, semicolons or lines. Titles may hold commas, and their case does not matter; the
+        beginning of a title is enough where only one begins so.
+
+        Raises:
+            ValueError: items that the catalogue does not hold, or beginnings of several titles, which are named.
+        """
+        found = []
+        for line in re.split(r"[;\n]", text):
+            parts = [part for part in line.split(",") if part.strip()]
+            while parts:
+                tried = [",".join(parts[:size]).strip() for size in range(len(parts), 0, -1)]
+                item = next((item for part in tried if (item := self._named(part)) is not None), None)
+                if item is None:
+                    item = self._beginning(tried)
+                used = len(parts) - tried.index(item[1])
+                found.append(item[0])
+                parts = parts[used:]
+        return found
+
+    def _named(self, text: str) -> tuple[Any, str] | None:
+        """The item with this id or title, and the text; None if there is none."""
+        item = int(text) if self.catalogue.id_type == "int" and text.removeprefix("-").isdecimal() else text
+        if self.catalogue.id_type == "int" and isinstance(item, str):
+            known = False
+        else:
+            known = bool((self.catalogue.indices([item], unknown="mask") >= 0).all())
+        if known:
+            return item, text
+        titled = self._titles.get(text.casefold())
+        return None if titled is None else (titled[0], text)
+
+    def _beginning(self, tried: list[str]) -> tuple[Any, str]:
+        """
+        The item whose title begins with one of the texts, the longest first, and that text.
+
+        Raises:
+            ValueError: none, or several.
+        """
+        for text in tried:
+            begin = [title for title in self._titles if title.startswith(text.casefold())]
+            if len(begin) == 1:
+                return self._titles[begin[0]][0], text
+            if begin:
+                shown = ", ".join(self.title(self._titles[title][0]) for title in begin[:4])
+                more = f" and {len(begin) - 4:,} more" if len(begin) > 4 else ""
+                raise ValueError(
+                    f"{len(begin):,} titles begin with {text!r}: {shown}{more}. Type more of it, or an id."
+                )
+        raise ValueError(
+            f"{tried[-1]!r} is neither an id nor the beginning of a title among {len(self.catalogue):,} items."
+        )
+
     def ids_of(self, texts: Sequence[str]) -> list:
         """
-        Item ids of picked or typed texts.
+        Item ids of picked texts.
 
         Raises:
             ValueError: items that the catalogue does not hold.
@@ -190,7 +284,7 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
 
     Args:
         recommender: answers.
-        examples: histories of item ids to pick from.
+        examples: histories of item ids to pick from, the first of them filled in; by default those of the recommender.
         name: heading, taken as text.
 
     Returns:
@@ -202,20 +296,31 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
         picked: list[str], typed: str, beams: float, length: float, count: float, diversity: float, exclude: bool
     ) -> str:
         try:
-            history = recommender.ids_of([*(picked or []), *(typed or "").replace("\n", ",").split(",")])
+            history = recommender.typed(typed or "") or recommender.ids_of(picked or [])
             return render(recommender.sessions(history, int(beams), int(length), int(count), exclude, diversity))
         except ValueError as error:
             return f'<p role="alert">{html.escape(str(error))}</p>'
 
     choices = recommender.choices()
+    known = {value for _, value in choices}
+    histories = [
+        [str(item) for item in history if str(item) in known] for history in examples or recommender.examples()
+    ]
+    histories = [history for history in histories if history]
     with gradio.Blocks(title=name) as app:
         gradio.HTML(
-            f"<h1>{html.escape(name)}</h1><p>{len(recommender.catalogue):,} items. Pick or type a history, oldest first.</p>"
+            f"{_PAGE}<h1>{html.escape(name)}</h1><p>{len(recommender.catalogue):,} items. Pick or type a history, oldest first.</p>"
         )
         with gradio.Row():
-            with gradio.Column():
-                picked = gradio.Dropdown(choices, multiselect=True, label="History", elem_id="history")
-                typed = gradio.Textbox(label="or item ids, separated by commas", elem_id="typed")
+            with gradio.Column(min_width=_COLUMN):
+                picked = gradio.Dropdown(
+                    choices,
+                    value=histories[0] if histories else None,
+                    multiselect=True,
+                    label="History",
+                    elem_id="history",
+                )
+                typed = gradio.Textbox(label="or type titles or ids, separated by commas", elem_id="typed")
                 beams = gradio.Slider(1, 128, value=32, step=1, label="Beams", elem_id="beams")
                 length = gradio.Slider(1, 10, value=5, step=1, label="Items of a session", elem_id="length")
                 count = gradio.Slider(1, 5, value=3, step=1, label="Sessions", elem_id="count")
@@ -224,12 +329,13 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
                 )
                 exclude = gradio.Checkbox(True, label="Leave out the history's items", elem_id="exclude")
                 button = gradio.Button("Recommend", variant="primary", elem_id="recommend")
-            sessions = gradio.HTML(label="Sessions", elem_id="sessions")
+            with gradio.Column(min_width=_COLUMN):
+                sessions = gradio.HTML(label="Sessions", elem_id="sessions")
         inputs = [picked, typed, beams, length, count, diversity, exclude]
         button.click(answer, inputs, sessions)
         typed.submit(answer, inputs, sessions)
-        if examples:
-            known = {value for _, value in choices}
-            rows = [[[str(item) for item in history if str(item) in known]] for history in examples]
-            gradio.Examples([row for row in rows if row[0]], [picked], label="Histories to try")
+        app.load(answer, inputs, sessions)  # the page opens with the sessions of its first history
+        if len(histories) > 1:
+            titled = [", ".join(recommender.title(item) for item in recommender.ids_of(row)) for row in histories]
+            gradio.Examples([[row] for row in histories], [picked], label="Histories to try", example_labels=titled)
     return app

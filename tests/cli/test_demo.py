@@ -16,8 +16,8 @@ import pytest
 
 from onerec_hf import ItemCatalogue, OneRecProcessor
 from onerec_hf.cli.demo import DemoArguments
-from onerec_hf.cli.demo_app import DemoRecommender, render
-from tests.cli.commands import onerec, refused, write_csv
+from onerec_hf.cli.demo_app import DemoRecommender, build_app, render
+from tests.cli.commands import item_rows, onerec, refused, write_csv
 from tests.conftest import make_catalogue, make_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -90,6 +90,50 @@ def test_what_was_picked_or_typed(recommender):
         numbers.ids_of(["seven"])
 
 
+def test_titles_can_be_typed():
+    items = {
+        "m1": {"title": "Matrix, The (1999)"},
+        "m2": {"title": "Heat"},
+        "m3": {"title": "Heat"},
+        "m4": {"title": "7"},
+    }
+    items |= {
+        "m5": {"title": "Toy Story (1995)"},
+        "m6": {"title": "Toy Story 2 (1999)"},
+        "m8": {"title": "Alien; Aliens"},
+    }
+    catalogue = make_catalogue()
+    popular = ItemCatalogue(
+        catalogue.item_ids, catalogue.codes, catalogue.codebook_sizes, popularity=[i == 3 for i in range(40)]
+    )
+    typed = DemoRecommender(make_model(popular), OneRecProcessor.from_catalogue(popular), items).typed
+    assert typed("m9, matrix, the (1999), HEAT\n toy story (1995)") == ["m9", "m1", "m3", "m5"]
+    assert typed("Matrix, m2; Toy Story 2") == ["m1", "m2", "m6"]
+    assert typed("7") == ["m4"]
+    assert typed(" ,\n;") == []
+    with pytest.raises(
+        ValueError, match=r"2 titles begin with 'toy': Toy Story \(1995\), Toy Story 2 \(1999\)\. Type more"
+    ):
+        typed("m1, toy")
+    with pytest.raises(ValueError, match="'Casablanca' is neither an id nor the beginning of a title among 40 items"):
+        typed("m1, Casablanca, m2")
+    numbers = ItemCatalogue([7, 8], [[0, 1], [1, 0]], [2, 2])
+    typed = DemoRecommender(make_model(numbers), OneRecProcessor.from_catalogue(numbers), {8: {"title": "7"}}).typed
+    assert typed("7, 8") == [7, 8]  # an id goes before a title
+
+
+def test_the_page_begins_with_an_example(recommender):
+    for history in recommender.examples():
+        assert len(history) == 3
+        rows = recommender.catalogue.indices(history)
+        assert len(set(recommender.catalogue.codes[rows, 0].tolist())) == 1
+    few = ItemCatalogue([7, 8], [[0, 1], [1, 0]], [2, 2])
+    assert DemoRecommender(make_model(few), OneRecProcessor.from_catalogue(few)).examples() == [[7, 8]]
+    page = build_app(recommender)
+    filled = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "history")
+    assert filled.value == recommender.examples()[0]
+
+
 def test_titles_come_from_a_table(tmp_path):
     items = write_csv(tmp_path / "items.csv", [["item_id", "title"], ["m1", "Alien"], ["m2", "Brazil"]])
     catalogue = make_catalogue()
@@ -106,14 +150,17 @@ def test_refuses(trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
-def test_in_a_browser(trained, data, tmp_path):
-    """Type a history, click, read the sessions; an unknown item is said."""
+def test_in_a_browser(trained, tmp_path):
+    """The page opens with an example; type a history, click, read the sessions; an unknown item is said; no width overflows."""
     from playwright.sync_api import expect, sync_playwright
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parents[2]
+    header, *rows = item_rows()
+    rows = [[item, f"{title} {'Donaudampfschiff' * 12}", genre] for item, title, genre in rows]
+    items = write_csv(tmp_path / "items.csv", [header, *rows])
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(
         [
@@ -124,7 +171,7 @@ def test_in_a_browser(trained, data, tmp_path):
             "--model",
             str(trained.folder),
             "--items",
-            str(data.items),
+            str(items),
             "--port",
             str(port),
         ],
@@ -146,12 +193,24 @@ def test_in_a_browser(trained, data, tmp_path):
             browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(f"http://127.0.0.1:{port}/", timeout=60_000)
-            page.locator("#typed textarea, #typed input").first.fill("m1, m2")
+            expect(page.locator("#sessions .onerec-session")).to_have_count(3, timeout=60_000)  # of the example
+            pictures = Path(os.environ.get("ONEREC_HF_DEMO_PICTURES", str(tmp_path)))
+            for width in (320, 390, 768, 1280, 1600):
+                page.set_viewport_size({"width": width, "height": 900})
+                page.wait_for_timeout(300)
+                page.screenshot(path=pictures / f"demo-{width}.png", full_page=True)
+                wide = page.evaluate(
+                    "[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1)"
+                    ".map(e => e.tagName + '.' + e.className + ' ' + e.getBoundingClientRect().right)"
+                )
+                assert not wide, (width, wide[:5])
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+            page.set_viewport_size({"width": 1280, "height": 900})
+            page.locator("#typed textarea, #typed input").first.fill("m1, red lamp 2 ")
             page.locator("#recommend").click()
             expect(page.locator("#sessions .onerec-session")).to_have_count(3, timeout=60_000)
             expect(page.locator("#sessions .onerec-session").first.locator("li")).to_have_count(5)
             assert " lamp " in page.locator("#sessions").inner_text()
-            page.screenshot(path=os.environ.get("ONEREC_HF_DEMO_PNG", str(tmp_path / "demo.png")))
             page.locator("#typed textarea, #typed input").first.fill("m1, x9")
             page.locator("#recommend").click()
             expect(page.locator("#sessions [role=alert]")).to_contain_text("x9", timeout=60_000)
