@@ -67,6 +67,7 @@ class Panel:
             picture = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0)
             axes.figure.colorbar(picture, ax=axes)
             axes.set_yticks(range(len(cells)), list(self.series))
+            axes.locator_params(axis="x", integer=True)
         else:
             for name, points in self.series.items():
                 few = len(points) < 60
