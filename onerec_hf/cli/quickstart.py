@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,31 +76,33 @@ def main(argv: list[str]) -> None:
     assert isinstance(data, InMemoryDataset)
     say(choices_table(choices))
     read = data.on_prefixes() if run.train_on == "prefixes" else data
-    trainer = train_generator(
-        read,
-        folder,
-        ids,
-        model,
-        training_args,
-        can_resume=False,
-        pace=Pace(validation_users=run.validation_users),
-        callbacks=stopping(run),
-    )
-    with resumable(folder, command, keep=False):
-        ranking = rank_beside_baselines(trainer, data, "test")
-        sources = ("dataset", "data_dir", "interactions", "items", "embeddings")
-        given = {name: getattr(args, name) for name in sources}
-        verdict = conclude(trainer, data, ranking, folder, command=command, given=given, fixed_sizes=True)
-        rows, panels = ranking.rows, report_panels(trainer, ranking)
-        if data.session_length > 1:
-            rows += align_once(trainer, data, folder, args.seed, command)
-        else:
-            say(
-                "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
-            )
-    rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-    report(trainer, folder, read, rows, command, choices, verdict=verdict, panels=panels)
-    finish(folder)
+    pace = Pace.start(None, run.validation_users, run.baselines, quiet=bool(training_args.disable_tqdm))
+    with pace.progress or contextlib.nullcontext():
+        trainer = train_generator(
+            read,
+            folder,
+            ids,
+            model,
+            training_args,
+            can_resume=False,
+            pace=pace,
+            callbacks=stopping(run),
+        )
+        with resumable(folder, command, keep=False):
+            ranking = rank_beside_baselines(trainer, data, "test")
+            sources = ("dataset", "data_dir", "interactions", "items", "embeddings")
+            given = {name: getattr(args, name) for name in sources}
+            verdict = conclude(trainer, data, ranking, folder, command=command, given=given, fixed_sizes=True)
+            rows, panels = ranking.rows, report_panels(trainer, ranking)
+            if data.session_length > 1:
+                rows += align_once(trainer, data, folder, args.seed, command)
+            else:
+                say(
+                    "the item head ranks single items: the round of preference alignment is left out (--preset small has it)"
+                )
+        rows.append(result_row("seconds", time.perf_counter() - started, "s"))
+        report(trainer, folder, read, rows, command, choices, verdict=verdict, panels=panels)
+        finish(folder)
     print_sessions(*check_reload(trainer, folder, data), data)
     print(ranking_table(rows))
     print(f"\n{verdict}")

@@ -53,7 +53,7 @@ from onerec_hf.workflows.settings import (
     given_options,
 )
 from onerec_hf.workflows.sharding import ShardingSettings
-from onerec_hf.workflows.training_report import report_panels, write_training_report
+from onerec_hf.workflows.training_report import REPORT_HTML, report_panels, write_training_report
 from onerec_hf.workflows.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -587,7 +587,8 @@ def report(
         data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),
     )
     recorded_in(folder, trainer.model, processor)
-    say(f"saved to {folder}; recommend with it: onerec-hf recommend --model {folder} --help")
+    pictures = f", pictures of the training in {REPORT_HTML}" if panels else ""
+    say(f"saved to {folder}{pictures}; recommend with it: onerec-hf recommend --model {folder} --help")
     if repo_id is not None:
         hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED)
         say(f"uploaded to {repo_id}")

@@ -68,7 +68,11 @@ def log_panels(history: Sequence[Mapping[str, float]]) -> list[Panel]:
 
     named = dict.fromkeys(name for row in history for name in row if name.startswith("eval_"))
     metrics = [name for name in named if name.removeprefix("eval_").startswith(_RANKING) or name.endswith("/auc")]
-    losses = {"training": points("loss"), "validation": points("eval_loss")}
+    most = max((int(name.split("@")[1]) for name in metrics if "@" in name), default=0)
+    k = 10 if any(name.endswith("@10") for name in metrics) else most
+    metrics = [name for name in metrics if "@" not in name or name.endswith(f"@{k}")]
+    # A run shorter than `logging_steps` has the mean of all its steps only.
+    losses = {"training": points("loss") or points("train_loss"), "validation": points("eval_loss")}
     measured = {name.removeprefix("eval_"): points(name) for name in metrics}
     panels = [
         Panel(

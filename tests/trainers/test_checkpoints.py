@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
@@ -77,6 +78,26 @@ def test_going_on_from_the_newest_whole_one(tmp_path):
         make_trainer(tmp_path / "whole").train(resume_from_checkpoint=str(cut))
     with pytest.raises(ValueError, match="contains no complete checkpoint; omit resume_from_checkpoint"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_tied_weights_are_not_missing(tmp_path, monkeypatch, best):
+    """The library's words for a damaged checkpoint do not stand over a sound one, and do over one that lacks weights."""
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args: said.append(text))
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True} if best else {}
+    trainer = make_trainer(tmp_path, **SAVING, **options)
+    trainer.train()
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert not [text for text in said if "keys in the checkpoint" in text]
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors.pop(lost)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (text,) = [text for text in said if "missing keys in the checkpoint" in text]
+    assert f"['{lost}']" in text
 
 
 def test_how_often_experts_were_chosen_is_kept(tmp_path):

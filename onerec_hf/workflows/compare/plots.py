@@ -153,7 +153,8 @@ def curves(
     """
     width, height, left, bottom = 720, max(300, 16 * len(series) + 65), 60, 55
     xs, ys = ([point[axis] for points in series.values() for point in points] for axis in (0, 1))
-    across_ticks, up_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+    across_ticks = _ticks(min(0.0, *xs), max(xs))
+    up_ticks = _ticks(min(ys) if min(ys) < max(ys) else min(0.0, *ys), max(ys))
     if diagonal:
         across_ticks = up_ticks = _ticks(0.0, max(*xs, *ys))
     up = _scale(up_ticks[0], up_ticks[-1], height - bottom, 15)
