@@ -66,6 +66,20 @@ def naming(option: str, repo: str) -> Iterator[None]:
         raise ValueError(f"{option} {repo}: {reason}") from error
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the library's bars of loading and saving weights: they end in the same second, and fill logs."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
 def load_processor(option: str, repo: str) -> OneRecProcessor:
     """
     The processor of a folder or Hub repository, with its catalogue.
@@ -103,7 +117,7 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
     from onerec_hf.modeling.hub import check_complete
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
-    with naming(option, repo):
+    with naming(option, repo), without_bars():
         if os.path.isdir(repo) and not os.path.isfile(os.path.join(repo, "config.json")):
             raise ValueError("it holds no model (config.json); name what `onerec-hf train` or `quickstart` wrote")
         model, loaded = AutoModelForSeq2SeqLM.from_pretrained(
@@ -130,7 +144,7 @@ def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
     from onerec_hf.modeling.hub import check_complete
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
-    with naming(option, path):
+    with naming(option, path), without_bars():
         model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
         check_complete(loaded)
         if not isinstance(model, OneRecForSessionReward):
