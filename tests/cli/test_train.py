@@ -32,9 +32,12 @@ FILES = {
     "model.safetensors",
     "processor_config.json",
     "results.json",
+    "semantic_ids.html",
     "semantic_ids.json",
     "tokenizer_config.json",
     "trained_on.json",
+    "training_report.html",
+    "training_report.png",
     # the code that travels along
     *(f"code/{file.name}" for file in (Path(__file__).parents[2] / "modeling").glob("[a-z]*.py")),
 }
