@@ -23,7 +23,10 @@ RECORD_NAMES = (
     *("expert_load.png", "training_report.html", "training_report.png"),
 )
 #: Files that describe the semantic IDs.
-SEMANTIC_ID_NAMES = ("codebooks.safetensors", "semantic_ids.json", "semantic_ids.html")
+SEMANTIC_ID_NAMES = (
+    *("codebooks.safetensors", "item_encoder.safetensors", "content_encoder.safetensors"),
+    *("semantic_ids.json", "semantic_ids.html"),
+)
 _TITLES, _CATALOGUE, _CARD = "items.parquet", "catalogue.safetensors", "README.md"
 _MARK = "<!-- Written by push_to_hub, and anew by each one: without this line the card is yours, and is kept. -->"
 # As transformers writes it, blanks and all.

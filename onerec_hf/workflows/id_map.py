@@ -20,13 +20,16 @@ MAP_HTML = "semantic_ids.html"
 _MOST_CODES, _MOST_ITEMS = 300, 8  # first codes on the page, and items under each: a page stays below a megabyte
 
 
-def write_id_map(folder: Path, catalogue: ItemCatalogue, items: Mapping[Any, Mapping] | None = None) -> None:
+def write_id_map(
+    folder: Path, catalogue: ItemCatalogue, items: Mapping[Any, Mapping] | None = None, name: str | None = None
+) -> None:
     """
     Writes `semantic_ids.html`: the first codes and their second codes as a picture, and a tree with the most popular items under each first
     code; the first rank writes.
 
     Args:
         items: fields by item id, for titles; without them ids are shown.
+        name: of the model, for the heading; the folder's by default.
 
     Example:
         >>> import tempfile
@@ -56,7 +59,7 @@ def write_id_map(folder: Path, catalogue: ItemCatalogue, items: Mapping[Any, Map
     left_out = int((first > 0).sum()) - len(shown)
     rest = f'<p class="few">{left_out:,} more first codes are not shown.</p>' if left_out else ""
     parts = [f"<p>{escape(about)}</p>", _icicle(codes, shown, counts), "<h2>Items by first code</h2>", *tree, rest]
-    write_page(folder / MAP_HTML, f"Semantic IDs of {folder.resolve().name}", parts)
+    write_page(folder / MAP_HTML, f"Semantic IDs of {name or folder.resolve().name}", parts)
 
 
 def title_of(item_id: Any, items: Mapping[Any, Mapping] | None) -> str:

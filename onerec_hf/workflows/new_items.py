@@ -31,6 +31,7 @@ from onerec_hf.workflows.artefact import (
 from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.run_folder import check_folder
 from onerec_hf.workflows.settings import gather
 from onerec_hf.workflows.updating import folder_of
@@ -302,6 +303,7 @@ class _Grown:
         """Writes the model with its source's other files into a folder, by default its own; `config.json` comes last."""
         from onerec_hf.data.item_fields import save_items_table
         from onerec_hf.modeling.files import UNFINISHED_NAME, replacing_files
+        from onerec_hf.modeling.requests import saved_items
 
         target, weights = target or self.source, ("model*.safetensors", "model.safetensors.index.json")
         with replacing_files(target, "config.json", weights) as temporary:
@@ -314,6 +316,8 @@ class _Grown:
             if self.table is not None and (self.source / ITEMS_NAME).is_file():
                 shutil.copyfile(self.source / ITEMS_NAME, Path(temporary, ITEMS_NAME))
                 save_items_table(temporary, self.table, self.catalogue, keep=True)
+            fields = saved_items(temporary, self.catalogue)
+            write_id_map(Path(temporary), self.catalogue, fields, target.resolve().name)
         return target
 
 

@@ -16,7 +16,8 @@ from tests.workflows.conftest import TINY, tables  # noqa: F401 (a fixture)
 REPO = "tester/onerec-films"
 RECORD = {
     *("README.md", "results.json", "data_options.json", "trained_on.json", "expert_load.png"),
-    *("codebooks.safetensors", "semantic_ids.json", "items.parquet", "catalogue.safetensors"),
+    *("codebooks.safetensors", "item_encoder.safetensors", "semantic_ids.json", "semantic_ids.html"),
+    *("training_report.html", "training_report.png", "items.parquet", "catalogue.safetensors"),
 }
 
 

@@ -74,6 +74,9 @@ def test_added_items_are_read_and_recommended(by_text, tables_of, tmp_path):
     fields = read_items_file(tmp_path / "grown" / "items.parquet", processor.catalogue)
     assert fields["m38"]["title"] == "black lamp 38"
     assert fields["m1"]["title"] == "red lamp 1"
+    shown = (tmp_path / "grown" / "semantic_ids.html").read_text(encoding="utf-8")
+    assert "Semantic IDs of grown" in shown
+    assert "40 items" in shown
 
 
 def model_codes(processor, items):
