@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .constraint import CatalogueConstraint
+from .constraint import CatalogueConstraint, SharedItemPenalty
 from .cpu_experts import product
 from .item_scores import SessionGuide
 from .layers_onerec import history_positions, rotate
-from .shared_items import SharedItemPenalty
 from .top_candidates import top_candidates
 
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .beam_search import Beams
-from .constraint import SemanticIDTrie
-from .shared_items import SharedItemPenalty
+from .constraint import SemanticIDTrie, SharedItemPenalty
 
 
 class SessionDiversity:
