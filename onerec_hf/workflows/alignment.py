@@ -32,7 +32,7 @@ from onerec_hf.workflows.evaluation import ranking_rows
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.preferences import keep_pairs, kept_pairs, read_preferences, save_pairs
 from onerec_hf.workflows.results import GeneratorResult
-from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
 from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
 
@@ -123,48 +123,49 @@ def align(
     how.check()
     assert how.model is not None
     folder = Path(args.output_dir)
-    resumes = open_folder(folder, how.overwrite, args)
-    if folder.resolve() == Path(how.model).resolve():
-        raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
-    started = time.perf_counter()
-    processor, model = load_processor("--model", how.model), load_model("--model", how.model)
-    preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
-    rewards = [load_reward(path) for path in how.reward or []]
-    dataset = as_dataset(where, how.model)
-    exclude_seen = excludes_seen("--model", how.model)
-    check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
-    # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
-    judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
-    judges = {name: models for name, models in judges.items() if models}
-    before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
-    scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
-    args.output_dir = str(folder / "checkpoints")
-    examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
-    trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
-    if rewards:
-        keep_pairs(trainer)
-    origin = find_origin(how.model, how.save_items)
-    begin(folder, command, resumes)
-    write_origin(folder, origin)
-    save_data_options(folder, dataset, exclude_seen)
-    write_items(folder, dataset.items if how.save_items else None, processor)
-    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        save_trained(trainer, folder)
-    after = []
-    if how.evaluate:
-        with unsharded_model(trainer.model) as aligned:
-            after = ranking_rows(aligned, processor, dataset, args.use_cpu, exclude_seen)
-            scored += reward_rows(aligned, processor, judges, dataset, "after")
-    rows: list[dict[str, Any]] = []
-    if is_first():
-        rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
-        rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
-        report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command)
-        finish(folder)
-        say(f"saved to {folder}")
-    wait()
-    return GeneratorResult(rows, folder, trainer)
+    with own_folder(folder):
+        resumes = open_folder(folder, how.overwrite, args)
+        if folder.resolve() == Path(how.model).resolve():
+            raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
+        started = time.perf_counter()
+        processor, model = load_processor("--model", how.model), load_model("--model", how.model)
+        preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
+        rewards = [load_reward(path) for path in how.reward or []]
+        dataset = as_dataset(where, how.model)
+        exclude_seen = excludes_seen("--model", how.model)
+        check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
+        # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
+        judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
+        judges = {name: models for name, models in judges.items() if models}
+        before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
+        scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
+        args.output_dir = str(folder / "checkpoints")
+        examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
+        trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
+        if rewards:
+            keep_pairs(trainer)
+        origin = find_origin(how.model, how.save_items)
+        begin(folder, command, resumes)
+        write_origin(folder, origin)
+        save_data_options(folder, dataset, exclude_seen)
+        write_items(folder, dataset.items if how.save_items else None, processor)
+        with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            save_trained(trainer, folder)
+        after = []
+        if how.evaluate:
+            with unsharded_model(trainer.model) as aligned:
+                after = ranking_rows(aligned, processor, dataset, args.use_cpu, exclude_seen)
+                scored += reward_rows(aligned, processor, judges, dataset, "after")
+        rows: list[dict[str, Any]] = []
+        if is_first():
+            rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
+            rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
+            report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command)
+            finish(folder)
+            say(f"saved to {folder}")
+        wait()
+        return GeneratorResult(rows, folder, trainer)
 
 
 def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:

@@ -17,7 +17,7 @@ from onerec_hf.workflows.artefact import save_trained
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.results import RewardResult
 from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
-from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
 from onerec_hf.workflows.settings import OutputSettings, gather
 
 if TYPE_CHECKING:
@@ -82,42 +82,43 @@ def train_reward(
     sizes, output, args = gather((RewardModelSettings, OutputSettings, RewardTrainingArguments), settings, options)
     args = copy.copy(args)
     folder = Path(args.output_dir)
-    resumes = open_folder(folder, output.overwrite, args)
-    weights = numbers_of("--score_weights", sizes.score_weights)
-    started = time.perf_counter()
-    name = None
-    if isinstance(data, RewardDataSettings):
-        name = data.dataset or data.impressions
-        data = load_feedback(data, max_history=sizes.max_history)
-    say(data.description)
-    set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
-    model, items, features = new_reward_model(data, sizes, weights)
-    args.output_dir = str(folder / "checkpoints")
-    trainer = RewardTrainer(model, args, data.train, data.validation)
-    begin(folder, command, resumes)
-    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        save_trained(trainer, folder)
-    rows = []
-    if is_first():
-        rows = rows_beside_baselines(model, data, items, features)
-        rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-        write_results(
-            folder / "results.json", rows, command=command, seed=args.seed, dataset=name, protocol=data.description
-        )
-        write_reward_card(
-            folder,
-            model,
-            data.description,
-            rows,
-            None if name is None else Path(name).stem,
-            training=Training.of(trainer),
-            command=command,
-        )
-        finish(folder)
-        say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
-    wait()
-    return RewardResult(rows, folder, trainer)
+    with own_folder(folder):
+        resumes = open_folder(folder, output.overwrite, args)
+        weights = numbers_of("--score_weights", sizes.score_weights)
+        started = time.perf_counter()
+        name = None
+        if isinstance(data, RewardDataSettings):
+            name = data.dataset or data.impressions
+            data = load_feedback(data, max_history=sizes.max_history)
+        say(data.description)
+        set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
+        model, items, features = new_reward_model(data, sizes, weights)
+        args.output_dir = str(folder / "checkpoints")
+        trainer = RewardTrainer(model, args, data.train, data.validation)
+        begin(folder, command, resumes)
+        with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            save_trained(trainer, folder)
+        rows = []
+        if is_first():
+            rows = rows_beside_baselines(model, data, items, features)
+            rows.append(result_row("seconds", time.perf_counter() - started, "s"))
+            write_results(
+                folder / "results.json", rows, command=command, seed=args.seed, dataset=name, protocol=data.description
+            )
+            write_reward_card(
+                folder,
+                model,
+                data.description,
+                rows,
+                None if name is None else Path(name).stem,
+                training=Training.of(trainer),
+                command=command,
+            )
+            finish(folder)
+            say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
+        wait()
+        return RewardResult(rows, folder, trainer)
 
 
 def numbers_of(option: str, pairs: list[str] | None) -> dict[str, float] | None:

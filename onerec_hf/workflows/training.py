@@ -40,7 +40,7 @@ from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
 from onerec_hf.workflows.refit import Refit, growth, refit
 from onerec_hf.workflows.results import GeneratorResult
-from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
+from onerec_hf.workflows.run_folder import LOCK, UNFINISHED_RUN, begin, finish, open_folder, own_folder, resumable, resumes_in
 from onerec_hf.workflows.semantic_ids import fit_catalogue
 from onerec_hf.workflows.settings import (
     DataSettings,
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 OUTPUT_DIR = "onerec-model"
 BOTH = "pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both"
-NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
+NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, LOCK, "*.tmp"]
 
 
 @dataclass
@@ -171,8 +171,8 @@ def train(
     folder, run = Path(str(first.args.output_dir)), first.run
     pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
     pace.sasrec = run.baselines and run.verdict_sasrec
-    own_checkpoint = open_folder(folder, run.overwrite, first.args)
-    with pace.progress or contextlib.nullcontext():
+    with own_folder(folder), pace.progress or contextlib.nullcontext():
+        own_checkpoint = open_folder(folder, run.overwrite, first.args)
         return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
 
 
