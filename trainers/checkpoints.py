@@ -90,6 +90,12 @@ class AtomicCheckpointMixin(Trainer):
                     shutil.rmtree(path, ignore_errors=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer would train on from a checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial):
         return self._unfinished or super()._get_output_dir(trial)
 

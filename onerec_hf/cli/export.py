@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError('the export needs onnx, onnxscript and onnxruntime: pip install "onerec-hf[onnx]"') from None
-    with own_folder(args.output_dir), tempfile.TemporaryDirectory(dir=Path(args.output_dir).absolute().parent) as scratch:
+    with (
+        own_folder(args.output_dir),
+        tempfile.TemporaryDirectory(dir=Path(args.output_dir).absolute().parent) as scratch,
+    ):
         folder = check_folder(args.output_dir, args.overwrite)
         processor, model = load_processor("--model", args.model), load_model("--model", args.model)
         differences = export_onnx(model, processor, Path(scratch))

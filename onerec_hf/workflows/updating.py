@@ -127,7 +127,14 @@ def update(
                     f"these rows were counted into {how.model} on {each['date']}. Pass the rows that are new."
                 )
         indices, is_new, offsets, told = _sequences(new, None if history is None else _read(history, how)[0], items)
-        counts = {"rows": rows_read, "positive": len(new), **told, "interactions": int(is_new.sum()), "pairs": 0, "cut": 0}
+        counts = {
+            "rows": rows_read,
+            "positive": len(new),
+            **told,
+            "interactions": int(is_new.sum()),
+            "pairs": 0,
+            "cut": 0,
+        }
         if evidence is not None:
             from onerec_hf.data.evidence_counts import add_to_evidence
 

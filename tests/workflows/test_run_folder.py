@@ -39,8 +39,8 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 def test_a_run_that_does_not_begin_leaves_no_trace(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("new/er/run", "mine"):
-        with pytest.raises(ValueError), own_folder(tmp_path / name):
-            raise ValueError
+        with pytest.raises(ValueError, match="bad data"), own_folder(tmp_path / name):
+            raise ValueError("bad data")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
