@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
@@ -51,6 +51,20 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
     return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
 
 
+def remove_gradient_hooks(model: torch.nn.Module) -> None:
+    """
+    Removes the hooks that activation checkpointing has put on embeddings, which are of use in training alone: with these local functions no
+    model can be pickled. (Trainer sets them more than once and knows the last ones only, which `disable_input_require_grads` removes.)
+
+    Example:
+        >>> remove_gradient_hooks(trainer.model)  # doctest: +SKIP
+    """
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith(PreTrainedModel.enable_input_require_grads.__qualname__):
+                del module._forward_hooks[number]
+
+
 class AtomicCheckpointMixin(Trainer):
     """
     Trainer mixin. A checkpoint is written under a temporary name and renamed when all ranks have written their part, so every `checkpoint-N`
@@ -88,7 +102,10 @@ class AtomicCheckpointMixin(Trainer):
             for path in Path(folder).glob("_*-checkpoint-*"):
                 if path.name.startswith((_UNFINISHED, _REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            remove_gradient_hooks(self.model)  # type: ignore[arg-type]
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # Trainer would train on from a checkpoint of the last step
