@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from onerec_hf.modeling.files import cannot_write, remove_whole
+from onerec_hf.modeling.files import cannot_write, give_usual_modes, remove_whole
 
 _UNFINISHED, _REMOVED = "_unfinished-", "_removed-"  # Trainer does not upload names that start with an underscore
 
@@ -139,6 +139,7 @@ class AtomicCheckpointMixin(Trainer):
         # Ranks on other machines may use local disks; on a shared disk there is nothing left to rename.
         for mine in (self.args.should_save, self.args.local_process_index == 0):
             if mine and os.path.isdir(source):
+                give_usual_modes(source)
                 remove_whole(target)  # from an earlier run
                 os.replace(source, target)
                 shutil.rmtree(unfinished, ignore_errors=True)
