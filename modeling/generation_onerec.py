@@ -207,6 +207,9 @@ class OneRecGenerationMixin(GenerationMixin):
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
         constrained = self.catalogue is not None if constrained is None else constrained
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        if tokens is not None and kwargs.get("attention_mask") is None and kwargs.get("encoder_outputs") is None:
+            kwargs["attention_mask"] = (tokens != self.config.pad_token_id).long()
         if constrained:
             constraint, item_scores = self._constraint(exclude, allow, distinct), None
             if weight := self._item_score_weight(item_score_weight, generation_config):
@@ -562,8 +565,6 @@ class OneRecGenerationMixin(GenerationMixin):
             embeds = kwargs.pop("inputs_embeds", None)
             if input_ids is None and embeds is None:
                 raise ValueError("item_score_weight needs the history: pass input_ids or encoder_outputs")
-            if mask is None and embeds is None:
-                mask = kwargs["attention_mask"] = (input_ids != self.config.pad_token_id).long()
             with _without_dropout(self):
                 kwargs["encoder_outputs"] = self.get_encoder()(
                     None if embeds is not None else input_ids.to(self.device),

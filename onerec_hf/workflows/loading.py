@@ -107,8 +107,10 @@ def load_in_memory(
         if value is not None and given is None:
             raise ValueError(f"{option} goes with {needs}; pass both or neither")
     for option in ("min_item_interactions", "session_length", "max_history", "stride"):
-        if getattr(settings, option) < 1:
-            raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
+        if not 1 <= getattr(settings, option) < 2**31:
+            raise ValueError(
+                f"--{option} must be at least 1 and below {2**31:,}; got {getattr(settings, option)!s:.40}"
+            )
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
     given = frozenset(given_options((DataSettings,), whole, options))
@@ -157,6 +159,11 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
     if settings.ties == "shuffle":
         sequences = sequences.shuffled_ties()
+    longest = max(int(np.diff(sequences.offsets).max()), DataSettings.session_length)
+    if settings.session_length > longest:
+        raise ValueError(
+            f"--session_length {settings.session_length}: no user has more than {longest} interactions; pass at most {longest}"
+        )
     split = leave_one_out(
         sequences,
         session_length=settings.session_length,
