@@ -224,12 +224,12 @@ def _train(
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.model.model is None:
-        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks)
     with settled(dataset, final.model.model, final.run.new_items, for_training=True) as (dataset, model):
         if isinstance(dataset, InMemoryDataset):
             dataset = newer(dataset, model, final.model.model)
         final = final._replace(model=replace(final.model, model=model))
-        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks)
 
 
 def _train_on(
@@ -237,6 +237,7 @@ def _train_on(
     folder: Path,
     final: Settings,
     choices: list[Choice],
+    record: RunRecord,
     place: str | None,
     started: float,
     source: RecommendationDataset | DataSettings | Mapping[str, Any],
