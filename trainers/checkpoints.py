@@ -113,12 +113,6 @@ class AtomicCheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _issue_warnings_after_load(self, load_result):
-        # Files hold a tied weight once; under its other names nothing is missing.
-        tied, missing = getattr(self.model, "all_tied_weights_keys", {}), set(load_result.missing_keys)
-        load_result.missing_keys[:] = [name for name in missing if name not in tied or tied[name] in missing]
-        super()._issue_warnings_after_load(load_result)
-
     def _get_output_dir(self, trial):
         return self._unfinished or super()._get_output_dir(trial)
 
