@@ -88,6 +88,8 @@ def load_in_memory(
         >>> dataset.counts()["training examples"], dataset.test[0]["session"]
         (6, [4])
     """
+    from onerec_hf.modeling.configuration_onerec import MOST_SESSION_ITEMS
+
     whole = [] if settings is None else [settings]
     (settings,) = gather((DataSettings,), whole, options)
     assert isinstance(settings, DataSettings)
@@ -106,11 +108,17 @@ def load_in_memory(
     ):
         if value is not None and given is None:
             raise ValueError(f"{option} goes with {needs}; pass both or neither")
-    for option in ("min_item_interactions", "session_length", "max_history", "stride"):
-        if not 1 <= getattr(settings, option) < 2**31:
-            raise ValueError(
-                f"--{option} must be at least 1 and below {2**31:,}; got {getattr(settings, option)!s:.40}"
-            )
+    most = {
+        "min_item_interactions": 2**31,
+        "session_length": MOST_SESSION_ITEMS,
+        "max_history": 2**31,
+        "stride": 2**31,
+    }
+    for option, largest in most.items():
+        if getattr(settings, option) < 1:
+            raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
+        if getattr(settings, option) > largest:
+            raise ValueError(f"--{option} must be at most {largest:,}; got {getattr(settings, option)!s:.40}")
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
     given = frozenset(given_options((DataSettings,), whole, options))
@@ -159,11 +167,6 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
     if settings.ties == "shuffle":
         sequences = sequences.shuffled_ties()
-    longest = max(int(np.diff(sequences.offsets).max()), DataSettings.session_length)
-    if settings.session_length > longest:
-        raise ValueError(
-            f"--session_length {settings.session_length}: no user has more than {longest} interactions; pass at most {longest}"
-        )
     split = leave_one_out(
         sequences,
         session_length=settings.session_length,
