@@ -11,6 +11,7 @@ from .hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4
+MOST_SESSION_ITEMS = 1000
 # Options of format version 1, and what took their place.
 _FORMER_OPTIONS = {
     "num_item_embeddings": "item_head={'num_items': ...}",
@@ -155,6 +156,8 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             "num_experts num_experts_per_tok session_length max_position_embeddings",
             layers="encoder_layers decoder_layers",
         )
+        if self.session_length > MOST_SESSION_ITEMS:  # what generate() writes by default, and makes room for
+            raise ValueError(f"session_length={self.session_length} must be at most {MOST_SESSION_ITEMS:,} items")
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or max(self.codebook_sizes) >= 2**31:
             raise ValueError(
                 f"codebook_sizes must hold positive sizes, one per level; got {self.codebook_sizes!s:.200}"
@@ -211,4 +214,4 @@ def _from_version_1(config: dict) -> dict:
     return config if head["num_items"] is None else {**config, "item_head": head}
 
 
-__all__ = ["NUM_SPECIAL_TOKENS", "OneRecConfig"]
+__all__ = ["MOST_SESSION_ITEMS", "NUM_SPECIAL_TOKENS", "OneRecConfig"]

@@ -28,7 +28,14 @@ def product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         states: (rows, width).
         weight: (outputs, width), or what `torch.ops.mkldnn._reorder_linear_weight` made of it.
     """
-    if states.device.type == "cpu" and states.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    # A quantised weight is a subclass of tensors that knows how to be multiplied, and has no memory that oneDNN could read.
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    if (
+        plain
+        and states.device.type == "cpu"
+        and states.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
         return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
     return F.linear(states, weight)
 

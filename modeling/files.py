@@ -167,7 +167,10 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         yield temporary
+        os.chmod(temporary, mode)  # safetensors writes for the owner alone, whatever the umask
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         reported = cannot_write(path, error)
@@ -209,6 +212,7 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         os.makedirs(temporary)
         yield temporary
+        give_usual_modes(temporary)
         names = sorted(_files_in(temporary), key=lambda name: name == last)
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, last))
@@ -228,6 +232,22 @@ def replacing_files(folder: str | os.PathLike, last: str, replaces: tuple[str, .
         if new:
             with suppress(OSError):  # something was written to it
                 os.rmdir(folder)
+
+
+def give_usual_modes(folder: str | os.PathLike) -> None:
+    """
+    Gives the files of a new folder the modes that the umask asks for, which are those of the folder: safetensors writes files that only their
+    owner can read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     os.makedirs(f"{parent}/new")
+        ...     give_usual_modes(f"{parent}/new")
+    """
+    mode = os.stat(folder).st_mode & 0o666
+    for name in _files_in(os.fspath(folder)):
+        os.chmod(os.path.join(folder, name), mode)
 
 
 def _files_in(folder: str) -> Iterator[str]:
@@ -317,6 +337,7 @@ __all__ = [
     "UNFINISHED_NAME",
     "cannot_write",
     "find_file",
+    "give_usual_modes",
     "listed",
     "map_npy",
     "pinned",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -206,6 +207,9 @@ class OneRecGenerationMixin(GenerationMixin):
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
         constrained = self.catalogue is not None if constrained is None else constrained
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        if tokens is not None and kwargs.get("attention_mask") is None and kwargs.get("encoder_outputs") is None:
+            kwargs["attention_mask"] = (tokens != self.config.pad_token_id).long()
         if constrained:
             constraint, item_scores = self._constraint(exclude, allow, distinct), None
             if weight := self._item_score_weight(item_score_weight, generation_config):
@@ -225,8 +229,9 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         elif exclude is not None or allow is not None:
             raise ValueError("exclude and allow need constrained generation")
-        if all(kwargs.get(name) is None for name in ("max_new_tokens", "max_length")) and generation_config is None:
-            kwargs["max_new_tokens"] = self._session_tokens(self.config.session_length)
+        if self._requested_tokens(kwargs, generation_config) is None:
+            own = kwargs if generation_config is None else vars(generation_config := copy.copy(generation_config))
+            own["max_new_tokens"] = self._session_tokens(self.config.session_length)
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -303,6 +308,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
+        unknown: str = "error",
         diversity: float = 0.0,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -319,10 +325,10 @@ class OneRecGenerationMixin(GenerationMixin):
             num_beams: beams per user.
             num_return_sequences: sessions returned per user, at most `num_beams`.
             exclude_seen: leave out the items of `input_ids`.
-            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1; or for all users one
-                list of item ids, or a flat tensor.
+            exclude: more items to leave out per user: lists of item ids, or (users, e) int64 item indices padded with -1. One list holds for all.
             allow: the only items to choose from, in the same forms (a category, what is in stock).
             distinct: whether an item may occur only once in a session.
+            unknown: "error", or "skip" to leave out ids in `exclude` and `allow` that the catalogue lacks.
             item_score_weight: weight of the item head's log-probability of a session's first item, beside the session's own; with evidence
                 ([`ItemEvidence`]) of each item, given the items before it. It guides the beams from the first code on.
                 `generation_config.item_score_weight` when not given, 0 where that has none.
@@ -350,7 +356,7 @@ class OneRecGenerationMixin(GenerationMixin):
             ValueError: no catalogue, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a
                 `diversity` that is negative or goes with `do_sample`, a temperature that is not positive, another number of generators than users, or
                 exclusions that leave a user no item.
-            KeyError: an id in `exclude` or `allow` that the catalogue lacks.
+            KeyError: an id in `exclude` or `allow` that the catalogue lacks, unless `unknown="skip"`.
         """
         session_length = self.config.session_length if session_length is None else session_length
         if min(session_length, num_beams, num_return_sequences) < 1:
@@ -375,13 +381,17 @@ class OneRecGenerationMixin(GenerationMixin):
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: pass one each, or one for all")
         input_ids = input_ids.to(self.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-        excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids))]
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        attention_mask = attention_mask.to(self.device)
+        if unknown not in ("error", "skip"):
+            raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r:.80}')
+        excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids), unknown)]
         if exclude_seen:
             excluded.append(self.history_indices(input_ids))
         constraint = self._constraint(
             torch.cat(excluded, dim=1) if excluded else None,
-            None if allow is None else self._rows_per_user(allow, "allow", len(input_ids)),
+            None if allow is None else self._rows_per_user(allow, "allow", len(input_ids), unknown),
             distinct,
         )
         with _without_dropout(self):
@@ -505,11 +515,19 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _generates_one_item(self, kwargs: dict, generation_config) -> bool:
         """Whether `generate` with these arguments writes sessions of one item."""
-        tokens = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        if tokens is None and (length := kwargs.get("max_length") or getattr(generation_config, "max_length", None)):
-            tokens = length - 1
-        tokens = self._session_tokens(self.config.session_length) if tokens is None else tokens
-        return tokens == self._session_tokens(1)
+        tokens = self._requested_tokens(kwargs, generation_config)
+        return (
+            self._session_tokens(self.config.session_length) if tokens is None else tokens
+        ) == self._session_tokens(1)
+
+    def _requested_tokens(self, kwargs: dict, generation_config) -> int | None:
+        """New tokens that the arguments of `generate`, its generation config or the model's ask for; None if none of them does."""
+        for source in (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config)):
+            if source.get("max_new_tokens") is not None:
+                return source["max_new_tokens"]
+            if source.get("max_length") is not None:
+                return source["max_length"] - 1
+        return None
 
     def _decoder_weight(
         self, given: float | None, item_score_weight: float, one_item: bool, generation_config=None
@@ -547,8 +565,6 @@ class OneRecGenerationMixin(GenerationMixin):
             embeds = kwargs.pop("inputs_embeds", None)
             if input_ids is None and embeds is None:
                 raise ValueError("item_score_weight needs the history: pass input_ids or encoder_outputs")
-            if mask is None and embeds is None:
-                mask = kwargs["attention_mask"] = (input_ids != self.config.pad_token_id).long()
             with _without_dropout(self):
                 kwargs["encoder_outputs"] = self.get_encoder()(
                     None if embeds is not None else input_ids.to(self.device),
@@ -590,15 +606,16 @@ class OneRecGenerationMixin(GenerationMixin):
         ]
         return CatalogueConstraint(trie, *leaves, distinct=distinct)
 
-    def _rows_per_user(self, items: torch.Tensor | Sequence, what: str, users: int) -> torch.Tensor:
+    def _rows_per_user(
+        self, items: torch.Tensor | Sequence, what: str, users: int, unknown: str = "error"
+    ) -> torch.Tensor:
         """(users, e) item indices, padded with -1, from lists of item ids or from indices; one list, flat or not, holds for all users."""
         if isinstance(items, torch.Tensor):
-            rows = items.to(self.device)
-            rows = rows[None] if rows.ndim == 1 else rows
+            rows = torch.atleast_2d(items.to(self.device))
         else:
-            if any(isinstance(each, str | int) for each in items):
-                items = [items]
-            lists = [torch.from_numpy(self.catalogue.indices(each)) for each in items]
+            flat = any(isinstance(each, str) or not isinstance(each, Iterable) for each in items)
+            how = "mask" if unknown == "skip" else unknown
+            lists = [torch.from_numpy(self.catalogue.indices(each, how)) for each in ([items] if flat else items)]
             rows = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1).to(self.device)
         if len(rows) not in (1, users):
             raise ValueError(

@@ -319,6 +319,7 @@ class HubModel(CarriesCode):
         if renamed:
             kwargs["key_mapping"] = dict(cls._former_weights)
         loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
+        _say_unquantized(loaded[0] if isinstance(loaded, tuple) else loaded)
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
             model.record_of = (os.path.abspath(repo) if os.path.isdir(repo) else str(repo), kwargs.get("revision"))
@@ -340,6 +341,14 @@ class HubModel(CarriesCode):
                     raise ValueError(f"{place}: {error}") from error
         return loaded
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As `torch.nn.Module.load_state_dict`; a tied weight, which files hold once, counts for all of its names."""
+        tied = getattr(self, "all_tied_weights_keys", {})
+        for name, source in tied.items():  # in order: a source may be tied itself
+            if name not in state_dict and source in state_dict:
+                state_dict = {**state_dict, name: state_dict[source]}
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """Adds a PEFT adapter, as `transformers.PreTrainedModel.load_adapter` does; a pickled one is refused with a ValueError."""
         if peft_model_id is not None:
@@ -347,6 +356,24 @@ class HubModel(CarriesCode):
             if not find_file(peft_model_id, _ADAPTER, **hub) and find_file(peft_model_id, _PICKLED_ADAPTER, **hub):
                 raise _pickled(peft_model_id, _PICKLED_ADAPTER, _ADAPTER)
         return super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+
+
+def _say_unquantized(model) -> None:
+    """Warns where a quantised model keeps most of its weights as they are: the libraries convert linear layers, and experts are packed parameters."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    left = [
+        weight
+        for name, weight in model.named_parameters()
+        if name.endswith(("gate_up_proj", "down_proj")) and weight.ndim == 3
+    ]
+    bytes_left = sum(weight.numel() * weight.element_size() for weight in left)
+    share = bytes_left / max(1, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+    if share > 0.1:
+        warnings.warn(
+            f"quantization converts linear layers only: the experts, {share:.0%} of the bytes, stay in {left[0].dtype}. Pass dtype=torch.bfloat16 "
+            "too, which halves them, or use a model with num_experts=1"
+        )
 
 
 __all__ = [

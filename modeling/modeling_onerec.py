@@ -462,6 +462,8 @@ class OneRecModel(OneRecPreTrainedModel):
         if encoder_input_ids is not None:
             decoder_input_ids, decoder_attention_mask = input_ids, attention_mask
             input_ids, attention_mask = encoder_input_ids, encoder_attention_mask
+        if attention_mask is None and segment_ids is None and input_ids is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
         decoder_position_ids = kwargs.pop("decoder_position_ids", None)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -481,8 +483,7 @@ class OneRecModel(OneRecPreTrainedModel):
         if encoder_input_ids is not None:  # one encoder pass per user, for all decoder rows
             repeats = decoder_input_ids.shape[0] // encoder_hidden_states.shape[0]
             encoder_hidden_states = encoder_hidden_states.repeat(repeats, 1, 1)
-            if attention_mask is not None:
-                cross_attention_mask = attention_mask.repeat(repeats, 1)
+            cross_attention_mask = attention_mask.repeat(repeats, 1)
         out = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -673,8 +674,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             self.catalogue.save(f"{folder}/{CATALOGUE_NAME}")
 
     def _load_beside(self, repo, **kwargs):
-        catalogue = ItemCatalogue.find(repo, **kwargs)
-        if catalogue is not None:
+        if (catalogue := ItemCatalogue.find(repo, **kwargs)) is not None:
             self.set_catalogue(catalogue)
         if weight := former_item_score_weight(repo, **kwargs):
             self.generation_config.item_score_weight = weight

@@ -103,7 +103,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
         Raises:
             KeyError: an unknown item with `unknown="error"`.
-            ValueError: an empty history or session (which users), or unequal numbers of histories and sessions.
+            ValueError: an empty batch, an empty history or session (which users), or unequal numbers of histories and sessions.
         """
         if return_tensors != "pt":
             raise ValueError(f'OneRecProcessor returns PyTorch tensors (return_tensors="pt"); got {return_tensors!r}')
@@ -114,6 +114,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; set the "
                 "model's with set_catalogue(...)"
             )
+        histories = _plain_lists(histories)
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
         keep = max_history if max_history is not None else self.max_history
@@ -122,6 +123,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         inputs = self._write(rows, lengths, tokenizer.sep_token_id)
         data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long()}
         if sessions is not None:
+            sessions = _plain_lists(sessions)
             if len(sessions) != len(histories):
                 raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions")
             data |= self.sessions(sessions, unknown)
@@ -138,7 +140,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             >>> OneRecProcessor.from_catalogue(catalogue).sessions([["m4", "m17"], ["m17"]])["labels"].tolist()
             [[4, 7, -100, 5, 6], [5, 6, -100, -100, -100]]
         """
-        rows, lengths = self._rows(sessions, unknown, "session", None)
+        rows, lengths = self._rows(_plain_lists(sessions), unknown, "session", None)
         written = self._write(rows, lengths, self.tokenizer.bos_token_id)
         decoder_input_ids = written[:, :-1].contiguous()
         special = (written == self.tokenizer.bos_token_id) | (written == self.tokenizer.pad_token_id)
@@ -150,6 +152,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
         """Item indices of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
+        if not len(lists):
+            raise ValueError(f"an empty batch: pass at least one {what}")
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         rows = self.catalogue.indices(
             [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
@@ -306,6 +310,17 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         repo = os.fspath(pretrained_model_name_or_path)
         processor.record_of = (os.path.abspath(repo) if os.path.isdir(repo) else repo, kwargs.get("revision"))
         return processor
+
+
+def _plain_lists(lists):
+    """Lists of item ids, also where they are tensors or arrays, all at once or one by one."""
+    if isinstance(lists, torch.Tensor | np.ndarray):
+        return lists.tolist()
+    if any(isinstance(each, torch.Tensor | np.ndarray) for each in lists):
+        return [each.tolist() if isinstance(each, torch.Tensor | np.ndarray) else each for each in lists]
+    if any(isinstance(each, list) and isinstance(next(iter(each), None), torch.Tensor) for each in lists):
+        return [[item.item() if isinstance(item, torch.Tensor) else item for item in each] for each in lists]
+    return lists
 
 
 __all__ = ["OneRecProcessor"]

@@ -94,6 +94,29 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
         return {"router/max_violation": mean}
 
 
+class RunRecordCallback(TrainerCallback, ExportableState):
+    """
+    Keeps a JSON object in the checkpoints of a trainer, under the callback's name in `trainer_state.json`: what a run was started with.
+
+    Args:
+        record: the object.
+
+    Example:
+        >>> RunRecordCallback({"learning_rate": 0.1}).state()["args"]
+        {'record': {'learning_rate': 0.1}}
+    """
+
+    def __init__(self, record: dict):
+        self.record = record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.stateful_callbacks[type(self).__name__] = self.state()  # missing in checkpoints of earlier versions
+
+    def state(self) -> dict:
+        """The callback's state in checkpoints, in Trainer's format."""
+        return {"args": {"record": self.record}, "attributes": {}}
+
+
 class InterruptCallback(TrainerCallback):
     """
     The first Ctrl-C finishes the step, saves a checkpoint and stops training; a second one interrupts immediately. `interrupted` is True

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from onerec_hf.modeling.files import cannot_write, remove_whole
+from onerec_hf.modeling.files import cannot_write, give_usual_modes, remove_whole
 
 _UNFINISHED, _REMOVED = "_unfinished-", "_removed-"  # Trainer does not upload names that start with an underscore
 
@@ -49,6 +49,20 @@ def newest_checkpoint(folder: str | os.PathLike) -> str | None:
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and is_whole(path)]
     return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+
+
+def remove_gradient_hooks(model: torch.nn.Module) -> None:
+    """
+    Removes the hooks that activation checkpointing has put on embeddings, which are of use in training alone: with these local functions no
+    model can be pickled. (Trainer sets them more than once and knows the last ones only, which `disable_input_require_grads` removes.)
+
+    Example:
+        >>> remove_gradient_hooks(trainer.model)  # doctest: +SKIP
+    """
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith(PreTrainedModel.enable_input_require_grads.__qualname__):
+                del module._forward_hooks[number]
 
 
 class AtomicCheckpointMixin(Trainer):
@@ -88,7 +102,16 @@ class AtomicCheckpointMixin(Trainer):
             for path in Path(folder).glob("_*-checkpoint-*"):
                 if path.name.startswith((_UNFINISHED, _REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            remove_gradient_hooks(self.model)  # type: ignore[arg-type]
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer would train on from a checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result):
         # Tied weights are saved under one name, and the library would report the others as missing.
@@ -122,6 +145,7 @@ class AtomicCheckpointMixin(Trainer):
         # Ranks on other machines may use local disks; on a shared disk there is nothing left to rename.
         for mine in (self.args.should_save, self.args.local_process_index == 0):
             if mine and os.path.isdir(source):
+                give_usual_modes(source)
                 remove_whole(target)  # from an earlier run
                 os.replace(source, target)
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
+from onerec_hf.trainers.inputs import own_arguments, plain_rows
 from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
 from onerec_hf.trainers.preference_checks import check_item_rows
@@ -76,14 +77,15 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         self,
         model: PreTrainedModel | str,
         reward_funcs: RewardFunction | PreTrainedModel | str | list | None = None,
-        args: OneRecDPOConfig | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         processing_class: OneRecProcessor | None = None,
         selection: Selection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs,
     ):
-        args = OneRecDPOConfig("onerec-dpo-output") if args is None else args
+        args = own_arguments(args, OneRecDPOConfig, "onerec-dpo-output")
+        train_dataset = plain_rows(train_dataset)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         self.reward_funcs = [_as_function(reward) for reward in rewards]
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -31,6 +33,7 @@ from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.inputs import RankingSearch, first_model, own_arguments, plain_rows
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.sharding import unsharded_model
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
-class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
+class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k
@@ -53,11 +56,13 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
     rows without padding.
 
     Args:
-        model: a `OneRecForConditionalGeneration`, a PEFT model around one, or a path or Hub id.
-        args: [`OneRecTrainingArguments`].
+        model: a `OneRecForConditionalGeneration`, a PEFT model around one, or a path or Hub id. Or `model_init`, as for Trainer.
+        args: [`OneRecTrainingArguments`], or plain `TrainingArguments`: what those do not have takes its default.
         processing_class: the [`OneRecProcessor`]; its catalogue is set on the model, and `max_history` limits the encoder's input.
         train_dataset, eval_dataset: datasets with the columns `history` and `session`; other columns are ignored. `train_dataset` may also
-            hold prefixes, or be an [`~onerec_hf.data.ExampleStream`], of which every rank reads its part.
+            hold prefixes, or be an [`~onerec_hf.data.ExampleStream`], of which every rank reads its part. `predict` needs no `session`.
+        model_init: makes a model, `model_init()` or `model_init(trial)`, for each training and each trial of `hyperparameter_search`.
+        peft_config: train this PEFT adapter instead of the model's weights.
 
     Raises:
         ValueError: no processor, prefixes with a fully visible encoder, or a dataset that `args.packing` does not support.
@@ -79,23 +84,29 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        args: OneRecTrainingArguments | None = None,
+        model: PreTrainedModel | str | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Dataset | ExampleStream | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: OneRecProcessor | None = None,
         data_collator=None,
         compute_metrics=None,
         callbacks=None,
+        model_init=None,
+        peft_config=None,
         **kwargs,
     ):
-        args = args if args is not None else OneRecTrainingArguments("onerec-output")
+        args = own_arguments(args, OneRecTrainingArguments, "onerec-output")
+        train_dataset, eval_dataset = plain_rows(train_dataset), plain_rows(eval_dataset)
         if isinstance(model, str):
             model = AutoModelForSeq2SeqLM.from_pretrained(model)
         if processing_class is None:
             raise ValueError("OneRecTrainer needs processing_class: pass the OneRecProcessor with the catalogue")
-        generator = model.get_base_model() if hasattr(model, "get_base_model") else model
-        generator.set_catalogue(processing_class.catalogue)
+        self.processing_class, self._peft_config = processing_class, peft_config
+        if model is not None and model_init is None:
+            model = self._prepared(model)
+        model = first_model(self, model, model_init, args)
+        generator = _generator_of(model)
         self.eval_data_collator = data_collator or OneRecDataCollator(
             processing_class, with_seen=args.eval_exclude_seen
         )
@@ -130,7 +141,27 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             callbacks=[self._router_balance, self._interrupt, StreamPositionCallback(), *(callbacks or [])],
             **kwargs,
         )
+        self.model_init = model_init
         self.label_smoother = None  # it would replace the model's loss, including the item loss
+
+    def _prepared(self, model: Any) -> Any:
+        """A model with the processor's catalogue, and the adapter to train."""
+        _generator_of(model).set_catalogue(self.processing_class.catalogue)  # type: ignore[union-attr]
+        if self._peft_config is None:
+            return model
+        if is_peft_model(model):
+            raise ValueError("the model has an adapter already: leave peft_config out")
+        return get_peft_model(model, self._peft_config)
+
+    def call_model_init(self, trial=None):
+        model = self._prepared(super().call_model_init(trial))
+        collator, config = vars(self).get("data_collator"), _generator_of(model).config
+        if isinstance(collator, PackedDataCollator) and collator.encoder_is_causal != config.encoder_is_causal:
+            raise ValueError(
+                f"model_init made a model with encoder_is_causal={config.encoder_is_causal} after one with {collator.encoder_is_causal}, and the "
+                "training rows are made for the first; keep it the same in all trials"
+            )
+        return model
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -176,6 +207,9 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
+        if not isinstance(eval_dataset, str):
+            eval_dataset = plain_rows(eval_dataset)
+            _check_targets("evaluate()", self.eval_dataset if eval_dataset is None else eval_dataset)
         if eval_dataset is not None and eval_dataset is not self._evaluated and not isinstance(eval_dataset, str):
             # With persistent workers Trainer would return the loader of the previously evaluated dataset.
             vars(self).get("_eval_dataloaders", {}).pop("eval", None)
@@ -184,6 +218,9 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
+        test_dataset = plain_rows(test_dataset)
+        if not self.args.predict_with_generate:
+            _check_targets("predict() with predict_with_generate=False", test_dataset)
         with self._collating_for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
@@ -265,10 +302,15 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs,
     ):
-        """Loss, ranked item indices (users, largest k) and target item indices (users, items); -1 for invalid IDs and padding."""
+        """
+        Loss, ranked item indices (users, largest k) and target item indices (users, items); -1 for invalid IDs and padding. No loss and no
+        targets for users without a session.
+        """
         inputs = self._prepare_inputs(dict(inputs))
         exclude = inputs.pop("exclude", None)
-        loss, _, _ = Trainer.prediction_step(self, model, inputs, prediction_loss_only=True)
+        loss, targets = None, inputs.get("labels")
+        if targets is not None:
+            loss, _, _ = Trainer.prediction_step(self, model, inputs, prediction_loss_only=True)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         top = max(self.args.eval_top_k)
@@ -283,7 +325,7 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
             **({"decoder_weight": 0.0, "item_score_weight": 1.0} if head_alone else {}),
         )
         ranked = self.processing_class.item_indices(sequences).view(len(inputs["input_ids"]), top)
-        return loss, ranked, self.processing_class.item_indices(inputs["labels"])
+        return loss, ranked, None if targets is None else self.processing_class.item_indices(targets)
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target item indices."""
@@ -308,6 +350,26 @@ class _SeededByLength(LengthGroupedSampler):
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return super().__iter__()
+
+
+def _generator_of(model: Any) -> Any:
+    """The model, without an adapter around it."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _check_targets(call: str, dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: no column of targets.
+    """
+    if isinstance(dataset, dict):
+        for each in dataset.values():
+            _check_targets(call, each)
+    elif isinstance(dataset, Dataset) and "session" not in dataset.column_names:
+        raise ValueError(
+            f"{call} needs the column 'session', the items that are ranked for (found: {', '.join(dataset.column_names)}). For users without "
+            "it, call predict() or model.recommend()"
+        )
 
 
 def _are_prefixes(dataset) -> bool:

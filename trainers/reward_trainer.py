@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.feedback.collator import RewardDataCollator
@@ -14,6 +14,7 @@ from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
 from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
 
@@ -45,18 +46,20 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
 
     def __init__(
         self,
-        model: OneRecForSessionReward | str,
-        args: RewardTrainingArguments | None = None,
+        model: OneRecForSessionReward | str | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         data_collator=None,
         compute_metrics=None,
+        model_init=None,
         **kwargs,
     ):
-        args = args if args is not None else RewardTrainingArguments("onerec-reward-output")
-        reward_model: OneRecForSessionReward = (
-            AutoModelForSequenceClassification.from_pretrained(model) if isinstance(model, str) else model
-        )
+        args = own_arguments(args, RewardTrainingArguments, "onerec-reward-output")
+        train_dataset, eval_dataset = plain_rows(train_dataset), plain_rows(eval_dataset)
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model)
+        reward_model: OneRecForSessionReward = first_model(self, model, model_init, args)
         if reward_model.items is None:
             raise ValueError(
                 "RewardTrainer needs a model with items; call model.set_items(RewardItems(ids), features)"
@@ -75,6 +78,13 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
             compute_metrics=compute_metrics or self.compute_reward_metrics,
             **kwargs,
         )
+        self.model_init = model_init
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(plain_rows(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(plain_rows(test_dataset))
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.dpo_config import DPOConfig
 
 from onerec_hf.trainers.preference_losses import REFERENCE_FREE, cdpo_settings, cpo_settings
@@ -13,7 +14,7 @@ from onerec_hf.trainers.preference_losses import REFERENCE_FREE, cdpo_settings, 
 @dataclass
 class Seq2SeqDPOConfig(DPOConfig):
     """
-    `trl.DPOConfig` for encoder-decoder models. All options and defaults of TRL apply (`bf16`,
+    `trl.DPOConfig` for encoder-decoder models. All options and defaults of TRL apply (`bf16` where the device has it,
     `activation_checkpointing`, learning rate 1e-6); `max_length` limits the decoder's sequence only.
 
     Args:
@@ -50,6 +51,8 @@ class Seq2SeqDPOConfig(DPOConfig):
     def __post_init__(self):
         if self.activation_checkpointing is None:  # TRL sets its default under the deprecated name
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.bf16 is None and not (is_torch_bf16_gpu_available() and not self.use_cpu):
+            self.bf16 = False  # TRL's default is true, which a CPU refuses
         super().__post_init__()
         self.dataloader_pin_memory &= (
             torch.accelerator.is_available()

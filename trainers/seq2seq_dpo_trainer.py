@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSeq2SeqLM, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor, PreTrainedModel, TrainingArguments
 from trl.data_utils import apply_chat_template, extract_prompt, is_conversational
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
@@ -21,12 +21,13 @@ from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.inputs import own_arguments, plain_rows
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator
 from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy
-from onerec_hf.trainers.trl_adapter import check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.trl_adapter import bind_to_itself, check_scores, enable_decoder_first, takes_decoder_first
 
 _TEXT = ("prompt", "chosen", "rejected")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -67,6 +68,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
     """
 
     _tag_names = ["trl", "dpo", "seq2seq"]
+    _arguments: type[Seq2SeqDPOConfig] = Seq2SeqDPOConfig
     args: Seq2SeqDPOConfig
     model: PreTrainedModel
     ref_model: Any
@@ -75,7 +77,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
         self,
         model: PreTrainedModel | str,
         ref_model: PreTrainedModel | None = None,
-        args: Seq2SeqDPOConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict | None = None,
@@ -84,7 +86,8 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
         quantization_config=None,
         **kwargs,
     ):
-        args = Seq2SeqDPOConfig("seq2seq-dpo-output") if args is None else args
+        args = own_arguments(args, self._arguments, "seq2seq-dpo-output")
+        train_dataset, eval_dataset = plain_rows(train_dataset), plain_rows(eval_dataset)
         if isinstance(model, str):
             model = _load(model, args, quantization_config)
             quantization_config = None
@@ -124,6 +127,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
             quantization_config=quantization_config,
             **kwargs,
         )
+        bind_to_itself(generator)
         if args.reference_free:
             args.precompute_ref_log_probs = self.precompute_ref_logps = False
         if args.disable_dropout:
@@ -287,12 +291,7 @@ def _check_adapter(peft_config, model) -> None:
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     if is_sharded(model):
         return sharded_copy(model)
-    # The fused forward of an earlier TRL trainer is bound to the original model; a copy would use the original's weights.
-    forward = model.__dict__.pop("forward", None)
-    copied = copy.deepcopy(model)
-    if forward is not None:
-        model.forward = forward
-    return copied
+    return copy.deepcopy(model)
 
 
 def _disable_plain_dropout(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trainer
+from transformers import AutoModel, EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
@@ -24,6 +24,7 @@ from onerec_hf.evaluation.metrics import ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
 from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
 
@@ -59,15 +60,18 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
 
     def __init__(
         self,
-        model: SequentialRecommender | str,
-        args: SequentialTrainingArguments | None = None,
+        model: SequentialRecommender | str | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Iterable[Sequence] | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks=None,
+        model_init=None,
         **kwargs,
     ):
-        args = args if args is not None else SequentialTrainingArguments("sequential-output")
+        args = own_arguments(args, SequentialTrainingArguments, "sequential-output")
+        eval_dataset = plain_rows(eval_dataset)
         recommender: Any = AutoModel.from_pretrained(model) if isinstance(model, str) else model
+        recommender = first_model(self, recommender, model_init, args)
         if recommender.items is None:
             raise ValueError("the model has no item ids: make it with SequentialRecommender.from_items(item_ids)")
         if eval_dataset is None:  # no checkpoint selection
@@ -93,6 +97,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
             **kwargs,
         )
         self._eval_collator = _EvaluationCollator(recommender.items, config.max_history, args.eval_exclude_seen)
+        self.model_init = model_init
         self.label_smoother = None  # the model smooths, over the scores of all items
 
     def _set_signature_columns_if_needed(self):
@@ -109,11 +114,11 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         with self._collating_for_evaluation():
-            return super().get_eval_dataloader(eval_dataset)
+            return super().get_eval_dataloader(plain_rows(eval_dataset))
 
     def get_test_dataloader(self, test_dataset):
         with self._collating_for_evaluation():
-            return super().get_test_dataloader(test_dataset)
+            return super().get_test_dataloader(plain_rows(test_dataset))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.label_smoothing_factor:
@@ -134,7 +139,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         inputs = self._prepare_inputs(inputs)
         recommender: Any = self.accelerator.unwrap_model(self.model)
         ranked, _ = recommender.top_items(inputs["input_ids"], max(self.args.eval_top_k), inputs.get("exclude_ids"))
-        return None, ranked, inputs["labels"]
+        return None, ranked, inputs.get("labels")
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, from ranked and target indices."""
@@ -159,10 +164,9 @@ class _EvaluationCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         histories = [self.items.indices(example["history"]) for example in examples]
-        batch = {
-            "input_ids": pad_left(histories, self.max_history),
-            "labels": pad_left([self.items.indices(example["session"]) for example in examples]) - 1,
-        }
+        batch = {"input_ids": pad_left(histories, self.max_history)}
+        if "session" in examples[0]:  # predict() needs none
+            batch["labels"] = pad_left([self.items.indices(example["session"]) for example in examples]) - 1
         if self.exclude_seen:
             batch["exclude_ids"] = pad_left(histories)
         return batch

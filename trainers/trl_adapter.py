@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from typing import Any
@@ -98,10 +99,30 @@ def enable_decoder_first(model: PreTrainedModel) -> None:
         return
     backbone = model.base_model
     if backbone is model:
-        setattr(model, _BACKBONE, types.MethodType(_run_to_head, model))
+        # Not a method: it would be pickled as the name of an attribute that the class does not have.
+        setattr(model, _BACKBONE, functools.partial(_run_to_head, model))
         model.base_model_prefix = _BACKBONE
     elif not takes_decoder_first(model) and _rename_inputs not in backbone._forward_pre_hooks.values():
         backbone.register_forward_pre_hook(_rename_inputs, with_kwargs=True)
+
+
+def bind_to_itself(model: PreTrainedModel) -> None:
+    """
+    Makes the forward that a TRL trainer has put on a model the model's own. TRL's calls the forward of the model that it was made for, so that
+    a deepcopy would compute with the original's weights. A pickled model has the forward of its class.
+
+    Example:
+        >>> bind_to_itself(trainer.model)  # doctest: +SKIP
+    """
+    fused: Any = vars(model)["forward"].__func__
+
+    @functools.wraps(type(model).forward)  # generate() reads its signature
+    def forward(self, *args, fused_lm_head: bool = False, **kwargs):
+        if fused_lm_head:
+            return fused(self, *args, fused_lm_head=True, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from onerec_hf.cli.arguments import command_line, options_of, parse_given
 from onerec_hf.evaluation.results import write_results
+from onerec_hf.workflows.data_options import differences, read_data_options
 from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.evaluation import EvaluateSettings, evaluate
 from onerec_hf.workflows.loading import load_dataset
@@ -35,6 +37,10 @@ def main(argv: list[str]) -> None:
     if not is_first():
         return
     if options.json:
+        chosen = (
+            {**dataset.options, "exclude_seen": settings.exclude_seen} if "exclude_seen" in how else dataset.options
+        )
+        differ = differences(chosen, read_data_options("--model", cast("str", settings.model)))
         write_results(
             options.json,
             result.rows,
@@ -42,6 +48,7 @@ def main(argv: list[str]) -> None:
             dataset=dataset.name,
             split=settings.split,
             protocol=dataset.protocol,
+            **({"other_data_options": differ} if differ else {}),
         )
         say(f"wrote {options.json}")
     print(ranking_table(result.rows))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onerec_hf.cli.arguments import parse
 from onerec_hf.workflows.artefact import load_model, load_processor
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.run_folder import check_folder
+from onerec_hf.workflows.run_folder import check_folder, own_folder
 from onerec_hf.workflows.settings import OutputSettings
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ def main(argv: list[str]) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError('the export needs onnx, onnxscript and onnxruntime: pip install "onerec-hf[onnx]"') from None
-    folder = check_folder(args.output_dir, args.overwrite)
-    processor, model = load_processor("--model", args.model), load_model("--model", args.model)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as scratch:
+    with (
+        own_folder(args.output_dir),
+        tempfile.TemporaryDirectory(dir=Path(args.output_dir).absolute().parent) as scratch,
+    ):
+        folder = check_folder(args.output_dir, args.overwrite)
+        processor, model = load_processor("--model", args.model), load_model("--model", args.model)
         differences = export_onnx(model, processor, Path(scratch))
-        folder.mkdir(parents=True, exist_ok=True)
         for path in Path(scratch).iterdir():
             shutil.move(path, folder / path.name)
     for name, difference in differences.items():

@@ -6,7 +6,7 @@ import difflib
 import os
 from argparse import Action, Namespace
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers.hf_argparser import string_to_bool
@@ -15,6 +15,7 @@ from trl.scripts.utils import TrlParser
 from onerec_hf.modeling.files import UNEXPECTED, short
 
 _MOST_VALUES = 100_000
+_LARGEST = 2**53
 # Options of earlier versions, and what they are called now.
 RENAMED = {
     "item_embeddings": "item_head",
@@ -83,6 +84,8 @@ class CommandParser(TrlParser):
         self.given: dict[str, Any] = {}
         self._from_file: list[str] = []
         self._nested: dict[str, Any] = {}
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        self._optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
         for option in required:
             self._option_string_actions[option].required = True
 
@@ -140,6 +143,10 @@ class CommandParser(TrlParser):
         blank = Namespace(**{action.dest: unset for action in self._actions})
         values = vars(super().parse_known_args(args, blank)[0])
         self.given = self._nested | {name: value for name, value in values.items() if value is not unset}
+        for name, value in self.given.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and abs(number) > _LARGEST:
+                    self.error(f"argument --{name}: {short(number, 40)} is out of range, at most {_LARGEST:,}")
         return super().parse_known_args(args, namespace)
 
     def _arguments(self, option: str, action: Action, value: Any) -> list[str]:
@@ -148,6 +155,8 @@ class CommandParser(TrlParser):
             return [option, *(self._listed(option, part) for part in value)]
         if isinstance(value, dict | list) and action.type in (int, float, string_to_bool):
             self.error(f"argument {option}: expected one value, not {short(value, 80)}")
+        if value is None and action.dest not in self._optional:
+            self.error(f"argument {option}: null is no value for it; leave the option out for its default")
         if value is None or isinstance(value, dict | list):  # not possible on a command line: as in TrlParser
             action.default = self._nested[action.dest] = value
             return []

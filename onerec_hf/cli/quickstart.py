@@ -19,7 +19,7 @@ from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.rating_alignment import align_once
 from onerec_hf.workflows.results import ranking_table
-from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, resumable
+from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, own_folder, resumable
 from onerec_hf.workflows.settings import OutputSettings
 from onerec_hf.workflows.training import final_settings, given_settings, report, stopping, train_generator
 from onerec_hf.workflows.training_report import report_panels
@@ -58,6 +58,12 @@ def main(argv: list[str]) -> None:
     (args,) = parse((QuickstartOptions,), argv, "quickstart")
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps must be at least 1; got {args.max_steps}")
+    with own_folder(args.output_dir):
+        _run(args, argv)
+
+
+def _run(args: QuickstartOptions, argv: list[str]) -> None:
+    """The command once its options are checked and no other run uses the folder."""
     folder = check_folder(args.output_dir, args.overwrite or is_unfinished(args.output_dir))
     command = command_line("quickstart", argv)
     started = time.perf_counter()

@@ -253,6 +253,13 @@ def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> tuple[np.n
     """(n, d) float32 `U * S^scale_power` of the d = min(dim, rank bound) largest singular values, and the (d, columns) directions."""
     from sklearn.decomposition import TruncatedSVD
 
+    if min(matrix.shape) < 2:  # of one row or column, which TruncatedSVD refuses: the matrix is its own decomposition
+        dense = np.asarray(matrix.todense(), dtype=np.float64)
+        largest = max(np.linalg.norm(dense), 1e-12)
+        first, direction = (
+            (dense, np.ones((1, 1))) if dense.shape[1] == 1 else (np.full((1, 1), largest), dense / largest)
+        )
+        return (first * largest ** (scale_power - 1)).astype(np.float32), direction.astype(np.float32)
     dim = max(1, min(dim, min(matrix.shape) - 1))
     svd = TruncatedSVD(dim, random_state=seed)
     reduced = svd.fit_transform(matrix)

@@ -33,8 +33,9 @@ from onerec_hf.workflows.evaluation import ranking_rows
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.preferences import keep_pairs, kept_pairs, read_preferences, save_pairs
 from onerec_hf.workflows.results import GeneratorResult
-from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
-from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
+from onerec_hf.workflows.resuming import RunRecord, of_data, record_of
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
+from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather, given_options
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
@@ -117,55 +118,66 @@ def align(
     from onerec_hf.trainers.sharding import unsharded_model
 
     where, options = data_and_options(data, options)
-    how, sharding, args = gather((AlignSettings, ShardingSettings, OneRecDPOConfig), settings, options)
+    kinds = (AlignSettings, ShardingSettings, OneRecDPOConfig)
+    how, sharding, args = gather(kinds, settings, options)
     assert isinstance(how, AlignSettings)
     args = copy.copy(args)
     sharding.check(args)
     how.check()
     assert how.model is not None
     folder = Path(args.output_dir)
-    resumes = open_folder(folder, how.overwrite, args)
-    if folder.resolve() == Path(how.model).resolve():
-        raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
-    started = time.perf_counter()
-    processor, model = load_processor("--model", how.model), load_model("--model", how.model)
-    preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
-    rewards = [load_reward(path) for path in how.reward or []]
-    dataset = as_dataset(where, how.model)
-    exclude_seen = excludes_seen("--model", how.model)
-    check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
-    # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
-    judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
-    judges = {name: models for name, models in judges.items() if models}
-    before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
-    scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
-    args.output_dir = str(folder / "checkpoints")
-    examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
-    trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
-    if rewards:
-        keep_pairs(trainer)
-    origin = find_origin(how.model, how.save_items)
-    begin(folder, command, resumes)
-    write_origin(folder, origin)
-    save_data_options(folder, dataset, exclude_seen)
-    write_items(folder, dataset.items if how.save_items else None, processor)
-    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        save_trained(trainer, folder)
-    after = []
-    if how.evaluate:
-        with unsharded_model(trainer.model) as aligned:
-            after = ranking_rows(aligned, processor, dataset, args.use_cpu, exclude_seen)
-            scored += reward_rows(aligned, processor, judges, dataset, "after")
-    rows: list[dict[str, Any]] = []
-    if is_first():
-        rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
-        rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
-        report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command)
-        finish(folder)
-        say(f"saved to {folder}")
-    wait()
-    return GeneratorResult(rows, folder, trainer)
+    with own_folder(folder):
+        resumes = open_folder(folder, how.overwrite, args)
+        given, before, checkpoint = given_options(kinds, settings, options), RunRecord.of_checkpoint(args), None
+        if before is not None:
+            checkpoint = args.resume_from_checkpoint
+            how, sharding, args = gather(kinds, settings, before.completed(kinds, given, options))
+            args = copy.copy(args)
+            args.resume_from_checkpoint = checkpoint
+        assert how.model is not None
+        if folder.resolve() == Path(how.model).resolve():
+            raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
+        started = time.perf_counter()
+        processor, model = load_processor("--model", how.model), load_model("--model", how.model)
+        preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
+        rewards = [load_reward(path) for path in how.reward or []]
+        dataset = as_dataset(where, how.model)
+        record = record_of(before, checkpoint, given, of_data(dataset), kinds, args)
+        exclude_seen = excludes_seen("--model", how.model)
+        check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
+        # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.
+        judges = {"reward": rewards, "heldout_reward": [load_reward(path, "--judge") for path in how.judge or []]}
+        judges = {name: models for name, models in judges.items() if models}
+        before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
+        scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
+        args.output_dir = str(folder / "checkpoints")
+        examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
+        trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
+        trainer.add_callback(record.callback())
+        if rewards:
+            keep_pairs(trainer)
+        origin = find_origin(how.model, how.save_items)
+        begin(folder, command, resumes)
+        write_origin(folder, origin)
+        save_data_options(folder, dataset, exclude_seen)
+        write_items(folder, dataset.items if how.save_items else None, processor)
+        with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            save_trained(trainer, folder)
+        after = []
+        if how.evaluate:
+            with unsharded_model(trainer.model) as aligned:
+                after = ranking_rows(aligned, processor, dataset, args.use_cpu, exclude_seen)
+                scored += reward_rows(aligned, processor, judges, dataset, "after")
+        rows: list[dict[str, Any]] = []
+        if is_first():
+            rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
+            rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
+            report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command, record.changes)
+            finish(folder)
+            say(f"saved to {folder}")
+        wait()
+        return GeneratorResult(rows, folder, trainer)
 
 
 def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
@@ -201,6 +213,7 @@ def report(
     drawn: bool,
     exclude_seen: bool,
     command: str | None,
+    resumed: list[dict[str, Any]],
 ) -> None:
     """
     Writes pairs, `results.json` and card into the folder of the aligned model.
@@ -208,6 +221,7 @@ def report(
     Args:
         drawn: whether the trainer drew its pairs.
         exclude_seen: whether the rankings left out the items of a user's history.
+        resumed: what calls that resumed the run changed.
     """
     from onerec_hf.hub_cards import Alignment, Training, write_generator_card
 
@@ -219,6 +233,7 @@ def report(
         seed=trainer.args.seed,
         dataset=data.name,
         protocol=data.protocol,
+        **({"resumed_with": resumed} if resumed else {}),
     )
     write_generator_card(
         folder,

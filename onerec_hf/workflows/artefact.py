@@ -154,7 +154,7 @@ def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
 
 def model_type(repo: str) -> str | None:
     """The `model_type` in the config.json of a folder or Hub repository; None where that cannot be read."""
-    return _saved_config(repo, "config.json").get("model_type")
+    return saved_config(repo, "config.json").get("model_type")
 
 
 def saved_sizes(repo: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def saved_sizes(repo: str) -> dict[str, Any]:
     What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length` and `max_history`, as far as they can be
     read. Loading the model tells what is wrong with it.
     """
-    found = _saved_config(repo, "config.json") | _saved_config(repo, "processor_config.json")
+    found = saved_config(repo, "config.json") | saved_config(repo, "processor_config.json")
     return {
         name: found[name]
         for name in ("encoder_is_causal", "session_length", "max_history")
@@ -170,7 +170,7 @@ def saved_sizes(repo: str) -> dict[str, Any]:
     }
 
 
-def _saved_config(repo: str, name: str) -> dict[str, Any]:
+def saved_config(repo: str, name: str) -> dict[str, Any]:
     """A JSON object of a folder or Hub repository; empty where that cannot be read."""
     from transformers.utils.hub import cached_file
 

@@ -23,9 +23,9 @@ from onerec_hf.workflows.artefact import (
     model_type,
     set_ranking_weights,
 )
-from onerec_hf.workflows.data_options import excludes_seen
+from onerec_hf.workflows.data_options import differences, excludes_seen, read_data_options
 from onerec_hf.workflows.dataset import ItemLookup, RecommendationDataset
-from onerec_hf.workflows.distributed import is_first, joined_on_cpu, wait
+from onerec_hf.workflows.distributed import is_first, joined_on_cpu, say, wait
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.new_items import check_choice, settled
 from onerec_hf.workflows.results import Result
@@ -111,6 +111,8 @@ def evaluate(data: RecommendationDataset | DataSettings | None = None, *settings
     assert how.model is not None
     if "exclude_seen" not in given_options((EvaluateSettings,), settings, options):
         how.exclude_seen = excludes_seen("--model", how.model)
+    elif text := differences({"exclude_seen": how.exclude_seen}, read_data_options("--model", how.model)):
+        say(text)
     with settled(as_dataset(where, how.model), how.model, how.new_items) as (dataset, model):
         rows = _rows_of(model, dataset, how)
     wait()

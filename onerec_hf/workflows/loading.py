@@ -88,6 +88,8 @@ def load_in_memory(
         >>> dataset.counts()["training examples"], dataset.test[0]["session"]
         (6, [4])
     """
+    from onerec_hf.modeling.configuration_onerec import MOST_SESSION_ITEMS
+
     whole = [] if settings is None else [settings]
     (settings,) = gather((DataSettings,), whole, options)
     assert isinstance(settings, DataSettings)
@@ -106,9 +108,17 @@ def load_in_memory(
     ):
         if value is not None and given is None:
             raise ValueError(f"{option} goes with {needs}; pass both or neither")
-    for option in ("min_item_interactions", "session_length", "max_history", "stride"):
+    most = {
+        "min_item_interactions": 2**31,
+        "session_length": MOST_SESSION_ITEMS,
+        "max_history": 2**31,
+        "stride": 2**31,
+    }
+    for option, largest in most.items():
         if getattr(settings, option) < 1:
             raise ValueError(f"--{option} must be at least 1; got {getattr(settings, option)}")
+        if getattr(settings, option) > largest:
+            raise ValueError(f"--{option} must be at most {largest:,}; got {getattr(settings, option)!s:.40}")
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
     given = frozenset(given_options((DataSettings,), whole, options))

@@ -32,7 +32,7 @@ from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.id_map import write_id_map
-from onerec_hf.workflows.run_folder import check_folder
+from onerec_hf.workflows.run_folder import LOCK, check_folder, own_folder
 from onerec_hf.workflows.settings import gather
 from onerec_hf.workflows.updating import folder_of
 
@@ -135,18 +135,17 @@ def add_items(
         )
     if items is None and interactions is None:
         raise ValueError("pass --items, a table of the new items, or --interactions, a log in which they occur")
-    target = None if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
-    ids, table, sequences = _read(how, items, embeddings, interactions)
-    grown = _grown(how.model, ids, table, sequences)
-    if not len(grown.added):
-        what = f"all {grown.known:,} items are in its catalogue"
-        if len(grown.left_out):
-            what = (
-                f"none of {len(grown.left_out):,} new items has a known word or interactions with items of the model"
-            )
-        raise ValueError(f"--model {how.model}: {what}, so that nothing was added. {_cure(table, sequences)}")
-    folder = grown.save(target)
-    return AddedItems(folder, grown.added, grown.left_out, grown.known)
+    with own_folder(how.output_dir or how.model):
+        target = None if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
+        ids, table, sequences = _read(how, items, embeddings, interactions)
+        grown = _grown(how.model, ids, table, sequences)
+        if not len(grown.added):
+            what = f"all {grown.known:,} items are in its catalogue"
+            if len(grown.left_out):
+                what = f"none of {len(grown.left_out):,} new items has a known word or interactions with items of the model"
+            raise ValueError(f"--model {how.model}: {what}, so that nothing was added. {_cure(table, sequences)}")
+        folder = grown.save(target)
+        return AddedItems(folder, grown.added, grown.left_out, grown.known)
 
 
 @contextlib.contextmanager
@@ -308,7 +307,7 @@ class _Grown:
         target, weights = target or self.source, ("model*.safetensors", "model.safetensors.index.json")
         with replacing_files(target, "config.json", weights) as temporary:
             if target.resolve() != self.source.resolve():
-                left_out = shutil.ignore_patterns(UNFINISHED_NAME, "checkpoints", *weights)
+                left_out = shutil.ignore_patterns(UNFINISHED_NAME, LOCK, "checkpoints", *weights)
                 shutil.copytree(self.source, temporary, ignore=left_out, dirs_exist_ok=True)
             self.model.save_pretrained(temporary)
             self.processor.items_file = None

@@ -16,9 +16,10 @@ from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.artefact import recorded_in, save_trained
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.results import RewardResult
+from onerec_hf.workflows.resuming import RunRecord, record_of
 from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
-from onerec_hf.workflows.run_folder import begin, finish, open_folder, resumable
-from onerec_hf.workflows.settings import OutputSettings, gather
+from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
+from onerec_hf.workflows.settings import OutputSettings, gather, given_options
 from onerec_hf.workflows.training_report import calibration_panels, training_panels, write_training_report
 
 if TYPE_CHECKING:
@@ -81,49 +82,66 @@ def train_reward(
     from onerec_hf.hub_cards import Training, write_reward_card
     from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 
-    sizes, output, args = gather((RewardModelSettings, OutputSettings, RewardTrainingArguments), settings, options)
+    kinds = (RewardModelSettings, OutputSettings, RewardTrainingArguments)
+    sizes, output, args = gather(kinds, settings, options)
     args = copy.copy(args)
     folder = Path(args.output_dir)
-    resumes = open_folder(folder, output.overwrite, args)
-    weights = numbers_of("--score_weights", sizes.score_weights)
-    started = time.perf_counter()
-    name = None
-    if isinstance(data, RewardDataSettings):
-        name = data.dataset or data.impressions
-        data = load_feedback(data, max_history=sizes.max_history)
-    say(data.description)
-    set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
-    model, items, features = new_reward_model(data, sizes, weights)
-    args.output_dir = str(folder / "checkpoints")
-    trainer = RewardTrainer(model, args, data.train, data.validation)
-    begin(folder, command, resumes)
-    with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        save_trained(trainer, folder)
-    rows = []
-    if is_first():
-        predicted = predictions_beside_baselines(model, data, items, features, data.test)
-        rows = metric_rows(predicted, data)
-        rows.append(result_row("seconds", time.perf_counter() - started, "s"))
-        write_results(
-            folder / "results.json", rows, command=command, seed=args.seed, dataset=name, protocol=data.description
-        )
-        calibration = calibration_panels(label_matrix(data.test), predicted, data.objectives)
-        write_training_report(folder, [*training_panels(trainer), *calibration], [data.description])
-        write_reward_card(
-            folder,
-            model,
-            data.description,
-            rows,
-            None if name is None else Path(name).stem,
-            training=Training.of(trainer),
-            command=command,
-        )
-        recorded_in(folder, model)
-        finish(folder)
-        say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
-    wait()
-    return RewardResult(rows, folder, trainer)
+    with own_folder(folder):
+        resumes = open_folder(folder, output.overwrite, args)
+        given, before, checkpoint = given_options(kinds, settings, options), RunRecord.of_checkpoint(args), None
+        if before is not None:
+            checkpoint = args.resume_from_checkpoint
+            sizes, output, args = gather(kinds, settings, before.completed(kinds, given, options))
+            args = copy.copy(args)
+            args.resume_from_checkpoint = checkpoint
+        weights = numbers_of("--score_weights", sizes.score_weights)
+        started = time.perf_counter()
+        name = None
+        if isinstance(data, RewardDataSettings):
+            name = data.dataset or data.impressions
+            data = load_feedback(data, max_history=sizes.max_history)
+        say(data.description)
+        about = {"description": data.description, "objectives": data.objectives, "base_rates": data.base_rates}
+        record = record_of(before, checkpoint, given, about, kinds, args)
+        set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
+        model, items, features = new_reward_model(data, sizes, weights)
+        args.output_dir = str(folder / "checkpoints")
+        trainer = RewardTrainer(model, args, data.train, data.validation)
+        trainer.add_callback(record.callback())
+        begin(folder, command, resumes)
+        with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            save_trained(trainer, folder)
+        rows = []
+        if is_first():
+            predicted = predictions_beside_baselines(model, data, items, features, data.test)
+            rows = metric_rows(predicted, data)
+            rows.append(result_row("seconds", time.perf_counter() - started, "s"))
+            write_results(
+                folder / "results.json",
+                rows,
+                command=command,
+                seed=args.seed,
+                dataset=name,
+                protocol=data.description,
+                **({"resumed_with": record.changes} if record.changes else {}),
+            )
+            calibration = calibration_panels(label_matrix(data.test), predicted, data.objectives)
+            write_training_report(folder, [*training_panels(trainer), *calibration], [data.description])
+            write_reward_card(
+                folder,
+                model,
+                data.description,
+                rows,
+                None if name is None else Path(name).stem,
+                training=Training.of(trainer),
+                command=command,
+            )
+            recorded_in(folder, model)
+            finish(folder)
+            say(f"saved to {folder}; align a generator with it: onerec-hf align --reward {folder} --help")
+        wait()
+        return RewardResult(rows, folder, trainer)
 
 
 def numbers_of(option: str, pairs: list[str] | None) -> dict[str, float] | None:

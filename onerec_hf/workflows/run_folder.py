@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: This file marks the folder of a run that is under way or was killed.
 UNFINISHED_RUN = "unfinished.json"
+#: Locked by the process that writes to the folder; the lock ends with the process.
+LOCK = ".lock"
 LAST = ("last", "true")
 
 # What the workflows write: overwrite removes these files of an earlier run, and no others.
@@ -61,6 +63,61 @@ _WRITTEN = (
 )
 
 
+@contextlib.contextmanager
+def own_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Locks a folder for one run, before any work: no second run writes to it at the same time, not with `overwrite` and not to resume either. A
+    folder that was made for the lock and stays empty is removed. The first rank locks.
+
+    Raises:
+        FileExistsError: another process runs in the folder, or it is a file.
+        PermissionError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent, own_folder(f"{parent}/run"), own_folder(f"{parent}/run"):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        FileExistsError: ...run holds a run that has not ended: another process writes to it. Wait until it ends, or name another folder
+    """
+    if not is_first():
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    _check_place(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"{folder} holds a run that has not ended: another process writes to it. Wait until it ends, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: a process that has opened it by now starts over
+        lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _check_place(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder for the output")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: {there} is read-only; name a folder that can be written to"
+        )
+
+
 def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     """
     The output folder, untouched so far: `claim_folder` makes it ready once the input has been checked. Only the first rank checks, since it
@@ -73,19 +130,13 @@ def check_folder(folder: str | os.PathLike, overwrite: bool) -> Path:
     folder = Path(folder)
     if not is_first():
         return folder
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder for the output")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(
-            f"{folder} cannot be written: {there} is read-only; name a folder that can be written to"
-        )
+    _check_place(folder)
     if not overwrite and is_unfinished(folder):
         raise FileExistsError(
             f"{folder} contains an unfinished run; resume it with --resume_from_checkpoint last (a training), or start again with "
             "--overwrite"
         )
-    if not overwrite and any(path.is_file() for path in folder.rglob("*")):
+    if not overwrite and any(path.is_file() and path.name != LOCK for path in folder.rglob("*")):
         raise FileExistsError(
             f"{folder} exists already and is not empty; name another folder, or pass --overwrite to replace its results"
         )
@@ -201,7 +252,8 @@ def discard(folder: Path) -> None:
     if not is_first():
         return
     claim_folder(folder)
-    (folder / UNFINISHED_RUN).unlink(missing_ok=True)
+    for name in (UNFINISHED_RUN, LOCK):
+        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

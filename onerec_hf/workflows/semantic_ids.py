@@ -13,7 +13,7 @@ from onerec_hf.workflows.dataset import RecommendationDataset
 from onerec_hf.workflows.distributed import all_ranks, say, wait
 from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.loading import as_dataset
-from onerec_hf.workflows.run_folder import begin, check_folder, finish, is_unfinished
+from onerec_hf.workflows.run_folder import begin, check_folder, finish, is_unfinished, own_folder
 from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, SemanticIDSettings, gather
 
 if TYPE_CHECKING:
@@ -53,22 +53,23 @@ def fit_semantic_ids(
     ids, output = gather((SemanticIDSettings, FitSettings), settings, options)
     if ids.semantic_ids is not None:
         raise ValueError("--semantic_ids is for `onerec-hf train`: fit makes new ones, into --output_dir")
-    folder = check_folder(output.output_dir, output.overwrite or is_unfinished(output.output_dir))
-    dataset = as_dataset(data)
-    fitted = fit_catalogue(dataset, ids)
+    with own_folder(output.output_dir):
+        folder = check_folder(output.output_dir, output.overwrite or is_unfinished(output.output_dir))
+        dataset = as_dataset(data)
+        fitted = fit_catalogue(dataset, ids)
 
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.modeling.requests import saved_items
+        from onerec_hf.modeling.processing_onerec import OneRecProcessor
+        from onerec_hf.modeling.requests import saved_items
 
-    begin(folder, command)
-    write_origin(folder, fitted)
-    # The catalogue is written last: without it no model is trained from this folder.
-    processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=dataset.max_history)
-    save_processor(processor, folder, dataset.items if output.save_items else None)
-    write_id_map(folder, fitted.catalogue, saved_items(folder, fitted.catalogue))
-    finish(folder)
-    wait()
-    return fitted
+        begin(folder, command)
+        write_origin(folder, fitted)
+        # The catalogue is written last: without it no model is trained from this folder.
+        processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=dataset.max_history)
+        save_processor(processor, folder, dataset.items if output.save_items else None)
+        write_id_map(folder, fitted.catalogue, saved_items(folder, fitted.catalogue))
+        finish(folder)
+        wait()
+        return fitted
 
 
 def compare_quantizers(

@@ -39,10 +39,20 @@ from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.new_items import check_choice, settled
 from onerec_hf.workflows.pace import Pace
-from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen
+from onerec_hf.workflows.presets import CUT, check_preset, choices_of, cut_as_chosen, data_given
 from onerec_hf.workflows.refit import Refit, growth, refit
 from onerec_hf.workflows.results import GeneratorResult
-from onerec_hf.workflows.run_folder import UNFINISHED_RUN, begin, finish, open_folder, resumable, resumes_in
+from onerec_hf.workflows.resuming import RunRecord, of_data, record_of
+from onerec_hf.workflows.run_folder import (
+    LOCK,
+    UNFINISHED_RUN,
+    begin,
+    finish,
+    open_folder,
+    own_folder,
+    resumable,
+    resumes_in,
+)
 from onerec_hf.workflows.semantic_ids import fit_catalogue
 from onerec_hf.workflows.settings import (
     DataSettings,
@@ -68,7 +78,7 @@ if TYPE_CHECKING:
 
 OUTPUT_DIR = "onerec-model"
 BOTH = "pass --model, which has its semantic IDs, or --semantic_ids for a new model; not both"
-NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, "*.tmp"]
+NOT_UPLOADED = ["checkpoints/**", ".unfinished/**", UNFINISHED_RUN, LOCK, "*.tmp"]
 
 
 @dataclass
@@ -173,11 +183,20 @@ def train(
     """
     first, source, options = given_settings(data, settings, options)
     folder, run = Path(str(first.args.output_dir)), first.run
-    pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
-    pace.sasrec = run.baselines and run.verdict_sasrec
-    own_checkpoint = open_folder(folder, run.overwrite, first.args)
-    with pace.progress or contextlib.nullcontext():
-        return _train(source, folder, own_checkpoint, first, settings, options, pace, command, callbacks)
+    with own_folder(folder):
+        own_checkpoint = open_folder(folder, run.overwrite, first.args)
+        given, before = given_options(_kinds(), settings, options), RunRecord.of_checkpoint(first.args)
+        if before is not None:
+            options = before.completed(_kinds(), given, options)
+            checkpoint, first = first.args.resume_from_checkpoint, Settings(*gather(_kinds(), settings, options))
+            first = first._replace(args=copy.copy(first.args))
+            first.args.resume_from_checkpoint, run = checkpoint, first.run
+        pace = Pace.start(run.budget, run.validation_users, run.baselines, quiet=bool(first.args.disable_tqdm))
+        pace.sasrec = run.baselines and run.verdict_sasrec
+        with pace.progress or contextlib.nullcontext():
+            return _train(
+                source, folder, own_checkpoint, first, settings, options, given, before, pace, command, callbacks
+            )
 
 
 def _train(
@@ -187,6 +206,8 @@ def _train(
     first: Settings,
     settings: tuple[object, ...],
     options: dict[str, Any],
+    given: Mapping[str, Any],
+    before: RunRecord | None,
     pace: Pace,
     command: str | None,
     callbacks: Sequence[TrainerCallback],
@@ -196,20 +217,23 @@ def _train(
     option, place = _trained_before(first)
     if place is not None and "eval_exclude_seen" not in given_options(_kinds(), settings, options):
         options = {**options, "eval_exclude_seen": excludes_seen(option, place)}
-    # A run that resumes in its own folder chooses what it chose before.
     dataset, choices, final = final_settings(
-        as_dataset(source, place, option), first, settings, options, own_checkpoint
+        as_dataset(source, place, option), first, settings, options, own_checkpoint, before
+    )
+    chosen = {row.option: row.value for row in choices}
+    record = record_of(
+        before, first.args.resume_from_checkpoint, given, of_data(dataset), _kinds(), final.args, chosen
     )
     if choices:
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.model.model is None:
-        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks)
     with settled(dataset, final.model.model, final.run.new_items, for_training=True) as (dataset, model):
         if isinstance(dataset, InMemoryDataset):
             dataset = newer(dataset, model, final.model.model)
         final = final._replace(model=replace(final.model, model=model))
-        return _train_on(dataset, folder, final, choices, place, started, source, pace, command, callbacks)
+        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks)
 
 
 def _train_on(
@@ -217,6 +241,7 @@ def _train_on(
     folder: Path,
     final: Settings,
     choices: list[Choice],
+    record: RunRecord,
     place: str | None,
     started: float,
     source: RecommendationDataset | DataSettings | Mapping[str, Any],
@@ -244,7 +269,7 @@ def _train_on(
         command,
         save_items=final.run.save_items,
         pace=pace,
-        callbacks=[*stopping(final.run), *callbacks],
+        callbacks=[record.callback(), *stopping(final.run), *callbacks],
     )
     with resumable(folder, command):
         ranking = rank_beside_baselines(trainer, dataset, "test", final.run.baselines)
@@ -265,7 +290,7 @@ def _train_on(
     if is_first():
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
-        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels)
+        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels, record.changes)
         finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer, verdict)
@@ -364,11 +389,16 @@ def final_settings(
     settings: tuple[object, ...],
     options: dict[str, Any],
     own_checkpoint: bool = False,
+    before: RunRecord | None = None,
 ) -> tuple[RecommendationDataset, list[Choice], Settings]:
-    """The dataset as its preset cuts it, what the preset chose, and the final settings, checked."""
+    """The dataset as its preset cuts it, what the preset chose, and the final settings, checked. A run that resumes chooses what it chose `before`."""
     given = given_options(_kinds(), settings, options)
     saved = first.model.model or (None if own_checkpoint else first.args.resume_from_checkpoint)
     choices = choices_of(first.run.preset, data, given, first.args.use_cpu, saved)
+    if before is not None:
+        fixed = given.keys() | data_given(data).keys()
+        earlier = {name: before.options[name] for name in before.chosen if name not in fixed}
+        choices = [row._replace(value=earlier.get(row.option, row.value)) for row in choices]
     chosen = {row.option: row.value for row in choices if row.option not in (*given, *CUT)}
     final = Settings(*gather(_kinds(), settings, {**chosen, **options}))
     final = final._replace(args=copy.copy(final.args))
@@ -537,6 +567,7 @@ def report(
     refitted: Refit | None = None,
     verdict: Verdict | None = None,
     panels: Sequence[Panel] = (),
+    resumed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """
     Writes `results.json`, the training report, the map of semantic IDs and the card into the model's folder, and uploads the folder with
@@ -557,6 +588,7 @@ def report(
         dataset=data.name,
         protocol=data.protocol,
         settings=[row._asdict() for row in choices],
+        **({"resumed_with": list(resumed)} if resumed else {}),
         **({} if refitted is None else {"refit": refitted.facts}),
         **about,
     )

@@ -23,7 +23,7 @@ from onerec_hf.workflows.artefact import (
 )
 from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.evidence import rows_of_items
-from onerec_hf.workflows.run_folder import check_folder
+from onerec_hf.workflows.run_folder import LOCK, check_folder, own_folder
 from onerec_hf.workflows.settings import gather
 
 if TYPE_CHECKING:
@@ -108,34 +108,44 @@ def update(
     if how.model is None:
         raise ValueError("pass --model: the folder or Hub id of a saved model")
     source = folder_of(how.model)
-    target = source if how.output_dir is None else check_folder(how.output_dir, how.overwrite)
-    model, items, evidence, to_rows = _load(how.model)
-    popularity = items.popularity if isinstance(items, ItemCatalogue) else None
-    if evidence is None and popularity is None:
-        raise ValueError(
-            f"--model {how.model}: it has neither evidence nor popularity, so that nothing can be counted into it. Train on with: "
-            "onerec-hf train --model"
-        )
-    new, rows_read = _read(interactions, how)
-    digest, earlier = _digest(new), _earlier_updates(source)
-    for each in earlier:
-        if each["digest"] == digest:
+    target = source if how.output_dir is None else Path(how.output_dir)
+    with own_folder(target):
+        if how.output_dir is not None:
+            check_folder(target, how.overwrite)
+        model, items, evidence, to_rows = _load(how.model)
+        popularity = items.popularity if isinstance(items, ItemCatalogue) else None
+        if evidence is None and popularity is None:
             raise ValueError(
-                f"these rows were counted into {how.model} on {each['date']}. Pass the rows that are new."
+                f"--model {how.model}: it has neither evidence nor popularity, so that nothing can be counted into it. Train on with: "
+                "onerec-hf train --model"
             )
-    indices, is_new, offsets, told = _sequences(new, None if history is None else _read(history, how)[0], items)
-    counts = {"rows": rows_read, "positive": len(new), **told, "interactions": int(is_new.sum()), "pairs": 0, "cut": 0}
-    if evidence is not None:
-        from onerec_hf.data.evidence_counts import add_to_evidence
+        new, rows_read = _read(interactions, how)
+        digest, earlier = _digest(new), _earlier_updates(source)
+        for each in earlier:
+            if each["digest"] == digest:
+                raise ValueError(
+                    f"these rows were counted into {how.model} on {each['date']}. Pass the rows that are new."
+                )
+        indices, is_new, offsets, told = _sequences(new, None if history is None else _read(history, how)[0], items)
+        counts = {
+            "rows": rows_read,
+            "positive": len(new),
+            **told,
+            "interactions": int(is_new.sum()),
+            "pairs": 0,
+            "cut": 0,
+        }
+        if evidence is not None:
+            from onerec_hf.data.evidence_counts import add_to_evidence
 
-        counts |= add_to_evidence(evidence, (to_rows(indices), offsets), is_new)
-    if popularity is not None:
-        added = np.bincount(indices[is_new], minlength=len(items))
-        model.set_catalogue(model.catalogue.with_popularity(popularity + added))
-    name = Path(interactions).name if isinstance(interactions, str | os.PathLike) else "a table in memory"
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    _save(model, source, target, [*earlier, {"date": now, "interactions": name, "digest": digest, **counts}])
-    return UpdateResult(target, counts, _notes(counts, evidence is not None, history is not None))
+            counts |= add_to_evidence(evidence, (to_rows(indices), offsets), is_new)
+        if popularity is not None:
+            added = np.bincount(indices[is_new], minlength=len(items))
+            model.set_catalogue(model.catalogue.with_popularity(popularity + added))
+        name = Path(interactions).name if isinstance(interactions, str | os.PathLike) else "a table in memory"
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        _save(model, source, target, [*earlier, {"date": now, "interactions": name, "digest": digest, **counts}])
+        return UpdateResult(target, counts, _notes(counts, evidence is not None, history is not None))
 
 
 def _trained_with(model: str | None) -> dict[str, Any]:
@@ -261,7 +271,7 @@ def _save(model: Any, source: Path, target: Path, updates: list[dict[str, Any]])
     in_place = target.resolve() == source.resolve()
     with replacing_files(target, UPDATES_NAME if in_place else "config.json", replaces) as temporary:
         if not in_place:
-            left_out = shutil.ignore_patterns(UNFINISHED_NAME, "checkpoints", *replaces)
+            left_out = shutil.ignore_patterns(UNFINISHED_NAME, LOCK, "checkpoints", *replaces)
             shutil.copytree(source, temporary, ignore=left_out, dirs_exist_ok=True)
         model.save_pretrained(temporary)
         Path(temporary, UPDATES_NAME).write_text(json.dumps(updates, indent=1) + "\n", encoding="utf-8")

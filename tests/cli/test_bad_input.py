@@ -394,3 +394,33 @@ def test_the_quickstart_wants_a_step(data, tmp_path, steps):
     done = onerec("quickstart", *data.options, "--max_steps", steps, "--output_dir", tmp_path / "out")
     refused(done, "--max_steps", f"got {steps}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "hidden_size", "max_history", "num_train_epochs"])
+def test_an_option_without_a_value(data, tmp_path, option):
+    (tmp_path / "options.yaml").write_text(f"{option}: null\n")
+    done = onerec("train", *data.options, "--config", tmp_path / "options.yaml", "--output_dir", tmp_path / "out")
+    refused(done, f"argument --{option}: null is no value for it; leave the option out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--stride", 10**21, "argument --stride: 1000000000000000000000 is out of range"),
+        ("--max_steps", 10**30, "argument --max_steps"),
+        ("--stride", 2**40, "--stride must be at most 2,147,483,648"),
+        ("--max_history", 2**32, "--max_history must be at most"),
+        ("--session_length", 10**9, "--session_length must be at most 1,000; got 1000000000"),
+    ],
+)
+def test_numbers_beyond_all_use(data, tmp_path, option, value, message):
+    done = onerec("train", *data.options, *CODES, *TINY, option, value, "--output_dir", tmp_path / "out")
+    refused(done, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_titles_are_told_apart_by_behaviour(data, tmp_path):
+    items = write_csv(tmp_path / "same.csv", [["item_id", "title"], *([f"m{i}", "same"] for i in range(NUM_ITEMS))])
+    options = ["--interactions", data.interactions, "--items", items, "--output_dir", tmp_path / "out"]
+    succeeded(onerec("train", *options, *CODES, *TINY))

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 import onerec_hf.workflows.training
 from onerec_hf.trainers import OneRecTrainer
-from onerec_hf.workflows.run_folder import UNFINISHED_RUN
+from onerec_hf.workflows.run_folder import LOCK, UNFINISHED_RUN
 from tests.cli.commands import CODES, TINY, codes, contents, interaction_rows, onerec, refused, succeeded, write_csv
 
 HISTORIES = [["m1", "m2", "m3"], ["m39"], ["m8", "m6"]]
@@ -316,14 +316,14 @@ def test_the_hub_gets_the_artefact_and_not_the_checkpoints(data, tmp_path, monke
             return SimpleNamespace(repo_id=f"me/{name}")
 
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            assert {"checkpoints/**", UNFINISHED_RUN} <= set(ignore_patterns)
+            assert {"checkpoints/**", UNFINISHED_RUN, LOCK} <= set(ignore_patterns)
             uploads.append((repo_id, contents(folder_path)))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     succeeded(onerec("train", *data.options, *CODES, *TINY, "--push_to_hub", "--output_dir", tmp_path / "shop"))
     ((repo_id, files),) = uploads
     assert repo_id == "me/shop"
-    assert {name for name in files if not name.startswith("checkpoints")} - {UNFINISHED_RUN} == FILES
+    assert {name for name in files if not name.startswith("checkpoints")} - {UNFINISHED_RUN, LOCK} == FILES
     assert b"AutoModelForSeq2SeqLM.from_pretrained('me/shop')" in files["README.md"]
     assert str(tmp_path).encode() not in files["README.md"].split(b"## The run")[0]
 

@@ -115,3 +115,14 @@ def test_without_sentence_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"onerec-hf\[text\]"):
         sentence_embeddings(["red"], "any")
+
+
+@pytest.mark.parametrize("texts", [["lamp", "lamp"], ["lamp"], ["red lamp"]])
+def test_texts_with_one_word_or_one_item_have_embeddings(texts):
+    vectors = text_embeddings(texts, 8)
+    assert vectors.shape == (len(texts), 1)
+    assert (vectors == 1).all()
+
+
+def test_the_behaviour_of_one_item_is_nothing():
+    assert behaviour_embeddings([np.array([0, 0, 0])], 1, 8).tolist() == [[0.0]]

@@ -68,10 +68,13 @@ def test_evaluate_takes_them_and_says_where_the_users_differ(trained, rated, tmp
     assert results["protocol"] == json.loads((trained / "results.json").read_text())["protocol"]
     assert "rating >= 2" in results["protocol"]
     assert "the model was trained with" not in done.err
-    other = succeeded(onerec(*command, "--min_item_interactions", 3, "--stride", 1))
+    assert "other_data_options" not in results
+    other = succeeded(onerec(*command, "--min_item_interactions", 3, "--stride", 1, "--json", file))
     (line,) = [line for line in other.err.splitlines() if "the model was trained with" in line]
     assert line == "--min_item_interactions 3: the model was trained with 2; --stride 1: the model was trained with 2"
+    assert json.loads(file.read_text())["other_data_options"] == line
     seen = succeeded(onerec(*command, "--exclude_seen", "true", "--json", file))
+    assert "--exclude_seen true: the model was trained with false" in seen.err
     assert json.loads(file.read_text())["rows"] != results["rows"]
     assert seen.out != done.out
 

@@ -21,6 +21,7 @@ from onerec_hf.workflows.compare.ranking import METRIC, measure, sample
 from onerec_hf.workflows.compare.settings import CompareSettings
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.run_folder import LOCK
 from onerec_hf.workflows.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Bench:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in (STATE, *REPORTS):
                 (self.folder / name).unlink(missing_ok=True)
-        if self.folder.is_dir() and not path.is_file() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and not path.is_file() and any(each.name != LOCK for each in self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} is not empty and holds no comparison. Name another --output_dir")
         state = {
             "data": asdict(self.data),

@@ -18,6 +18,7 @@ from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.presets import choices_of
 from onerec_hf.workflows.results import Result
+from onerec_hf.workflows.run_folder import own_folder
 from onerec_hf.workflows.settings import DataSettings, gather, given_options
 
 
@@ -82,17 +83,18 @@ def compare_models(
             "the table leaves one test user: a difference between models has no standard error. Add users"
         )
     bench = Bench(table, dataset, how, began)
-    bench.open_folder(families)
-    with Processes(how.jobs) as processes:
-        outcomes = bench.search(families, processes)
-        bench.train_winners(outcomes, processes)
-    bench.measure_costs(outcomes)
-    from onerec_hf.workflows.compare.report import write_report
+    with own_folder(how.folder):
+        bench.open_folder(families)
+        with Processes(how.jobs) as processes:
+            outcomes = bench.search(families, processes)
+            bench.train_winners(outcomes, processes)
+        bench.measure_costs(outcomes)
+        from onerec_hf.workflows.compare.report import write_report
 
-    rows, best = write_report(how.folder, bench, outcomes, command)
-    chosen = next(outcome for outcome in outcomes if outcome.family.name == best)
-    assert chosen.folder is not None
-    shutil.rmtree(how.folder / "scratch", ignore_errors=True)
+        rows, best = write_report(how.folder, bench, outcomes, command)
+        chosen = next(outcome for outcome in outcomes if outcome.family.name == best)
+        assert chosen.folder is not None
+        shutil.rmtree(how.folder / "scratch", ignore_errors=True)
     return Comparison(rows, how.folder, best, chosen.folder)
 
 
