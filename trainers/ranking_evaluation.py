@@ -44,7 +44,11 @@ class RankingEvaluation(WholeEvaluation):
     def _say_seen(self, dataset: Any) -> None:
         """Says once per dataset what leaving out seen items does to its users."""
         args: Any = self.args
-        if not (args.eval_exclude_seen and isinstance(dataset, Dataset) and {"history", "session"} <= set(dataset.column_names)):
+        if not (
+            args.eval_exclude_seen
+            and isinstance(dataset, Dataset)
+            and {"history", "session"} <= set(dataset.column_names)
+        ):
             return
         if dataset._fingerprint != self._said:
             self._said = dataset._fingerprint

@@ -24,7 +24,9 @@ class WholeEvaluation(Trainer):
         >>> class MyTrainer(WholeEvaluation, Trainer): ...
     """
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None):
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
         with _drop_last(self.args, self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
@@ -80,9 +82,7 @@ def first_rows(batch: Mapping[str, Any], rows: int, examples: int) -> dict[str, 
     """
     if rows == examples:
         return dict(batch)
-    return {
-        name: value.view(-1, examples, *value.shape[1:])[:, :rows].flatten(0, 1) for name, value in batch.items()
-    }
+    return {name: value.view(-1, examples, *value.shape[1:])[:, :rows].flatten(0, 1) for name, value in batch.items()}
 
 
 def check_countable(dataloader: DataLoader, ranks: int) -> None:

@@ -144,7 +144,9 @@ def print_sessions(processor, model, data: InMemoryDataset, users: int = 3) -> N
     if data.items is not None and "title" in data.items.frame:
         titles = dict(zip(data.items.item_ids.tolist(), data.items.frame["title"], strict=True))
     catalogue = processor.catalogue
-    some = (row for row, history in enumerate(data.test["history"]) if catalogue.num_left(catalogue.indices(history)) >= 5)
+    some = (
+        row for row, history in enumerate(data.test["history"]) if catalogue.num_left(catalogue.indices(history)) >= 5
+    )
     examples = data.test.select(list(itertools.islice(some, users)))[:]
     histories = examples["history"]
     ranks = model.config.session_length == 1

@@ -167,6 +167,8 @@ def concatenated(*parts: UserSequences) -> UserSequences:
     """
     users, codes = np.unique(np.concatenate([part.user_ids[part.user_rows] for part in parts]), return_inverse=True)
     order = np.argsort(codes, kind="stable")
-    items, times = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps"))
+    items, times = (
+        np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps")
+    )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(users)))]).astype(np.int64)
     return UserSequences(users, items, times, offsets)

@@ -189,9 +189,7 @@ class InMemoryDataset:
         from onerec_hf.data.splits import describe_windows, train_windows
 
         settings = replace(self.settings, **options)
-        before, after = (
-            (each.session_length, each.max_history, each.stride) for each in (self.settings, settings)
-        )
+        before, after = ((each.session_length, each.max_history, each.stride) for each in (self.settings, settings))
         train = train_windows(self.train_sequences, *after)
         description = self.split.description.replace(
             describe_windows(len(self.train), *before), describe_windows(len(train), *after)

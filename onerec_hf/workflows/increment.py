@@ -48,7 +48,9 @@ def newer(data: InMemoryDataset, model: str, name: str | None = None) -> InMemor
     if trained_on is None:
         return data
     if data.settings.holdout != "last":
-        say(f"--model {model}: with --holdout {data.settings.holdout} all training interactions are read again, not the newer ones alone")
+        say(
+            f"--model {model}: with --holdout {data.settings.holdout} all training interactions are read again, not the newer ones alone"
+        )
         return data
     until, sequences = trained_on["until"], data.sequences
     catalogue, name = catalogue_of(load_processor("--model", model)), name or model

@@ -198,7 +198,9 @@ def _open_shards(
             )
     for name in _IN_MEMORY:
         if getattr(settings, name) != defaults[name]:
-            raise ValueError(f"--{name} goes with --interactions: a prepared folder holds out each user's last two items")
+            raise ValueError(
+                f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
+            )
     if items is None and embeddings is not None:
         raise ValueError("--embeddings goes with --items; pass both or neither")
     if settings.missing_items != "error":

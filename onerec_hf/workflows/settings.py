@@ -86,11 +86,11 @@ class DataSettings(WindowSettings):
     validation_start: str | None = field(
         default=None,
         metadata={
-            "help": "With --holdout temporal: start of the validation period, a number as in the table or an ISO date (UTC); by default 80 % of the interactions are before it."
+            "help": "With --holdout temporal: start of the validation period, a number as in the table or an ISO date (UTC); by default four fifths of the interactions are before it."
         },
     )
     test_start: str | None = field(
-        default=None, metadata={"help": "Likewise the start of the test period; by default 90 %."}
+        default=None, metadata={"help": "Likewise the start of the test period; by default nine tenths."}
     )
     validation_interactions: str | None = field(
         default=None,

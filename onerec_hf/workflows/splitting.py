@@ -61,9 +61,7 @@ def read_parts(
     ]
 
 
-def split_table(
-    table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSettings
-) -> tuple[UserSequences, Split]:
+def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSettings) -> tuple[UserSequences, Split]:
     """
     All kept sequences of a table and its split.
 
@@ -78,13 +76,13 @@ def split_table(
     from onerec_hf.data.sequences import concatenated
 
     tables = [UserSequences.from_interactions(part) for part in (table, *parts)]
-    if settings.ties == "shuffle":
-        tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
     try:
         sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
     except DataError as error:
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
-    sizes = (settings.session_length, settings.max_history, settings.stride)
+    kept, sizes = sequences.item_counts()[0], (settings.session_length, settings.max_history, settings.stride)
+    if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
+        sequences = sequences.shuffled_ties(settings.ties_seed)
     if settings.holdout == "last":
         return sequences, split_last(sequences, settings)
     if settings.holdout == "temporal":
@@ -96,9 +94,10 @@ def split_table(
             )
         ]
         return sequences, temporal_split(sequences, *map(int, starts), *sizes, targets=_TARGETS)
-    kept = sequences.item_counts()[0]
+    tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
+    if settings.ties == "shuffle":
+        tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
     try:
-        tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
         return sequences, given_split(*tables, *sizes, targets=_TARGETS)
     except DataError as error:
         raise ValueError(f"--holdout given: {error}") from error
