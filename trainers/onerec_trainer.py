@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     Seq2SeqTrainer,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )

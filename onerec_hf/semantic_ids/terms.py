@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 
@@ -44,7 +45,7 @@ def terms(text: str) -> list[str]:
         text = _WITHOUT_SPACES.sub(" ", text)
     found = _ASCII.findall(text) if text.isascii() else _WORD.findall(text)
     words = [word for word in found if len(word) > 1]
-    pairs = [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    pairs = [f"{first} {second}" for first, second in itertools.pairwise(words)]
     return [*words, *pairs, *characters] or found
 
 

@@ -92,7 +92,9 @@ def test_words_of_marks_and_single_characters():
 )
 def test_short_texts_have_vectors(texts):
     vectors = text_embeddings(texts, dim=8)
-    assert len(vectors) == len(texts) and np.isfinite(vectors).all() and vectors.any()
+    assert len(vectors) == len(texts)
+    assert np.isfinite(vectors).all()
+    assert vectors.any()
 
 
 def test_text_dimensions_never_exceed_what_there_is():
