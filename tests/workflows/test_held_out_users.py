@@ -46,6 +46,7 @@ def test_a_user_with_every_item_does_not_end_a_run(trained):
     folder, table, done = trained
     assert rows_of(folder / "m" / "results.json")["unranked_users"] == 1
     assert "on 30 test users" in done.out
+    assert "without 1 users whose histories hold every item" in (folder / "m" / "README.md").read_text()
     assert not (folder / "m" / "unfinished.json").exists()
     command = [
         "evaluate",
