@@ -271,10 +271,12 @@ class OneRecTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Seq2Se
         """
         inputs = self._prepare_inputs(dict(inputs))
         exclude = inputs.pop("exclude", None)
-        loss = self._count_loss(model, inputs)
+        targets = inputs.get("labels")  # predict() needs none
+        loss = None if targets is None else self._count_loss(model, inputs)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
-        return loss, self._rank(inputs, exclude), self.processing_class.item_indices(inputs["labels"])
+        targets = None if targets is None else self.processing_class.item_indices(targets)
+        return loss, self._rank(inputs, exclude), targets
 
     def _count_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch, counted per token of its real users."""
