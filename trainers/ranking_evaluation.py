@@ -23,7 +23,7 @@ class RankingEvaluation(WholeEvaluation):
     their own history, where no model can find them.
 
     Example:
-        >>> class MyTrainer(RankingEvaluation, Trainer): ...
+        >>> class MyTrainer(RankingEvaluation): ...
     """
 
     _said: str | None = None
