@@ -12,7 +12,7 @@ import torch
 _MOST_PREFIXES = 1 << 18
 
 
-def spill(
+def spill_crowded(
     codes: torch.Tensor,
     points: torch.Tensor,
     codebook_sizes: list[int],
@@ -34,7 +34,7 @@ def spill(
     Example:
         >>> centres = torch.tensor([[0.0], [4.0], [1.0]])
         >>> codes, points = torch.tensor([[0, 0], [0, 1], [0, 1]]), torch.tensor([[0.1], [0.2], [0.3]])
-        >>> codes, moved = spill(codes, points, [3, 2], lambda prefixes: centres[prefixes[:, 0]])
+        >>> codes, moved = spill_crowded(codes, points, [3, 2], lambda prefixes: centres[prefixes[:, 0]])
         >>> codes[:, 0].tolist(), moved.tolist()
         ([0, 0, 2], [False, False, True])
     """

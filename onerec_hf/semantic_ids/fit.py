@@ -12,7 +12,7 @@ import torch
 from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough
-from onerec_hf.semantic_ids.crowded_prefixes import spill
+from onerec_hf.semantic_ids.crowded_prefixes import spill_crowded
 from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
 from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 from onerec_hf.semantic_ids.new_codes import numbered, spill
@@ -90,7 +90,7 @@ def fit_semantic_ids(
     quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
-        codes, spilt = spill(codes, points, sizes, quantizer.decode)
+        codes, spilt = spill_crowded(codes, points, sizes, quantizer.decode)
         residuals, codebook = quantizer.last_level(points, codes)
         if spilt.any():
             codes[spilt, -1] = nearest(residuals[spilt], codebook)
