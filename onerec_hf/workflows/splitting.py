@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import warnings
 from typing import TYPE_CHECKING
 
@@ -54,7 +53,8 @@ def read_parts(
 
     if settings.holdout != "given":
         return []
-    columns = {name: getattr(settings, name) for name in ("user_column", "item_column", "timestamp_column")}
+    names = ("user_column", "item_column", "timestamp_column", "column_names")
+    columns = {name: getattr(settings, name) for name in names}
     return [
         read_interactions(path if table is None else table, **columns)
         for path, table in ((settings.validation_interactions, validation), (settings.test_interactions, test))
@@ -76,6 +76,11 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
     from onerec_hf.data.sequences import concatenated
 
     tables = [UserSequences.from_interactions(part) for part in (table, *parts)]
+    for name in ("user_ids", "item_ids"):
+        if len({getattr(part, name).dtype for part in tables}) > 1:
+            raise ValueError(
+                f"--holdout given: {name} are integers in one table and texts in another; write them alike"
+            )
     try:
         sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
     except DataError as error:
@@ -105,17 +110,14 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
 
 def _time(option: str, text: str) -> int:
     """A number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given."""
+    from onerec_hf.data.times import seconds_of
+
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.datetime.fromisoformat(text)
+        return int(text) if text.lstrip("-").isdigit() else int(seconds_of(text))
     except ValueError:
         raise ValueError(
             f"--{option} {text}: pass a number as in the table's time column, or a date such as 2024-01-31"
         ) from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
 
 
 def split_last(sequences: UserSequences, settings: DataSettings) -> Split:
