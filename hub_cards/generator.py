@@ -128,6 +128,7 @@ def write_generator_card(
         counts=counts or {},
         choices=choices,
         exclude_seen=exclude_seen,
+        unranked=next((int(row["value"]) for row in rows if row["name"] == "unranked_users"), 0),
         num_beams=num_beams,
         metrics=metrics,
         table={

@@ -64,6 +64,16 @@ class CatalogueTable:
         """Items that may be generated: those that are not retired."""
         return int(np.count_nonzero(self.active))
 
+    def num_left(self, indices: np.ndarray) -> int:
+        """
+        Active items that are not among `indices`, which may repeat: the candidates of a user who has these items.
+
+        Example:
+            >>> CatalogueTable(["m17", "m4"], codes=[[0, 1], [1, 0]], codebook_sizes=[2, 2]).num_left(np.array([1, 1]))
+            1
+        """
+        return self.num_active - int(self.active[np.unique(indices)].sum())
+
     @cached_property
     def trie(self) -> SemanticIDTrie:
         """The semantic IDs that may be generated, those of active items, as a trie (on the CPU; `.to(device)` moves it)."""

@@ -387,7 +387,7 @@ class Recommender:
             allow = candidates
         exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen and not ranks else exclude)
         if allow is None:
-            left = catalogue.num_active - int(catalogue.active[exclude].sum())
+            left = catalogue.num_left(exclude)
         else:
             allow, exclude = np.setdiff1d(allow, exclude), _NO_ITEMS
             left = int(catalogue.active[allow].sum())

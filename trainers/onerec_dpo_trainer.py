@@ -25,6 +25,7 @@ from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 from onerec_hf.trainers.sharding import unsharded_model
+from onerec_hf.trainers.whole_evaluation import first_rows
 
 logger = logging.get_logger(__name__)
 
@@ -186,6 +187,10 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         """For each row, the number of candidates and the pairs."""
         args, processor = self.args, self.processing_class
         device = self.accelerator.device
+        if args.exclude_seen:
+            left = [row for row in rows if self._has_candidates(self._examples[row]["history"])]
+            yield from ((0, []) for _ in range(len(rows) - len(left)))
+            rows = left
         for start in range(0, len(rows), args.draw_batch_size):
             some = rows[start : start + args.draw_batch_size]
             histories = [self._examples[row]["history"] for row in some]
@@ -217,6 +222,11 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                         found.append({**pair, "chosen_reward": float(rewards[chosen]), "rejected_reward": worth})
                 yield len(mine), found
 
+    def _has_candidates(self, history: list) -> bool:
+        """Whether an item is left that the history does not hold."""
+        catalogue: Any = self.processing_class.catalogue  # type: ignore[union-attr]
+        return len(history) < catalogue.num_active or catalogue.num_left(catalogue.indices(history)) > 0
+
     def rewards(self, histories: list[list], sessions: list[list]) -> np.ndarray:
         """(sessions,) float64: the weighted sum of the reward functions. Raises ValueError if one is not finite."""
         total = np.zeros(len(sessions))
@@ -246,6 +256,31 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             self._metrics[mode]["loss/dpo"].append(self.accelerator.gather(share * dpo.detach()).mean().item())
             loss = loss + self.args.dpo_weight * share * dpo
         return (loss, ntp) if return_outputs else loss
+
+    def _count_batch(self, model, inputs) -> torch.Tensor:
+        batch = inputs["ntp"]
+        real = self.real_rows(len(batch["labels"]))
+        labels = batch["labels"].clone()
+        labels[real:] = -100
+        ntp = model(**{**batch, "labels": labels}, use_cache=False).loss
+        self.count("loss/ntp", ntp, (labels != -100).sum())
+        loss = self.args.ntp_weight * ntp
+        if "pairs" not in inputs:
+            return loss
+        places, rows = inputs["pair_examples"], inputs["pairs"]["encoder_input_ids"].shape[0]
+        kept = int((places < real).sum())  # in the order of the examples
+        dpo = self._count_pairs(model, first_rows(inputs["pairs"], max(kept, 1), rows), bool(kept))
+        self.count("loss/dpo", dpo, kept)
+        return loss + self.args.dpo_weight * dpo
+
+    def _evaluation_means(self, means: dict[str, float]) -> dict[str, float]:
+        loss = self.args.ntp_weight * means["loss/ntp"]
+        if "loss/dpo" in means:
+            loss += self.args.dpo_weight * means["loss/dpo"]
+        return {**means, "loss": loss}
+
+    def _predictions(self, model, inputs):
+        return model(**inputs["ntp"], use_cache=False).logits, inputs["ntp"]["labels"]
 
     def _share_of_pairs(self, inputs, ranks: int):
         """Weight of this rank's DPO loss; None if no rank has a pair."""
@@ -296,7 +331,7 @@ def _gathering_ragged(accelerator, empty: bool) -> Iterator[None]:
 
     def gather(values: torch.Tensor) -> torch.Tensor:
         if values.dim() == 0:  # sums exist on every rank
-            return plain_gather(values)
+            return plain_gather(values * (not empty))
         gathered = gather_object([] if empty else values.tolist())
         return torch.tensor(gathered, dtype=values.dtype, device=values.device)
 
@@ -333,12 +368,15 @@ class _AlignmentCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         histories, sessions = ([example[name] for example in examples] for name in ("history", "session"))
         batch: dict[str, Any] = {"ntp": dict(self._processor(histories, sessions))}
-        pairs = [pair for example in examples for pair in self._pairs_of(example)]
-        count = len(pairs)
+        found = [self._pairs_of(example) for example in examples]
+        pairs, count = [pair for those in found for pair in those], sum(map(len, found))
         if not pairs and self._any_pair is not None and "row" in examples[0]:
             pairs = self._any_pair(examples[0]["row"])
         if pairs:
             batch["pair_count"] = torch.tensor([count])
+            # The example of each pair; a pair of another rank has none.
+            places = [place for place, those in enumerate(found) for _ in those] or [len(examples)] * len(pairs)
+            batch["pair_examples"] = torch.tensor(places)
             columns = ("history", "chosen", "rejected")
             batch["pairs"] = self._preferences([{name: pair[name] for name in columns} for pair in pairs])
         return batch

@@ -18,30 +18,30 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     Seq2SeqTrainer,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction, has_length
+from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
-from onerec_hf.evaluation.metrics import invalid_id_rate, ranking_metrics
+from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import RankingSearch, first_model, own_arguments, plain_rows
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
+from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sharding import unsharded_model
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
-class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTrainer):
+class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEvaluation, Seq2SeqTrainer):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k
@@ -185,6 +185,9 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTra
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _SeededByLength(seed, batch_size, lengths=read.to_pylist())
 
+    def _ranked_items(self):
+        return self.processing_class.catalogue, self.processing_class.catalogue.active  # type: ignore[attr-defined]
+
     @contextmanager
     def _collating_for_evaluation(self):
         training_collator, self.data_collator = self.data_collator, self.eval_data_collator
@@ -284,9 +287,6 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTra
         write_trainer_card(self, model_name, tags, tokens_per_expert=self.tokens_per_expert, **metadata)
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        check_countable(dataloader, self.args.world_size)
-        # Seq2SeqTrainer would keep the users that pad the ranks' last batches, and count them twice.
-        self.gather_function = self.accelerator.gather_for_metrics
         if not self.args.predict_with_generate:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
@@ -303,18 +303,36 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTra
         **gen_kwargs,
     ):
         """
-        Loss, ranked item indices (users, largest k) and target item indices (users, items); -1 for invalid IDs and padding. No loss and no
-        targets for users without a session.
+        Loss, ranked item indices (users, largest k) and target item indices (users, items). In the ranking -1 is an empty place and -2 an
+        invalid ID; a user without candidates has empty places only.
         """
         inputs = self._prepare_inputs(dict(inputs))
         exclude = inputs.pop("exclude", None)
-        loss, targets = None, inputs.get("labels")
-        if targets is not None:
-            loss, _, _ = Trainer.prediction_step(self, model, inputs, prediction_loss_only=True)
+        targets = inputs.get("labels")  # predict() needs none
+        loss = None if targets is None else self._count_loss(model, inputs)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
-        top = max(self.args.eval_top_k)
+        targets = None if targets is None else self.processing_class.item_indices(targets)
+        return loss, self._rank(inputs, exclude), targets
+
+    def _count_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch, counted per token of its real users."""
+        labels = inputs["labels"].clone()
+        labels[self.real_rows(len(labels)) :] = -100
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, {**inputs, "labels": labels}).detach()
+        self.count("loss", loss, (labels != -100).sum())
+        return loss
+
+    def _rank(self, inputs: dict[str, Any], exclude: torch.Tensor | None) -> torch.Tensor:
+        """(users, largest k) item indices, best first; -1 for an empty place, -2 for an invalid ID."""
+        top, users = max(self.args.eval_top_k), len(inputs["input_ids"])
         head_alone = self.args.eval_head_alone and self.is_in_train
+        without = torch.zeros(users, dtype=torch.bool)
+        catalogue = self.processing_class.catalogue
+        if exclude is not None and exclude.shape[1] >= catalogue.num_active:
+            without = torch.tensor([not catalogue.num_left(row[row >= 0]) for row in exclude.cpu().numpy()])
+            exclude = exclude.masked_fill(without[:, None].to(exclude.device), -1)
         sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -324,17 +342,18 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, Seq2SeqTra
             exclude=exclude,
             **({"decoder_weight": 0.0, "item_score_weight": 1.0} if head_alone else {}),
         )
-        ranked = self.processing_class.item_indices(sequences).view(len(inputs["input_ids"]), top)
-        return loss, ranked, None if targets is None else self.processing_class.item_indices(targets)
+        ranked = self.processing_class.item_indices(sequences).view(users, top)
+        empty = (sequences[:, 1] == self._generator.config.pad_token_id).view(users, top)
+        ranked = ranked.masked_fill((ranked < 0) & ~empty, INVALID)
+        return ranked.masked_fill(without[:, None].to(ranked.device), EMPTY)
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target item indices."""
-        ranked = np.asarray(prediction.predictions)
-        relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads results of ranks with unequal width
-        metrics = ranking_metrics(
-            ranked, relevant, ks=tuple(self.args.eval_top_k), num_items=len(self.processing_class.catalogue)
-        )
-        return {**metrics, "invalid_id_rate": invalid_id_rate(ranked)}
+        """
+        Recall, NDCG, MRR and coverage at each `args.eval_top_k`, and `invalid_id_rate`, from ranked and target item indices; with
+        `unranked_users` where there are any.
+        """
+        metrics = self._ranking_metrics(prediction, self.processing_class.catalogue.num_active)
+        return {**metrics, "invalid_id_rate": invalid_id_rate(np.asarray(prediction.predictions))}
 
 
 class _SeededByLength(LengthGroupedSampler):
@@ -423,21 +442,6 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
         rows=args.train_batch_size if args.torch_compile else None,  # one shape, also for the last batch of an epoch
     )
     return packed, collator
-
-
-def check_countable(dataloader: DataLoader, ranks: int) -> None:
-    """
-    Checks that the length of a distributed evaluation is known. The last batches are padded with users from the beginning, who can be
-    removed only if their number is known.
-
-    Raises:
-        ValueError: a stream with more than one rank.
-    """
-    if ranks > 1 and not has_length(dataloader.dataset):
-        raise ValueError(
-            f"{ranks} ranks evaluate on a stream of unknown length, so some users would count twice. Pass a datasets.Dataset "
-            "(Dataset.from_generator or from_parquet keep it on disk), or evaluate on one process"
-        )
 
 
 def stream_dataloader(stream: ExampleStream, args: TrainingArguments, collator) -> DataLoader:

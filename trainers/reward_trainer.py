@@ -11,15 +11,15 @@ from transformers.trainer_utils import EvalPrediction
 from onerec_hf.data.feedback.collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+from onerec_hf.modeling.modeling_onerec_reward import MISSING_LABEL, OneRecForSessionReward
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
-from onerec_hf.trainers.onerec_trainer import check_countable
 from onerec_hf.trainers.reward_config import RewardTrainingArguments
+from onerec_hf.trainers.whole_evaluation import WholeEvaluation
 
 
-class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
+class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer):
     """
     Trains a [`~onerec_hf.OneRecForSessionReward`] on examples `{"history": [item ids], "session": [item ids], "labels": [rate or None]}`
     (arXiv 2502.18965, section 3.3, equation 7; created by [`~onerec_hf.data.feedback_windows`]). Evaluation reports the metrics of
@@ -90,9 +90,15 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session", "labels"]
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        check_countable(dataloader, self.args.world_size)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        labels = inputs["labels"].clone()
+        rows, real = len(labels), self.real_rows(len(labels))
+        labels[real:] = MISSING_LABEL  # repeated rows have no part in the loss
+        loss, logits, labels = super().prediction_step(
+            model, {**inputs, "labels": labels}, prediction_loss_only, ignore_keys
+        )
+        self.count("loss", loss * rows / max(real, 1), real)
+        return loss, logits, labels
 
     def create_model_card(
         self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata

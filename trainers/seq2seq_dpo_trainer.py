@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy
 from onerec_hf.trainers.trl_adapter import bind_to_itself, check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.whole_evaluation import WholeEvaluation, first_rows
 
 _TEXT = ("prompt", "chosen", "rejected")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -36,7 +39,7 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _REFERENCE_FILE = "reference.safetensors"
 
 
-class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
+class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOTrainer):
     """
     `trl.DPOTrainer` for encoder-decoder models: DPO (arXiv 2305.18290; OneRec paper, equation 10) and all other losses and options of TRL.
     The encoder reads the prompt once per pair; only the decoder's sequence is scored.
@@ -229,18 +232,59 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, DPOTrainer):
             self.precompute_ref_logps = False
         else:
             loss = super()._compute_loss(model, inputs, False)
-        if not return_outputs:
-            return loss
+        return (loss, self._outputs(model, inputs)) if return_outputs else loss
+
+    @torch.no_grad()
+    def _outputs(self, model, inputs):
+        """The model's outputs of all decoder rows, with logits."""
         repeats = inputs["input_ids"].shape[0] // inputs["encoder_input_ids"].shape[0]
-        with torch.no_grad():
-            outputs = model(
-                input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
-                attention_mask=inputs["encoder_attention_mask"].repeat(repeats, 1),
-                decoder_input_ids=inputs["input_ids"],
-                decoder_attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            )
-        return loss, outputs
+        return model(
+            input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
+            attention_mask=inputs["encoder_attention_mask"].repeat(repeats, 1),
+            decoder_input_ids=inputs["input_ids"],
+            decoder_attention_mask=inputs["attention_mask"],
+            use_cache=False,
+        )
+
+    def _predictions(self, model, inputs):
+        """Logits and labels, for `compute_metrics`."""
+        return self._outputs(model, inputs).logits, inputs["input_ids"]
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), _without_gathering(self.accelerator):
+            loss = self._count_batch(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, *self._predictions(model, inputs)
+
+    def _count_batch(self, model, inputs) -> torch.Tensor:
+        """The loss of a batch; it and TRL's metrics are counted per pair, or per token where they are of tokens."""
+        rows = inputs["encoder_input_ids"].shape[0]
+        real = self.real_rows(rows)
+        loss = self._count_pairs(model, first_rows(inputs, max(real, 1), rows), bool(real))
+        self.count("loss", loss, real)
+        return loss
+
+    def _count_pairs(self, model, inputs, real: bool = True) -> torch.Tensor:
+        """The DPO loss of pairs, with TRL's metrics counted; of pairs that are not `real`, with weight 0."""
+        loss = Seq2SeqDPOTrainer._compute_loss(self, model, inputs, False)
+        pairs = inputs["encoder_input_ids"].shape[0]
+        tokens = inputs["completion_mask"][:, 1:].view(-1, pairs, inputs["completion_mask"].shape[1] - 1).sum((1, 2))
+        of_tokens = {
+            "entropy": tokens.sum(),
+            "mean_token_accuracy": tokens[0],
+            "logits/chosen": tokens[0],
+            "logits/rejected": tokens[1:].sum(),
+        }
+        for name in [name for name in self._metrics["eval"] if name != "num_tokens"]:  # those are of the training
+            (value,) = self._metrics["eval"].pop(name)
+            self.count(name, value, of_tokens.get(name, pairs) * real)
+        return loss
 
     def _s_dpo(self, model, inputs) -> torch.Tensor:
         """S-DPO of a batch with (1 + N) * B decoder rows."""
@@ -286,6 +330,16 @@ def _check_adapter(peft_config, model) -> None:
         raise ValueError(
             "prompt-learning adapters prepend virtual tokens to input_ids, which belong to the decoder here; use LoRA or another weight adapter"
         )
+
+
+@contextlib.contextmanager
+def _without_gathering(accelerator) -> Iterator[None]:
+    """TRL's metrics of a batch become those of this rank; an evaluation gathers its sums at the end."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda values: values
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,16 +20,15 @@ from onerec_hf.baselines.evidence import add_evidence
 from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDataset, pad_left
-from onerec_hf.evaluation.metrics import ranking_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
-from onerec_hf.trainers.onerec_trainer import check_countable
+from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
 
 
-class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
+class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Trainer):
     """
     Trains a [`~onerec_hf.baselines.SequentialRecommender`]. Every item of a training sequence but the first is a target once; sequences longer than
     `config.max_history` are cut into pieces. Evaluation ranks the full catalogue: Recall@k, NDCG@k, MRR@k and coverage@k.
@@ -104,6 +103,10 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session", "inputs", "targets", "sequence"]
 
+    def _ranked_items(self):
+        recommender: Any = self.accelerator.unwrap_model(self.model)
+        return recommender.items, None
+
     @contextmanager
     def _collating_for_evaluation(self):
         training_collator, self.data_collator = self.data_collator, self._eval_collator
@@ -130,10 +133,6 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
                 inputs = {**inputs, "labels": drawn}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        check_countable(dataloader, self.args.world_size)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss; ranked item indices (users, largest k) and target indices (users, items), -1 where there is none."""
         inputs = self._prepare_inputs(inputs)
@@ -142,12 +141,9 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, Trainer):
         return None, ranked, inputs.get("labels")
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, from ranked and target indices."""
-        relevant = np.maximum(np.asarray(prediction.label_ids), -1)  # -100 pads ranks of unequal width
+        """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, from ranked and target indices; with `unranked_users` where there are any."""
         items: Any = self.accelerator.unwrap_model(self.model)
-        return ranking_metrics(
-            np.asarray(prediction.predictions), relevant, tuple(self.args.eval_top_k), items.config.num_items
-        )
+        return self._ranking_metrics(prediction, items.config.num_items)
 
     def create_model_card(
         self, model_name: str | None = None, tags: str | list[str] | None = None, **metadata

@@ -99,7 +99,9 @@ class RankingBaseline(ABC):
         self._restore(arrays)
         return self
 
-    def recommend(self, histories: Sequence, k: int, exclude_seen: bool = True) -> np.ndarray:
+    def recommend(
+        self, histories: Sequence, k: int, exclude_seen: bool = True, active: np.ndarray | None = None
+    ) -> np.ndarray:
         """
         The k best items for each history. Memory stays bounded: users are scored in blocks.
 
@@ -107,6 +109,7 @@ class RankingBaseline(ABC):
             histories: n 1-D integer arrays of item indices, oldest first. An empty history gets the most popular items.
             k: items per history, at least 1.
             exclude_seen: leave out every item of the history.
+            active: (items,) bool, false for retired items, which are in no ranking; all are ranked when not given.
 
         Returns:
             (n, k) int64 item indices, best first, -1 where fewer than k items remain.
@@ -121,10 +124,15 @@ class RankingBaseline(ABC):
             array([[ 0,  1],
                    [ 2, -1]])
         """
-        return self.top_items(histories, k, histories if exclude_seen else None)[0]
+        return self.top_items(histories, k, histories if exclude_seen else None, active=active)[0]
 
     def top_items(
-        self, histories: Sequence, k: int, exclude: Sequence | None = None, allow: Sequence | None = None
+        self,
+        histories: Sequence,
+        k: int,
+        exclude: Sequence | None = None,
+        allow: Sequence | None = None,
+        active: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """
         `recommend` with lists of items to leave out and to choose from, and with scores.
@@ -134,6 +142,7 @@ class RankingBaseline(ABC):
             k: items per history, at least 1.
             exclude: n 1-D integer arrays of item indices to leave out.
             allow: n 1-D integer arrays of the only item indices to choose from.
+            active: as for `recommend`.
 
         Returns:
             (n, k) int64 item indices, best first, -1 where fewer than k items remain; and (n, k) float64 scores, -inf there.
@@ -165,6 +174,8 @@ class RankingBaseline(ABC):
         for start in range(0, users, block):
             stop = min(start + block, users)
             scores = self._score(ranks[ends[start] : ends[stop]], np.diff(ends[start : stop + 1]))
+            if active is not None:
+                scores[:, ~active[self._row_of_rank]] = -np.inf
             if "allow" in lists:
                 shut = np.ones(scores.shape, dtype=bool)
                 shut[_places(*lists["allow"], start, stop)] = False

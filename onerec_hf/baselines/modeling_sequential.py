@@ -281,7 +281,12 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         return F.pad(indices, (0, more), value=-1), F.pad(values, (0, more), value=-torch.inf)
 
     def rank(
-        self, histories: Sequence[np.ndarray], k: int, exclude_seen: bool = True, batch_size: int = 256
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        exclude_seen: bool = True,
+        batch_size: int = 256,
+        active: np.ndarray | None = None,
     ) -> np.ndarray:
         """
         The k best items for each history of item indices; the interface of [`PopularityBaseline.recommend`].
@@ -291,6 +296,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             k: items per history, at least 1.
             exclude_seen: leave out all items of the history.
             batch_size: histories at a time.
+            active: (num_items,) bool, false for retired items, which are in no ranking; all are ranked when not given.
 
         Returns:
             (n, k) int64 item indices, best first, -1 where fewer than k items remain.
@@ -298,7 +304,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         Raises:
             ValueError: k < 1, an empty history, or an index outside the catalogue.
         """
-        found = [indices for indices, _ in self._ranked(histories, k, exclude_seen, batch_size)]
+        allowed = None if active is None else torch.from_numpy(np.array(active)).to(self.device)
+        found = [indices for indices, _ in self._ranked(histories, k, exclude_seen, batch_size, allowed=allowed)]
         return np.concatenate([np.empty((0, k), dtype=np.int64), *found])
 
     @torch.no_grad()

@@ -42,6 +42,9 @@ _PUBLIC = {
     "read_recbole": "recbole",
     "session_examples": "sessions",
     "temporal_split": "splits",
+    "given_split": "splits",
+    "GivenSplit": "splits",
+    "Ties": "ties",
     "window_examples": "windows",
     "write_recbole": "recbole",
 }
@@ -68,7 +71,16 @@ if TYPE_CHECKING:
     from onerec_hf.data.shards.stream import ExampleStream
     from onerec_hf.data.shards.write import prepare_log
     from onerec_hf.data.sources import SOURCES, RecommendationData, load_files, load_source
-    from onerec_hf.data.splits import LeaveOneOutSplit, Split, TemporalSplit, leave_one_out, temporal_split
+    from onerec_hf.data.splits import (
+        GivenSplit,
+        LeaveOneOutSplit,
+        Split,
+        TemporalSplit,
+        given_split,
+        leave_one_out,
+        temporal_split,
+    )
+    from onerec_hf.data.ties import Ties
     from onerec_hf.data.windows import window_examples
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

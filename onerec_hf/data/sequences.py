@@ -152,3 +152,23 @@ class UserSequences:
                 f"at least {min_user} items with at least {min_item} interactions each. Lower min_user or min_item."
             )
         return self.where(keep)
+
+
+def concatenated(*parts: UserSequences) -> UserSequences:
+    """
+    The items of several tables as one: a user's items of the first table before those of the second, whatever their times.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [1, 2], "item_id": [7, 8], "timestamp": [9, 9]})
+        >>> more = pd.DataFrame({"user_id": [2, 3], "item_id": [5, 6], "timestamp": [0, 0]})
+        >>> both = concatenated(UserSequences.from_interactions(rows), UserSequences.from_interactions(more))
+        >>> [items.tolist() for items in both.lists()]
+        [[7], [8, 5], [6]]
+    """
+    users, codes = np.unique(np.concatenate([part.user_ids[part.user_rows] for part in parts]), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    items, times = (
+        np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps")
+    )
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(users)))]).astype(np.int64)
+    return UserSequences(users, items, times, offsets)

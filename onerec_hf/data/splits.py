@@ -1,7 +1,8 @@
-"""Train, validation and test examples without leakage: leave-one-out or temporal split."""
+"""Train, validation and test examples without leakage: leave-one-out, temporal or given split."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,17 +10,21 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError
-from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.sequences import UserSequences, concatenated
+from onerec_hf.data.ties import Ties
 from onerec_hf.data.windows import examples, window_examples
 
 if TYPE_CHECKING:
     import datasets
 
+# Share of test targets that a tie decides, from which ties matter.
+_TIES_MATTER = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """
-    The result of `leave_one_out` or `temporal_split`.
+    The result of `leave_one_out`, `temporal_split` or `given_split`.
 
     Every dataset has the columns `user_id`, `history` (list of ids, time order, never empty) and `session` (list of ids).
 
@@ -61,6 +66,16 @@ class TemporalSplit(Split):
     """
 
 
+class GivenSplit(Split):
+    """
+    A `Split` by `given_split`.
+
+    Example:
+        >>> issubclass(GivenSplit, Split)
+        True
+    """
+
+
 def leave_one_out(
     sequences: UserSequences, session_length: int = 5, max_history: int = 50, stride: int = 1, min_length: int = 3
 ) -> LeaveOneOutSplit:
@@ -79,6 +94,9 @@ def leave_one_out(
     Raises:
         DataError: no user has `min_length` items, or no training window remains.
 
+    Warns:
+        UserWarning: ties in time decide at least 1 % of the test targets, and tied rows are sorted by item id.
+
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 3]})
         >>> split = leave_one_out(UserSequences.from_interactions(rows))
@@ -96,6 +114,10 @@ def leave_one_out(
     description = describe_leave_one_out(
         int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
     )
+    ties = Ties.of(sequences, min_length)
+    if ties.are_sorted and ties.share >= _TIES_MATTER:
+        warnings.warn(f"{ties} UserSequences.shuffled_ties() puts them in random order.", UserWarning, stacklevel=2)
+    description += f" {ties}" if ties.tied else ""
     return LeaveOneOutSplit(train, validation, test, train_sequences, description)
 
 
@@ -151,7 +173,7 @@ def describe_leave_one_out(
     return (
         f"Leave-one-out split: for each of {held_out:,} users with at least {min_length} interactions the last item is the "
         f"test target and the one before it the validation target; {others:,} users with fewer are used for training "
-        f"only; {_describe(train, session_length, max_history, stride)}."
+        f"only; {describe_windows(train, session_length, max_history, stride)}."
     )
 
 
@@ -162,16 +184,18 @@ def temporal_split(
     session_length: int = 5,
     max_history: int = 50,
     stride: int = 1,
+    targets: int | None = None,
 ) -> TemporalSplit:
     """
     Training before `validation_start`, validation in [validation_start, test_start), test from `test_start` on.
 
     Every user with items both in a period and before it gives one example: the history is everything before the period, the session
-    the first `session_length` items in it.
+    the first `targets` items in it.
 
     Args:
         validation_start, test_start: in the timestamps' unit.
         session_length, max_history, stride: as in `leave_one_out`.
+        targets: at most so many items of a validation or test session; `session_length` when not given.
 
     Raises:
         DataError: starts in the wrong order, or a part without examples.
@@ -185,7 +209,7 @@ def temporal_split(
     sequences = (
         UserSequences.from_interactions(interactions) if isinstance(interactions, pd.DataFrame) else interactions
     )
-    times = sequences.timestamps
+    times, targets = sequences.timestamps, targets or session_length
     if not times.min() < validation_start < test_start <= times.max():
         raise DataError(
             f"temporal split: validation_start {validation_start} and test_start {test_start} must lie in this order inside the "
@@ -203,15 +227,65 @@ def temporal_split(
                 f"temporal split: no user has items both in the {name} period and before it. Change its start."
             )
         history = (sequences.item_ids, sequences.offsets[:-1][usable], at[usable])
-        session = (sequences.item_ids, at[usable], np.minimum(stops, at + session_length)[usable])
+        session = (sequences.item_ids, at[usable], np.minimum(stops, at + targets)[usable])
         parts[name] = examples(sequences.user_ids[usable], history, session)
     description = (
         f"Temporal split: training on {len(train_sequences.item_ids):,} of {len(times):,} interactions, those before "
         f"{validation_start}; {len(parts['validation']):,} validation users from then to {test_start} and "
-        f"{len(parts['test']):,} test users after, each with up to {session_length} target items; "
-        f"{_describe(len(train), session_length, max_history, stride)}."
+        f"{len(parts['test']):,} test users after, each with up to {targets} target items; "
+        f"{describe_windows(len(train), session_length, max_history, stride)}."
     )
     return TemporalSplit(train, parts["validation"], parts["test"], train_sequences, description)
+
+
+def given_split(
+    train: UserSequences,
+    validation: UserSequences,
+    test: UserSequences,
+    session_length: int = 5,
+    max_history: int = 50,
+    stride: int = 1,
+    targets: int = 50,
+) -> GivenSplit:
+    """
+    A split that is given as three tables. A validation user's history is the training items, a test user's the training and validation items;
+    users without a history are left out and counted in the description.
+
+    Args:
+        session_length, max_history, stride: as in `leave_one_out`.
+        targets: at most so many items of a validation or test session.
+
+    Raises:
+        DataError: no user of a part has a history.
+
+    Example:
+        >>> def rows(items, start):
+        ...     table = {"user_id": [1] * len(items), "item_id": items, "timestamp": range(start, start + len(items))}
+        ...     return UserSequences.from_interactions(pd.DataFrame(table))
+        >>> split = given_split(rows([5, 6, 7], 0), rows([8], 3), rows([9, 4], 4))
+        >>> split.validation[0]["session"], split.test[0]
+        ([8], {'user_id': 1, 'history': [5, 6, 7, 8], 'session': [9, 4]})
+    """
+    before, parts, without = train, {}, {}
+    for name, part in (("validation", validation), ("test", test)):
+        places = np.minimum(np.searchsorted(before.user_ids, part.user_ids), len(before) - 1)
+        usable = before.user_ids[places] == part.user_ids
+        if not usable.any():
+            raise DataError(f"given split: no {name} user has a history in the tables before. Check the user ids.")
+        places, starts = places[usable], part.offsets[:-1][usable]
+        history = (before.item_ids, before.offsets[:-1][places], before.offsets[1:][places])
+        session = (part.item_ids, starts, np.minimum(part.offsets[1:][usable], starts + targets))
+        parts[name], without[name] = examples(part.user_ids[usable], history, session), int((~usable).sum())
+        before = concatenated(before, part)
+    windows = train_windows(train, session_length, max_history, stride)
+    left_out = ", ".join(f"{count:,} {name} users" for name, count in without.items() if count)
+    description = (
+        f"Given split: {len(train.item_ids):,} training interactions, {len(parts['validation']):,} validation and {len(parts['test']):,} "
+        f"test users, each with up to {targets} target items"
+        + (f"; {left_out} without a history are left out" if left_out else "")
+        + f"; {describe_windows(len(windows), session_length, max_history, stride)}."
+    )
+    return GivenSplit(windows, parts["validation"], parts["test"], train, description)
 
 
 def _count_before(sequences: UserSequences, time: int) -> np.ndarray:
@@ -240,7 +314,14 @@ def train_windows(sequences: UserSequences, session_length: int, max_history: in
     return train
 
 
-def _describe(train: int, session_length: int, max_history: int, stride: int) -> str:
+def describe_windows(train: int, session_length: int, max_history: int, stride: int) -> str:
+    """
+    Describes the training examples, for model cards.
+
+    Example:
+        >>> describe_windows(40, 5, 50, 1)[:42]
+        'the 40 training examples are per-user slid'
+    """
     return (
         f"the {train:,} training examples are per-user sliding windows (up to {session_length} target items after up to "
         f"{max_history} history items, stride {stride}), not logged sessions"

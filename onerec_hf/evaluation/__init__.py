@@ -15,11 +15,14 @@ _PUBLIC = {
     "ndcg_at_k": "metrics",
     "ranking_metrics": "metrics",
     "recall_at_k": "metrics",
+    "seen_items": "held_out",
+    "SeenItems": "held_out",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from .held_out import SeenItems, seen_items
     from .metric_modules import metric_path
     from .metrics import (
         coverage_at_k,

@@ -1,7 +1,8 @@
 """Ranking metrics over item indices or item ids, as plain numpy functions.
 
 All metrics expect `ranked` in best-first order and share two conventions:
-  - the integer -1 means "no item" (an invalid semantic ID, or padding): it occupies its rank and is never relevant;
+  - the integers -1 (an empty place: nothing was left to rank, or padding) and -2 (an invalid semantic ID) mean "no item": they occupy their
+    rank and are never relevant;
   - a repeated item counts at its first rank only: repetitions occupy a rank without gain.
 """
 
@@ -17,13 +18,16 @@ Relevant = np.ndarray | Sequence[Collection[str]] | Sequence[Collection[int]] | 
 
 _SCALARS = (str, int, np.integer)
 
+#: In `ranked`: a place that could not be filled, and a generated semantic ID without an item.
+EMPTY, INVALID = -1, -2
+
 
 def recall_at_k(ranked: Ranked, relevant: Relevant, k: int, *, per_row: bool = False) -> float | np.ndarray:
     """
     Recall@k: the share of a row's relevant items in its top k, averaged over rows.
 
     Args:
-        ranked: (n, R) integer array of item indices, best first, -1 for "no item"; or n lists of ids, all strings or all integers.
+        ranked: (n, R) integer array of item indices, best first, -1 or -2 for "no item"; or n lists of ids, all strings or all integers.
         relevant: n lists or sets of ids (duplicates count once), or an (n,) or (n, m) integer array padded with -1.
         k: cut-off, at least 1. Ranks beyond R contain no item.
         per_row: return the (n,) float64 values instead of their mean.
@@ -120,7 +124,7 @@ def coverage_at_k(ranked: Ranked, num_items: int, k: int) -> float:
     kind = _kind(flat, "ranked")
     places = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     found = np.unique(np.asarray(flat)[places < k])
-    distinct = len(found) - (kind == "integers" and -1 in found)
+    distinct = len(found) - (int(np.isin(found, (EMPTY, INVALID)).sum()) if kind == "integers" else 0)
     if distinct > num_items:
         raise ValueError(
             f"ranked contains {distinct} distinct items in its top {k}, but num_items is {num_items}; pass the size of the catalogue"
@@ -130,25 +134,25 @@ def coverage_at_k(ranked: Ranked, num_items: int, k: int) -> float:
 
 def invalid_id_rate(ranked: np.ndarray) -> float:
     """
-    The share of -1 among all ranks: generated semantic IDs without an item.
+    The share of invalid semantic IDs among generated ones; places that could not be filled do not count.
 
     Args:
-        ranked: (n, R) integer array of item indices, -1 for "no item".
+        ranked: (n, R) integer array of item indices, -2 for a semantic ID without an item, -1 for an empty place.
 
     Returns:
-        The share, in [0, 1].
+        The share, in [0, 1]; 0 where nothing was generated.
 
     Raises:
         ValueError: not a 2-D integer array, or empty.
 
     Example:
-        >>> invalid_id_rate(np.array([[4, -1], [2, 0]]))
+        >>> invalid_id_rate(np.array([[4, -2], [2, -1], [0, -1]]))
         0.25
     """
     ranked = np.asarray(ranked)
     if ranked.dtype.kind not in "iu" or ranked.ndim != 2 or ranked.size == 0:
         raise ValueError(f"ranked: expected a non-empty 2-D integer array, got shape {ranked.shape} of {ranked.dtype}")
-    return float(np.mean(ranked == -1))
+    return float((ranked == INVALID).sum() / max(1, (ranked != EMPTY).sum()))
 
 
 def ranking_metrics(
@@ -186,6 +190,44 @@ def ranking_metrics(
         if num_items is not None:
             results[f"coverage@{k}"] = coverage_at_k(ranked, num_items, k)
     return results
+
+
+def rankable(ranked: np.ndarray) -> np.ndarray:
+    """
+    (n,) bool, the users with a candidate at all: a ranking of empty places is that of a user whose exclusions leave none.
+
+    Args:
+        ranked: (n, R) item indices, -1 for an empty place.
+
+    Raises:
+        ValueError: no user has a candidate.
+
+    Example:
+        >>> rankable(np.array([[4, -1], [-1, -1], [-2, -1]])).tolist()
+        [True, False, True]
+    """
+    found = (np.asarray(ranked) != EMPTY).any(1)
+    if len(found) and not found.any():
+        raise ValueError(
+            f"none of {len(found):,} held-out users can be ranked: their histories hold every item. Rank seen items too "
+            "(--eval_exclude_seen false in training, --no_exclude_seen in evaluate)"
+        )
+    return found
+
+
+def metrics_of_ranked(
+    ranked: np.ndarray, relevant: np.ndarray, ks: Sequence[int] = (5, 10), num_items: int | None = None
+) -> dict[str, float]:
+    """
+    [`ranking_metrics`] over the users who can be ranked ([`rankable`]), and the number of the others as `unranked_users`, where there are any.
+
+    Example:
+        >>> metrics_of_ranked(np.array([[4, 1], [-1, -1]]), np.array([1, 2]), ks=(2,))
+        {'recall@2': 1.0, 'ndcg@2': 0.6309297535714575, 'mrr@2': 0.5, 'unranked_users': 1.0}
+    """
+    kept = rankable(ranked)
+    metrics = ranking_metrics(ranked[kept], relevant[kept], ks, num_items)
+    return metrics if kept.all() else {**metrics, "unranked_users": float((~kept).sum())}
 
 
 def _recall(hits: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
@@ -265,7 +307,7 @@ def _to_integers(ranked: Ranked, relevant: Relevant) -> tuple[np.ndarray, np.nda
             [numbers.setdefault(item, len(numbers)) for item in flat] for flat in (ranked_flat, relevant_flat)
         )
     ranked_flat, relevant_flat = np.asarray(ranked_flat, dtype=np.int64), np.asarray(relevant_flat, dtype=np.int64)
-    padded = np.full((len(ranked_lengths), ranked_lengths.max()), -1, dtype=np.int64)
+    padded = np.full((len(ranked_lengths), ranked_lengths.max()), EMPTY, dtype=np.int64)
     padded[np.arange(padded.shape[1]) < ranked_lengths[:, None]] = ranked_flat
     owners = np.repeat(np.arange(len(relevant_lengths)), relevant_lengths)
     real = relevant_flat != -1

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onerec_hf.semantic_ids.terms import terms
+
 if TYPE_CHECKING:
     import scipy.sparse
     from sentence_transformers import SentenceTransformer
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 def text_embeddings(texts: Sequence[str], dim: int = 64, seed: int = 0) -> np.ndarray:
     """
-    TF-IDF of words and word pairs, reduced by truncated SVD.
+    TF-IDF of words and word pairs, in scripts without spaces of n-grams of characters ([`~onerec_hf.semantic_ids.terms.terms`]), reduced by
+    truncated SVD.
 
     Args:
         texts: one per item; an empty text gives a zero row.
@@ -91,7 +94,7 @@ class TextEncoder:
 def _vectorizer(**fitted):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **fitted)
+    return TfidfVectorizer(sublinear_tf=True, analyzer=terms, **fitted)
 
 
 def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, batch_size: int = 64) -> np.ndarray:
@@ -262,7 +265,8 @@ def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> tuple[np.n
         return (first * largest ** (scale_power - 1)).astype(np.float32), direction.astype(np.float32)
     dim = max(1, min(dim, min(matrix.shape) - 1))
     svd = TruncatedSVD(dim, random_state=seed)
-    reduced = svd.fit_transform(matrix)
+    with np.errstate(invalid="ignore"):  # a single text, or equal ones, have no variance
+        reduced = svd.fit_transform(matrix)
     scale = np.maximum(svd.singular_values_, 1e-12) ** (scale_power - 1)
     return (reduced * scale).astype(np.float32), svd.components_.astype(np.float32)
 

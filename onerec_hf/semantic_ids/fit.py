@@ -12,6 +12,7 @@ import torch
 from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough
+from onerec_hf.semantic_ids.crowded_prefixes import spill_crowded
 from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
 from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 from onerec_hf.semantic_ids.new_codes import numbered, spill
@@ -58,8 +59,9 @@ def fit_semantic_ids(
         embeddings: (N, d), one row per item; a tensor is quantised on its device.
         codebook_sizes: codes per level, each at most N.
         method: "balanced", "kmeans" or "rq-vae", see `make_quantizer`.
-        on_collision: "assign" reassigns the last codes of colliding items at minimum cost ([`make_unique`]); "extra-digit" adds a level that
-            numbers them (TIGER; [`add_digit`]).
+        on_collision: "assign" reassigns the last codes of colliding items at minimum cost ([`make_unique`]), and in one process moves the
+            items of a prefix beyond the last level's codes to the nearest prefix with room; "extra-digit" adds a level that numbers them
+            (TIGER; [`add_digit`]).
         popularity: (N,) interaction counts for the catalogue.
         recipe: name of the embedding method, for the fingerprint.
         max_iter: maximum number of k-means iterations per level.
@@ -68,8 +70,8 @@ def fit_semantic_ids(
         settings: further arguments of the quantiser class.
 
     Raises:
-        ValueError: unequal numbers of rows, NaN or infinite embeddings (with the first item), fewer items than codes, more items under one
-            prefix than last-level codes, or another method than "balanced" with several ranks.
+        ValueError: unequal numbers of rows, NaN or infinite embeddings (with the first item), fewer items than codes, more items than
+            codes (with several ranks: under one prefix), or another method than "balanced" with several ranks.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(50, 8))
@@ -88,8 +90,12 @@ def fit_semantic_ids(
     quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
-        unique = make_unique(codes, *quantizer.last_level(points, codes))
-        report = describe_ids(points, quantizer, unique.codes, int(unique.moved.sum()), seed=seed)
+        codes, spilt = spill_crowded(codes, points, sizes, quantizer.decode)
+        residuals, codebook = quantizer.last_level(points, codes)
+        if spilt.any():
+            codes[spilt, -1] = nearest(residuals[spilt], codebook)
+        unique = make_unique(codes, residuals, codebook)
+        report = describe_ids(points, quantizer, unique.codes, int((unique.moved | spilt).sum()), seed=seed)
         codes = unique.codes
     else:
         longer = add_digit(codes)

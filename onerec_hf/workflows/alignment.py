@@ -275,8 +275,13 @@ def _session_rewards(model, processor: OneRecProcessor, histories: list[list], r
 def reward_rows(
     model, processor: OneRecProcessor, judges: dict[str, list], data: RecommendationDataset, when: str
 ) -> list[dict[str, Any]]:
-    """Result rows `NAME/before` or `NAME/after`: the mean reward of sessions for test users."""
-    histories = data.test[:REWARDED_USERS]["history"]
+    """Result rows `NAME/before` or `NAME/after`: the mean reward of sessions for test users, without those who have too few items left for one."""
+    catalogue, length = catalogue_of(processor), model.config.session_length
+    histories = [
+        history
+        for history in data.test[:REWARDED_USERS]["history"]
+        if catalogue.num_left(catalogue.indices(history)) >= length
+    ]
     return [
         result_row(f"{name}/{when}", session_reward(model, processor, histories, rewards), "reward")
         for name, rewards in judges.items()

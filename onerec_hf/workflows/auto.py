@@ -17,7 +17,6 @@ ITEMS_PER_CODE = 50
 SMALLEST_CODEBOOK, LARGEST_CODEBOOK = 16, 256
 SHORTEST_HISTORY, LONGEST_HISTORY = 10, 50
 TIED_TARGETS = 0.01  # share of test targets that a tie decides, from which ties matter
-TIES_IN_ORDER = 0.9  # share of a table's tied neighbours with ascending (or descending) item ids, from which the order means nothing
 SMALL_ITEMS, SMALL_INTERACTIONS = 3_000, 20_000  # below either: the smaller width
 SMALL_WIDTH, WIDTH = 64, 128
 HEAD_ITEMS, HEAD_MEMORY = 1_000_000, 0.25  # most items of an item head, and its largest share of the memory
@@ -124,16 +123,13 @@ def _spread(counts: np.ndarray) -> tuple[float, float]:
 
 
 def _ties(data: InMemoryDataset) -> dict[str, Any]:
-    """The shares about ties of a dataset in the table's order."""
-    sequences = data.sequences
-    same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)
-    places = np.searchsorted(data.item_ids, sequences.item_ids)
-    ascending = float((np.diff(places)[same] > 0).mean()) if same.any() else 0.0
-    targets = (sequences.offsets[1:] - 1)[sequences.lengths >= 3]
-    return {
-        "tied_targets": float(same[targets - 1].mean()),
-        "ties_in_order": max(ascending, 1 - ascending) if same.any() else 0.0,
-    }
+    """The shares about ties of a dataset in the table's order; ties decide no target of another split than leave-one-out."""
+    from onerec_hf.data import Ties
+
+    if data.settings.holdout != "last":
+        return {}
+    found = Ties.of(data.sequences)
+    return {"tied_targets": found.share, "ties_in_order": found.in_order}
 
 
 def _accelerator_memory() -> int | None:
@@ -213,10 +209,12 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
             table.add(option, value, reason)
         elif option in saved:
             table.add(option, saved[option], "of the saved model")
+    from onerec_hf.data.ties import IN_ORDER
+
     tied = f"a tie decides {found.tied_targets:.1%} of the test targets"
     if found.tied_targets < TIED_TARGETS:
         table.add("ties", "file", tied)
-    elif found.ties_in_order < TIES_IN_ORDER:
+    elif found.ties_in_order < IN_ORDER:
         table.add("ties", "file", f"{tied}, and the table has them in no order of ids")
     else:
         table.add("ties", "shuffle", f"{tied}, which the table has sorted by item ({found.ties_in_order:.0%})")
@@ -364,7 +362,7 @@ def _stopping(table: Table, strategy: str, steps: int, plateau: bool) -> None:
 
 
 def _evaluation(found: Statistics, table: Table) -> None:
-    repeated = f"{found.repeats:.1%} of the targets stand in their own history"
+    repeated = f"{found.repeats:.1%} of the targets repeat an item of their history"
     table.add("eval_exclude_seen", found.repeats <= REPEATS, repeated)
     table.add("eval_num_beams", max(30, *_value(table, "eval_top_k", [5, 10])), "beams of the ranking")
     table.add(

@@ -12,7 +12,7 @@ from onerec_hf.modeling.files import short
 from onerec_hf.workflows.advice import what_to_try
 from onerec_hf.workflows.artefact import catalogue_of
 from onerec_hf.workflows.distributed import num_ranks
-from onerec_hf.workflows.evaluation import Ranking, item_indices
+from onerec_hf.workflows.evaluation import Ranking
 from onerec_hf.workflows.small_sasrec import fit_small_sasrec
 from onerec_hf.workflows.verdict import Verdict
 
@@ -83,7 +83,7 @@ def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ra
         sasrec = fit_small_sasrec(data, catalogue, args, *time)
     except (FloatingPointError, MemoryError) as error:
         return f"No SASRec is beside it: its training failed ({short(error)})."
-    histories, _ = item_indices(data.test, catalogue)
-    ks = tuple(args.eval_top_k)
-    ranking.add("sasrec", sasrec.model.rank(histories, max(ks), args.eval_exclude_seen), ks, len(catalogue))
+    ks, histories = tuple(args.eval_top_k), ranking.histories(data.test, catalogue)
+    ranked = sasrec.model.rank(histories, max(ks), args.eval_exclude_seen, active=catalogue.active)
+    ranking.add("sasrec", ranked, ks, catalogue.num_active)
     return sasrec.note

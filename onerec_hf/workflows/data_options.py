@@ -22,7 +22,8 @@ _COLUMNS = ("user_column", "item_column", "timestamp_column")
 _SOURCES = ("dataset", "interactions", "prepared")
 _TYPES: dict[str, type] = {"exclude_seen": bool}
 _TYPES |= {each.name: type(each.default) for each in data_options()} | {"dataset": str, "positive": list}
-_OPTIONAL = ("dataset", "positive")
+_TYPES |= {"validation_start": str, "test_start": str}
+_OPTIONAL = ("dataset", "positive", "validation_start", "test_start")
 
 
 def save_data_options(folder: Path, data: RecommendationDataset, exclude_seen: bool) -> None:

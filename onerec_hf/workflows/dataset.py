@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from onerec_hf.workflows.settings import DataSettings, data_options
+from onerec_hf.workflows.splitting import about_ties, split_last
 
 if TYPE_CHECKING:
     import datasets
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from onerec_hf.data import (
         ExampleStream,
         ItemTable,
-        LeaveOneOutSplit,
         PreparedFolder,
         RecommendationData,
+        Split,
         UserSequences,
     )
 
@@ -73,12 +74,12 @@ class RecommendationDataset(Protocol):
 
     @property
     def validation(self) -> datasets.Dataset:
-        """One example per user: the last item but one."""
+        """One example per user: the last item but one, or the items of a validation period."""
         ...
 
     @property
     def test(self) -> datasets.Dataset:
-        """One example per user: the last item."""
+        """One example per user: the last item, or the items of a test period."""
         ...
 
     @property
@@ -93,10 +94,6 @@ class RecommendationDataset(Protocol):
     def train_rows(self) -> list[np.ndarray]:
         """Training sequences as indices into `item_ids`."""
         ...
-
-
-#: The sentence about `ties="shuffle"` in protocols.
-SHUFFLED = " Rows of a user with equal times are in random order."
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +114,7 @@ class InMemoryDataset:
 
     source: RecommendationData
     sequences: UserSequences
-    split: LeaveOneOutSplit
+    split: Split
     item_ids: np.ndarray
     protocol: str
     settings: DataSettings
@@ -189,30 +186,30 @@ class InMemoryDataset:
             >>> dataset.cut(session_length=1, max_history=20).session_length  # doctest: +SKIP
             1
         """
-        from onerec_hf.data.splits import describe_leave_one_out, train_windows
+        from onerec_hf.data.splits import describe_windows, train_windows
 
         settings = replace(self.settings, **options)
-        sizes = (settings.session_length, settings.max_history, settings.stride)
-        train = train_windows(self.train_sequences, *sizes)
-        held_out = len(self.test)
-        description = describe_leave_one_out(held_out, len(self.sequences) - held_out, len(train), *sizes)
+        before, after = ((each.session_length, each.max_history, each.stride) for each in (self.settings, settings))
+        train = train_windows(self.train_sequences, *after)
+        description = self.split.description.replace(
+            describe_windows(len(self.train), *before), describe_windows(len(train), *after)
+        )
         split = replace(self.split, train=train, description=description)
         return replace(self, split=split, settings=settings, protocol=self._protocol(description))
 
     def with_shuffled_ties(self) -> InMemoryDataset:
-        """The dataset with `ties="shuffle"`: a user's rows of equal time are in random order, and the split is made of these sequences."""
-        from onerec_hf.data import leave_one_out
-
-        settings, sequences = replace(self.settings, ties="shuffle"), self.sequences.shuffled_ties()
-        sizes = (settings.session_length, settings.max_history, settings.stride)
-        split = leave_one_out(sequences, *sizes)
-        return replace(
-            self,
-            sequences=sequences,
-            split=split,
-            settings=settings,
-            protocol=self._protocol(split.description) + SHUFFLED,
-        )
+        """
+        The dataset with `ties="shuffle"`, split leave-one-out: a user's rows of equal time are in random order, and the split is made of
+        these sequences.
+        """
+        settings = replace(self.settings, ties="shuffle")
+        sequences = self.sequences.shuffled_ties(settings.ties_seed)
+        split = split_last(sequences, settings)
+        protocol = self._protocol(split.description)
+        if before := about_ties(self.sequences, self.settings):
+            protocol = protocol.replace(before, "")
+        protocol += about_ties(sequences, settings)
+        return replace(self, sequences=sequences, split=split, settings=settings, protocol=protocol)
 
     def where(self, keep: np.ndarray, note: str) -> InMemoryDataset:
         """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from onerec_hf.evaluation.held_out import seen_items
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.artefact import (
     RANKINGS,
@@ -185,14 +186,17 @@ def _item_rows(
     ks = tuple(how.top_k)
     if not is_first():
         return []
-    histories, relevant = item_indices(held_out(data, how.split), items)
-    found = Ranking([], {}, relevant)
-    found.add(name, rank(histories, max(ks)), ks, len(items))
+    examples, active = held_out(data, how.split), active_items(items)
+    if how.exclude_seen and (text := str(seen_items(examples, items, active))):
+        say(text)
+    histories, relevant = item_indices(examples, items)
+    found = Ranking.of(name, rank(histories, max(ks)), relevant)
+    found.add(name, found.ranked[name], ks, len(items))
     if how.baselines:
         for row in found.rows:
             row["against"] = row["name"].replace(f"{name}/", "popularity/")
         _add_baselines(found, data, items, how.split, ks, how.exclude_seen)
-    return found.rows
+    return [*found.rows, *found.unranked_rows()]
 
 
 def ranking_rows(
@@ -229,11 +233,35 @@ class Ranking:
         rows: result rows `model/metric`; under torchrun only the first rank has them, and the arrays.
         ranked: (users, k) item indices by model, best first, -1 for none.
         relevant: (users, items) item indices of the targets, padded with -1.
+        kept: (users of the split,) bool, those who can be ranked: all models are evaluated on them, and the others are counted.
     """
 
     rows: list[dict[str, Any]]
     ranked: dict[str, np.ndarray]
     relevant: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, ranked: np.ndarray, relevant: np.ndarray) -> Ranking:
+        """
+        The ranking of a model for all users of a split, without rows yet.
+
+        Raises:
+            ValueError: no user can be ranked.
+        """
+        from onerec_hf.evaluation.metrics import rankable
+
+        kept = rankable(ranked)
+        return cls([], {name: ranked[kept]}, np.maximum(relevant, -1)[kept], kept)
+
+    def unranked_rows(self) -> list[dict[str, Any]]:
+        """A row with the number of users who cannot be ranked, where there are any."""
+        count = int((~self.kept).sum())
+        return [result_row("unranked_users", count, "users")] if count else []
+
+    def histories(self, examples: datasets.Dataset, items: ItemLookup) -> list[np.ndarray]:
+        """Histories as item indices of the users who can be ranked."""
+        return item_indices(examples.select(np.flatnonzero(self.kept)), items)[0]
 
     def add(self, name: str, ranked: np.ndarray, ks: tuple[int, ...], num_items: int) -> None:
         """Adds the ranking of another model for the same users, and its rows."""
@@ -281,10 +309,10 @@ def rank_beside_baselines(
         metrics = trainer.evaluate(cast("Any", examples.select(order)), metric_key_prefix=split)
     trainer.compute_metrics, args.train_sampling_strategy = trainer.compute_ranking_metrics, strategy
     if not is_first():
-        return Ranking([], {}, np.empty((0, 0), dtype=np.int64))
+        return Ranking([], {}, np.empty((0, 0), dtype=np.int64), np.empty(0, dtype=bool))
     back = np.argsort(order)
     ranked, relevant = (np.asarray(part)[back] for part in (kept[0].predictions, kept[0].label_ids))
-    found = Ranking([], {"onerec": ranked}, np.maximum(relevant, -1))
+    found = Ranking.of("onerec", ranked, relevant)
     names = [name.removeprefix(f"{split}_") for name in metrics if "@" in name]
     found.rows.extend(
         result_row(
@@ -295,6 +323,7 @@ def rank_beside_baselines(
     if baselines:
         _add_baselines(found, data, catalogue, split, tuple(args.eval_top_k), args.eval_exclude_seen)
     found.rows.append(result_row("invalid_id_rate", metrics[f"{split}_invalid_id_rate"], "share"))
+    found.rows.extend(found.unranked_rows())
     return found
 
 
@@ -302,9 +331,18 @@ def _add_baselines(
     found: Ranking, data: RecommendationDataset, items: ItemLookup, split: str, ks: tuple[int, ...], exclude_seen: bool
 ) -> None:
     """Adds popularity and item-kNN."""
+    active = active_items(items)
+    num_items = len(items) if active is None else int(active.sum())
     for name, ranked in baseline_rankings(data, items, split, max(ks), exclude_seen)[0].items():
         if name not in found.ranked:  # the model may be one of them
-            found.add(name, ranked, ks, len(items))
+            found.add(name, ranked[found.kept], ks, num_items)
+
+
+def active_items(items: ItemLookup) -> np.ndarray | None:
+    """(items,) bool, the items that are ranked; None for all of them, as of a sequence model."""
+    from onerec_hf.modeling.catalogue import ItemCatalogue
+
+    return items.active if isinstance(items, ItemCatalogue) else None
 
 
 def baseline_rankings(
@@ -312,7 +350,7 @@ def baseline_rankings(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     Item indices that popularity and item-kNN rank for a split's histories, and those of the targets, (users, items) padded with -1. The
-    baselines rank the whole catalogue, as the model does.
+    baselines rank the active items of the catalogue, as the model does.
     """
     from onerec_hf.baselines import ItemKNNBaseline, PopularityBaseline
 
@@ -321,7 +359,8 @@ def baseline_rankings(
     train = np.split(items.indices(sequences.item_ids), sequences.offsets[1:-1])
     rankings = {}
     for name, baseline in (("popularity", PopularityBaseline()), ("item_knn", ItemKNNBaseline())):
-        rankings[name] = baseline.fit(train, len(items)).recommend(histories, k, exclude_seen)
+        fitted = baseline.fit(train, len(items))
+        rankings[name] = fitted.recommend(histories, k, exclude_seen, active_items(items))
     return rankings, relevant
 
 

@@ -20,12 +20,13 @@ def write_trained_on(folder: Path, data: RecommendationDataset, refitted: bool) 
     """Writes until when the interactions of a model go, and whether the last two items of each user were held out; not for a prepared folder."""
     if not isinstance(data, InMemoryDataset):
         return
-    sequences = data.sequences
+    by_user = data.settings.holdout == "last"
+    sequences = data.sequences if refitted or by_user else data.train_sequences
     content = {
         "until": int(sequences.timestamps.max()),
         "interactions": len(sequences.item_ids),
         "users": len(sequences),
-        "held_out": 0 if refitted else 2,
+        "held_out": 2 if by_user and not refitted else 0,
     }
     write_bytes(folder / TRAINED_ON, (json.dumps(content) + "\n").encode())
 
@@ -45,6 +46,11 @@ def newer(data: InMemoryDataset, model: str, name: str | None = None) -> InMemor
     """
     trained_on = _read(model)
     if trained_on is None:
+        return data
+    if data.settings.holdout != "last":
+        say(
+            f"--model {model}: with --holdout {data.settings.holdout} all training interactions are read again, not the newer ones alone"
+        )
         return data
     until, sequences = trained_on["until"], data.sequences
     catalogue, name = catalogue_of(load_processor("--model", model)), name or model

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.workflows.data_options import options_to_take, read_data_options, say_differences
-from onerec_hf.workflows.dataset import SHUFFLED, InMemoryDataset, RecommendationDataset, ShardedDataset
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.settings import DataSettings, gather, given_options
+from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts, split_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
     from onerec_hf.data.tables import TableSource
 
@@ -28,7 +31,7 @@ def load_dataset(
     **options,
 ) -> RecommendationDataset:
     """
-    Reads interactions, keeps positive feedback and frequent enough items, and splits leave-one-out; or opens a folder of
+    Reads interactions, keeps positive feedback and frequent enough items, and splits as `holdout` says; or opens a folder of
     `onerec-hf prepare`.
 
     Args:
@@ -121,8 +124,10 @@ def load_in_memory(
             raise ValueError(f"--{option} must be at most {largest:,}; got {getattr(settings, option)!s:.40}")
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
+    check_holdout(settings)
     given = frozenset(given_options((DataSettings,), whole, options))
-    return replace(_split(_read(settings, interactions, items, embeddings), settings), given=given)
+    source, parts = _read(settings, interactions, items, embeddings), read_parts(settings)
+    return replace(_split(source, parts, settings), given=given)
 
 
 def _given(value, default):
@@ -155,24 +160,12 @@ def _read(
     )
 
 
-def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDataset:
+def _split(source: RecommendationData, parts: list[pd.DataFrame], settings: DataSettings) -> InMemoryDataset:
     """Positive feedback on frequent enough items as examples."""
-    from onerec_hf.data import DataError, PositiveFeedback, UserSequences, leave_one_out
+    from onerec_hf.data import PositiveFeedback
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
-    sequences = UserSequences.from_interactions(positive.apply(source.interactions))
-    try:
-        sequences = sequences.k_core(min_user=1, min_item=settings.min_item_interactions)
-    except DataError as error:
-        raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
-    if settings.ties == "shuffle":
-        sequences = sequences.shuffled_ties()
-    split = leave_one_out(
-        sequences,
-        session_length=settings.session_length,
-        max_history=settings.max_history,
-        stride=settings.stride,
-    )
+    sequences, split = split_table(positive.apply(source.interactions), [*map(positive.apply, parts)], settings)
     item_ids = sequences.item_counts()[0]
     if len(item_ids) < 2:
         raise ValueError(
@@ -181,10 +174,10 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
         )
     protocol = (
         f"Positive feedback: {positive}; items with fewer than {settings.min_item_interactions} positive interactions are left out. "
-        f"{split.description}{SHUFFLED if settings.ties == 'shuffle' else ''}"
+        f"{split.description}{about_ties(sequences, settings)}"
     )
     say(
-        f"{source.name}: {len(source.interactions):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
+        f"{source.name}: {sum(map(len, (source.interactions, *parts))):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
         f"on {len(item_ids):,} items, are kept. {protocol}"
     )
     return InMemoryDataset(
@@ -192,8 +185,9 @@ def _split(source: RecommendationData, settings: DataSettings) -> InMemoryDatase
     )
 
 
-# A prepared folder has decided these.
+# A prepared folder has decided these, and holds out each user's last two items.
 _FIXED = ("min_item_interactions", "session_length", "max_history", "stride", "positive")
+_IN_MEMORY = ("ties", "holdout", "validation_start", "test_start", "validation_interactions", "test_interactions")
 
 
 def _open_shards(
@@ -211,6 +205,11 @@ def _open_shards(
             raise ValueError(
                 f"--{name} {given if isinstance(given, int) else ' '.join(given)}: {path} was prepared with {decided or 'none'}; leave "
                 "the option out, or prepare the log again"
+            )
+    for name in _IN_MEMORY:
+        if getattr(settings, name) != defaults[name]:
+            raise ValueError(
+                f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
             )
     if items is None and embeddings is not None:
         raise ValueError("--embeddings goes with --items; pass both or neither")

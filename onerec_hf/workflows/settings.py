@@ -76,6 +76,29 @@ class DataSettings(WindowSettings):
         default="file",
         metadata={"help": "Order of a user's rows of equal time: file (as in the table), or shuffle (random)."},
     )
+    ties_seed: int = field(default=0, metadata={"help": "Seed of --ties shuffle."})
+    holdout: str = field(
+        default="last",
+        metadata={
+            "help": "Held-out items: last (each user's last two: leave-one-out), temporal (by time) or given (your own files)."
+        },
+    )
+    validation_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --holdout temporal: start of the validation period, a number as in the table or an ISO date (UTC); by default four fifths of the interactions are before it."
+        },
+    )
+    test_start: str | None = field(
+        default=None, metadata={"help": "Likewise the start of the test period; by default nine tenths."}
+    )
+    validation_interactions: str | None = field(
+        default=None,
+        metadata={"help": "With --holdout given: table of validation targets; --interactions are for training."},
+    )
+    test_interactions: str | None = field(
+        default=None, metadata={"help": "With --holdout given: table of test targets."}
+    )
     prepared: str | None = field(
         default=None,
         metadata={"help": "Folder of `onerec-hf prepare`, whose examples are streamed; in place of --interactions."},
@@ -104,6 +127,8 @@ def data_options() -> list[Field]:
         "embeddings",
         "prepared",
         "eval_users",
+        "validation_interactions",
+        "test_interactions",
     )
     return [each for each in fields(DataSettings) if each.name not in others]
 

@@ -106,6 +106,8 @@ def test_ratings_end_in_a_round_of_alignment(tmp_path):
     )
     check(done, folder, "m")
     check_alignment(done, folder)
+    protocol = json.loads((folder / "results.json").read_text())["protocol"]
+    assert protocol.endswith("Rows of a user with equal times are in random order.")
 
 
 def test_without_items_their_ids_are_shown(data, tmp_path):

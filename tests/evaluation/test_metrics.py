@@ -142,7 +142,10 @@ def test_no_item_is_never_relevant():
     assert recall_at_k(np.array([[-1, -1]]), np.array([[3, -1]]), 2) == 0.0
     assert recall_at_k([[-1, 3]], [[3, -1]], 2) == 1.0
     assert coverage_at_k(np.array([[-1, 2]]), 4, 2) == 0.25
-    assert invalid_id_rate(np.array([[-1, 2, -1], [0, 1, 2]])) == pytest.approx(1 / 3)
+    assert coverage_at_k(np.array([[-2, 2]]), 4, 2) == 0.25
+    # Places that could not be filled are no invalid IDs.
+    assert invalid_id_rate(np.array([[-2, 2, -1], [0, 1, 2]])) == pytest.approx(1 / 5)
+    assert invalid_id_rate(np.array([[-1, -1]])) == 0.0
 
 
 def test_short_and_ragged_rankings():

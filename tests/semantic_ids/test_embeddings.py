@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from onerec_hf.semantic_ids import (
     behaviour_embeddings,
@@ -14,6 +15,7 @@ from onerec_hf.semantic_ids import (
     text_embeddings,
 )
 from onerec_hf.semantic_ids.embeddings import cooccurrence, positive_pmi
+from onerec_hf.semantic_ids.terms import terms
 from tests.rounding import REDUCTION, close
 
 sequences = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -53,6 +55,46 @@ def test_items_consumed_together_are_close():
     assert similar[:10, :10].min() > similar[:10, 10:20].max()
     assert not vectors[20].any()
     assert np.linalg.norm(vectors[:20], axis=1) == close(np.ones(20))
+
+
+LIKENESS = {
+    "Chinese": ["红色口红持久", "红色口红哑光", "花园水管十米", "花园椅子", "厨房刀", "厨房锅", "蓝色口红", "花园灯"],
+    "Japanese": ["赤い口紅ロング", "赤い口紅マット", "庭用ホース", "庭用椅子", "台所包丁", "台所鍋", "青い口紅", "庭用ランプ"],
+    "Thai": ["ลิปสติกสีแดงติดทน", "ลิปสติกสีแดงแมตต์", "สายยางรดน้ำสวน", "เก้าอี้สวน", "มีดทำครัว", "หม้อครัว", "ลิปสติกสีฟ้า", "โคมไฟสวน"],
+    "Hindi": ["लाल लिपस्टिक टिकाऊ", "लाल लिपस्टिक मैट", "बगीचे का पाइप", "बगीचे की कुर्सी", "रसोई चाकू", "रसोई बर्तन", "नीली लिपस्टिक", "बगीचे का दीपक"],
+    "English": ["red lipstick lasting", "red lipstick matte", "garden hose", "garden chair", "kitchen knife", "kitchen pot", "blue lipstick", "garden lamp"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LIKENESS)
+def test_like_titles_are_close_in_every_script(language):
+    vectors = text_embeddings(LIKENESS[language], dim=8)
+    assert vectors[0] @ vectors[1] > 0.4
+    assert abs(vectors[0] @ vectors[2]) < 0.1
+
+
+def test_terms_of_words_are_those_of_scikit_learn():
+    texts = ["Heat (1995) | Action, Crime", "it's a 10 m HOSE!", "café crème", "8½ — Фильм", "x y zz", "한국어 제목"]
+    analyze = TfidfVectorizer(ngram_range=(1, 2)).build_analyzer()
+    assert [sorted(terms(text)) for text in texts] == [sorted(analyze(text)) for text in texts]
+
+
+def test_words_of_marks_and_single_characters():
+    assert terms("हिन्दी")[0] == "हिन्दी"  # vowel signs belong to the word
+    assert terms("红色 LED") == ["led", "红", "色", "红色"]
+    assert terms("ＬＥＤ灯") == terms("led灯")  # full width
+    assert terms("红") == ["红"]
+    assert terms("X") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "texts", [["红 1 号", "蓝 2 号", "绿 3 号"], ["a", "b", "c"], ["same", "same"], ["x"], ["红", ""]], ids=str
+)
+def test_short_texts_have_vectors(texts):
+    vectors = text_embeddings(texts, dim=8)
+    assert len(vectors) == len(texts)
+    assert np.isfinite(vectors).all()
+    assert vectors.any()
 
 
 def test_text_dimensions_never_exceed_what_there_is():

@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.semantic_ids import add_digit, make_unique
+from onerec_hf.semantic_ids import add_digit, fit_semantic_ids, make_unique
+from onerec_hf.semantic_ids.crowded_prefixes import spill_crowded
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,3 +72,36 @@ def test_the_extra_digit_counts_each_group_in_row_order(rows):
     longer = add_digit(torch.tensor(rows))
     assert longer[:, :2].tolist() == [list(row) for row in rows]
     assert longer[:, 2].tolist() == [rows[:i].count(row) for i, row in enumerate(rows)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 24), st.integers(2, 4), st.integers(1, 8))
+def test_a_crowded_prefix_spills_into_the_nearest_ones(seed, count, last, used):
+    """Up to as many items as there are semantic IDs, all under few prefixes: each gets one, and those who fit stay."""
+    sizes, generator = [4, 2, last], torch.Generator().manual_seed(seed)
+    count = min(count, 8 * last)
+    centres = torch.randn(4, 2, 3, generator=generator)
+    flat = torch.randint(0, used, (count,), generator=generator)
+    codes = torch.stack([flat // 2, flat % 2, torch.randint(0, last, (count,), generator=generator)], 1)
+    points = centres[codes[:, 0], codes[:, 1]] + 0.1 * torch.randn(count, 3, generator=generator)
+    spilt, moved = spill_crowded(codes, points, sizes, lambda prefixes: centres[prefixes[:, 0], prefixes[:, 1]])
+    groups = torch.unique(spilt[:, :-1], dim=0, return_counts=True)[1]
+    assert groups.max() <= last
+    assert torch.equal(spilt[~moved], codes[~moved])
+    before = codes[:, 0] * 2 + codes[:, 1]
+    assert int(moved.sum()) == int((before.bincount() - last).clamp(min=0).sum())
+    result = make_unique(spilt, points, torch.randn(last, 3, generator=generator))
+    assert len(torch.unique(result.codes, dim=0)) == count
+
+
+def test_more_items_than_ids_stay_an_error():
+    codes = torch.zeros(9, 2, dtype=torch.long)
+    assert torch.equal(spill_crowded(codes, torch.randn(9, 1), [2, 4], lambda prefixes: prefixes.float())[0], codes)
+    codes = torch.zeros(3, 1, dtype=torch.long)  # a single level has no other prefix
+    assert torch.equal(spill_crowded(codes, torch.randn(3, 1), [2], lambda prefixes: prefixes.float())[0], codes)
+
+
+def test_a_fit_of_crowded_items_does_not_fail():
+    vectors = np.concatenate([np.full((30, 4), 5.0), np.eye(4)]) + 0.01 * np.random.default_rng(0).normal(size=(34, 4))
+    fitted = fit_semantic_ids(range(34), vectors, codebook_sizes=[4, 4, 4], method="kmeans")
+    assert len(np.unique(fitted.catalogue.codes, axis=0)) == 34

@@ -15,9 +15,9 @@ COUNTS = (2, 9, 20)
 
 
 def _judged(trainer, dataset):
-    """Metrics, predictions and labels. `loss` is transformers' mean over batches, which depends on what the batches are."""
+    """Metrics, predictions and labels."""
     done = trainer.predict(dataset)
-    ignored = ("loss", "runtime", "per_second", "time")
+    ignored = ("runtime", "per_second", "time")
     metrics = {name: value for name, value in done.metrics.items() if not name.endswith(ignored)}
     return metrics, np.asarray(done.predictions), np.maximum(np.asarray(done.label_ids), -1)
 

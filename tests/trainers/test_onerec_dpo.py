@@ -369,3 +369,12 @@ def test_two_ranks_draw_and_train_as_one(tmp_path):
         assert theirs == mine
     steps = alone.state.global_step
     assert_close(load_file(tmp_path / "weights.safetensors"), alone.model.state_dict(), terms=steps * BACKWARD)
+
+
+def test_a_history_of_every_item_gives_no_pair(tmp_path):
+    whole = {"history": list(CATALOGUE.item_ids), "session": ["m1", "m2"]}
+    rows = Dataset.from_list([*examples(6).to_list(), whole])
+    trainer = make_trainer(tmp_path, dataset=rows, dpo_ratio=1.0)
+    trainer.begin_iteration(0)
+    assert 6 not in trainer.pairs["row"]
+    assert trainer._metrics["train"]["pairs/without"][0] >= 1

@@ -25,6 +25,10 @@ SAVED = {
     "item_column": "what",
     "timestamp_column": "timestamp",
     **GIVEN,
+    "ties_seed": 0,
+    "holdout": "last",
+    "validation_start": None,
+    "test_start": None,
     "exclude_seen": False,
 }
 

@@ -1,0 +1,75 @@
+"""Ties in time: how many held-out items are the last of their user only by the order of the table's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from onerec_hf.data.sequences import UserSequences
+
+#: Share of tied neighbours with ascending (or descending) item ids, from which the table is sorted by item and its order means nothing.
+IN_ORDER = 0.9
+# Fewer tied neighbours are in order by chance.
+_FEWEST = 10
+
+
+@dataclass(frozen=True)
+class Ties:
+    """
+    Rows of a user with equal times, in sequences whose last items are held out.
+
+    Args:
+        targets: users whose last item is a test target.
+        tied: of them, those whose last two items have the same time.
+        rows: neighbours with equal times.
+        in_order: share of these neighbours with ascending item ids, or with descending ones if that is more.
+
+    Example:
+        >>> print(Ties(targets=671, tied=128, rows=21845, in_order=1.0))
+        A tie in time decides 128 of 671 test targets (19.1%); tied rows are sorted by item id (100%), so that "last" means the largest or smallest id.
+    """
+
+    targets: int
+    tied: int
+    rows: int
+    in_order: float
+
+    @classmethod
+    def of(cls, sequences: UserSequences, min_length: int = 3) -> Ties:
+        """
+        Counts the ties of sequences.
+
+        Args:
+            min_length: of the users with a target.
+
+        Example:
+            >>> table = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 2]})
+            >>> Ties.of(UserSequences.from_interactions(table)).tied
+            1
+        """
+        same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)
+        targets = (sequences.offsets[1:] - 1)[sequences.lengths >= min_length]
+        numbers = pd.factorize(sequences.item_ids, sort=True)[0]
+        rising = float((np.diff(numbers)[same] > 0).mean()) if same.any() else 0.0
+        falling = 1 - rising if same.any() else 0.0
+        return cls(len(targets), int(same[targets - 1].sum()), int(same.sum()), max(rising, falling))
+
+    @property
+    def share(self) -> float:
+        """Share of the test targets that a tie decides."""
+        return self.tied / self.targets if self.targets else 0.0
+
+    @property
+    def are_sorted(self) -> bool:
+        """Whether the table has tied rows in the order of their item ids."""
+        return self.in_order >= IN_ORDER and self.rows >= _FEWEST
+
+    def __str__(self) -> str:
+        if not self.tied:
+            return ""
+        text = f"A tie in time decides {self.tied:,} of {self.targets:,} test targets ({self.share:.1%})"
+        if self.are_sorted:
+            text += f'; tied rows are sorted by item id ({self.in_order:.0%}), so that "last" means the largest or smallest id'
+        return text + "."

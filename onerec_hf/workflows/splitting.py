@@ -1,0 +1,140 @@
+"""The split of a table in memory as its settings say: each user's last items, by time, or given tables."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onerec_hf.workflows.settings import DataSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from onerec_hf.data import Split, UserSequences
+    from onerec_hf.data.tables import TableSource
+
+HOLDOUTS = ("last", "temporal", "given")
+#: Shares of the interactions before the validation and the test period, where their starts are not given.
+BEFORE_VALIDATION, BEFORE_TEST = 0.8, 0.9
+# Items of a held-out session, at most: the rest of a long period has no part in the metrics.
+_TARGETS = 50
+
+
+def check_holdout(settings: DataSettings) -> None:
+    """
+    Raises:
+        ValueError: an unknown holdout, or options of another one.
+    """
+    if settings.holdout not in HOLDOUTS:
+        raise ValueError(f"--holdout {settings.holdout}: choose one of {', '.join(HOLDOUTS)}")
+    for options, holdout in (
+        (("validation_start", "test_start"), "temporal"),
+        (("validation_interactions", "test_interactions"), "given"),
+    ):
+        for option in options:
+            if (getattr(settings, option) is not None) and settings.holdout != holdout:
+                raise ValueError(f"--{option} goes with --holdout {holdout}; pass both or neither")
+            if getattr(settings, option) is None and settings.holdout == holdout == "given":
+                raise ValueError(f"--holdout given needs --{option}: the table of these targets")
+
+
+def read_parts(
+    settings: DataSettings, validation: TableSource | None = None, test: TableSource | None = None
+) -> list[pd.DataFrame]:
+    """
+    The tables of validation and test targets; none of another holdout.
+
+    Args:
+        validation, test: tables in memory, in place of the settings' paths.
+    """
+    from onerec_hf.data import read_interactions
+
+    if settings.holdout != "given":
+        return []
+    names = ("user_column", "item_column", "timestamp_column", "column_names")
+    columns = {name: getattr(settings, name) for name in names}
+    return [
+        read_interactions(path if table is None else table, **columns)
+        for path, table in ((settings.validation_interactions, validation), (settings.test_interactions, test))
+    ]
+
+
+def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSettings) -> tuple[UserSequences, Split]:
+    """
+    All kept sequences of a table and its split.
+
+    Args:
+        table: positive interactions, with `holdout="given"` those for training.
+        parts: from [`read_parts`], positive interactions too.
+
+    Raises:
+        ValueError, DataError: too few interactions of frequent items, or periods outside the data's times.
+    """
+    from onerec_hf.data import DataError, UserSequences, given_split, temporal_split
+    from onerec_hf.data.sequences import concatenated
+
+    tables = [UserSequences.from_interactions(part) for part in (table, *parts)]
+    for name in ("user_ids", "item_ids"):
+        if len({getattr(part, name).dtype for part in tables}) > 1:
+            raise ValueError(
+                f"--holdout given: {name} are integers in one table and texts in another; write them alike"
+            )
+    try:
+        sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
+    except DataError as error:
+        raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
+    kept, sizes = sequences.item_counts()[0], (settings.session_length, settings.max_history, settings.stride)
+    if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
+        sequences = sequences.shuffled_ties(settings.ties_seed)
+    if settings.holdout == "last":
+        return sequences, split_last(sequences, settings)
+    if settings.holdout == "temporal":
+        starts = [
+            np.quantile(sequences.timestamps, share, method="higher") if text is None else _time(option, text)
+            for option, text, share in (
+                ("validation_start", settings.validation_start, BEFORE_VALIDATION),
+                ("test_start", settings.test_start, BEFORE_TEST),
+            )
+        ]
+        return sequences, temporal_split(sequences, *map(int, starts), *sizes, targets=_TARGETS)
+    tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
+    if settings.ties == "shuffle":
+        tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
+    try:
+        return sequences, given_split(*tables, *sizes, targets=_TARGETS)
+    except DataError as error:
+        raise ValueError(f"--holdout given: {error}") from error
+
+
+def _time(option: str, text: str) -> int:
+    """A number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given."""
+    from onerec_hf.data.times import seconds_of
+
+    try:
+        return int(text) if text.lstrip("-").isdigit() else int(seconds_of(text))
+    except ValueError:
+        raise ValueError(
+            f"--{option} {text}: pass a number as in the table's time column, or a date such as 2024-01-31"
+        ) from None
+
+
+def split_last(sequences: UserSequences, settings: DataSettings) -> Split:
+    """Leave-one-out; what its warning about ties says stands in its description."""
+    from onerec_hf.data import leave_one_out
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A tie in time", UserWarning)
+        return leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+
+
+def about_ties(sequences: UserSequences, settings: DataSettings) -> str:
+    """What the protocol says about the order of rows of equal time, behind the split's description."""
+    from onerec_hf.data import Ties
+
+    if settings.ties == "shuffle":
+        return " Rows of a user with equal times are in random order."
+    found = Ties.of(sequences) if settings.holdout == "last" else None
+    misleading = found is not None and found.tied and found.are_sorted
+    return " --ties shuffle puts them in random order." if misleading else ""
