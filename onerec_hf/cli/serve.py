@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -86,8 +87,11 @@ def main(argv: list[str]) -> None:
             "`openssl rand -hex 16` makes one"
         )
 
+    # Decided once: a folder that is missing for a moment is not looked for on the Hub.
+    repo = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+
     def load(version=None):
-        return ServedModel.load(args.model, version, load_items=args.load, load_recommender=recommender_of)
+        return ServedModel.load(repo, version, load_items=args.load, load_recommender=recommender_of)
 
     with listen(args.host, args.port) as bound:
         if args.threads:
