@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from onerec_hf.modeling.beam_search import between_steps
 from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
 from onerec_hf.modeling.files import read_json_object
 from onerec_hf.modeling.requests import (
@@ -180,17 +181,23 @@ class ServedModel:
             raise problem
         return BatchKey(self, resolved.kind), resolved
 
-    def answer(self, key: BatchKey, requests: Sequence[ResolvedRequest]) -> list[dict[str, Any]]:
+    def answer(
+        self, key: BatchKey, requests: Sequence[ResolvedRequest], step: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         """
         Answers requests of one key, in order: `items` or `sessions`, `scores`, `fields` where there is an items table, `unknown_items` and
         `model`.
 
+        Args:
+            step: called between the steps of a beam search.
+
         Raises:
             ValueError: scores that are not finite.
         """
+        with between_steps(step):
+            found = self.recommender.search(key.kind, requests)
         return [
-            {**answer.columns(), "unknown_items": answer.request.skipped, "model": self.version}
-            for answer in self.recommender.search(key.kind, requests)
+            {**answer.columns(), "unknown_items": answer.request.skipped, "model": self.version} for answer in found
         ]
 
 

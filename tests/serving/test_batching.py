@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -12,11 +13,14 @@ class Computer:
     """Doubles numbers, notes the batches, fails at "bad"; `open` lets it go on."""
 
     def __init__(self):
-        self.batches, self.open = [], threading.Event()
+        self.batches, self.open, self.steps = [], threading.Event(), 0
         self.open.set()
 
-    def __call__(self, key, items):
+    def __call__(self, key, items, step):
         self.batches.append((key, items))
+        for _ in range(self.steps):
+            step()
+            time.sleep(0.001)
         assert self.open.wait(10)
         if "bad" in items:
             raise ValueError("this one is bad")
