@@ -24,7 +24,6 @@ from .layers_onerec import history_positions, rotate
 from .shared_items import SharedItemPenalty
 from .top_candidates import top_candidates
 
-
 _step: ContextVar[Callable[[], None] | None] = ContextVar("step", default=None)
 
 

@@ -8,7 +8,6 @@ from math import prod
 import numpy as np
 import torch
 
-
 # Padding to the longest id may take this many bytes, or this many times what the ids hold.
 _PADDED_BYTES, _PADDED_TIMES = 1 << 30, 64
 

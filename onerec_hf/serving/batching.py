@@ -115,7 +115,9 @@ class Batcher:
         self.queue_length = 0
         self.waiting_cost = 0.0
         self._running: list[_Batch] = []
-        self._costly_entries = min(2, max_batch_size)  # of costly requests in a batch: more as the steps turn out short
+        self._costly_entries = min(
+            2, max_batch_size
+        )  # of costly requests in a batch: more as the steps turn out short
         self._arrived, self._small = asyncio.Event(), asyncio.Event()
         self._turns = Turns()
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("batcher", "batcher-small")]
@@ -273,6 +275,11 @@ class Batcher:
             results, longest_step = await asyncio.get_running_loop().run_in_executor(
                 self._threads[small], turn, self._compute, key, items
             )
+        except asyncio.CancelledError:  # the batcher ends
+            for future in futures:
+                if not future.done():
+                    future.set_exception(Aborted())
+            raise
         except Exception as error:
             self._running.remove(batch)
             self._now += batch.cost / max(1, self._requests)

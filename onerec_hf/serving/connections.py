@@ -62,6 +62,7 @@ def protocol(max_connections: int, seconds: float) -> type[H11Protocol]:
                 ]
                 oldest = min(idle, key=lambda each: each._idle_since)  # the new one, if no other
                 logger.warning("%d connections are open, the most here: closing the idle one", max_connections)
+                self.connections.discard(oldest)  # several may come before it is gone
                 oldest.transport.abort()
 
         def data_received(self, data: bytes) -> None:

@@ -107,10 +107,8 @@ class RecommendationService:
         Returns one answer per query as JSON; `names` name their histories in error messages.
 
         Raises:
-            Refused: 422 for invalid queries, 503 if the queue is full or the server is stopping, 504 after the timeout.
+            Refused: 422 for invalid queries, 503 if the queue is full or the service ends, 504 after the timeout.
         """
-        if self.draining:
-            raise Refused(503, STOPPING, retry_after=1)
         if not 0 < len(queries) <= self.settings.max_histories:
             raise Refused(
                 422,

@@ -67,5 +67,5 @@ class ServingSettings:
 
     @property
     def max_queue_cost(self) -> int:
-        """Beams x items of all waiting histories: four requests of the largest size."""
-        return 4 * self.max_histories * self.max_beams * self.max_session_length
+        """Beams x items of all waiting histories: four requests of the largest size, which cost twice as much with `diversity`."""
+        return 8 * self.max_histories * self.max_beams * self.max_session_length

@@ -138,7 +138,7 @@ def test_one_long_id_costs_no_more_than_itself(kind):
     wanted = ["m1", "x" * 200_000, *["m2"] * 5_000]
     tracemalloc.start()
     try:
-        with pytest.raises(TypeError if kind == "numbers" else KeyError, match="item ids|ids are"):
+        with pytest.raises(TypeError if kind == "numbers" else KeyError, match="item"):
             look_up(wanted)
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
