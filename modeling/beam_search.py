@@ -8,7 +8,9 @@ layers: reordering the beams copies whole rows between two buffers that are allo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 
 import torch
@@ -20,6 +22,21 @@ from .cpu_experts import product
 from .item_scores import SessionGuide
 from .layers_onerec import history_positions, rotate
 from .top_candidates import top_candidates
+
+_step: ContextVar[Callable[[], None] | None] = ContextVar("step", default=None)
+
+
+@contextmanager
+def between_steps(call: Callable[[], None]) -> Iterator[None]:
+    """
+    Calls a function before each step of the beam searches in the block, in the thread that they run in: a server computes something urgent
+    there, or ends the search by an exception.
+    """
+    before = _step.set(call)
+    try:
+        yield
+    finally:
+        _step.reset(before)
 
 
 class BeamDecoder:
@@ -225,10 +242,13 @@ def beam_search(
     first_row = torch.arange(users, device=device)[:, None]
     charged = torch.zeros_like(scores)  # the penalties of a beam's complete items
     decoder.length = 0
+    call_between = _step.get()
     for item in range(session_length):
         if guide is not None:
             guide.begin(item, leaves)
         for level in range(trie.num_levels):
+            if call_between is not None:
+                call_between()
             completes = level == trie.num_levels - 1
             first = trie.children[level][nodes]
             legal = constraint.legal_children(level, nodes, leaves)
@@ -322,4 +342,4 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     return shifted.masked_fill(log_probabilities == float("-inf"), float("-inf"))
 
 
-__all__ = ["BeamDecoder", "Beams", "beam_search"]
+__all__ = ["BeamDecoder", "Beams", "beam_search", "between_steps"]

@@ -15,7 +15,16 @@ import torch
 from .catalogue_file import FORMAT, read_catalogue_file, write_catalogue_file
 from .constraint import SemanticIDTrie
 from .files import find_file
-from .item_ids import check_codes, check_popularity, decode_ids, encode_ids, find_keys, lower_bound, sorted_orders
+from .item_ids import (
+    check_codes,
+    check_popularity,
+    decode_ids,
+    encode_ids,
+    find_keys,
+    longest_id,
+    lower_bound,
+    sorted_orders,
+)
 
 
 class CatalogueTable:
@@ -97,7 +106,7 @@ class CatalogueTable:
             KeyError: unknown ids (how many, the first three).
             TypeError: ids of the other type (strings where the catalogue has integers).
         """
-        wanted = self._encode(item_ids)
+        wanted = self._encode(item_ids, longest_id(self._keys))
         rows = find_keys(self._keys, self._id_order, wanted)
         if unknown == "error" and (missing := rows < 0).any():
             raise KeyError(
@@ -106,9 +115,9 @@ class CatalogueTable:
             )
         return rows
 
-    def _encode(self, item_ids: Iterable) -> np.ndarray:
-        """Ids as this catalogue holds them."""
-        wanted, id_type = encode_ids(item_ids)
+    def _encode(self, item_ids: Iterable, longest: int | None = None) -> np.ndarray:
+        """Ids as this catalogue holds them; see [`encode_ids`]."""
+        wanted, id_type = encode_ids(item_ids, longest)
         if len(wanted) == 0:  # no ids are of any type
             return self._keys[:0]
         if id_type != self.id_type:

@@ -10,11 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .files import find_file, pinned, read_json_object, refusing, replacing_files, short
+from .files import find_file, listed, pinned, read_json_object, refusing, replacing_files, short
 from .hub_record import complete_push
 
+logger = logging.get_logger(__name__)
+
+# What a config.json may not decide: transformers would import a kernel of the Hub, or a package, by these names.
+_CALLERS_ONLY = (
+    "attn_implementation",
+    "experts_implementation",
+    "quantization_config",
+    "fusion_config",
+    "distributed_config",
+)
 # Increased when earlier code cannot read new checkpoints correctly.
 FORMAT_VERSION = 2
 #: The folder of a repository that holds the code.
@@ -28,7 +39,8 @@ _FORMER_WEIGHTS = ("*_onerec.py", _WEIGHTS, "model-?????-of-?????.safetensors", 
 
 def checked_format(config: dict) -> dict:
     """
-    Checks the content of a config.json for a config class's `from_dict`, and sets today's format version.
+    Checks the content of a config.json for a config class's `from_dict`, and sets today's format version. The attention and experts
+    implementations and the quantization that it names are left out: only the caller of `from_pretrained` chooses them.
 
     Raises:
         ValueError: a newer onerec_hf wrote it, or it names another weights file.
@@ -48,7 +60,10 @@ def checked_format(config: dict) -> dict:
             f"config.json names the weights file {config['transformers_weights']!r:.80}; a OneRec repository's weights are "
             f"{_WEIGHTS}, whole or in shards"
         )
-    config = {**config, "format_version": FORMAT_VERSION}
+    chosen = [name for name in config if name.strip("_").removesuffix("_internal") in _CALLERS_ONLY]
+    if named := [name for name in chosen if config[name] is not None]:
+        logger.warning_once(f"config.json names {listed(named)}: left out, pass it to from_pretrained() to use it")
+    config = {name: value for name, value in config.items() if name not in chosen} | {"format_version": FORMAT_VERSION}
     if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
         # With a pipeline in the config, `pipeline()` would require trust_remote_code; the installed package has the class.
         config.pop("custom_pipelines", None)
@@ -165,6 +180,13 @@ def check_weights(
                 f"{repo}: {index_name} names the weights file {shard!r:.80}; only safetensors files beside it are loaded"
             )
     return repo
+
+
+def _quantization(repo: str | os.PathLike, kwargs: dict) -> dict | None:
+    """The `quantization_config` of a repository's config.json."""
+    path = find_file(repo, "config.json", **kwargs)
+    found = None if path is None else read_json_object(path).get("quantization_config")
+    return found if isinstance(found, dict) else None
 
 
 def _pickled(repo: str | os.PathLike, name: str, wanted: str) -> ValueError:
@@ -311,14 +333,18 @@ class HubModel(CarriesCode):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("OneRec loads safetensors only; leave use_safetensors=False out")
-        repo, source = pretrained_model_name_or_path, None
+        repo, source, quantization = pretrained_model_name_or_path, None, None
         if repo is not None:
             kwargs = pinned(repo, kwargs)
             source = check_weights(repo, **kwargs)
+            quantization = _quantization(source, kwargs if source == repo else {**kwargs, "revision": None})
         renamed = bool(cls._former_weights) and kwargs.get("key_mapping") is None
         if renamed:
             kwargs["key_mapping"] = dict(cls._former_weights)
-        loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
+        if quantization is not None:
+            loaded = cls._from_quantized(repo, quantization, *model_args, **kwargs)
+        else:
+            loaded = super().from_pretrained(repo, *model_args, use_safetensors=True, **kwargs)  # type: ignore[misc]
         _say_unquantized(loaded[0] if isinstance(loaded, tuple) else loaded)
         if source is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
@@ -348,6 +374,28 @@ class HubModel(CarriesCode):
             if name not in state_dict and source in state_dict:
                 state_dict = {**state_dict, name: state_dict[source]}
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _from_quantized(cls, repo, quantization: dict, *model_args, **kwargs):
+        """Loads a repository whose config.json has a `quantization_config`: with it where the caller passes one, else without."""
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.pop("config", None)
+            if config is None:
+                config, kwargs = cls.config_class.from_pretrained(repo, return_unused_kwargs=True, **kwargs)  # type: ignore[attr-defined]
+            config.quantization_config = quantization
+            return super().from_pretrained(repo, *model_args, config=config, use_safetensors=True, **kwargs)  # type: ignore[misc]
+        wanted = kwargs.pop("output_loading_info", False)
+        try:
+            loaded = super().from_pretrained(
+                repo, *model_args, use_safetensors=True, output_loading_info=True, **kwargs
+            )  # type: ignore[misc]
+            check_complete(loaded[1])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{repo}: its weights were saved quantized ({quantization.get('quant_method')!s:.40}), and a config.json does not choose "
+                "that alone; pass quantization_config to from_pretrained()"
+            ) from error
+        return loaded if wanted else loaded[0]
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """Adds a PEFT adapter, as `transformers.PreTrainedModel.load_adapter` does; a pickled one is refused with a ValueError."""

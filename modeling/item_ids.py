@@ -8,14 +8,21 @@ from math import prod
 import numpy as np
 import torch
 
+# Padding to the longest id may take this many bytes, or this many times what the ids hold.
+_PADDED_BYTES, _PADDED_TIMES = 1 << 30, 64
 
-def encode_ids(item_ids) -> tuple[np.ndarray, str]:
+
+def encode_ids(item_ids, longest: int | None = None) -> tuple[np.ndarray, str]:
     """
     Ids as a sortable array, and their type: int64 ("int"), or fixed-width UTF-8 bytes ("str"; a tenth of the memory of Python strings).
 
+    Args:
+        longest: for a lookup, the length in bytes of the longest id that can be found: longer ones are cut, and stay longer than it.
+
     Raises:
         TypeError: neither all integers nor all strings.
-        ValueError: an integer beyond 64 bits, or a string that ends in a NUL character (the array pads with it).
+        ValueError: an integer beyond 64 bits, a string that ends in a NUL character (the array pads with it), or one so long that padding the
+            others to it would take gigabytes.
 
     Example:
         >>> encode_ids(["é", "b"])
@@ -40,10 +47,31 @@ def encode_ids(item_ids) -> tuple[np.ndarray, str]:
         raise TypeError(f"item ids must be all integers or all strings; got {', '.join(names)}")
     # A seventh of the time of np.char.encode, which calls back into Python per element.
     encoded = list(map(str.encode, item_ids))
+    lengths = list(map(len, encoded))
+    most, total = max(lengths, default=0), sum(lengths)
+    if longest is not None and most > longest:
+        encoded = [key if len(key) <= longest else _cut(key, longest) for key in encoded]
+        total = sum(map(len, encoded))
+    elif longest is None and most * len(encoded) > max(_PADDED_BYTES, _PADDED_TIMES * total):
+        place = lengths.index(most)
+        raise ValueError(
+            f"item id {place} has {most:,} bytes ({item_ids[place][:20]!r}...), far more than the other {len(encoded) - 1:,}; shorten it or "
+            "leave the item out"
+        )
     keys = np.asarray(encoded, dtype=np.bytes_)
-    if sum(map(len, encoded)) != np.char.str_len(keys).sum():
+    if total != np.char.str_len(keys).sum():
         raise ValueError("item ids must not end in a NUL character")
     return keys, "str"
+
+
+def _cut(key: bytes, longest: int) -> bytes:
+    # Whole characters, at most three bytes less, and then four: longer than any id that it is compared with.
+    return key[:longest].decode(errors="ignore").encode() + b"...."
+
+
+def longest_id(keys: np.ndarray) -> int:
+    """The `longest` of a lookup in these keys."""
+    return keys.dtype.itemsize if keys.dtype.kind == "S" else 64
 
 
 def decode_ids(keys: np.ndarray) -> list:
@@ -161,6 +189,7 @@ __all__ = [
     "decode_ids",
     "encode_ids",
     "find_keys",
+    "longest_id",
     "lower_bound",
     "sorted_orders",
 ]

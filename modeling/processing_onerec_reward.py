@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from .files import find_file, read_safetensors, refusing, replacing, sort_header
-from .item_ids import decode_ids, encode_ids, find_keys
+from .item_ids import decode_ids, encode_ids, find_keys, longest_id
 
 REWARD_ITEMS_NAME = "reward_items.safetensors"
 _FORMAT = "onerec-reward-items"
@@ -67,7 +67,7 @@ class RewardItems:
             KeyError: unknown ids (how many, the first three).
             TypeError: ids of the other type.
         """
-        wanted, id_type = encode_ids(item_ids)
+        wanted, id_type = encode_ids(item_ids, longest_id(self._keys))
         if not len(wanted):  # no ids are of any type
             return np.zeros(0, dtype=np.int64)
         if id_type != self.id_type:

@@ -342,6 +342,11 @@ class Recommender:
         config = self.model.config
         return self.processor.max_history or config.max_position_embeddings // config.tokens_per_item
 
+    def cost(self, request: ResolvedRequest) -> int:
+        """What the answer costs, in positions that are computed: of each beam's items, and of the history."""
+        kind = request.kind
+        return kind.num_beams * kind.session_length * (2 if kind.diversity else 1) + len(request.history)
+
     def held(self) -> AbstractContextManager:
         """What makes many calls faster while it is held: the model's experts stay packed."""
         return self.model.packed_experts()

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from onerec_hf.modeling.item_ids import decode_ids, encode_ids, find_keys
+from onerec_hf.modeling.item_ids import decode_ids, encode_ids, find_keys, longest_id
 
 
 class ItemIndex:
@@ -86,7 +86,7 @@ class ItemIndex:
             KeyError: unknown ids.
             TypeError: ids of the other type.
         """
-        wanted, id_type = encode_ids(item_ids)
+        wanted, id_type = encode_ids(item_ids, longest_id(self._keys))
         if not len(wanted):  # no ids have no type
             return np.zeros(0, dtype=np.int64)
         if id_type != self.id_type:

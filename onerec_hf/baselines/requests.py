@@ -20,6 +20,7 @@ from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.saved import RANKING_TYPES, load_ranking
 from onerec_hf.modeling.files import read_json_object
 from onerec_hf.modeling.requests import (
+    DEFAULT_BEAMS,
     Answer,
     BatchKind,
     Recommender,
@@ -68,6 +69,9 @@ class ItemRecommender(Recommender):
     @property
     def max_history(self) -> int:
         return self.model.config.max_history if isinstance(self.model, SequentialRecommender) else _ALL
+
+    def cost(self, request: ResolvedRequest) -> int:
+        return DEFAULT_BEAMS + len(request.history)  # whatever its beam width
 
     def held(self) -> AbstractContextManager:
         return nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -45,6 +46,9 @@ class ServeArguments(ShownItemArguments):
         default=512, metadata={"help": "Largest number of waiting histories; further requests get 503."}
     )
     timeout: float = field(default=30.0, metadata={"help": "Seconds until a request gets 504."})
+    reload_timeout: float = field(
+        default=300.0, metadata={"help": "Seconds until a reload that has not loaded its model is given up."}
+    )
     max_histories: int = field(default=64, metadata={"help": "Largest number of histories per request."})
     max_history_items: int = field(default=2000, metadata={"help": "Largest number of items per history."})
     max_list_items: int = field(default=10000, metadata={"help": "Largest number of items per exclude or allow list."})
@@ -86,8 +90,11 @@ def main(argv: list[str]) -> None:
             "`openssl rand -hex 16` makes one"
         )
 
+    # Decided once: a folder that is missing for a moment is not looked for on the Hub.
+    repo = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+
     def load(version=None):
-        return ServedModel.load(args.model, version, load_items=args.load, load_recommender=recommender_of)
+        return ServedModel.load(repo, version, load_items=args.load, load_recommender=recommender_of)
 
     with listen(args.host, args.port) as bound:
         if args.threads:
@@ -112,3 +119,6 @@ def main(argv: list[str]) -> None:
         )
         serve(create_app(service, token), service, bound, args.drain_timeout)
         say("stopped")
+        if service.is_loading:  # in a thread that may never end, or end in the middle of native code
+            sys.stderr.flush()
+            os._exit(0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from onerec_hf import __version__
 
+from .bodies import route_class
+from .docs_page import POLICY, page
 from .gate import Gate
 from .metrics import CONTENT_TYPE
 from .schema import Answer, Problem, Queries, Query, Readiness, Reloaded
@@ -27,7 +30,7 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
     Creates the application of a service and runs the service during its lifespan.
 
     Args:
-        token: if given, all routes except `/health`, `/ready` and `/openapi.json` require `Authorization: Bearer TOKEN`. `/reload` requires
+        token: if given, all routes except `/health`, `/ready`, `/openapi.json` and `/docs` require `Authorization: Bearer TOKEN`. `/reload` requires
             a token.
     """
 
@@ -41,9 +44,11 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
         version=__version__,
         description="Histories in, recommended items or sessions out.",
         lifespan=lifespan,
-        docs_url=None,  # these pages load external scripts
+        docs_url=None,  # FastAPI's pages load external scripts
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to whatever host the request names
     )
+    app.router.route_class = route_class(service.settings.max_histories)
     app.add_middleware(Gate, service=service, token=token)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -61,13 +66,15 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
     }
 
     @app.post("/recommend", response_model=Answer | list[Answer], response_model_exclude_none=True, responses=problems)
-    async def recommend(query: Annotated[Queries, Body()]) -> Response:
+    async def recommend(request: Request, query: Annotated[Queries, Body()]) -> Response:
         """Answers one query, or a list of queries with a list of answers in the same order."""
         if isinstance(query, Query):
-            (answer,) = await service.recommend([query], ["history"])
-            return JSONResponse(answer)
-        names = [f"history of query {number}" for number in range(len(query))]
-        return JSONResponse(await service.recommend(query, names))
+            answers = await _while_connected(request, service.recommend([query], ["history"]))
+            content = answers[0]
+        else:
+            names = [f"history of query {number}" for number in range(len(query))]
+            content = b"[" + b",".join(await _while_connected(request, service.recommend(query, names))) + b"]"
+        return Response(content, media_type="application/json")
 
     @app.get("/health")
     async def health() -> Response:
@@ -83,6 +90,10 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
         return JSONResponse(
             {"status": status, "model": service.model.version}, status_code=503 if service.draining else 200
         )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page(app.openapi()), headers={"Content-Security-Policy": POLICY})
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -101,6 +112,24 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
         return JSONResponse({"reloaded": reloaded, "model": version, "previous": previous})
 
     return app
+
+
+async def _while_connected(request: Request, answers: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
+    """
+    The answers, which are given up when the client goes.
+
+    Raises:
+        Refused: it has gone.
+    """
+    answering, leaving = asyncio.ensure_future(answers), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done() and leaving.result()["type"] == "http.disconnect":
+            raise Refused(499, "the client has closed the connection")
+        return await answering
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 
 from .access import is_allowed
+from .service import STOPPING
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .service import RecommendationService
 
-#: Routes without authentication: health probes and the schema, which reveal nothing about the model.
-OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
+#: Routes without authentication: health probes, the schema and the page about it, which reveal nothing about the model.
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
 KNOWN_PATHS = OPEN_PATHS | {"/recommend", "/metrics", "/reload"}
 
 
 class Gate:
     """
     ASGI middleware: 401 without the token, before the request body is read; 413 for a body that is too large; 408 for a body that does not
-    arrive within the service's timeout. It also counts requests, with unknown paths as "other".
+    arrive within the service's timeout, or soon after a stop; 503 for requests that come later. It also counts requests, with unknown paths as "other".
     """
 
     def __init__(self, app: ASGIApp, service: RecommendationService, token: str | None):
@@ -62,6 +63,8 @@ class Gate:
                     "missing or wrong token; send the header Authorization: Bearer TOKEN",
                     (b"www-authenticate", b"Bearer"),
                 )
+            elif path == "/recommend" and self.service.draining:
+                await refuse(watched, 503, STOPPING, (b"retry-after", b"1"))
             elif _length(headers) > self.service.settings.max_body_bytes:
                 await refuse(watched, 413, self._too_large(), (b"connection", b"close"))
             else:
@@ -84,9 +87,15 @@ class Gate:
             if complete:  # later calls wait for the client to disconnect
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))
+                async with asyncio.timeout(max(0.001, end - time.monotonic())) as deadline:
+                    self.service.uploads.add(deadline)
+                    message = await receive()
             except TimeoutError:
+                if self.service.draining:
+                    raise HTTPException(503, STOPPING, {"retry-after": "1"}) from None
                 raise HTTPException(408, f"the request did not arrive within {settings.timeout:g} seconds") from None
+            finally:
+                self.service.uploads.discard(deadline)
             total += len(message.get("body", b""))
             if total > settings.max_body_bytes:
                 raise HTTPException(413, self._too_large())

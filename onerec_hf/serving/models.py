@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from onerec_hf.modeling.beam_search import between_steps
 from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
 from onerec_hf.modeling.files import read_json_object
 from onerec_hf.modeling.requests import (
@@ -118,7 +120,7 @@ class ServedModel:
         if version == unless:
             return None
         served = cls((load_recommender or load_generator)(folder, load_items), version)
-        if _state(folder) != before:
+        if _changed(folder, before):
             served.close()
             raise ValueError("its files changed while they were read; write a model elsewhere and rename its folder")
         return served
@@ -179,17 +181,23 @@ class ServedModel:
             raise problem
         return BatchKey(self, resolved.kind), resolved
 
-    def answer(self, key: BatchKey, requests: Sequence[ResolvedRequest]) -> list[dict[str, Any]]:
+    def answer(
+        self, key: BatchKey, requests: Sequence[ResolvedRequest], step: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         """
         Answers requests of one key, in order: `items` or `sessions`, `scores`, `fields` where there is an items table, `unknown_items` and
         `model`.
 
+        Args:
+            step: called between the steps of a beam search.
+
         Raises:
             ValueError: scores that are not finite.
         """
+        with between_steps(step):
+            found = self.recommender.search(key.kind, requests)
         return [
-            {**answer.columns(), "unknown_items": answer.request.skipped, "model": self.version}
-            for answer in self.recommender.search(key.kind, requests)
+            {**answer.columns(), "unknown_items": answer.request.skipped, "model": self.version} for answer in found
         ]
 
 
@@ -223,6 +231,8 @@ def load_generator(folder: Path, load_items: LoadItems = saved_items) -> Recomme
         raise ValueError(f"its weights do not fit its config: {str(error)[:300]}") from error
     check_complete(loaded)
     _own_memory(model, processor)
+    if processor.catalogue is not None:
+        processor.catalogue.verify()
     if torch.accelerator.is_available():
         model.to(device=torch.accelerator.current_accelerator())
     recommender = Recommender(model.eval(), processor)
@@ -253,10 +263,17 @@ def _own_memory(model: Any, processor: Any) -> None:
 
 
 def find_folder(repo: str) -> Path:
-    """The folder of a model: a local one with its links followed, or the snapshot of a Hub repository, downloaded where it is new."""
+    """
+    The folder of a model: a local one with its links followed, or the snapshot of a Hub repository, downloaded where it is new.
+
+    Raises:
+        OSError: an absolute path without a folder, or no such repository.
+    """
     if os.path.isdir(repo):
         # A link may be turned to another model while this one is read.
         return Path(repo).resolve()
+    if os.path.isabs(repo):  # one that was there a moment ago, perhaps: the Hub is not asked for its name
+        raise FileNotFoundError(f"there is no such folder: {repo}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repo, allow_patterns=list(_FILES)))
@@ -279,10 +296,28 @@ def _files(folder: Path) -> list[Path]:
     return sorted({path for pattern in _FILES for path in folder.glob(pattern)})
 
 
-def _state(folder: Path) -> list[tuple]:
-    """Changes when a file of the model does."""
-    stats = [(path.name, path.stat()) for path in _files(folder)]
-    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def _state(folder: Path) -> tuple[os.stat_result, list[tuple]]:
+    """
+    The folder and the model's files as they are, for [`_changed`].
+
+    Raises:
+        ValueError: a file that is no regular one: reading a pipe or a device may never end.
+    """
+    found = []
+    for path in _files(folder):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path.name} is not a regular file (a pipe, a device or a folder); remove it")
+        found.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return folder.stat(), found
+
+
+def _changed(folder: Path, before: tuple[os.stat_result, list[tuple]]) -> bool:
+    """Whether the folder or a file of the model is another one, or was renamed and put back."""
+    (was, files), (now, files_now) = before, _state(folder)
+    # A file that others write beside the model's sets both times of a folder, a new name for the folder itself only one.
+    renamed = now.st_ctime_ns != was.st_ctime_ns and now.st_ctime_ns != now.st_mtime_ns
+    return files != files_now or (was.st_dev, was.st_ino) != (now.st_dev, now.st_ino) or renamed
 
 
 def version_of(folder: Path) -> str:
@@ -290,7 +325,9 @@ def version_of(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _files(folder):
         with open(path, "rb") as file:
-            digest.update(f"{path.name}:{os.fstat(file.fileno()).st_size}:".encode())
-            while block := file.read(1 << 20):
+            left = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}:{left}:".encode())
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
                 digest.update(block)
+                left -= len(block)
     return digest.hexdigest()[:12]

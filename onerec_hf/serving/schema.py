@@ -39,6 +39,9 @@ class Query(BaseModel):
         None,
         description="Ids that are not in the catalogue: `skip` ignores and counts them, `error` returns 422. Default: the server's setting.",
     )
+    user_id: StrictInt | StrictStr | None = Field(
+        None, description="Returned with the answer as it is; not used otherwise."
+    )
 
 
 def _one_or_many(value: Any) -> str:
@@ -54,6 +57,7 @@ Queries = Annotated[
 class Answer(BaseModel):
     """The answer to one history: `items` for sessions of one item, else `sessions`."""
 
+    user_id: int | str | None = Field(None, description="The request's, if it has one.")
     items: list[int | str] | None = Field(None, description="Item ids, best first.")
     sessions: list[list[int | str]] | None = Field(None, description="Sessions of item ids, best first.")
     scores: list[float] = Field(description="Log-probabilities of the items or sessions.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -11,7 +12,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from .service import RecommendationService, Refused
+from .connections import Seldom, capacity, protocol
+from .service import FAILED, RecommendationService, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,23 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def create_server(app: FastAPI, service: RecommendationService, drain_timeout: float) -> DrainingServer:
+    """The server of an application, with limits on its connections; arguments as for [`serve`]."""
+    connections, backlog = capacity()
+    config = uvicorn.Config(
+        app,
+        http=protocol(connections, service.settings.timeout),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        ws="none",
+        backlog=backlog,
+    )
+    return DrainingServer(config, service, drain_timeout)
+
+
 def serve(app: FastAPI, service: RecommendationService, bound: socket.socket, drain_timeout: float = 30.0) -> None:
     """
     Serves until SIGTERM or SIGINT; SIGHUP reloads the model.
@@ -77,17 +96,14 @@ def serve(app: FastAPI, service: RecommendationService, bound: socket.socket, dr
         bound: socket from [`listen`].
         drain_timeout: seconds to answer open requests during shutdown.
     """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=5,
-        ws="none",
-        backlog=2048,
-    )
-    server = DrainingServer(config, service, drain_timeout)
+    server = create_server(app, service, drain_timeout)
+    for name in ("asyncio", "uvicorn.error", f"{__package__}.connections"):
+        logging.getLogger(name).addFilter(Seldom())
+    logging.getLogger(f"{__package__}.service").addFilter(Seldom(only=FAILED))
+
+    # What was made so far stays: full collections would walk through the libraries' million objects, for a fifth of a second each.
+    gc.collect()
+    gc.freeze()
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ class ServingSettings:
         max_list_items: items per `exclude` or `allow` list.
         max_top_k, max_beams, max_session_length: maximum values of a request.
         max_body_bytes: size of a request body.
+        reload_timeout: seconds until a reload that has not loaded its model is given up.
 
     Raises:
         ValueError: a limit out of range.
@@ -42,6 +43,7 @@ class ServingSettings:
     max_beams: int = 128
     max_session_length: int = 10
     max_body_bytes: int = 1 << 20
+    reload_timeout: float = 300.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -49,9 +51,9 @@ class ServingSettings:
             if field.name == "max_wait_ms":
                 if not 0 <= value <= 10_000:
                     raise ValueError(f"max_wait_ms must be between 0 and 10000; got {value:g}")
-            elif field.name == "timeout":
+            elif field.name in ("timeout", "reload_timeout"):
                 if not 0 < value <= 3_600:
-                    raise ValueError(f"timeout must be between 0 and 3600 seconds; got {value:g}")
+                    raise ValueError(f"{field.name} must be between 0 and 3600 seconds; got {value:g}")
             elif value < 1:
                 raise ValueError(f"{field.name} must be at least 1; got {value}")
         if self.max_top_k > self.max_beams:
@@ -62,3 +64,8 @@ class ServingSettings:
             raise ValueError(
                 f"max_histories={self.max_histories} exceeds max_queue={self.max_queue}, so such a request could never be queued; raise max_queue"
             )
+
+    @property
+    def max_queue_cost(self) -> int:
+        """Beams x items of all waiting histories: four requests of the largest size, which cost twice as much with `diversity`."""
+        return 8 * self.max_histories * self.max_beams * self.max_session_length

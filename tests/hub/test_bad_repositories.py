@@ -191,6 +191,57 @@ def test_a_config_names_no_weights(repo, saved, bomb):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("spelled", ["{}", "_{}", "_{}_internal"])
+def test_a_config_chooses_no_kernel_and_no_quantization(repo, saved, model, spelled):
+    """They would be imported from the Hub, or from a package that is not there: only the caller names them."""
+    edit(
+        saved / "config.json",
+        **{
+            spelled.format("attn_implementation"): "someone/some-kernel@main:fn",
+            spelled.format("experts_implementation"): "deepgemm",
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "fusion_config": {"rms_norm": True},
+        },
+    )
+    name = repo()
+    assert AutoConfig.from_pretrained(name)._attn_implementation is None
+    for loader in LOADERS:
+        loaded = loader.from_pretrained(name)
+        assert loaded.config._attn_implementation == model.config._attn_implementation
+        assert loaded.config._experts_implementation == model.config._experts_implementation
+        assert not hasattr(loaded.config, "quantization_config")
+        assert not hasattr(loaded.config, "fusion_config")
+        assert loader.from_pretrained(name, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_a_quantized_checkpoint_needs_the_callers_word(repo, saved, monkeypatch):
+    import transformers.modeling_utils
+
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit(saved / "config.json", quantization_config=quantization)
+    tensors = load_file(saved / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name].view("uint8").reshape(-1, 1)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    name = repo()
+    for loader in LOADERS[:2]:
+        with pytest.raises(ValueError, match=f"^{name}: its weights were saved quantized .bitsandbytes.*pass quantiz"):
+            loader.from_pretrained(name)
+
+    class Reached(Exception):
+        pass
+
+    def quantizer(config, given, *args, **kwargs):
+        raise Reached(config.quantization_config, given)
+
+    monkeypatch.setattr(transformers.modeling_utils, "get_hf_quantizer", quantizer)
+    given = "a configuration"
+    for loader in LOADERS[:2]:
+        with pytest.raises(Reached) as reached:
+            loader.from_pretrained(name, quantization_config=given)
+        assert reached.value.args == (quantization, given)
+
+
 def test_a_pickled_adapter_is_refused(repo, model, processor, saved, hub, bomb, tmp_path):
     from peft import LoraConfig, get_peft_model
 

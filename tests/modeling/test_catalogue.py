@@ -1,6 +1,7 @@
 """ItemCatalogue: ids kept exactly, lookups, identity by hash, and files that are mapped, or refused rather than misread."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf import ItemCatalogue
+from onerec_hf.baselines import ItemIndex
+from onerec_hf.modeling.processing_onerec_reward import RewardItems
 from tests.conftest import make_catalogue
 
 ids = st.one_of(
@@ -120,6 +123,42 @@ def test_ids_of_every_sort(catalogue):
     for beyond in ([2**63, 1], np.array([2**63, 1], dtype=np.uint64)):
         with pytest.raises(ValueError, match="fit in 64 bits with a sign; got 9223372036854775808"):
             ItemCatalogue(beyond, [[0], [1]], [2])
+
+
+@pytest.mark.parametrize("kind", ["catalogue", "numbers", "index", "reward"])
+def test_one_long_id_costs_no_more_than_itself(kind):
+    """A lookup of a megabyte takes megabytes: ids that are longer than any known one are not what others are padded to."""
+    known = list(range(40)) if kind == "numbers" else [f"m{i}" for i in range(40)]
+    if kind == "index":
+        look_up = ItemIndex(known).indices
+    elif kind == "reward":
+        look_up = RewardItems(known).indices
+    else:
+        look_up = ItemCatalogue(known, make_catalogue().codes, [4, 5, 6]).indices
+    wanted = ["m1", "x" * 200_000, *["m2"] * 5_000]
+    tracemalloc.start()
+    try:
+        with pytest.raises(TypeError if kind == "numbers" else KeyError, match="item"):
+            look_up(wanted)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids.filter(lambda ids: isinstance(ids[0], str)), st.data())
+def test_longer_ids_than_the_longest_are_unknown(item_ids, data):
+    catalogue = ItemCatalogue(item_ids, np.arange(len(item_ids))[:, None], [len(item_ids)])
+    base = data.draw(st.sampled_from(item_ids))
+    longer = base + data.draw(st.sampled_from(["\0a", ".", "....", "\0....", "é" * 9, "\U0001f600", "x" * 99]))
+    expected = item_ids.index(longer) if longer in item_ids else -1
+    assert catalogue.indices([base, longer], unknown="mask").tolist() == [item_ids.index(base), expected]
+
+
+def test_an_id_that_others_cannot_be_padded_to():
+    many = [f"m{i}" for i in range(2_000)] + ["x" * 600_000]
+    with pytest.raises(ValueError, match=r"item id 2000 has 600,000 bytes \('xxxx.*shorten it"):
+        ItemCatalogue(many, np.arange(len(many))[:, None], [len(many)])
 
 
 def test_code_spaces_beyond_64_bits():

@@ -9,11 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import uvicorn
 
 from onerec_hf.serving.app import create_app
 from onerec_hf.serving.models import ServedModel
-from onerec_hf.serving.server import DrainingServer, listen
+from onerec_hf.serving.server import create_server, listen
 from onerec_hf.serving.service import RecommendationService
 from onerec_hf.serving.settings import ServingSettings
 
@@ -43,13 +42,12 @@ class Running:
             )
             compute = self.service.batcher._compute
 
-            def held(key, rows):
+            def held(key, rows, step):
                 assert self._open.wait(60)
-                return compute(key, rows)
+                return compute(key, rows, step)
 
             self.service.batcher._compute = held
-            config = uvicorn.Config(create_app(self.service, self.token), log_level="warning", access_log=False)
-            self.server = DrainingServer(config, self.service, self.drain_timeout)
+            self.server = create_server(create_app(self.service, self.token), self.service, self.drain_timeout)
             await self.server.serve([bound])
         except BaseException as error:
             self.failed = error

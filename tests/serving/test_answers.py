@@ -150,3 +150,32 @@ def test_integer_ids(tmp_path):
         assert response.status_code == 422
         assert "of type int; got '7'" in response.json()["detail"]
         assert "64 bits" in server.post({"history": [2**63]}).json()["detail"]
+
+
+@pytest.mark.parametrize("user", ["u1", 7, "", 0, '"é\n', 2**70, "u" * 500])
+def test_the_users_id_passes_through(server, user):
+    one = server.post({"history": ["m1"], "user_id": user})
+    assert one.json()["user_id"] == user
+    assert "user_id" not in server.post({"history": ["m1"], "user_id": None}).json()
+    many = server.post(
+        [{"history": ["m1"], "user_id": user}, {"history": ["m2"]}, {"history": ["m3"], "user_id": "b"}]
+    )
+    assert [answer.get("user_id") for answer in many.json()] == [user, None, "b"]
+    for wrong in (1.5, True, ["u1"], {}):
+        assert server.post({"history": ["m1"], "user_id": wrong}).status_code == 422
+
+
+def test_the_docs_page_loads_nothing_from_elsewhere(server):
+    import base64
+    import hashlib
+    import re
+
+    response = server.get("/docs")
+    page, policy = response.text, response.headers["content-security-policy"]
+    assert response.headers["content-type"].startswith("text/html")
+    assert not re.search(r"""(src|href|action)=["'](https?:|//)|@import|url\(""", page)
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" in policy
+    for name in ("history", "top_k", "user_id", "diversity", "unknown_items", "/recommend", "/reload", "openapi.json"):
+        assert name in page

@@ -2,21 +2,27 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
-from onerec_hf.serving.batching import Aborted, Batcher, QueueFull
+from onerec_hf.serving.batching import Batcher, QueueFull
+from onerec_hf.serving.turns import Aborted
 
 
 class Computer:
-    """Doubles numbers, notes the batches, fails at "bad"; `open` lets it go on."""
+    """Doubles numbers, notes the batches, fails at "bad"; `open` lets it go on. A "large" batch takes steps while `stepping`."""
 
     def __init__(self):
-        self.batches, self.open = [], threading.Event()
+        self.batches, self.open, self.stepping, self.pause = [], threading.Event(), False, 0.0
         self.open.set()
 
-    def __call__(self, key, items):
+    def __call__(self, key, items, step):
         self.batches.append((key, items))
+        while key == "large" and self.stepping:
+            step()
+            time.sleep(0.001)
+        time.sleep(self.pause)
         assert self.open.wait(10)
         if "bad" in items:
             raise ValueError("this one is bad")
@@ -152,3 +158,135 @@ def test_abort_while_a_batch_fills():
         assert batcher.alive
 
     run(test, max_wait=0.3)
+
+
+SIZES = {"small": 1, "large": 100, "other": 100}
+
+
+async def beside_large(batcher, computer, small, number=40):
+    """Submits a large request of many entries, and a small one as soon as a batch of the large one is computed."""
+    large = batcher.submit([("large", n) for n in range(number)])
+    while not computer.batches:
+        await asyncio.sleep(0.001)
+    futures = batcher.submit([("small", n) for n in range(small)])
+    return large, futures
+
+
+def cost(key, item):
+    return SIZES[key]
+
+
+def test_a_small_request_is_computed_between_the_steps_of_a_large_batch():
+    async def test(batcher, computer):
+        computer.stepping = True
+        large, small = await beside_large(batcher, computer, 2)
+        assert await asyncio.gather(*small) == [0, 2]
+        assert not any(future.done() for future in large)
+        assert computer.batches[1] == ("small", [0, 1])
+        computer.stepping = False
+        await asyncio.gather(*large)
+        assert batcher.queue_length == batcher.computing == batcher.waiting_cost == 0
+
+    run(test, cost=cost, max_wait=0)
+
+
+def test_requests_of_equal_cost_do_not_interrupt_one_another():
+    async def test(batcher, computer):
+        computer.stepping = True
+        (first,) = batcher.submit([("large", 0)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        (second,) = batcher.submit([("other", 1)])
+        await asyncio.sleep(0.1)
+        assert not second.done()
+        computer.stepping = False
+        assert await asyncio.gather(first, second) == [0, 2]
+
+    run(test, cost=lambda key, item: 1, max_wait=0)
+
+
+def test_large_requests_share_the_computation():
+    """The second one is not behind the first, and small requests without end do not keep them from being computed."""
+
+    async def test(batcher, computer):
+        computer.open.clear()
+        first = batcher.submit([("large", n) for n in range(8)])
+        second = batcher.submit([("large", 100 + n) for n in range(8)])
+        computer.open.set()
+        stream, stop = [], False
+
+        async def ask():
+            while not stop:
+                stream.extend(await asyncio.gather(*batcher.submit([("small", 0)])))
+
+        asking = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.gather(*first, *second)
+        stop = True
+        await asyncio.gather(*asking)
+        order = [item for key, items in computer.batches if key == "large" for item in items]
+        assert order.index(100) < order.index(7)
+        assert stream
+
+    run(test, cost=cost, max_wait=0, max_batch_size=2)
+
+
+def test_costly_requests_leave_room_for_others():
+    async def test(batcher, computer):
+        computer.open.clear()
+        batcher.submit([("large", 0)])  # any size, where nothing waits
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        batcher.submit([("large", 1)])
+        for _ in range(2):
+            with pytest.raises(QueueFull, match="cost"):
+                batcher.submit([("large", n) for n in range(2)])
+        batcher.submit([("large", 2)])
+        with pytest.raises(QueueFull, match="cost"):
+            batcher.submit([("large", 3)])
+        small = [batcher.submit([("small", n)])[0] for n in range(40)]
+        computer.open.set()
+        assert await asyncio.gather(*small) == [2 * n for n in range(40)]
+
+    run(test, cost=cost, max_cost=399)
+
+
+def test_costly_requests_fill_a_batch_as_far_as_its_steps_stay_short():
+    async def test(batcher, computer):
+        computer.pause = 0.06
+        await asyncio.gather(*batcher.submit([("large", n) for n in range(8)]))
+        sizes = [len(items) for _, items in computer.batches]
+        assert sizes[0] == 2
+        assert set(sizes[1:]) == {1}
+        computer.pause, computer.batches = 0, []
+        await asyncio.gather(*batcher.submit([("large", n) for n in range(64)]))
+        assert max(len(items) for _, items in computer.batches) == 16
+        computer.pause, computer.batches = 0.06, []
+        await asyncio.gather(*batcher.submit([("small", n) for n in range(16)]))
+        assert [len(items) for _, items in computer.batches] == [16]
+
+    run(test, cost=cost, costly=50, max_batch_size=16, max_wait=0)
+
+
+def test_a_computation_that_nobody_waits_for_ends_at_its_next_step():
+    async def test(batcher, computer):
+        computer.stepping = True
+        (gone,) = batcher.submit([("large", 0)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        assert await asyncio.gather(*batcher.submit([("other", 4)])) == [8]
+
+    run(test, cost=cost)
+
+
+def test_the_end_comes_at_the_next_step():
+    async def test(batcher, computer):
+        computer.stepping = True
+        futures = batcher.submit([("large", 0), ("large", 1)])
+        while not computer.batches:
+            await asyncio.sleep(0.001)
+        return futures
+
+    first, second = run(test, cost=cost)  # ends, although the batch does not
+    assert isinstance(first.exception(), Aborted)
+    assert isinstance(second.exception(), Aborted)

@@ -1,13 +1,17 @@
 """Models change while requests come: none is lost, each is answered by the model that it names, and what cannot serve does not get in."""
 
+import json
 import os
 import shutil
 import threading
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf import ItemCatalogue, OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf.serving import models
 from tests.serving.running import Running
 
 TOKEN = "a-token-of-the-tests"
@@ -116,6 +120,12 @@ def test_requests_that_wait_are_answered_by_the_model_that_took_them(link, folde
         assert server.post({"history": ["m39"]}).status_code == 422
 
 
+def _start_of(content, name):
+    """Where a tensor's bytes begin in a safetensors file."""
+    size = int.from_bytes(content[:8], "little")
+    return 8 + size + json.loads(content[8 : 8 + size])[name]["data_offsets"][0]
+
+
 def damaged(folder, tmp_path, how):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
@@ -141,6 +151,23 @@ def damaged(folder, tmp_path, how):
         (broken / "config.json").unlink()
     elif how == "damaged config":
         (broken / "config.json").write_text('{"model_type": ')
+    elif how == "swapped codes":
+        with safe_open(broken / "catalogue.safetensors", "np") as file:
+            arrays, metadata = {name: file.get_tensor(name).copy() for name in file.keys()}, file.metadata()  # noqa: SIM118
+        arrays["codes"][[3, 4]] = arrays["codes"][[4, 3]]
+        save_arrays(arrays, broken / "catalogue.safetensors", metadata=metadata)
+    elif how == "retired items restored":
+        path = broken / "catalogue.safetensors"
+        ItemCatalogue.load(path).retire(["m3"]).save(path)
+        content = bytearray(path.read_bytes())
+        content[content.index(0, _start_of(content, "active"))] = 1
+        path.write_bytes(content)
+    elif how == "a pipe":
+        os.mkfifo(broken / "extra.safetensors")
+    elif how == "a device":
+        (broken / "extra.safetensors").symlink_to("/dev/zero")
+    elif how == "a folder":
+        (broken / "extra.safetensors").mkdir()
     elif how == "another model":
         (broken / "config.json").write_text('{"model_type": "t5"}')
     return broken
@@ -155,6 +182,11 @@ def damaged(folder, tmp_path, how):
         ("no weights", "safetensors"),
         ("pickle", "safetensors"),
         ("no catalogue", "catalogue"),
+        ("swapped codes", "does not match its hash"),
+        ("retired items restored", "its hash"),
+        ("a pipe", "extra.safetensors is not a regular file"),
+        ("a device", "extra.safetensors is not a regular file"),
+        ("a folder", "extra.safetensors is not a regular file"),
         ("no config", "config.json"),
         ("damaged config", "config.json is damaged"),
         ("another model", "type 't5', not a OneRec generator"),
@@ -184,8 +216,6 @@ def shared(tmp_path_factory, folder):
 
 
 def test_a_folder_that_changes_while_it_is_read(link, folder, save, tmp_path, monkeypatch):
-    from onerec_hf.serving import models
-
     moving = tmp_path / "moving"
     shutil.copytree(folder, moving)
     original = models.version_of
@@ -198,6 +228,46 @@ def test_a_folder_that_changes_while_it_is_read(link, folder, save, tmp_path, mo
     monkeypatch.setattr(models, "version_of", slow)
     with pytest.raises(ValueError, match="changed while they were read"):
         models.ServedModel.load(str(moving))
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_folder_that_is_renamed_while_it_is_read(folder, save, tmp_path, put_back):
+    """Half of one model and half of another would fit together; so would one whose version is the other's."""
+    served, aside = tmp_path / "served", tmp_path / "aside"
+    shutil.copytree(folder, served)
+    shutil.copytree(save(seed=1), tmp_path / "other")
+
+    def load(path, load_items):
+        os.rename(served, aside)
+        os.rename(tmp_path / "other", served)
+        found = models.load_generator(path, load_items)
+        if put_back:
+            os.rename(served, tmp_path / "other")
+            os.rename(aside, served)
+        return found
+
+    with pytest.raises(ValueError, match="changed while they were read"):
+        models.ServedModel.load(str(served), load_recommender=load)
+
+
+def test_files_that_others_write_into_the_folder_do_not_matter(folder, tmp_path):
+    served = tmp_path / "served"
+    shutil.copytree(folder, tmp_path / "written")
+    os.rename(tmp_path / "written", served)
+
+    def load(path, load_items):
+        (served / "results.json").write_text("{}")
+        return models.load_generator(path, load_items)
+
+    assert models.ServedModel.load(str(served), load_recommender=load) is not None
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(OSError, match="no such folder"):
+        models.ServedModel.load(str(tmp_path / "models" / "current"))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")

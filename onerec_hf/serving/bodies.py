@@ -1,0 +1,66 @@
+"""Request bodies: what is too much is refused before it is parsed, since a parser holds up all other requests."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from .schema import Query
+
+# A string of JSON, be it without its end: no attempt fails, so that the time is linear. What it holds is no structure.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_SPARE = 100
+
+
+def check_structure(body: bytes, max_histories: int) -> None:
+    """
+    Refuses bodies with more objects, lists or keys than `max_histories` queries have: a megabyte may hold 300,000 of them.
+
+    Raises:
+        HTTPException: 422.
+
+    Example:
+        >>> check_structure(b'{"history": ["[[[[{{{{"], "top_k": 3}', max_histories=1)
+        >>> check_structure(b"[" * 1000, max_histories=1)
+        Traceback (most recent call last):
+        ...
+        starlette.exceptions.HTTPException: 422: the request holds 1000 lists and objects; ...
+    """
+    keys = len(Query.model_fields)
+    most = max_histories * keys + _SPARE
+    if body.count(b"[") + body.count(b"{") <= most and body.count(b":") <= most:
+        return
+    structure = _STRING.sub(b"", body)
+    nested, named = structure.count(b"[") + structure.count(b"{"), structure.count(b":")
+    for count, what in ((nested, "lists and objects"), (named, "keys")):
+        if count > most:
+            raise HTTPException(
+                422,
+                f"the request holds {count} {what}; this server accepts 1 to {max_histories} histories per request",
+            )
+
+
+def route_class(max_histories: int) -> type[APIRoute]:
+    """The class of routes whose bodies are checked by [`check_structure`] before they are parsed."""
+
+    class Checked(Request):
+        async def json(self) -> Any:
+            body = await self.body()
+            check_structure(body, max_histories)
+            return json.loads(body)
+
+    class CheckedRoute(APIRoute):
+        def get_route_handler(self):
+            handle = super().get_route_handler()
+
+            async def checked(request: Request):
+                return await handle(Checked(request.scope, request.receive))
+
+            return checked
+
+    return CheckedRoute
