@@ -522,12 +522,12 @@ class OneRecGenerationMixin(GenerationMixin):
 
     def _requested_tokens(self, kwargs: dict, generation_config) -> int | None:
         """New tokens that the arguments of `generate`, its generation config or the model's ask for; None if none of them does."""
-        for source in (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config)):
+        for source in (kwargs, {} if generation_config is None else vars(generation_config)):
             if source.get("max_new_tokens") is not None:
                 return source["max_new_tokens"]
             if source.get("max_length") is not None:
                 return source["max_length"] - 1
-        return None
+        return self.generation_config.max_new_tokens  # its max_length may be the default that Seq2SeqTrainer puts there
 
     def _decoder_weight(
         self, given: float | None, item_score_weight: float, one_item: bool, generation_config=None
