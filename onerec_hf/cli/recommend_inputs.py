@@ -65,7 +65,7 @@ def _column(path: str, item_column: str, user_column: str | None = None) -> tupl
         raise ValueError(
             f"{path}: column {item_column!r} is missing (found: {', '.join(map(str, table.columns[:10]))}). Rename it or pass --item_column"
         )
-    if table[item_column].isna().any():
+    if bool(table[item_column].isna().any()):
         raise ValueError(f"{path}: column {item_column!r} holds missing values. Drop these rows")
     users = table[user_column].tolist() if user_column in table else None
     return table[item_column].tolist(), users

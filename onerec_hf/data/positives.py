@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -88,16 +88,17 @@ class Condition(NamedTuple):
         known = series.notna().to_numpy()
         kept = np.zeros(len(table), dtype=bool)
         if self.is_date:
-            times = instants(series[known], self.column)
+            times = instants(cast("pd.Series", series[known]), self.column)
             if len(times.whole) and times.whole.max() > LATEST_SECONDS:
                 raise DataError(
                     f"column {self.column!r} holds numbers that are no seconds since 1970. Compare it with a number, not a date."
                 )
             rest = 0 if times.rest is None else times.rest != 0
+            value = float(self.value)
             # A fraction of a second is later than the whole one.
-            kept[known] = self.operator(2 * times.whole + rest, 2 * math.floor(self.value) + (self.value % 1 != 0))
+            kept[known] = self.operator(2 * times.whole + rest, 2 * math.floor(value) + (value % 1 != 0))
         elif isinstance(self.value, str):
-            kept[known] = self.operator(series[known].astype(str).to_numpy(dtype=object), self.value)
+            kept[known] = self.operator(cast("Any", series[known]).astype(str).to_numpy(dtype=object), self.value)
         else:
             values = numeric_column(table, self.column)
             kept = known & self.operator(values, self.value) & ~np.isnan(values)
@@ -112,7 +113,7 @@ class Condition(NamedTuple):
         """The value as `parse` takes it."""
         if self.is_date:
             return datetime.datetime.fromtimestamp(float(self.value), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return repr(self.value).removesuffix(".0") if isinstance(self.value, float) else self.value
+        return repr(self.value).removesuffix(".0") if isinstance(self.value, float) else str(self.value)
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ def numeric_column(table: pd.DataFrame, column: str) -> np.ndarray:
     series = plain_column(column_of(table, column))
     if series.dtype == object:  # numbers as text, or beside missing ones
         numbers = to_numbers(series)
-        series = series if numbers[series.notna()].isna().any() else numbers
+        lost = series.notna().to_numpy() & numbers.isna().to_numpy()
+        series = series if lost.any() else numbers
     if not pd.api.types.is_numeric_dtype(series.dtype):
         raise DataError(
             f"column {column!r}: expected numbers, got {series.dtype} (first: row 0, {series.iloc[0]!r}). Convert it, e.g. with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class TextEncoder:
 def _vectorizer(**fitted):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return TfidfVectorizer(sublinear_tf=True, analyzer=terms, **fitted)
+    return TfidfVectorizer(sublinear_tf=True, analyzer=cast("Any", terms), **fitted)
 
 
 def sentence_embeddings(texts: Sequence[str], model: str | SentenceTransformer, batch_size: int = 64) -> np.ndarray:
@@ -268,7 +268,7 @@ def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> tuple[np.n
     with np.errstate(invalid="ignore"):  # a single text, or equal ones, have no variance
         reduced = svd.fit_transform(matrix)
     scale = np.maximum(svd.singular_values_, 1e-12) ** (scale_power - 1)
-    return (reduced * scale).astype(np.float32), svd.components_.astype(np.float32)
+    return np.asarray(reduced * scale, dtype=np.float32), np.asarray(svd.components_, dtype=np.float32)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class ItemEncoder:
         Raises:
             ValueError: no texts or embeddings where a part needs them, or embeddings of another width.
         """
-        of = {"text": None, "given": None}
+        of: dict[str, np.ndarray] = {}
         if self.needs == "text":
             if texts is None or self.text is None:
                 raise ValueError("the new items need texts; pass the text columns that the model was trained with")
@@ -94,7 +94,8 @@ class ItemEncoder:
                 source = of[kind.removeprefix("aligned ")]
                 known = source.any(1)
                 if known.any():
-                    part[known] = self.alignment(source[known]) if kind.startswith("aligned") else source[known]
+                    aligned = self.alignment if kind.startswith("aligned") else None
+                    part[known] = source[known] if aligned is None else aligned(source[known])
             columns.append(weight * unit_rows(part))
         return np.concatenate(columns, axis=1, dtype=np.float32)
 

@@ -34,7 +34,7 @@ class Turns:
     def large(
         self,
         is_abandoned: Callable[[], bool],
-        compute: Callable[[Any, list, Callable[[], None]], Sequence],
+        compute: Callable[..., Sequence],
         *args: Any,
     ) -> tuple[Sequence, float]:
         """
@@ -65,9 +65,7 @@ class Turns:
             self._give()
         return results, max(longest, time.monotonic() - since)
 
-    def small(
-        self, compute: Callable[[Any, list, Callable[[], None]], Sequence], *args: Any
-    ) -> tuple[Sequence, float]:
+    def small(self, compute: Callable[..., Sequence], *args: Any) -> tuple[Sequence, float]:
         """As [`large`], at the next step of a large computation, without steps of its own."""
         with self._free:
             self._small_waiting += 1

@@ -265,8 +265,9 @@ def fingerprint(data: Any) -> str | None:
         from pandas.util import hash_array
 
         sequences = data.sequences
+        hashes: Any = hash_array
         for array in (sequences.user_ids, sequences.item_ids):
-            digest.update(hash_array(np.asarray(array)).tobytes())
+            digest.update(hashes(np.asarray(array)).tobytes())
         digest.update(np.asarray(sequences.offsets).tobytes())
     elif isinstance(data, ShardedDataset):
         manifest = {name: value for name, value in data.folder.manifest.items() if name in ("counts", "settings")}
@@ -281,7 +282,8 @@ def _may_change(name: str) -> bool:
 
 
 def _default(each: Field) -> Any:
-    value = each.default_factory() if each.default_factory is not MISSING else each.default
+    factory: Any = each.default_factory
+    value = each.default if factory is MISSING else factory()
     return None if value is MISSING else _as_json({"value": value}).get("value")
 
 

@@ -85,7 +85,8 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
         sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
     except DataError as error:
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
-    kept, sizes = sequences.item_counts()[0], (settings.session_length, settings.max_history, settings.stride)
+    kept = sequences.item_counts()[0]
+    sizes = (settings.session_length, settings.max_history, settings.stride)
     if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
         sequences = sequences.shuffled_ties(settings.ties_seed)
     if settings.holdout == "last":
@@ -98,12 +99,14 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
                 ("test_start", settings.test_start, BEFORE_TEST),
             )
         ]
-        return sequences, temporal_split(sequences, *map(int, starts), *sizes, targets=_TARGETS)
+        validation_start, test_start = map(int, starts)
+        return sequences, temporal_split(sequences, validation_start, test_start, *sizes, targets=_TARGETS)
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
     try:
-        return sequences, given_split(*tables, *sizes, targets=_TARGETS)
+        train, validation, test = tables
+        return sequences, given_split(train, validation, test, *sizes, targets=_TARGETS)
     except DataError as error:
         raise ValueError(f"--holdout given: {error}") from error
 

@@ -44,7 +44,8 @@ def training_panels(trainer: Any) -> list[Panel]:
 
 def report_panels(trainer: OneRecTrainer, ranking: Ranking) -> list[Panel]:
     """The panels of a generator's training, with the ranking of the test users; the first rank has them all."""
-    ks, catalogue = trainer.args.eval_top_k, catalogue_of(cast("OneRecProcessor", trainer.processing_class))
+    ks = cast("Any", trainer.args).eval_top_k
+    catalogue = catalogue_of(cast("OneRecProcessor", trainer.processing_class))
     k = 10 if 10 in ks else max(ks)
     return [*training_panels(trainer), *popularity_panel(ranking, catalogue.popularity, k)]
 
