@@ -73,6 +73,7 @@ class Setting:
 
         self.config = train_options(options, RECIPES / "amazon_beauty_items.yaml")
         self.small = {**models.SMALL, **(models.QUICK if options.quick else {})}
+        self.full = {**models.FULL, **(models.QUICK if options.quick else {})}
         self.data = load_in_memory(parsed(self.config, {})[0])
         self.quick, self.users, self.work = options.quick, 40 if options.quick else options.users, Path(work)
         self.folders = options.models
@@ -111,8 +112,10 @@ def row(name: str, value: float, unit: str, **more) -> dict[str, Any]:
 
 def session_rows(setting: Setting) -> list[dict[str, Any]]:
     held = models.hold_out_last(setting.data, 5, setting.users)
-    settings = {**setting.small, "session_length": 5, "stride": 2}
-    model, processor = models.train_onerec(held.data, setting.config, settings, str(setting.work / "sessions"))
+    # As the preset auto trains sessions: the decoder reads a tenth of them, the head counts as much as the codes of one item.
+    settings = {**setting.full, "session_length": 5, "session_share": 0.1, "item_head_loss_weight": 5.0}
+    folder = str(setting.work / "sessions")
+    model, processor = models.train_onerec(held.data, setting.config, settings, folder, content=True)
     sasrec = models.train_sasrec(held.data, setting.data.max_history, setting.quick)
     index, item_ids = model.catalogue.indices, setting.data.item_ids
     targets = np.array([index(items) for items in held.targets])
@@ -240,7 +243,7 @@ def cold_rows(setting: Setting) -> list[dict[str, Any]]:
     new_users, old_users, new = models.hold_out_items(setting.data, 0.05, setting.users)
     folder = setting.work / "cold"
     # New items have no behaviour: the semantic IDs are of the contents alone.
-    settings = {**setting.small, "session_length": 1, "embedding": "given", "item_head_content": "true"}
+    settings = {**setting.full, "session_length": 1, "embedding": "given", "item_head_content": "true"}
     model, processor = models.train_onerec(new_users.data, setting.config, settings, str(folder), content=True)
     quantizer = Quantizer.load(f"{folder}-quantizer.safetensors")
     vectors = np.asarray(setting.data.items.select(new).embeddings, dtype=np.float32)
