@@ -36,7 +36,7 @@ _TIGER_TRAINING = {
     "warmup_steps": 200,
     "weight_decay": 0.1,
 }
-# A first model in minutes on two CPU cores: the quickstart's.
+# A first model without an item head, in minutes on two CPU cores.
 _SMALL = {"max_history": 10, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}
 _SMALL_TRAINING = {
     "max_steps": 1200,

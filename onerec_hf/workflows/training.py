@@ -88,7 +88,7 @@ class TrainSettings(ModelOutputSettings):
     preset: str = field(
         default="auto",
         metadata={
-            "help": "Options that you do not pass: auto (chosen from the data), paper (the paper's, the defaults listed here), tiger (TIGER's) or small (the quickstart's)."
+            "help": "Options that you do not pass: auto (chosen from the data), paper (the paper's, the defaults listed here), tiger (TIGER's) or small (a first model without an item head)."
         },
     )
     train_on: str = field(
