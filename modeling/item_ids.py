@@ -70,8 +70,8 @@ def _cut(key: bytes, longest: int) -> bytes:
 
 
 def longest_id(keys: np.ndarray) -> int:
-    """The `longest` of a lookup in these keys."""
-    return keys.dtype.itemsize if keys.dtype.kind == "S" else 64
+    """The `longest` of a lookup in these keys: at least 64 bytes, so that messages have unknown ids whole."""
+    return max(keys.dtype.itemsize, 64)
 
 
 def decode_ids(keys: np.ndarray) -> list:

@@ -65,6 +65,10 @@ class ItemIndex:
         """All items."""
         return len(self)
 
+    def num_left(self, indices: np.ndarray) -> int:
+        """Items that are not among `indices`, which may repeat."""
+        return len(self) - len(np.unique(indices))
+
     @property
     def item_ids(self) -> list:
         """All item ids in the order of their indices."""

@@ -107,17 +107,17 @@ def _run(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except RuntimeError as error:
-        # Trackers of --report_to that are not installed, by transformers' callbacks.
-        if "to be installed" not in str(error) or os.environ.get("ONEREC_HF_DEBUG"):
-            raise
-        print(f"onerec-hf {argv[0]}: --report_to: {error}", file=sys.stderr)
-        return 2
     except (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ONEREC_HF_DEBUG"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"onerec-hf {argv[0]}: {message}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # Trackers of --report_to that are not installed, by transformers' callbacks.
+        if "to be installed" not in str(error) or os.environ.get("ONEREC_HF_DEBUG"):
+            raise
+        print(f"onerec-hf {argv[0]}: --report_to: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -57,7 +57,7 @@ def _column(path: str, item_column: str, user_column: str | None = None) -> tupl
     """The item ids of a file as text or integers, and the user ids where it has such a column."""
     from onerec_hf.data.tables import SUFFIXES, load_table
 
-    if Path(path).suffix.lower() not in SUFFIXES:
+    if Path(path).suffix.lower() not in set(SUFFIXES) - {".txt"}:  # a list has no columns to tell it from a table
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         return [line.strip() for line in lines if line.strip()], None
     table = load_table(path, (item_column, user_column))

@@ -109,8 +109,8 @@ def _of_numbers(series: pd.Series) -> tuple[Instants | None, np.ndarray]:
 
 def _of_texts(series: pd.Series, column: str) -> tuple[Instants | None, np.ndarray]:
     """Texts are read digit by digit: a float holds neither nanoseconds since 1970 nor fractions of them."""
-    texts = series.map(lambda value: None if pd.isna(value) else str(value)).astype(object)
-    missing = texts.isna().to_numpy()
+    missing = series.isna().to_numpy()
+    texts = series.map(str).astype(object).where(~missing, None)
     dates = texts.str.match(ISO, na=False).to_numpy(dtype=bool)
     if dates.any():
         numbers = ~dates & to_numbers(texts).notna().to_numpy()

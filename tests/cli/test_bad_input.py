@@ -174,7 +174,7 @@ OPTIONS = [
     (["--embedding", "given"], ["--embedding given", "--items"]),
     (["--embedding", "text+magic"], ["--embedding text+magic", "'magic'"]),
     (["--positive", "rating>=4"], ["'rating'", "user_id, item_id, timestamp"]),
-    (["--positive", "rating=4"], ["'rating=4'", "column>=number"]),
+    (["--positive", "rating 4"], ["'rating 4'", "column>=number"]),
     (["--min_item_interactions", 1000], ["--min_item_interactions 1000"]),
     (["--min_item_interactions", 0], ["--min_item_interactions", "at least 1; got 0"]),
     (["--session_length", 0], ["--session_length", "at least 1; got 0"]),

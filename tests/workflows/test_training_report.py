@@ -56,7 +56,7 @@ def test_quality_by_popularity_is_the_metric_in_parts():
     popularity = np.array([0, 1, 5, 9, 40])
     relevant = rng.integers(0, 5, (60, 1))
     ranked = {"onerec": np.argsort(rng.random((60, 5)), axis=1), "popularity": np.tile([4, 3, 2, 1, 0], (60, 1))}
-    (panel,) = popularity_panel(Ranking([], ranked, relevant), popularity, 5)
+    (panel,) = popularity_panel(Ranking([], ranked, relevant, np.ones(60, dtype=bool)), popularity, 5)
     sizes = [int(re.search(r"\((\d+) users\)", label)[1]) for label in panel.labels]
     assert sum(sizes) == 60
     places = 1 + (ranked["onerec"] == relevant).argmax(1)
@@ -64,7 +64,7 @@ def test_quality_by_popularity_is_the_metric_in_parts():
     parts = [y for _, y in panel.series["onerec"]]
     assert np.average(parts, weights=sizes) == pytest.approx(whole)
     assert panel.series["popularity"][-1][1] > panel.series["popularity"][0][1]
-    assert popularity_panel(Ranking([], ranked, relevant), None, 5) == []
+    assert popularity_panel(Ranking([], ranked, relevant, np.ones(60, dtype=bool)), None, 5) == []
 
 
 def test_calibration_shows_rates_that_are_off():
