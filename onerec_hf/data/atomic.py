@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.columns import MISSING_TEXT, DataError, check_width, column_of, integers_from_text, to_numbers
+from onerec_hf.data.columns import (
+    MISSING_TEXT,
+    DataError,
+    check_width,
+    column_of,
+    integers_from_text,
+    save_as_utf8,
+    to_numbers,
+)
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 
@@ -39,7 +47,7 @@ def read_atomic(path: str | Path, text_columns: Sequence[str | None] = ()) -> pd
             types = _read_header(file.readline().rstrip("\n"), path)
             counts = [line.count("\t") + 1 if line != "\n" else 0 for line in file]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid UTF-8 ({error}). Save it as UTF-8.") from error
+        raise DataError(f"{path}: not valid UTF-8 ({error}). {save_as_utf8(path)}") from error
     while counts and not counts[-1]:  # trailing empty lines
         counts.pop()
     wrong = np.asarray(counts) != len(types)

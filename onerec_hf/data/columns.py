@@ -34,6 +34,34 @@ class DataError(ValueError):
     """
 
 
+_BEGINNINGS = {
+    b"\x1f\x8b": "It is compressed by gzip: let its name end in .gz.",
+    b"\x28\xb5\x2f\xfd": "It is compressed by zstd: let its name end in .zst.",
+    b"BZh": "It is compressed by bzip2: let its name end in .bz2.",
+    b"PK": "It is a zip archive or an Excel workbook: extract it, or save it as CSV in UTF-8.",
+    b"\xff\xfe": "It is UTF-16: iconv -f UTF-16 -t UTF-8.",
+    b"\xfe\xff": "It is UTF-16: iconv -f UTF-16 -t UTF-8.",
+    b"PAR1": "It is Parquet: let its name end in .parquet.",
+}
+
+
+def save_as_utf8(path: Any) -> str:
+    """
+    What to do with a text file that is not UTF-8, by its first bytes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+        ...     _ = file.write("用户".encode("gbk")), file.flush()
+        ...     save_as_utf8(file.name)
+        'Save it as UTF-8, e.g. iconv -f GBK -t UTF-8 with the encoding that it has.'
+    """
+    with open(path, "rb") as file:
+        begin = b"" if str(path).lower().endswith((".gz", ".zst", ".bz2")) else file.read(4)
+    cures = (cure for mark, cure in _BEGINNINGS.items() if begin.startswith(mark))
+    return next(cures, "Save it as UTF-8, e.g. iconv -f GBK -t UTF-8 with the encoding that it has.")
+
+
 @contextmanager
 def about(source: Any) -> Iterator[None]:
     """

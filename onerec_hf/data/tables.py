@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from onerec_hf.data.atomic import read_atomic
-from onerec_hf.data.columns import DataError, check_width
+from onerec_hf.data.columns import DataError, check_width, save_as_utf8
 from onerec_hf.data.compressed import COMPRESSIONS, table_name
 from onerec_hf.data.parquet import read_parquet
 from onerec_hf.data.text_files import read_delimited, read_json, read_lines_per_user
@@ -128,9 +128,7 @@ def _load_file(path: Path, text_columns: tuple[str | None, ...], names: Sequence
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not valid UTF-8 ({error}). Save it as UTF-8, e.g. iconv -f latin1 -t utf-8."
-        ) from error
+        raise DataError(f"{path}: not valid UTF-8 ({error}). {save_as_utf8(path)}") from error
     except (*UNEXPECTED, OSError, csv.Error, pd.errors.ParserWarning) as error:
         raise DataError(f"{path}: cannot be read as {kind.suffix[1:]}: {short(error, 500)}") from error
 

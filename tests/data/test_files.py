@@ -1,6 +1,7 @@
 """Files as people have them: unquoted, compressed, without a header, one line per user, without times, under other names."""
 
 import gzip
+import re
 import warnings
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.data import DataError, load_files, read_interactions, read_items
+from onerec_hf.data import DataError, load_files, prepare_log, read_interactions, read_items
 from onerec_hf.data.quoting import quoting
 from onerec_hf.data.tables import load_table
 from tests.data.test_types import in_memory, prepared
@@ -225,3 +226,22 @@ def test_polars_frames():
     rows = pl.DataFrame({"user_id": [1, 1], "item_id": ["a", "b"], "timestamp": [2, 1]})
     items = pl.LazyFrame({"item_id": ["a", "b"], "title": ["A", "B"], "tags": [["x"], ["y"]]})
     assert load_files(rows, items).items.frame["text"].tolist() == ["A | x", "B | y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [
+        (gzip.compress(b"user_id,item_id,timestamp\n1,a,1\n"), "compressed by gzip: let its name end in .gz"),
+        ("user_id,item_id,timestamp\n1,商品,1\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("user_id,item_id,timestamp\n1,商品,1\n".encode("gbk"), "iconv -f GBK -t UTF-8 with the encoding that it has"),
+        (b"PK\x03\x04\xff\xfe", "an Excel workbook"),
+    ],
+    ids=["gzip", "UTF-16", "GBK", "Excel"],
+)
+def test_what_is_no_utf8_is_named_by_its_beginning(tmp_path, content, cure):
+    path = tmp_path / "log.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(cure)):
+        read_interactions(path)
+    with pytest.raises(DataError, match=re.escape(cure)):
+        prepare_log(path, tmp_path / "ready")

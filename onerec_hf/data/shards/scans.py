@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.data.columns import DataError
+from onerec_hf.data.columns import DataError, save_as_utf8
 from onerec_hf.data.compressed import stream_table, table_name
 from onerec_hf.data.text_files import SEPARATORS, Layout, first_line, has_header, layout
 from onerec_hf.modeling.files import short
@@ -85,7 +85,7 @@ def scan(files: Sequence[Path], first_row: int = 0, names: Sequence[str] | None 
 def unreadable(files: Sequence[Path], error: BaseException) -> DataError:
     """The error for files that polars or the system cannot read."""
     kind, many = table_name(files[0]).suffix[1:], f" and {len(files) - 1:,} more" if len(files) > 1 else ""
-    fix = " Save it as UTF-8." if "utf-8" in str(error).lower() or "utf8" in str(error).lower() else ""
+    fix = f" {save_as_utf8(files[0])}" if "utf-8" in str(error).lower() or "utf8" in str(error).lower() else ""
     return DataError(f"{files[0]}{many}: cannot be read as {kind}: {short(error, 500)}{fix}")
 
 
