@@ -527,9 +527,7 @@ class OneRecGenerationMixin(GenerationMixin):
                 return source["max_new_tokens"]
             if source.get("max_length") is not None:
                 return source["max_length"] - 1
-        return (
-            self.generation_config.max_new_tokens
-        )  # its max_length may be the default that Seq2SeqTrainer puts there
+        return self.generation_config.max_new_tokens  # max_length may be a default that Seq2SeqTrainer sets
 
     def _decoder_weight(
         self, given: float | None, item_score_weight: float, one_item: bool, generation_config=None

@@ -185,7 +185,6 @@ def test_the_home_folder(tmp_path, monkeypatch):
     assert in_memory("~/x.csv") == IN_ORDER
 
 
-@pytest.mark.filterwarnings("default:items. their ids")
 @pytest.mark.parametrize(
     ("interacted", "listed", "expected"),
     [
@@ -200,7 +199,8 @@ def test_ids_that_differ_in_type_only(interacted, listed, expected):
     rows = pd.DataFrame({"user_id": 1, "item_id": interacted, "timestamp": [1, 2]})
     items = pd.DataFrame({"item_id": listed, "title": "x"})
     if expected is None:
-        with pytest.raises(DataError, match="have no row in the item table"):
+        with warnings.catch_warnings(), pytest.raises(DataError, match="have no row in the item table"):
+            warnings.simplefilter("ignore", UserWarning)
             load_files(rows, items)
         return
     with pytest.warns(UserWarning, match=r"they are matched as (text|integers)"):

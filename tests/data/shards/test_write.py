@@ -89,7 +89,7 @@ def assert_equals_in_memory(folder, manifest, source, positive, settings):
 
 
 @pytest.mark.filterwarnings("ignore:A tie in time:UserWarning")
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     tables(),
     st.sampled_from(["parquet", "csv", "jsonl"]),
