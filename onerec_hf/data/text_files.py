@@ -259,16 +259,38 @@ def read_json(path: Path) -> pd.DataFrame:
         for number, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object")
-        return _records([row for _, row in rows])
+        return _whole_characters(_records([row for _, row in rows]))
     if isinstance(rows, list):
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise ValueError(f"entry {number} of the array is not a JSON object")
-        return _records(rows)
+        return _whole_characters(_records(rows))
     columns = {name: list(column.values()) if isinstance(column, dict) else column for name, column in rows.items()}
     if not all(isinstance(column, list) for column in columns.values()) or len(set(map(len, columns.values()))) > 1:
         raise ValueError("expected an array of objects, an object a line, or an object of columns of equal length")
-    return pd.DataFrame({name: _column(column) for name, column in columns.items()})
+    return _whole_characters(pd.DataFrame({name: _column(column) for name, column in columns.items()}))
+
+
+def _whole_characters(table: pd.DataFrame) -> pd.DataFrame:
+    """
+    The table itself.
+
+    Raises:
+        ValueError: JSON can write half a character (`\\ud83d` without what follows it), which no other file and no id can hold.
+    """
+    for place, name in enumerate(table.columns):
+        column = table.iloc[:, place]
+        if column.dtype != object:
+            continue
+        for row, value in enumerate(column):
+            if isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(
+                        f"row {row}: {value!r:.80} in column {name!r} holds half a character. Write the file again without it"
+                    ) from None
+    return table
 
 
 def _is_lines(text: io.TextIOWrapper) -> bool:

@@ -44,6 +44,8 @@ def files(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if path.name == "results.json":
             found[name] = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in TIMES]
+        elif path.suffix == ".html":  # a page is named after its folder
+            found[name] = path.read_text(encoding="utf-8").replace(folder.name, "FOLDER")
         elif path.is_file() and path.name not in PLACES and path.suffix != ".png":
             found[name] = path.read_bytes()
     return found

@@ -199,9 +199,10 @@ def test_ids_that_differ_in_type_only(interacted, listed, expected):
     rows = pd.DataFrame({"user_id": 1, "item_id": interacted, "timestamp": [1, 2]})
     items = pd.DataFrame({"item_id": listed, "title": "x"})
     if expected is None:
-        with warnings.catch_warnings(), pytest.raises(DataError, match="have no row in the item table"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            load_files(rows, items)
+            with pytest.raises(DataError, match="have no row in the item table"):
+                load_files(rows, items)
         return
     with pytest.warns(UserWarning, match=r"they are matched as (text|integers)"):
         data = load_files(rows, items)
@@ -245,3 +246,14 @@ def test_what_is_no_utf8_is_named_by_its_beginning(tmp_path, content, cure):
         read_interactions(path)
     with pytest.raises(DataError, match=re.escape(cure)):
         prepare_log(path, tmp_path / "ready")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_half_a_character_is_named(tmp_path, name):
+    lines = [
+        '{"user_id": "u", "item_id": "m\\ud83d\\ude00", "timestamp": 1}',
+        '{"user_id": "u", "item_id": "m\\ud83d", "timestamp": 2}',
+    ]
+    path = write(tmp_path / name, "\n".join(lines) if name == "log.jsonl" else f"[{','.join(lines)}]")
+    with pytest.raises(DataError, match=r"log\.jsonl?: cannot be read .*row 1: .*'item_id' holds half a character"):
+        read_interactions(path)
