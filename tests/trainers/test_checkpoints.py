@@ -170,6 +170,7 @@ def test_a_disk_that_is_mounted_read_only(tmp_path):
         assert is_whole(disk / "run" / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_a_kill_at_every_file_operation_leaves_whole_checkpoints_only(tmp_path):
     """A forked process saves the checkpoint of step 4, to which that of step 2 gives way, and kills itself at the n-th operation."""
     trainer = make_trainer(tmp_path / "run", save_total_limit=1)
