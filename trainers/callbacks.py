@@ -6,15 +6,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
 
 logger = logging.get_logger(__name__)
+Callback = TypeVar("Callback", bound=TrainerCallback)
+
+
+def callback_of(trainer: Trainer, kind: type[Callback]) -> Callback | None:
+    """
+    The trainer's callback of this class, if it has one.
+
+    Example:
+        >>> callback_of(OneRecTrainer(...), RouterBalanceCallback).rate  # doctest: +SKIP
+        0.001
+    """
+    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, kind)), None)
 
 
 class RouterBalanceCallback(TrainerCallback, ExportableState):

@@ -38,11 +38,6 @@ class PlateauDecayCallback(TrainerCallback, ExportableState):
         self.best: float | None = None
         self.waited = self.step = 0
 
-    @property
-    def share_left(self) -> float:
-        """Share of the learning rate at the schedule's latest step; 0 when the decay is over."""
-        return self._factor(self.step)
-
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         if not isinstance(lr_scheduler, LambdaLR):
             raise ValueError(

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from onerec_hf.trainers.budget import BudgetCallback, duration
+from onerec_hf.trainers.callbacks import callback_of
 from onerec_hf.trainers.plateau import PlateauDecayCallback
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -82,9 +83,8 @@ class RunProgress(TrainerCallback):
         for former in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(former)
         trainer.add_callback(self)
-        callbacks = trainer.callback_handler.callbacks
-        self._budget = next((each for each in callbacks if isinstance(each, BudgetCallback)), None)
-        self._plateau = next((each for each in callbacks if isinstance(each, PlateauDecayCallback)), None)
+        self._budget = callback_of(trainer, BudgetCallback)
+        self._plateau = callback_of(trainer, PlateauDecayCallback)
 
     # -- training ------------------------------------------------------------------------------
     def on_train_begin(self, args, state, control, **kwargs):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from onerec_hf.workflows.data_options import option_words
-from onerec_hf.workflows.pace import callback_of
 
 if TYPE_CHECKING:
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
@@ -58,6 +57,7 @@ def what_to_try(
 def _why_longer(trainer: OneRecTrainer) -> str | None:
     """Why the training may have ended too early, if it may."""
     from onerec_hf.trainers import PlateauDecayCallback
+    from onerec_hf.trainers.callbacks import callback_of
 
     state, plateau = trainer.state, callback_of(trainer, PlateauDecayCallback)
     if plateau is not None and plateau.decay is not None and plateau.decay[1] < state.max_steps:

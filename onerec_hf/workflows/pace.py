@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import is_first, say
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import datasets
 
     from onerec_hf.trainers import Budget, OneRecTrainer, OneRecTrainingArguments, RunProgress
-
-Callback = TypeVar("Callback")
 
 # Users of the two evaluations that the time of the final one is estimated from, and the least share of a budget that is kept for it.
 _FEW, _MORE = 32, 256
@@ -131,6 +129,7 @@ class Pace:
     def report(self, trainer: OneRecTrainer) -> None:
         """Says how far the training came where the budget ended it."""
         from onerec_hf.trainers import BudgetCallback
+        from onerec_hf.trainers.callbacks import callback_of
 
         callback = callback_of(trainer, BudgetCallback)
         if callback is None or not callback.ended:
@@ -142,11 +141,6 @@ class Pace:
             f"--budget {self.budget}: the training ended {far}"
             + (", which is less than one epoch: some training examples were never read" if epochs < 1 else "")
         )
-
-
-def callback_of(trainer: OneRecTrainer, kind: type[Callback]) -> Callback | None:
-    """The trainer's callback of this class, if it has one."""
-    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, kind)), None)
 
 
 def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool) -> float:

@@ -13,7 +13,6 @@ import numpy as np
 from onerec_hf.workflows.artefact import catalogue_of, save_processor, save_trained
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 from onerec_hf.workflows.distributed import is_first, say, wait
-from onerec_hf.workflows.pace import callback_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +101,7 @@ def refit(
             evaluated model.
     """
     from onerec_hf.trainers import PlateauDecayCallback
+    from onerec_hf.trainers.callbacks import callback_of
 
     assert isinstance(data, InMemoryDataset)
     whole, again = everything(data), copy.copy(args)
@@ -145,6 +145,7 @@ def _length(trainer: OneRecTrainer) -> tuple[int, float]:
     from transformers import TrainerState
 
     from onerec_hf.trainers import BudgetCallback
+    from onerec_hf.trainers.callbacks import callback_of
 
     state = trainer.state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
