@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from onerec_hf.data.sequences import UserSequences
 
@@ -45,14 +44,15 @@ class Ties:
             min_length: of the users with a target.
 
         Example:
+            >>> import pandas as pd
             >>> table = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 2]})
             >>> Ties.of(UserSequences.from_interactions(table)).tied
             1
         """
         same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)
         targets = (sequences.offsets[1:] - 1)[sequences.lengths >= min_length]
-        numbers = pd.factorize(sequences.item_ids, sort=True)[0]
-        rising = float((np.diff(numbers)[same] > 0).mean()) if same.any() else 0.0
+        before, after = sequences.item_ids[:-1][same], sequences.item_ids[1:][same]
+        rising = float((after > before).mean()) if same.any() else 0.0
         falling = 1 - rising if same.any() else 0.0
         return cls(len(targets), int(same[targets - 1].sum()), int(same.sum()), max(rising, falling))
 
