@@ -33,9 +33,9 @@ from onerec_hf.workflows.evaluation import ranking_rows
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.preferences import keep_pairs, kept_pairs, read_preferences, save_pairs
 from onerec_hf.workflows.results import GeneratorResult
-from onerec_hf.workflows.resuming import RunRecord, of_data, record_of
+from onerec_hf.workflows.resuming import as_before, of_data, record_of
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
-from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather, given_options
+from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
 
 if TYPE_CHECKING:
@@ -128,12 +128,7 @@ def align(
     folder = Path(args.output_dir)
     with own_folder(folder):
         resumes = open_folder(folder, how.overwrite, args)
-        given, before, checkpoint = given_options(kinds, settings, options), RunRecord.of_checkpoint(args), None
-        if before is not None:
-            checkpoint = args.resume_from_checkpoint
-            how, sharding, args = gather(kinds, settings, before.completed(kinds, given, options))
-            args = copy.copy(args)
-            args.resume_from_checkpoint = checkpoint
+        (how, sharding, args), given, before = as_before(kinds, (how, sharding, args), settings, options)
         assert how.model is not None
         if folder.resolve() == Path(how.model).resolve():
             raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
@@ -142,7 +137,7 @@ def align(
         preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
         rewards = [load_reward(path) for path in how.reward or []]
         dataset = as_dataset(where, how.model)
-        record = record_of(before, checkpoint, given, of_data(dataset), kinds, args)
+        record = record_of(before, args.resume_from_checkpoint, given, of_data(dataset), kinds, args)
         exclude_seen = excludes_seen("--model", how.model)
         check_catalogue(f"--model {how.model}", catalogue_of(processor), dataset)
         # The reward that picks the pairs rises in any case; the held-out judges show whether sessions are better.

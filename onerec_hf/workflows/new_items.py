@@ -32,9 +32,9 @@ from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, ItemLookup, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.id_map import write_id_map
-from onerec_hf.workflows.run_folder import LOCK, check_folder, own_folder
+from onerec_hf.workflows.run_folder import check_folder, own_folder
 from onerec_hf.workflows.settings import gather
-from onerec_hf.workflows.updating import folder_of
+from onerec_hf.workflows.updating import folder_of, replacing_model
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -301,22 +301,16 @@ class _Grown:
     def save(self, target: Path | None) -> Path:
         """Writes the model with its source's other files into a folder, by default its own; `config.json` comes last."""
         from onerec_hf.data.item_fields import save_items_table
-        from onerec_hf.modeling.files import UNFINISHED_NAME, replacing_files
         from onerec_hf.modeling.requests import saved_items
 
-        target, weights = target or self.source, ("model*.safetensors", "model.safetensors.index.json")
-        with replacing_files(target, "config.json", weights) as temporary:
-            if target.resolve() != self.source.resolve():
-                left_out = shutil.ignore_patterns(UNFINISHED_NAME, LOCK, "checkpoints", *weights)
-                shutil.copytree(self.source, temporary, ignore=left_out, dirs_exist_ok=True)
-            self.model.save_pretrained(temporary)
+        target = target or self.source
+        with replacing_model(self.model, self.source, target, "config.json") as folder:
             self.processor.items_file = None
-            self.processor.save_pretrained(temporary)
+            self.processor.save_pretrained(folder)
             if self.table is not None and (self.source / ITEMS_NAME).is_file():
-                shutil.copyfile(self.source / ITEMS_NAME, Path(temporary, ITEMS_NAME))
-                save_items_table(temporary, self.table, self.catalogue, keep=True)
-            fields = saved_items(temporary, self.catalogue)
-            write_id_map(Path(temporary), self.catalogue, fields, target.resolve().name)
+                shutil.copyfile(self.source / ITEMS_NAME, folder / ITEMS_NAME)
+                save_items_table(folder, self.table, self.catalogue, keep=True)
+            write_id_map(folder, self.catalogue, saved_items(folder, self.catalogue), target.resolve().name)
         return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from onerec_hf.workflows.artefact import saved_config
 from onerec_hf.workflows.data_options import option_words
 from onerec_hf.workflows.dataset import InMemoryDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import gather, given_options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -202,6 +204,27 @@ class RunRecord:
             say(f"resumed with other options: {_spelled(changed)}")
             self.options |= {name: now for name, (_, now) in changed.items()}
             self.changes.append({"step": state.global_step, "options": changed})
+
+
+def as_before(
+    kinds: Sequence[type], now: tuple[Any, ...], settings: Sequence[object], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any], RunRecord | None]:
+    """
+    The settings of a call: where it resumes a run, with those that the first call gave and this one does not. And what this call gives, and the
+    run's record; None for a new run.
+
+    Args:
+        kinds: the dataclasses of the settings, the training arguments last.
+        now: the settings as [`gather`] makes them of this call, with the checkpoint to resume from.
+        settings, options: of the call.
+    """
+    given, before = given_options(kinds, settings, options), RunRecord.of_checkpoint(now[-1])
+    if before is None:
+        return now, given, None
+    *others, args = gather(kinds, settings, before.completed(kinds, given, options))
+    args = copy.copy(args)
+    args.resume_from_checkpoint = now[-1].resume_from_checkpoint
+    return (*others, args), given, before
 
 
 def record_of(

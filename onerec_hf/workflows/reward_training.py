@@ -16,10 +16,10 @@ from onerec_hf.evaluation.results import result_row, write_results
 from onerec_hf.workflows.artefact import recorded_in, save_trained
 from onerec_hf.workflows.distributed import is_first, say, wait
 from onerec_hf.workflows.results import RewardResult
-from onerec_hf.workflows.resuming import RunRecord, record_of
+from onerec_hf.workflows.resuming import as_before, record_of
 from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
-from onerec_hf.workflows.settings import OutputSettings, gather, given_options
+from onerec_hf.workflows.settings import OutputSettings, gather
 from onerec_hf.workflows.training_report import calibration_panels, training_panels, write_training_report
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ def train_reward(
     folder = Path(args.output_dir)
     with own_folder(folder):
         resumes = open_folder(folder, output.overwrite, args)
-        given, before, checkpoint = given_options(kinds, settings, options), RunRecord.of_checkpoint(args), None
-        if before is not None:
-            checkpoint = args.resume_from_checkpoint
-            sizes, output, args = gather(kinds, settings, before.completed(kinds, given, options))
-            args = copy.copy(args)
-            args.resume_from_checkpoint = checkpoint
+        (sizes, output, args), given, before = as_before(kinds, (sizes, output, args), settings, options)
         weights = numbers_of("--score_weights", sizes.score_weights)
         started = time.perf_counter()
         name = None
@@ -102,7 +97,7 @@ def train_reward(
             data = load_feedback(data, max_history=sizes.max_history)
         say(data.description)
         about = {"description": data.description, "objectives": data.objectives, "base_rates": data.base_rates}
-        record = record_of(before, checkpoint, given, about, kinds, args)
+        record = record_of(before, args.resume_from_checkpoint, given, about, kinds, args)
         set_seed(args.seed)  # the model's first weights are drawn before Trainer would do so
         model, items, features = new_reward_model(data, sizes, weights)
         args.output_dir = str(folder / "checkpoints")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,17 +263,30 @@ def _earlier_updates(folder: Path) -> list[dict[str, Any]]:
 
 
 def _save(model: Any, source: Path, target: Path, updates: list[dict[str, Any]]) -> None:
+    """What is replaced in place belongs to the same model: a kill between two files leaves one that loads."""
+    last = UPDATES_NAME if target.resolve() == source.resolve() else "config.json"
+    with replacing_model(model, source, target, last) as folder:
+        (folder / UPDATES_NAME).write_text(json.dumps(updates, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing_model(model: Any, source: Path, target: Path, last: str) -> Iterator[Path]:
     """
-    Replaces the model in the target folder, with the source's other files beside it in a new folder. What is replaced in place belongs to the
-    same model: a kill between two files leaves one that loads.
+    Replaces the model in the target folder, with the source's other files beside it in a new folder.
+
+    Args:
+        source: the folder that the model was loaded from; may be the target.
+        last: the file that is put into its place last.
+
+    Yields:
+        The folder in which the files are written, with the model, for what changes beside it.
     """
     from onerec_hf.modeling.files import UNFINISHED_NAME, replacing_files
 
-    replaces = ("model*.safetensors", "model.safetensors.index.json")
-    in_place = target.resolve() == source.resolve()
-    with replacing_files(target, UPDATES_NAME if in_place else "config.json", replaces) as temporary:
-        if not in_place:
-            left_out = shutil.ignore_patterns(UNFINISHED_NAME, LOCK, "checkpoints", *replaces)
+    weights = ("model*.safetensors", "model.safetensors.index.json")
+    with replacing_files(target, last, weights) as temporary:
+        if target.resolve() != source.resolve():
+            left_out = shutil.ignore_patterns(UNFINISHED_NAME, LOCK, "checkpoints", *weights)
             shutil.copytree(source, temporary, ignore=left_out, dirs_exist_ok=True)
         model.save_pretrained(temporary)
-        Path(temporary, UPDATES_NAME).write_text(json.dumps(updates, indent=1) + "\n", encoding="utf-8")
+        yield Path(temporary)
