@@ -1,0 +1,70 @@
+"""Configuration of features: the sizes of a [`FeatureSchema`], and how wide they are embedded."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .hub import check_sizes
+
+
+@strict
+class FeaturesConfig(PreTrainedConfig):
+    r"""
+    Configuration of features ([`FeatureEmbedding`]), an optional part of a OneRec: `OneRecConfig(features=schema.config())`.
+
+    Args:
+        user, interaction, item (`list`, default to `[]`):
+            `[name, codes, slots]` of each feature, in the order of a [`FeatureSchema`].
+        dim (`int`, defaults to 32):
+            Width of each feature's embedding, before all of a place are concatenated (technical report: 64 of users, 128 of items at a width of 1,024).
+        dropout (`float`, defaults to 0.0):
+            Share of features that are hidden in training, so that a missing one costs less later.
+
+    Raises:
+        ValueError: no feature, names that are not unique, a size below 1, a dropout outside [0, 1).
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> OneRecConfig(features={"user": [["age", 8, 1]], "item": [["genres", 21, 4]]}).features.slots
+        5
+    """
+
+    model_type = "onerec_features"
+    base_config_key = "features"
+
+    user: list | None = None
+    interaction: list | None = None
+    item: list | None = None
+    dim: int = 32
+    dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        for side in ("user", "interaction", "item"):
+            setattr(self, side, [list(feature) for feature in getattr(self, side) or []])
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        check_sizes(self, sizes="dim", layers="")
+        names = [feature[0] for feature in self.all]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"features: give at least one, with names of their own; got {names!s:.200}")
+        for name, codes, slots in self.all:
+            if not (isinstance(codes, int) and isinstance(slots, int) and 1 <= codes < 2**31 and 1 <= slots < 2**15):
+                raise ValueError(f"features: {name!r:.80} needs at least 1 code and 1 slot; got {codes!r} and {slots!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"features: dropout={self.dropout} must lie between 0 and 1")
+
+    @property
+    def all(self) -> list[list]:
+        """`[name, codes, slots]` of all features, in the order of their slots."""
+        return [*self.user, *self.interaction, *self.item]  # pyright: ignore[reportOptionalIterable]
+
+    @property
+    def slots(self) -> int:
+        return sum(slots for _, _, slots in self.all)
+
+    @property
+    def user_slots(self) -> int:
+        return sum(slots for _, _, slots in self.user)  # pyright: ignore[reportOptionalIterable]
+
+
+__all__ = ["FeaturesConfig"]
