@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_features import FeaturesConfig
 from .configuration_item_head import ItemHeadConfig
+from .configuration_lifelong import LifelongConfig
 from .hub import FEATURES_FORMAT_VERSION, FORMAT_VERSION, CheckedConfig, check_sizes
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
@@ -69,6 +70,8 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             A learned vector per item beside its semantic ID, and item scores from it ([`ItemHeadConfig`]); none when not given, as in the paper.
         features (`FeaturesConfig` or `dict`, *optional*):
             Features of users, interactions and items that the encoder reads beside semantic IDs ([`FeaturesConfig`]); none when not given.
+        lifelong (`LifelongConfig` or `dict`, *optional*):
+            The pathway of what is older than the processor's `max_history` ([`LifelongConfig`]); none when not given.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
@@ -83,7 +86,7 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
 
     model_type = "onerec"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "tokens_per_expert"]
-    sub_configs = {"item_head": ItemHeadConfig, "features": FeaturesConfig}
+    sub_configs = {"item_head": ItemHeadConfig, "features": FeaturesConfig, "lifelong": LifelongConfig}
     # The caches size themselves from num_hidden_layers, and they live in the decoder.
     attribute_map = {"num_hidden_layers": "decoder_layers", "num_local_experts": "num_experts"}
     base_model_fsdp_plan = None  # the inherited default names the modules of a decoder-only model
@@ -118,6 +121,7 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
     output_router_logits: bool = False
     item_head: ItemHeadConfig | dict | None = None
     features: FeaturesConfig | dict | None = None
+    lifelong: LifelongConfig | dict | None = None
     catalogue_hash: str | None = None
     format_version: int = FORMAT_VERSION
     use_cache: bool = True
@@ -147,7 +151,9 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             self.item_head = ItemHeadConfig(**self.item_head)
         if isinstance(self.features, dict):
             self.features = FeaturesConfig(**self.features)
-        if self.features is not None:
+        if isinstance(self.lifelong, dict):
+            self.lifelong = LifelongConfig(**self.lifelong)
+        if self.features is not None or self.lifelong is not None:
             self.format_version = FEATURES_FORMAT_VERSION
         super().__post_init__(**kwargs)
 
@@ -185,6 +191,11 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             )
         if self.encoder_attention not in ("softmax", "pointwise"):
             raise ValueError(f"encoder_attention={self.encoder_attention!r:.80}: choose softmax or pointwise")
+        if self.lifelong is not None and self.lifelong.queries * self.encoder_stride % self.tokens_per_item:
+            raise ValueError(
+                f"lifelong: queries={self.lifelong.queries} must be a multiple of the {self.tokens_per_item} tokens of an item, or set "
+                "encoder_pools_items=True"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
 

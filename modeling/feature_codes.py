@@ -123,7 +123,7 @@ def _column(given, length: int, slots: int, user: int, name: str = "history_feat
             f"{name} of example {user} hold {found.size} values of type {found.dtype}, expected {length * slots} codes: {slots} for each of {length}; "
             "prepare the data with the schema of this processor"
         )
-    if found.size and not (0 <= int(found.min()) and int(found.max()) < 2**31):
+    if found.size and not (int(found.min()) >= 0 and int(found.max()) < 2**31):
         raise ValueError(f"{name} of example {user} hold values that are no codes (below 0, or above 2^31)")
     return found.reshape(length, slots).astype(np.int32)
 

@@ -43,6 +43,7 @@ _FAST_INPUTS = {
     "synced_gpus",
     "streamer",
     "feature_ids",
+    "lifelong_ids",
 }
 
 
@@ -293,6 +294,7 @@ class OneRecGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         *,
         feature_ids: torch.Tensor | None = None,
+        lifelong_ids: torch.Tensor | None = None,
         session_length: int | None = None,
         num_beams: int = 32,
         num_return_sequences: int = 1,
@@ -315,7 +317,7 @@ class OneRecGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask: (users, t), as the processor makes them.
-            feature_ids: (users, places, slots), for a model with features.
+            feature_ids, lifelong_ids: (users, places, slots), (users, n, 1 + levels), for a model with features and a lifelong pathway.
             session_length: items per session, `config.session_length` when not given. With 1, the beams are a ranked list of items.
             num_beams: beams per user.
             num_return_sequences: sessions returned per user, at most `num_beams`.
@@ -390,7 +392,8 @@ class OneRecGenerationMixin(GenerationMixin):
             distinct,
         )
         with _without_dropout(self):
-            history = self.get_encoder()(input_ids, attention_mask, feature_ids=feature_ids).last_hidden_state
+            beside = {"feature_ids": feature_ids, "lifelong_ids": lifelong_ids}
+            history = self.get_encoder()(input_ids, attention_mask, **beside).last_hidden_state
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
@@ -566,6 +569,7 @@ class OneRecGenerationMixin(GenerationMixin):
                     None if mask is None else mask.to(self.device),
                     None if embeds is None else embeds.to(self.device),
                     feature_ids=kwargs.get("feature_ids"),
+                    lifelong_ids=kwargs.get("lifelong_ids"),
                 )
         mask = None if mask is None else mask.to(self.device)
         input_ids = None if input_ids is None else input_ids.to(self.device)
@@ -622,7 +626,7 @@ class OneRecGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The history is the same for all beams of a user: encoder states and their mask stay one row per user, and cross-attention folds
         # the beams into the query length. Copies per beam cost more than the whole decoder.
-        names = ("encoder_outputs", "attention_mask", "feature_ids")
+        names = ("encoder_outputs", "attention_mask", "feature_ids", "lifelong_ids")
         shared = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs

@@ -54,6 +54,7 @@ from .layers_onerec import (
     visible_tokens,
     within_ranges,
 )
+from .lifelong import LifelongPathway, with_lifelong
 from .session_loss import session_loss
 
 ATTENTION_TP_PLAN = {
@@ -101,7 +102,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         elif isinstance(module, OneRecTopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, FeatureEmbedding):
+        elif isinstance(module, FeatureEmbedding | LifelongPathway):
             module.initialize(self.config.initializer_range)
 
     @classmethod
@@ -156,6 +157,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.item_head = ItemHead(config) if config.item_head is not None else None
         self.features = FeatureEmbedding(config) if config.features is not None else None
+        self.lifelong = LifelongPathway(config) if config.lifelong is not None else None
         self.pointwise = config.encoder_attention == "pointwise"
         self.layers = nn.ModuleList(
             [OneRecEncoderLayer(config, i, self.pointwise) for i in range(config.encoder_layers)]
@@ -179,6 +181,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         labels=None,
         smoothing=0.0,
         feature_ids=None,
+        lifelong_ids=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecEncoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -195,6 +198,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
         attention_mask, segment_ids = at_places(attention_mask, stride), at_places(segment_ids, stride)
         if self.config.encoder_pools_items:
             inputs_embeds = pooled_embeddings(inputs_embeds, stride)
+        if input_ids is not None:
+            inputs_embeds = with_lifelong(self, inputs_embeds, lifelong_ids, segment_ids)
         if position_ids is None:
             position_ids = history_positions(inputs_embeds, attention_mask, segment_ids)
         if self.pointwise:
@@ -429,6 +434,8 @@ class OneRecModel(OneRecPreTrainedModel):
             Label smoothing of that loss.
         feature_ids (`torch.LongTensor` of shape `(rows, places, slots)`, *optional*):
             Codes of features per place of the encoder's tokens, for a model with `config.features` ([`FeatureEmbedding`]).
+        lifelong_ids (`torch.LongTensor` of shape `(rows, n, 1 + levels)`, *optional*):
+            What is older than the history, for a model with `config.lifelong` ([`LifelongPathway`]).
         """
         check_packing(self.config._attn_implementation, attention_mask, segment_ids, history_ranges)
         if encoder_input_ids is not None:

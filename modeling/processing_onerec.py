@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from .features import FeatureSchema, check_codes
 from .features_file import FEATURES_NAME, find_features, save_features
 from .files import find_file, pinned, refusing, replacing_files
 from .hub import CarriesCode, in_code
+from .lifelong_history import LIFELONG_NAME, LifelongHistory
 from .requests import ITEMS_NAME, find_items
 from .tokenization_onerec import OneRecTokenizer
 
@@ -38,6 +40,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             that a loaded model reads as much as it was trained on.
         features (`FeatureSchema`, *optional*): the features that the model reads ([`FeatureSchema`]).
         item_features (*optional*): (items, item slots) int32 codes of the catalogue's items; missing values when not given.
+        lifelong (`LifelongHistory`, *optional*): compresses what a history has beyond `max_history` items, for a model with a lifelong pathway.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -52,7 +55,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         [['m17'], ['m17']]
     """
 
-    _files_beside = (CATALOGUE_NAME, FEATURES_NAME, ITEMS_NAME)
+    _files_beside = (CATALOGUE_NAME, FEATURES_NAME, LIFELONG_NAME, ITEMS_NAME)
 
     #: Path of the items table (titles and other columns) of the repository, which is saved with the processor.
     items_file: str | None = None
@@ -64,13 +67,18 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         max_history: int | None = None,
         features: FeatureSchema | None = None,
         item_features: np.ndarray | None = None,
+        lifelong: LifelongHistory | None = None,
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
         if max_history is not None and not (isinstance(max_history, int) and 1 <= max_history < 2**31):
             raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
         self.max_history = max_history
-        self.catalogue, self.features, self.item_features = None, None, None
+        self.catalogue, self.features, self.item_features, self.lifelong = None, None, None, lifelong
+        if lifelong is not None and (catalogue is None or len(lifelong.vectors) != len(catalogue)):
+            raise ValueError(
+                f"lifelong has vectors of {len(lifelong.vectors)} items: make the processor with the catalogue of these items"
+            )
         self.set_catalogue(catalogue)
         if features is not None:
             self.set_features(features, item_features)
@@ -104,7 +112,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         self, catalogue: ItemCatalogue | None, item_values: Mapping[Any, Mapping[str, Any]] | None = None
     ) -> None:
         """
-        Sets the processor's catalogue, e.g. a grown one. Items keep their features; new ones have missing values.
+        Sets the processor's catalogue, e.g. a grown one. Items keep their features; new ones have missing values (and zeros as lifelong vectors).
 
         Args:
             item_values: raw values of items' features by column, by item id: of new items, or of others that changed.
@@ -117,6 +125,14 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 f"the tokenizer was made for codebooks of {self.tokenizer.codebook_sizes}, the catalogue has "
                 f"{catalogue.codebook_sizes}; they belong to different models"
             )
+        if (
+            self.lifelong is not None
+            and None not in (catalogue, self.catalogue)
+            and catalogue.hash != self.catalogue.hash
+        ):
+            former = self.catalogue.indices(catalogue.item_ids, unknown="mask")
+            vectors = self.lifelong.vectors[former] * (former >= 0)[:, None]
+            self.lifelong = replace(self.lifelong, vectors=vectors)
         if self.features is not None and catalogue is not None:
             codes = self.item_features
             if catalogue is not self.catalogue and catalogue.hash != self.catalogue.hash:
@@ -137,9 +153,12 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         max_history: int | None = None,
         features: FeatureSchema | None = None,
         item_features: np.ndarray | None = None,
+        lifelong: LifelongHistory | None = None,
     ) -> OneRecProcessor:
         """A processor with a fresh tokenizer for the catalogue."""
-        return cls(OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history, features, item_features)
+        return cls(
+            OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history, features, item_features, lifelong
+        )
 
     def __call__(
         self,
@@ -189,10 +208,14 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
         histories, objects = entries(histories)
         keep = max_history if max_history is not None else self.max_history
-        rows, lengths, places = self._rows(histories, unknown, "history", keep)
-        tokenizer = self.tokenizer
+        rows, lengths, places = self._rows(histories, unknown, "history")
+        tokenizer, earlier = self.tokenizer, None
+        if keep is not None:
+            latest = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) <= keep
+            earlier = rows[~latest], np.maximum(lengths - keep, 0)
+            rows, places, lengths = rows[latest], places[latest], np.minimum(lengths, keep)
         inputs = self._write(rows, lengths, tokenizer.sep_token_id, self.static_places)
-        data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long()}
+        data = {}
         if self.features is not None:
             raw, codes = (objects, users), (history_features, user_features)
             if any(value is not None and code is not None for value, code in zip(raw, codes, strict=True)):
@@ -205,6 +228,9 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             data["feature_ids"] = torch.from_numpy(place_codes(self.features, of_users, items, lengths))
         elif user_features is not None or history_features is not None:
             raise ValueError("this processor has no features; leave user_features and history_features out")
+        if self.lifelong is not None:
+            inputs, data = self._with_lifelong(inputs, data, earlier)
+        data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long(), **data}
         if sessions is not None:
             sessions = _plain_lists(sessions)
             if len(sessions) != len(histories):
@@ -223,7 +249,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             >>> OneRecProcessor.from_catalogue(catalogue).sessions([["m4", "m17"], ["m17"]])["labels"].tolist()
             [[4, 7, -100, 5, 6], [5, 6, -100, -100, -100]]
         """
-        rows, lengths, _ = self._rows(_plain_lists(sessions), unknown, "session", None)
+        rows, lengths, _ = self._rows(_plain_lists(sessions), unknown, "session")
         written = self._write(rows, lengths, self.tokenizer.bos_token_id)
         decoder_input_ids = written[:, :-1].contiguous()
         special = (written == self.tokenizer.bos_token_id) | (written == self.tokenizer.pad_token_id)
@@ -233,8 +259,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             "labels": written.masked_fill(special, -100)[:, 1:].contiguous(),
         }
 
-    def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Item indices of ragged lists, flattened, their lengths, and their places in the lists; only the latest `keep` known items of each."""
+    def _rows(self, lists, unknown, what) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Item indices of ragged lists, flattened, their lengths, and their places in the lists; only known items."""
         if not len(lists):
             raise ValueError(f"an empty batch: pass at least one {what}")
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
@@ -252,11 +278,26 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 f"{len(empty)} of {len(lists)} users have an empty {what} (first: number {empty[0]}); leave these users out, or show "
                 "them the most popular items: there is nothing to read about them"
             )
-        if keep is not None:
-            place_from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows))
-            rows, places = rows[place_from_end <= keep], places[place_from_end <= keep]
-            lengths = np.minimum(lengths, keep)
         return rows, lengths, places
+
+    def _with_lifelong(self, inputs: torch.Tensor, data: dict, earlier) -> tuple[torch.Tensor, dict]:
+        """Inputs with the places of the lifelong pathway first, padding for users without earlier items, and `lifelong_ids` in the data."""
+        levels, queries = (
+            len(self.tokenizer.codebook_sizes),
+            self.lifelong.places_of(len(self.tokenizer.codebook_sizes) + 1),
+        )
+        rows, lengths = (np.zeros(0, np.int64), np.zeros(len(inputs), np.int64)) if earlier is None else earlier
+        found, sizes, counts = self.lifelong.compressed(rows, lengths)
+        written = np.full((len(inputs), max(1, int(counts.max())), levels + 1), self.tokenizer.pad_token_id, np.int64)
+        written[:, :, 0] = 0
+        there = np.arange(written.shape[1]) < counts[:, None]
+        codes = self.catalogue.codes[found] + np.asarray(self.tokenizer.level_offsets)
+        written[there] = np.concatenate([sizes[:, None], codes], axis=1)
+        held = np.where(lengths > 0, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        places = torch.from_numpy(np.repeat(held[:, None], queries * (levels + 1), axis=1))
+        if "feature_ids" in data:
+            data = {"feature_ids": torch.nn.functional.pad(data["feature_ids"], (0, 0, queries, 0))}
+        return torch.cat([places, inputs], dim=1), {**data, "lifelong_ids": torch.from_numpy(written)}
 
     def _write(self, rows: np.ndarray, lengths: np.ndarray, separator: int, static: int = 0) -> torch.Tensor:
         """(users, longest * (levels + 1)) tokens: separator and codes per item, after `static` places of the user; padded on the right."""
@@ -314,11 +355,12 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         features = [] if self.features is None else ["feature_ids"]
+        features += [] if self.lifelong is None else ["lifelong_ids"]
         return [*self.tokenizer.model_input_names, *features, "decoder_input_ids", "decoder_attention_mask", "labels"]
 
     def to_dict(self):
         output = super().to_dict()
-        for saved_in_its_file in ("catalogue", "features", "item_features"):
+        for saved_in_its_file in ("catalogue", "features", "item_features", "lifelong"):
             output.pop(saved_in_its_file, None)
         for place in ("items_file", "record_of"):
             output.pop(place, None)
@@ -343,12 +385,14 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         self.tokenizer.init_kwargs.pop("auto_map", None)  # from the repository that it was loaded from
         last = "processor_config.json" if self.catalogue is None else CATALOGUE_NAME
         try:
-            with replacing_files(save_directory, last, (FEATURES_NAME,)) as temporary:
+            with replacing_files(save_directory, last, (FEATURES_NAME, LIFELONG_NAME)) as temporary:
                 if self.catalogue is not None:
                     self.catalogue.save(os.path.join(temporary, CATALOGUE_NAME))
                 if self.features is not None:
                     place = os.path.join(temporary, FEATURES_NAME)
                     save_features(place, self.features, self.item_features, self.catalogue.hash)
+                if self.lifelong is not None:
+                    self.lifelong.save(os.path.join(temporary, LIFELONG_NAME), self.catalogue.hash)
                 if self.items_file is not None and os.path.isfile(self.items_file):
                     shutil.copyfile(self.items_file, os.path.join(temporary, ITEMS_NAME))
                 if self.include_code if include_code is None else include_code:
@@ -397,6 +441,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             if processor.catalogue is not None:
                 found = find_features(pretrained_model_name_or_path, processor.catalogue, **kwargs)
                 processor.features, processor.item_features = (None, None) if found is None else found
+                processor.lifelong = LifelongHistory.find(pretrained_model_name_or_path, processor.catalogue, **kwargs)
         except ValueError as error:
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         processor.items_file = find_items(pretrained_model_name_or_path, **kwargs)
