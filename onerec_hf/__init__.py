@@ -18,6 +18,8 @@ _PUBLIC = {
     "CatalogueDiff": "modeling.catalogue",
     "ItemCatalogue": "modeling.catalogue",
     "ItemHeadConfig": "modeling.configuration_item_head",
+    "LifelongConfig": "modeling.configuration_lifelong",
+    "LifelongHistory": "modeling.lifelong_history",
     "GenerativeRecommendationPipeline": "modeling.pipeline_onerec",
     "OneRecConfig": "modeling.configuration_onerec",
     "OneRecForSessionReward": "modeling.modeling_onerec_reward",
@@ -37,10 +39,12 @@ __all__ = sorted([*_PUBLIC, "register_auto_classes"])
 if TYPE_CHECKING:
     from onerec_hf.modeling.catalogue import CatalogueDiff, ItemCatalogue
     from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
+    from onerec_hf.modeling.configuration_lifelong import LifelongConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
     from onerec_hf.modeling.constraint import CatalogueConstraint, SemanticIDTrie
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
+    from onerec_hf.modeling.lifelong_history import LifelongHistory
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
