@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_quick_has_the_rows_of_the_published_results(tmp_path):
     file = tmp_path / "lifelong.json"
     command = [sys.executable, "benchmarks/speed/lifelong.py", "--quick", "--json", str(file)]
