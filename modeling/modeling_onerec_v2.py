@@ -370,7 +370,6 @@ class OneRecV2Model(OneRecV2PreTrainedModel, OneRecModel):
 class OneRecV2ForConditionalGeneration(OneRecV2PreTrainedModel, OneRecForConditionalGeneration):
     _tp_plan = {}
     _beam_decoder = LazyBeamDecoder
-    _scores_by_matrix = False
 
     def __init__(self, config: OneRecV2Config):
         OneRecV2PreTrainedModel.__init__(self, config)
@@ -434,6 +433,8 @@ class OneRecV2ForConditionalGeneration(OneRecV2PreTrainedModel, OneRecForConditi
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        for name in ("item_targets", "item_code_tokens", "item_ranges"):
+            kwargs.pop(name, None)  # the trainer's, for an item loss
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         out = self.model(
             input_ids,
@@ -469,8 +470,10 @@ class OneRecV2ForConditionalGeneration(OneRecV2PreTrainedModel, OneRecForConditi
                 codes = torch.where(codes == -100, codes, codes - offset)
                 loss = loss + session_loss(part, codes, 1, code_tokens, session_weights, smoothing)
         if output_router_logits and self.config.sparse_layers:
+            # With TRL's batches the mask of the sessions is `attention_mask`.
+            mask = attention_mask if "encoder_input_ids" in kwargs else decoder_attention_mask
             aux_loss = load_balancing_loss_func(
-                out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, decoder_attention_mask
+                out.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
             )
             if labels is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss

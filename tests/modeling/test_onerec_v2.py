@@ -29,7 +29,12 @@ VARIANTS = {
         "num_shared_experts": 2,
         "tie_word_embeddings": False,
     },
-    "one group of tokens": {"context_groups": 1, "encoder_pools_items": False, "num_experts": 4, "num_shared_experts": 0},
+    "one group of tokens": {
+        "context_groups": 1,
+        "encoder_pools_items": False,
+        "num_experts": 4,
+        "num_shared_experts": 0,
+    },
     "item vectors, no rope": {"cross_attention_rope": False, "item_head": {"num_items": 14, "loss_weight": 0}},
 }
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -102,8 +107,12 @@ class Lazy:
         x = self.weights["model.encoder.embed_tokens.weight"][history]
         if self.config.item_head is not None:
             codes = history.view(-1, 4)[:, 1:] - torch.tensor(self.config.level_offsets)
-            order = sorted(map(tuple, CATALOGUE.codes.tolist()))  # the vectors are in the order of their items' codes, behind one for none
-            x[::4] += self.weights["model.encoder.item_head.vectors.weight"][[1 + order.index(tuple(c)) for c in codes.tolist()]]
+            order = sorted(
+                map(tuple, CATALOGUE.codes.tolist())
+            )  # the vectors are in the order of their items' codes, behind one for none
+            x[::4] += self.weights["model.encoder.item_head.vectors.weight"][
+                [1 + order.index(tuple(c)) for c in codes.tolist()]
+            ]
         if self.config.encoder_pools_items:
             x = x.view(-1, 4, x.shape[-1]).sum(1)
         return x @ self.weights["model.encoder.context_proj.weight"].T
@@ -133,12 +142,11 @@ class Lazy:
             x = x + out @ weights[f"{name}.cross_attn.o_proj.weight"].T
             h = self.norm(weights[f"{name}.input_layernorm.weight"], x)
             q, k, v = ((h @ weights[f"{name}.self_attn.{p}_proj.weight"].T).view(len(at), -1, size) for p in "qkv")
-            per_group = heads // config.num_key_value_heads
-            out = self.attend(self.rotate(q, at), self.rotate(k, at), v, lambda head: head // per_group, causal)
+            repeats = heads // config.num_key_value_heads
+            k, v = (part.repeat_interleave(repeats, 1) for part in (self.rotate(k, at), v))
+            out = self.attend(self.rotate(q, at), k, v, lambda head: head, causal)
             x = x + out @ weights[f"{name}.self_attn.o_proj.weight"].T
-            x = x + self.feed_forward(
-                f"{name}.mlp", self.norm(weights[f"{name}.post_attention_layernorm.weight"], x)
-            )
+            x = x + self.feed_forward(f"{name}.mlp", self.norm(weights[f"{name}.post_attention_layernorm.weight"], x))
         found = []
         for place in range(len(session)):
             level = place % 4
@@ -152,7 +160,9 @@ class Lazy:
 
     def score(self, history, items):
         codes = CATALOGUE.codes[CATALOGUE.indices(items)].tolist()
-        tokens = [t for item in codes for t in [1, *(c + o for c, o in zip(item, self.config.level_offsets, strict=True))]]
+        tokens = [
+            t for item in codes for t in [1, *(c + o for c, o in zip(item, self.config.level_offsets, strict=True))]
+        ]
         found = self.log_probabilities(history, torch.tensor(tokens[:-1]))
         return sum(found[4 * i + level][code] for i, item in enumerate(codes) for level, code in enumerate(item))
 
@@ -207,7 +217,9 @@ def test_recommend_equals_brute_force_and_generate(config):
 def test_sessions_of_two_items_equal_float64_and_generate(config):
     model, reference = make_lazy(**config), Lazy(make_lazy(**config))
     inputs = PROCESSOR(HISTORIES)
-    found = model.recommend(**inputs, session_length=2, num_beams=6, num_return_sequences=2, return_dict_in_generate=True)
+    found = model.recommend(
+        **inputs, session_length=2, num_beams=6, num_return_sequences=2, return_dict_in_generate=True
+    )
     for row, items in enumerate(PROCESSOR.batch_decode(found)):
         wanted = float(reference.score(history_tokens(HISTORIES[row // 2]), items))
         assert float(found.sequences_scores[row]) == close(wanted)
