@@ -216,7 +216,8 @@ class OneRecV2Decoder(OneRecV2PreTrainedModel):
 
     def keys_values(self, context: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> KeysValues:
         """
-        Keys and values of each of the `context_layers`, (users, groups, places, head_dim): computed once, read by all blocks and beams.
+        Keys and values of each of the `context_layers`, (users, groups, places, head_dim): computed once, read by all blocks and beams. They have
+        the context's type: under autocast the attention of each block would keep a copy of its own.
 
         Args:
             context: (users, places, `config.context_width`).
@@ -225,13 +226,14 @@ class OneRecV2Decoder(OneRecV2PreTrainedModel):
         split, found = self.config.context_split, []
         slices = context.chunk(len(self.context_layernorm), dim=-1)
         normed = [
-            norm(part).unflatten(-1, (-1, self.config.head_dim))
+            norm(part).to(context.dtype).unflatten(-1, (-1, self.config.head_dim))
             for norm, part in zip(self.context_layernorm, slices, strict=True)
         ]
         for layer in range(self.config.context_layers):
             key, value = normed[layer * split], normed[(layer + 1) * split - 1]
-            found.append((key if rope is None else rotate(key, *rope), value))
-        return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in found]
+            key = key if rope is None else rotate(key, *rope).to(context.dtype)
+            found.append((key.transpose(1, 2), value.transpose(1, 2)))
+        return found
 
     @merge_with_config_defaults
     @capture_outputs
