@@ -73,7 +73,7 @@ class BeamDecoder:
         # Masked values must be finite too.
         new = history.new_zeros if static else history.new_empty
         self.buffer, self._spare = new(shape), new(shape)
-        positions = torch.arange(max_tokens, device=history.device)
+        self._places = positions = torch.arange(max_tokens, device=history.device)
         self._cos, self._sin = (part[0, :, None] for part in decoder.rotary_emb(history, positions[None]))
         self._visible = (positions[None, :] <= positions[:, None])[None, None]
         self._history_visible = None
@@ -86,13 +86,21 @@ class BeamDecoder:
             key_rope = tuple(part.unsqueeze(-2) for part in decoder.rotary_emb(history, keys))
             queries = keys[:, -1:] + 1 + positions
             self._cross_rope = tuple(part[:, None, :, None] for part in decoder.rotary_emb(history, queries))
-        self._cross = [self._history_keys_values(layer.cross_attn, history, key_rope) for layer in decoder.layers]
+        self._cross = self._history_keys_values(history, key_rope)
 
-    def _history_keys_values(self, attention, history, key_rope):
-        key, value = self._heads(attention.k_proj(history)), self._heads(attention.v_proj(history))
-        if key_rope is not None:
-            key = rotate(key, *key_rope)
-        return key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+    def _history_keys_values(self, history, key_rope):
+        """Keys and values (users, groups, t, head_dim) that the layers read."""
+        found = []
+        for layer in self.decoder.layers:
+            key, value = (self._heads(proj(history)) for proj in (layer.cross_attn.k_proj, layer.cross_attn.v_proj))
+            if key_rope is not None:
+                key = rotate(key, *key_rope)
+            found.append((key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()))
+        return found
+
+    def normalized_over(self, level_tokens: slice) -> slice:
+        """The tokens that the softmax of a level is over."""
+        return slice(0, self.config.vocab_size)
 
     def reorder(self, origin: torch.Tensor) -> None:
         """Row `i` continues row `origin[i]`: (rows,) int64; their number may change."""
@@ -256,9 +264,8 @@ def beam_search(
             level_tokens = slice(config.level_offsets[level], config.level_offsets[level] + trie.codebook_sizes[level])
             # On level 0 all beams have the same children.
             child_codes = trie.child_codes(level, nodes.flatten()) if level else trie.codes[0][None]
-            logits, normalizer = _child_logits(
-                decoder.step(tokens), lm_head, config.vocab_size, level_tokens, child_codes
-            )
+            among = decoder.normalized_over(level_tokens)
+            logits, normalizer = _child_logits(decoder.step(tokens), lm_head, among, level_tokens, child_codes)
             logits = logits.view(users, beams, width).masked_fill_(~legal, float("-inf"))
             normalizer = normalizer.view(users, beams, 1)
             if decoder_weight != 1:
@@ -306,18 +313,21 @@ def beam_search(
     return Beams(leaves, scores, perturbed, sampled_from)
 
 
-def _child_logits(hidden, lm_head, vocab_size, level_tokens, codes):
+def _child_logits(hidden, lm_head, among, level_tokens, codes):
     """
-    float32 logits of a level's `codes`, (rows, children) or one row for all, and the log of the softmax's denominator over the full
-    vocabulary (rows,).
+    float32 logits of a level's `codes`, (rows, children) or one row for all, and the log of the softmax's denominator over the tokens `among`
+    (rows,).
     """
-    at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
+    at_once = max(1, _LOGITS_AT_ONCE // (among.stop - among.start))
+    own = slice(level_tokens.start - among.start, level_tokens.stop - among.start)
     plain = type(lm_head) is nn.Linear  # and not an adapter around one
+    # A quantised weight has no slices.
+    weight = lm_head.weight if not plain or among == slice(0, lm_head.out_features) else lm_head.weight[among]
     logits, normalizers = [], []
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)
-        part = (product(hidden[rows], lm_head.weight) if plain else lm_head(hidden[rows])).float()
-        of_level = part[:, level_tokens]
+        part = (product(hidden[rows], weight) if plain else lm_head(hidden[rows])[:, among]).float()
+        of_level = part[:, own]
         logits.append(of_level.index_select(1, codes[0]) if len(codes) == 1 else of_level.gather(1, codes[rows]))
         normalizers.append(part.logsumexp(-1))
     return torch.cat(logits), torch.cat(normalizers)

@@ -221,6 +221,11 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
         return self.tokens_per_item if self.encoder_pools_items else 1
 
     @property
+    def sparse_layers(self) -> int:
+        """Decoder layers with experts."""
+        return self.decoder_layers if self.num_experts > 1 else 0
+
+    @property
     def level_offsets(self) -> list[int]:
         """Token id of code 0 of each level."""
         return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(len(self.codebook_sizes))]

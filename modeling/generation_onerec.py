@@ -126,6 +126,7 @@ class OneRecGenerationMixin(GenerationMixin):
     """
 
     catalogue: ItemCatalogue | None = None
+    _beam_decoder: type[BeamDecoder] = BeamDecoder
 
     def set_catalogue(self, catalogue: ItemCatalogue, content: Mapping[Any, Any] | None = None) -> None:
         """
@@ -466,7 +467,7 @@ class OneRecGenerationMixin(GenerationMixin):
         for start in range(0, users, at_once):
             some = slice(start, start + at_once)
             mask, legal = None if attention_mask is None else attention_mask[some], constraint.of(some)
-            decoder = BeamDecoder(
+            decoder = self._beam_decoder(
                 self.get_decoder(),
                 history[some],
                 mask,

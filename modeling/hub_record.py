@@ -41,6 +41,15 @@ _KINDS = {
             *("num_experts", "num_experts_per_tok", "catalogue_hash"),
         ),
     ),
+    "OneRecV2ForConditionalGeneration": (
+        "A OneRec-V2 generator ([arXiv 2508.20900](https://arxiv.org/abs/2508.20900)): its lazy decoder reads a history without an encoder, and writes "
+        "the next item as a semantic ID.",
+        "AutoModelForSeq2SeqLM",
+        (
+            *("codebook_sizes", "hidden_size", "decoder_layers", "context_layers", "context_split", "context_groups"),
+            *("num_experts", "num_experts_per_tok", "catalogue_hash"),
+        ),
+    ),
     "OneRecForSessionReward": (
         f"A OneRec session reward model ({_PAPER}, section 3.3): it predicts the rates at which a user responds to a session of items.",
         "AutoModelForSequenceClassification",

@@ -649,7 +649,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         [`RouterBalanceCallback`] calls this once per optimizer step.
         """
         load = tokens_per_expert.float()
-        for layer, counts in zip(self.model.decoder.layers, load, strict=True):
+        for layer, counts in zip((each for each in self.model.decoder.layers if each.is_sparse), load, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
             bias += rate * torch.sign(counts.mean() - counts).to(bias.device)
 

@@ -24,6 +24,9 @@ _PUBLIC = {
     "OneRecConfig": "modeling.configuration_onerec",
     "OneRecForSessionReward": "modeling.modeling_onerec_reward",
     "OneRecRewardConfig": "modeling.configuration_onerec_reward",
+    "OneRecV2Config": "modeling.configuration_onerec_v2",
+    "OneRecV2ForConditionalGeneration": "modeling.modeling_onerec_v2",
+    "OneRecV2Model": "modeling.modeling_onerec_v2",
     "RewardItems": "modeling.processing_onerec_reward",
     "CatalogueConstraint": "modeling.constraint",
     "SemanticIDLogitsProcessor": "modeling.generation_onerec",
@@ -42,11 +45,13 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_lifelong import LifelongConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
+    from onerec_hf.modeling.configuration_onerec_v2 import OneRecV2Config
     from onerec_hf.modeling.constraint import CatalogueConstraint, SemanticIDTrie
     from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
     from onerec_hf.modeling.lifelong_history import LifelongHistory
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+    from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration, OneRecV2Model
     from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.processing_onerec_reward import RewardItems

@@ -21,7 +21,7 @@ _PACKAGES = ("transformers", "onerec_hf")
 
 def register_auto_classes() -> None:
     """
-    Registers OneRec with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, its reward model with AutoConfig and
+    Registers OneRec and OneRec-V2 with AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer and AutoProcessor, the reward model with AutoConfig and
     AutoModelForSequenceClassification, the sequence models with AutoConfig and AutoModel, and the task "generative-recommendation" with
     `pipeline()`. Repeated calls change nothing.
     """
@@ -39,17 +39,24 @@ def register_auto_classes() -> None:
     from onerec_hf.baselines.modeling_sequential import SequentialRecommender
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.configuration_onerec_reward import OneRecRewardConfig
+    from onerec_hf.modeling.configuration_onerec_v2 import OneRecV2Config
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration, OneRecModel
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
+    from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration, OneRecV2Model
     from onerec_hf.modeling.pipeline_onerec import GenerativeRecommendationPipeline
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.modeling.tokenization_onerec import OneRecTokenizer
 
-    AutoConfig.register("onerec", OneRecConfig, exist_ok=True)
-    AutoModel.register(OneRecConfig, OneRecModel, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(OneRecConfig, OneRecForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(OneRecConfig, OneRecTokenizer, exist_ok=True)
-    AutoProcessor.register(OneRecConfig, OneRecProcessor, exist_ok=True)
+    generators: list[tuple[Any, Any, Any]] = [
+        (OneRecConfig, OneRecModel, OneRecForConditionalGeneration),
+        (OneRecV2Config, OneRecV2Model, OneRecV2ForConditionalGeneration),
+    ]
+    for config, backbone, generator in generators:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, backbone, exist_ok=True)
+        AutoModelForSeq2SeqLM.register(config, generator, exist_ok=True)
+        AutoTokenizer.register(config, OneRecTokenizer, exist_ok=True)
+        AutoProcessor.register(config, OneRecProcessor, exist_ok=True)
     AutoConfig.register("onerec_reward", OneRecRewardConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(OneRecRewardConfig, OneRecForSessionReward, exist_ok=True)
     AutoConfig.register("onerec_baseline", SequentialConfig, exist_ok=True)

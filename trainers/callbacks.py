@@ -61,7 +61,7 @@ class RouterBalanceCallback(TrainerCallback, ExportableState):
             raise ValueError(f"RouterBalanceCallback needs a OneRec model; got {type(model).__name__}")
         self._tokens, self.tokens_per_expert = None, self._restored(state)
         # A frozen router keeps its bias, since an adapter's checkpoint would not store the updated one.
-        if self._model.config.num_experts > 1 and self._model.model.decoder.layers[0].mlp.gate.weight.requires_grad:
+        if self._model.config.num_experts > 1 and self._model.model.decoder.layers[-1].mlp.gate.weight.requires_grad:
             self._hook = self._model.register_forward_hook(self._count)
 
     def state(self) -> dict:

@@ -31,7 +31,13 @@ from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Se
 from onerec_hf.trainers.preference_losses import s_dpo_loss, simpo_reference
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy
-from onerec_hf.trainers.trl_adapter import bind_to_itself, check_scores, enable_decoder_first, takes_decoder_first
+from onerec_hf.trainers.trl_adapter import (
+    bind_to_itself,
+    check_scores,
+    enable_decoder_first,
+    scores_levels,
+    takes_decoder_first,
+)
 from onerec_hf.trainers.whole_evaluation import WholeEvaluation, first_rows
 
 _TEXT = ("prompt", "chosen", "rejected")
@@ -134,6 +140,8 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
             **kwargs,
         )
         bind_to_itself(generator)
+        if self.ref_model is not None and scores_levels(self.ref_model):
+            bind_to_itself(self.ref_model)
         if args.reference_free:
             args.precompute_ref_log_probs = self.precompute_ref_logps = False
         if args.disable_dropout:

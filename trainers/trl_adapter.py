@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer.utils import FusedCausalLMOutput
+
+from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration
 
 _BACKBONE = "decoder_first_backbone"
 
@@ -106,6 +109,34 @@ def enable_decoder_first(model: PreTrainedModel) -> None:
         backbone.register_forward_pre_hook(_rename_inputs, with_kwargs=True)
 
 
+def scores_levels(model: PreTrainedModel) -> bool:
+    """Whether a code's softmax is over its level, which TRL's fused head, a softmax over the vocabulary, does not compute."""
+    return isinstance(model, OneRecV2ForConditionalGeneration)
+
+
+def _score_levels(self: PreTrainedModel, *args, labels: torch.Tensor, fused_lm_head: bool, **inputs):
+    """What TRL's fused head returns, from the model's logits: -inf outside a level, and none of them counts in a mean."""
+    outputs = type(self).forward(self, *args, **inputs)  # type: ignore[operator]
+    logits, labels = outputs.logits[:, :-1].float(), labels[:, 1:]
+    scored, possible = labels != -100, logits.isfinite()
+    every = logits.log_softmax(-1)
+    picked = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~scored, 0.0)
+    with torch.no_grad():
+        of_codes = {
+            "entropy": torch.special.entr(every.exp()).sum(-1),
+            "log_sum_sq_probs": (2 * every).logsumexp(-1),
+            "mean_logits": logits.masked_fill(~possible, 0.0).sum(-1) / possible.sum(-1),
+        }
+    return FusedCausalLMOutput(
+        loss=-picked.sum() / scored.sum().clamp(min=1),
+        log_probs=picked,
+        is_top1=(logits.argmax(-1) == labels) & scored,
+        label_mask=scored,
+        aux_loss=outputs.aux_loss,
+        **{name: value.masked_fill(~scored, 0.0) for name, value in of_codes.items()},
+    )
+
+
 def bind_to_itself(model: PreTrainedModel) -> None:
     """
     Makes the forward that a TRL trainer has put on a model the model's own. TRL's calls the forward of the model that it was made for, so that
@@ -114,7 +145,7 @@ def bind_to_itself(model: PreTrainedModel) -> None:
     Example:
         >>> bind_to_itself(trainer.model)  # doctest: +SKIP
     """
-    fused: Any = vars(model)["forward"].__func__
+    fused: Any = _score_levels if scores_levels(model) else vars(model)["forward"].__func__
 
     @functools.wraps(type(model).forward)  # generate() reads its signature
     def forward(self, *args, fused_lm_head: bool = False, **kwargs):

@@ -179,9 +179,9 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
         def reorder(self, origin):
             self.buffer = self.buffer.index_select(0, origin)
 
-    def without(name, value):
+    def without(name, value, where=generation_onerec):
         def run():
-            with patch.object(generation_onerec, name, value):
+            with patch.object(where, name, value):
                 setting.recommend(beams, items)
 
         return run
@@ -210,8 +210,8 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
         "generate_vectorised": runs["vectorised"],
         "generate_self_cache_reordered": runs["self_reordered"],
         "generate_history_shared": runs["shared"],
-        "bos_fed_alone": without("BeamDecoder", BosAlone),
-        "cache_copied_to_fresh_memory": without("BeamDecoder", FreshCopies),
+        "bos_fed_alone": without("_beam_decoder", BosAlone, type(setting.model)),
+        "cache_copied_to_fresh_memory": without("_beam_decoder", FreshCopies, type(setting.model)),
         "experts_not_packed": not_packed,
         "experts_by_grouped_mm": grouped,
         "all_users_at_once": without("_CPU_ROWS_AT_ONCE", 1 << 30),

@@ -166,6 +166,7 @@ def load_config(source: str) -> OneRecConfig:
         ValueError: no config, or the config of another model.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.configuration_onerec_v2 import OneRecV2Config
     from onerec_hf.modeling.files import UNEXPECTED, short
     from onerec_hf.modeling.hub import reading_config
 
@@ -180,11 +181,12 @@ def load_config(source: str) -> OneRecConfig:
         raise ValueError(
             f"--config {source}: cannot read a model's config: {short(str(error).split(chr(10))[0])}"
         ) from None
-    if not isinstance(values, dict) or values.get("model_type") != "onerec":
-        kind = values.get("model_type") if isinstance(values, dict) else None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    kinds = {each.model_type: each for each in (OneRecConfig, OneRecV2Config)}
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"--config {source}: not the config of a OneRec generator (model_type: {kind!s:.80})")
     with reading_config(source):
-        return OneRecConfig.from_dict(values)
+        return kinds[kind].from_dict(values)
 
 
 def chosen_gpu(args: PlanArguments) -> Gpu:

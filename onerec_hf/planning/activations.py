@@ -6,9 +6,16 @@ equal what `torch.autograd.graph.saved_tensors_hooks` measures (tests/planning/t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from onerec_hf.planning.parameters import attention_widths, is_pointwise, item_head, scored_items
+from onerec_hf.planning.parameters import (
+    attention_widths,
+    is_lazy,
+    is_pointwise,
+    item_head,
+    scored_items,
+    shared_inner,
+)
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -30,8 +37,11 @@ class Batch:
     session: int = 5
 
     def lengths(self, config: OneRecConfig) -> tuple[int, int]:
-        """Positions of a history (its tokens, or its items with `encoder_pools_items`) and tokens of a session."""
-        return self.history * config.tokens_per_item // config.encoder_stride, self.session * config.tokens_per_item
+        """
+        Positions of a history (its tokens, or its items with `encoder_pools_items`) and tokens of a session; OneRec-V2 does not read the last code.
+        """
+        session = self.session * config.tokens_per_item - (1 if is_lazy(config) else 0)
+        return self.history * config.tokens_per_item // config.encoder_stride, session
 
     def tokens(self, config: OneRecConfig) -> tuple[int, int]:
         """Positions of the encoder and tokens of the decoder, all users together."""
@@ -69,11 +79,12 @@ class Activations:
     Bytes kept for the backward pass on one GPU.
 
     Args:
-        encoder_layer, decoder_layer: one layer.
+        encoder_layer, decoder_layer: one layer; of OneRec-V2, a block with experts and a dense one.
         boundary: the inputs of all layers, the only tensors of a layer that checkpointing keeps.
         shared: outside the layers: embeddings, rotary angles, final norms, the encoder's output, targets, the item head.
         logits: copies of the logits (tokens, and items of the item head) at the peak, between forward and backward pass.
-        exchange: token rows that expert parallelism sends in one layer, in addition to those that are kept.
+        exchange: token rows that expert parallelism sends in one layer, in addition to those that are kept; of OneRec-V2, gradients of the keys and
+            values, which exist until the last of the blocks that share them is done.
         encoder_layers, decoder_layers: number of layers.
     """
 
@@ -108,9 +119,10 @@ class _Counter:
         """The input of `consumers` linear layers."""
         return width * self.precision.matrix * (consumers if self.precision.autocast else 1)
 
-    def norm(self) -> int:
+    def norm(self, width: int | None = None, residual: int | None = None) -> int:
         """Input and reciprocal deviation in float32, and the normalised states."""
-        return self.width * (4 + self.precision.residual) + 4
+        width = self.width if width is None else width
+        return width * (4 + (self.precision.residual if residual is None else residual)) + 4
 
     def dropout(self, element: int) -> int:
         if not self.config.dropout_rate:
@@ -156,9 +168,10 @@ class _Counter:
             of_item += 8 * (self.config.num_codebooks + 3)
         return read + loss + items * of_item
 
-    def feed_forward(self) -> int:
+    def feed_forward(self, inner: int | None = None) -> int:
         """Gate, its activation, up, and their product."""
-        return self.inputs(self.width, 2) + 4 * self.config.intermediate_size * self.precision.matrix
+        inner = self.config.intermediate_size if inner is None else inner
+        return self.inputs(self.width, 2) + 4 * inner * self.precision.matrix
 
     def experts(self, expert_parallel: bool) -> int:
         config, precision = self.config, self.precision
@@ -188,6 +201,8 @@ def activations(
         expert_ranks: GPUs that share the experts. Experts are assumed balanced: as many token rows arrive as leave.
     """
     count = _Counter(config, precision, accelerator)
+    if is_lazy(config):
+        return _lazy_activations(config, batch, count, masked)
     width, matrix, residual = config.hidden_size, precision.matrix, precision.residual
     encoder_tokens, decoder_tokens = batch.tokens(config)
     sparse = config.num_experts > 1
@@ -240,4 +255,53 @@ def activations(
         exchange,
         config.encoder_layers,
         config.decoder_layers,
+    )
+
+
+def _lazy_activations(config: Any, batch: Batch, count: _Counter, masked: bool) -> Activations:
+    """Those of OneRec-V2: of the history its embeddings, and the keys and values that all blocks share."""
+    precision, width, levels = count.precision, config.hidden_size, config.num_codebooks
+    matrix, residual = precision.matrix, precision.residual
+    places, tokens = batch.tokens(config)
+    length, steps = batch.lengths(config)
+    queries = config.num_attention_heads // config.context_groups  # of a token that share a group
+
+    block = tokens * (3 * count.norm() + count.inputs(width, 3) + count.inputs(width) + 2 * count.dropout(matrix))
+    block += count.attention(tokens, tokens, batch.users, masked)
+    # Queries, output, log-sum-exp and mask of cross-attention.
+    block += tokens * (2 * matrix * count.heads + 4 * config.num_attention_heads)
+    block += matrix * tokens * queries * length if masked else 0
+    dense = block + tokens * (count.feed_forward() + count.dropout(matrix))
+    sparse = block + tokens * (count.experts(False) + count.dropout(residual)) + 4 * config.num_experts
+    if residual == 2:
+        sparse += 4 * config.num_experts * width
+    if shared_inner(config):
+        sparse += tokens * count.feed_forward(shared_inner(config))
+        if residual == 4 and not precision.autocast:  # they read what the router has read
+            sparse -= tokens * count.inputs(width)
+
+    slices, of_layer = config.context_layers * config.context_split, config.context_groups * count.head_dim
+    rotated = config.cross_attention_rope
+    history = 8 * config.encoder_stride + count.dropout(residual) + count.inputs(width)
+    history += slices * count.norm(of_layer, matrix)
+    # Keys are the values unless they are rotated or have channels of their own.
+    history += matrix * of_layer * config.context_layers * (2 if rotated or config.context_split == 2 else 1)
+    angles = 2 * count.head_dim * residual * (steps + (places + tokens * queries if rotated else 0))
+    shared = places * history + angles + count.item_head(batch.users, batch.history)
+    shared += tokens * (8 + count.dropout(residual) + count.norm())
+    scored = batch.session * levels
+    shared += batch.users * scored * (count.inputs(width) + 8)  # inputs and targets of the heads
+    # A norm's weights and index per step, the columns of a level and of BOS, and what the losses are divided by.
+    shared += steps * (width * residual + 2 * 8) + 2 * 8 * scored + 8 * (batch.session - 1) + 4 * levels + 8
+    logits = batch.users * batch.session * sum(config.codebook_sizes) * (8 if matrix == 4 else 10)
+    return Activations(
+        encoder_layer=sparse if config.sparse_layers else 0,
+        decoder_layer=dense,
+        boundary=residual * width * config.decoder_layers * tokens,
+        shared=shared,
+        logits=logits + matrix * tokens * (config.vocab_size or 0),  # those of levels, and of the vocabulary
+        # Gradients of all keys and values, and those that a block adds to its own.
+        exchange=2 * matrix * places * of_layer * (config.context_layers + 1),
+        encoder_layers=config.sparse_layers,
+        decoder_layers=config.decoder_layers - config.sparse_layers,
     )

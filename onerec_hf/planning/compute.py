@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from onerec_hf.planning.parameters import (
     attention_widths,
     content_dim,
+    context_width,
+    is_lazy,
     is_pointwise,
     matrix_parameters,
     scored_items,
@@ -30,6 +32,8 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     encoder_tokens, decoder_tokens = batch.tokens(config)
     encoder_length, decoder_length = batch.lengths(config)
     width, (heads, keys) = config.hidden_size, attention_widths(config)
+    if is_lazy(config):
+        return _lazy_flops(config, batch)
     # Every weight matrix of a stack is multiplied with each of its tokens, except the keys and values of cross-attention: with the history's.
     cross = config.decoder_layers * 2 * keys * width
     head = (config.vocab_size or 0) * width
@@ -37,13 +41,36 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     encoder = config.encoder_layers * (2 * width * (heads + keys) + gate + 3 * width * config.intermediate_size)
     decoder = matrix_parameters(config) - encoder - head - cross
     products = encoder_tokens * (encoder + cross) + decoder_tokens * (decoder + head)
-    if config.num_experts > 1:
-        expert = 3 * width * (config.moe_intermediate_size or 0)
-        products += config.decoder_layers * decoder_tokens * config.num_experts_per_tok * expert
+    products += decoder_tokens * _routed(config)
     # Scores and weighted values.
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
     return 2 * (products + batch.users * scored_items(config) * width) + content_flops(config, batch)
+
+
+def _routed(config: OneRecConfig) -> int:
+    """Weights of the experts that a token is routed to, in all layers."""
+    expert = 3 * config.hidden_size * (config.moe_intermediate_size or 0)
+    return config.sparse_layers * config.num_experts_per_tok * expert
+
+
+def _lazy_flops(config: OneRecConfig, batch: Batch) -> int:
+    """Those of OneRec-V2: one matrix per position of the history, the blocks for the session's tokens, a level's codes for each of them."""
+    history_places, tokens = batch.tokens(config)
+    history_length, session_length = batch.lengths(config)
+    width, (heads, _) = config.hidden_size, attention_widths(config)
+    context = context_width(config) * width
+    blocks = matrix_parameters(config) - context - (config.vocab_size or 0) * width
+    products = history_places * context + tokens * (blocks + _routed(config)) + _head(config, batch)
+    products += 2 * heads * config.decoder_layers * tokens * (history_length + session_length)
+    return 2 * products + content_flops(config, batch)
+
+
+def _head(config: OneRecConfig, batch: Batch) -> int:
+    """Products of the heads: with the vocabulary, or with the codes of a level."""
+    if is_lazy(config):
+        return batch.users * batch.session * sum(config.codebook_sizes or ()) * config.hidden_size
+    return batch.tokens(config)[1] * (config.vocab_size or 0) * config.hidden_size
 
 
 def content_flops(config: OneRecConfig, batch: Batch) -> int:
@@ -54,7 +81,8 @@ def content_flops(config: OneRecConfig, batch: Batch) -> int:
 def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) -> int:
     """FLOPs of the forward pass, the backward pass (twice as many) and, with checkpointing, the recomputed layers."""
     forward = forward_flops(config, batch)
-    logits = batch.tokens(config)[1] * (config.vocab_size or 0) + batch.users * scored_items(config)
-    again = forward - content_flops(config, batch) - 2 * logits * config.hidden_size
+    outside = _head(config, batch) + batch.users * scored_items(config) * config.hidden_size
+    outside += batch.tokens(config)[0] * context_width(config) * config.hidden_size
+    again = forward - content_flops(config, batch) - 2 * outside
     # Content vectors are fixed: their projection has one gradient, that of its weight.
     return 3 * forward - content_flops(config, batch) + (again if checkpointing else 0)

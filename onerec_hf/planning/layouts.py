@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onerec_hf.planning.activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Precision
-from onerec_hf.planning.parameters import autocast_parameters, buffer_bytes, count_parameters, tied_parameters, units
+from onerec_hf.planning.parameters import (
+    autocast_parameters,
+    buffer_bytes,
+    count_parameters,
+    is_lazy,
+    tied_parameters,
+    units,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,6 +111,8 @@ class Layout:
             return f"{self.gpus} GPUs are not a multiple of {self.shards} shards"
         if self.experts > 1 and config.num_experts == 1:
             return "the decoder is dense, without experts to distribute"
+        if self.experts > 1 and is_lazy(config):
+            return "OneRec-V2 does not distribute its experts"
         if config.num_experts % self.experts or self.shards % self.experts:
             return f"ep_size {self.experts} must divide {config.num_experts} experts and {self.shards} shards"
         table = config.vocab_size or 0
@@ -214,7 +223,7 @@ class Layout:
                     Collective("all_reduce", reduced * padded // ranks, self.replicas, self.shards, unit.name)
                 )
         if self.experts > 1:
-            rows = batch.tokens(config)[1] * config.num_experts_per_tok * config.decoder_layers
+            rows = batch.tokens(config)[1] * config.num_experts_per_tok * config.sparse_layers
             # There and back, in the forward pass, in the recomputation, and in the backward pass.
             times = 6 if checkpointing else 4
             element = self.precision(dtype).expert

@@ -6,8 +6,8 @@ The parameters of a OneRec generator, tensor by tensor, from its config alone. T
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
@@ -89,8 +89,23 @@ def content_dim(config: OneRecConfig) -> int:
     return 0 if head is None else head.content_dim
 
 
-def _feed_forward(config: OneRecConfig) -> list[Shape]:
-    width, inner = config.hidden_size, config.intermediate_size
+def is_lazy(config: OneRecConfig) -> bool:
+    """Whether the config is a `OneRecV2Config`."""
+    return config.model_type == "onerec_v2"
+
+
+def context_width(config: Any) -> int:
+    """Channels of a lazy decoder's context; 0 with an encoder."""
+    return config.context_width if is_lazy(config) else 0
+
+
+def shared_inner(config: Any) -> int:
+    """Width of the shared experts of a block together."""
+    return config.num_shared_experts * config.moe_intermediate_size if is_lazy(config) else 0
+
+
+def _feed_forward(config: OneRecConfig, inner: int | None = None) -> list[Shape]:
+    width, inner = config.hidden_size, config.intermediate_size if inner is None else inner
     return [(inner, width), (inner, width), (width, inner)]
 
 
@@ -120,6 +135,8 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     # One vector more than items, for those that have none.
     items = [(item_vectors(config) + 1, width)] if item_vectors(config) else []
     items += [(width, content_dim(config))] if content_dim(config) else []
+    if is_lazy(config):
+        return _lazy_units(config, vocabulary, items)
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
         Unit("encoder", (vocabulary, *items, norm)),
@@ -129,6 +146,27 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     if separate:
         groups.append(Unit("experts", experts, config.decoder_layers, experts=True))
     return groups
+
+
+def _lazy_units(config: Any, vocabulary: Shape, items: list[Shape]) -> list[Unit]:
+    """Those of OneRec-V2. There is a norm per slice of the context and one per level; some first blocks may be dense."""
+    width, norm = config.hidden_size, (config.hidden_size,)
+    slices = config.context_layers * config.context_split
+    of_context = [(config.context_width // slices,)] * slices
+    queries, _ = attention_widths(config)
+    block = [(queries, width), (width, queries), *_attention(config), norm, norm, norm]
+    sparse = [*block, (config.num_experts, width), *expert_shapes(config)]
+    if shared_inner(config):
+        sparse += _feed_forward(config, shared_inner(config))
+    dense = config.decoder_layers - config.sparse_layers
+    groups = [
+        Unit("root", (vocabulary, vocabulary, (config.num_codebooks, width), *of_context), regathered=False),
+        Unit("encoder", (vocabulary, *items, (config.context_width, width))),
+        Unit("encoder layer", (), 0),
+        Unit("dense layer", (*block, *_feed_forward(config)), dense),
+        Unit("decoder layer", tuple(sparse), config.sparse_layers),
+    ]
+    return groups if config.sparse_layers else [*groups[:3], replace(groups[3], name="decoder layer")]
 
 
 def tied_parameters(config: OneRecConfig) -> int:
@@ -150,7 +188,7 @@ def count_parameters(config: OneRecConfig) -> int:
 
 def expert_parameters(config: OneRecConfig) -> int:
     """Parameters of all experts of all decoder layers."""
-    return config.decoder_layers * sum(map(math.prod, expert_shapes(config)))
+    return config.sparse_layers * sum(map(math.prod, expert_shapes(config)))
 
 
 def active_parameters(config: OneRecConfig) -> int:
@@ -170,27 +208,30 @@ def active_parameters(config: OneRecConfig) -> int:
 
 def matrix_parameters(config: OneRecConfig) -> int:
     """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings and the item head)."""
+    outside = (config.vocab_size or 0) + context_width(config)
     layers = [unit for unit in units(config, expert_parallel=True) if unit.name.endswith("layer")]
     inside = sum(unit.copies * sum(math.prod(shape) for shape in unit.shapes if len(shape) == 2) for unit in layers)
-    return inside + (config.vocab_size or 0) * config.hidden_size
+    return inside + outside * config.hidden_size
 
 
 def autocast_parameters(config: OneRecConfig) -> int:
     """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
     head = item_head(config)
     direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim) else 0
+    if is_lazy(config):  # whose heads leave out the rows of no code
+        direct -= (config.vocab_size or 0) - sum(config.codebook_sizes or ())
     return matrix_parameters(config) + direct * config.hidden_size
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
     """
-    Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32; the item head's 64-bit
+    Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice; in both stacks of an encoder-decoder), all float32; the item head's 64-bit
     keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
     counts and seven weights.
     """
-    biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
+    biases, stacks = config.sparse_layers * config.num_experts, 1 if is_lazy(config) else 2
     head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
     of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
     if head is not None and head.evidence:
         of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7
-    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + of_head
+    return 4 * (biases + stacks * 2 * ((config.head_dim or 0) // 2)) + of_head

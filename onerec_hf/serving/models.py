@@ -210,20 +210,22 @@ def load_generator(folder: Path, load_items: LoadItems = saved_items) -> Recomme
     """
     import torch
 
-    from onerec_hf.modeling.configuration_onerec import OneRecConfig
     from onerec_hf.modeling.hub import check_complete
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
     kind = model_type(folder)
-    if kind != OneRecConfig.model_type:
+    classes = (OneRecForConditionalGeneration, OneRecV2ForConditionalGeneration)
+    generators: dict[Any, Any] = {each.config_class.model_type: each for each in classes}  # type: ignore[union-attr]
+    if kind not in generators:
         raise ValueError(f"it holds a model of type {kind!r:.40}, not a OneRec generator")
     processor = OneRecProcessor.from_pretrained(folder)
     # In float32, torch's default: another type would be made the default for all threads while the weights are loaded.
     try:
         model, loaded = cast(
             Any,
-            OneRecForConditionalGeneration.from_pretrained(
+            generators[kind].from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             ),
         )

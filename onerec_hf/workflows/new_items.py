@@ -328,11 +328,12 @@ def _grown(
         ValueError: as `add_items`.
     """
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.configuration_onerec_v2 import OneRecV2Config
     from onerec_hf.semantic_ids import Quantizer, extend_catalogue
     from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
     source = folder_of(repo)
-    if (kind := model_type(repo)) != OneRecConfig.model_type:
+    if (kind := model_type(repo)) not in (OneRecConfig.model_type, OneRecV2Config.model_type):
         raise ValueError(
             f"--model {repo}: it holds a model of type {kind!r:.40}, whose items are learned by training; train it anew on the new data"
         )
