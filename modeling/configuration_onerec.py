@@ -159,8 +159,9 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
 
     def to_dict(self):
         output = super().to_dict()
-        if self.features is None:  # the config.json of a model without stays as earlier versions wrote it
-            output.pop("features", None)
+        for part in ("features", "lifelong"):  # the config.json of a model without stays as earlier versions wrote it
+            if getattr(self, part) is None:
+                output.pop(part, None)
         return output
 
     @classmethod
