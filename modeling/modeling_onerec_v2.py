@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .beam_search import BeamDecoder
 from .configuration_onerec_v2 import OneRecV2Config
+from .feature_embedding import FeatureEmbedding, with_features
 from .item_head import ItemHead
 from .layers_onerec import (
     OneRecAttention,
@@ -42,6 +43,7 @@ from .layers_onerec import (
     rotate,
     within_ranges,
 )
+from .lifelong import LifelongPathway, with_lifelong
 from .modeling_onerec import (
     OneRecDecoderOutput,
     OneRecForConditionalGeneration,
@@ -170,19 +172,33 @@ class OneRecV2ContextProcessor(OneRecV2PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.item_head = ItemHead(config) if config.item_head is not None else None
         self.dropout = nn.Dropout(config.dropout_rate)
+        self.features = FeatureEmbedding(config) if config.features is not None else None
+        self.lifelong = LifelongPathway(config) if config.lifelong is not None else None
         self.context_proj = nn.Linear(config.hidden_size, config.context_width, bias=False)
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> BaseModelOutput:
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        segment_ids=None,
+        feature_ids=None,
+        lifelong_ids=None,
+        **kwargs,
+    ) -> BaseModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_head is not None:
                 inputs_embeds = inputs_embeds + self.item_head(input_ids)
+            inputs_embeds = with_features(self.features, inputs_embeds, feature_ids, self.config.tokens_per_item)
         if self.config.encoder_pools_items:
             inputs_embeds = pooled_embeddings(inputs_embeds, self.config.encoder_stride)
+        if input_ids is not None:
+            inputs_embeds = with_lifelong(self, inputs_embeds, lifelong_ids, segment_ids)
         return BaseModelOutput(last_hidden_state=self.context_proj(self.dropout(inputs_embeds)))
 
 

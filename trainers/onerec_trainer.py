@@ -39,6 +39,7 @@ from onerec_hf.trainers.sharding import unsharded_model
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.feature_codes import check_schema
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from onerec_hf.planning.parameters import (
     attention_widths,
+    feature_networks,
+    features,
     is_lazy,
     is_pointwise,
     item_head,
     scored_items,
     shared_inner,
+    static_places,
 )
 
 if TYPE_CHECKING:
@@ -38,10 +41,12 @@ class Batch:
 
     def lengths(self, config: OneRecConfig) -> tuple[int, int]:
         """
-        Positions of a history (its tokens, or its items with `encoder_pools_items`) and tokens of a session; OneRec-V2 does not read the last code.
+        Positions of a history (its tokens, or its items with `encoder_pools_items`), and of user features, and tokens of a session; OneRec-V2 does not
+        read the last code.
         """
+        places = self.history + static_places(config)
         session = self.session * config.tokens_per_item - (1 if is_lazy(config) else 0)
-        return self.history * config.tokens_per_item // config.encoder_stride, session
+        return places * config.tokens_per_item // config.encoder_stride, session
 
     def tokens(self, config: OneRecConfig) -> tuple[int, int]:
         """Positions of the encoder and tokens of the decoder, all users together."""
@@ -168,6 +173,20 @@ class _Counter:
             of_item += 8 * (self.config.num_codebooks + 3)
         return read + loss + items * of_item
 
+    def features(self, places: int) -> int:
+        """
+        Rows of the table and which slots are filled; the concatenated embeddings of each network, its inner states before and after the activation,
+        and whether a place has such features.
+        """
+        own = features(self.config)
+        if own is None:
+            return 0
+        networks = len(feature_networks(self.config)) // 2
+        several = sum(slots > 1 for _, _, slots in own.all)
+        inputs = self.inputs(len(own.all) * own.dim) + networks * self.inputs(self.width)
+        states = networks * self.precision.matrix * (self.width + 1)
+        return places * (8 * own.slots + inputs + states + several * self.precision.residual)
+
     def feed_forward(self, inner: int | None = None) -> int:
         """Gate, its activation, up, and their product."""
         inner = self.config.intermediate_size if inner is None else inner
@@ -236,7 +255,8 @@ def activations(
         tables += [encoder_tokens, decoder_tokens]
     shared = (encoder_tokens + decoder_tokens) * (count.dropout(residual) + count.norm()) + angles * sum(tables)
     shared += 8 * (encoder_tokens * config.encoder_stride + decoder_tokens)  # token ids
-    shared += count.item_head(batch.users, batch.history)
+    shared += count.item_head(batch.users, batch.history + static_places(config))
+    shared += count.features(batch.users * (batch.history + static_places(config)))
     # The head's input, the targets, and their number, kept by the cross-entropy and by the division.
     shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:

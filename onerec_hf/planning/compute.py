@@ -8,10 +8,12 @@ from onerec_hf.planning.parameters import (
     attention_widths,
     content_dim,
     context_width,
+    feature_networks,
     is_lazy,
     is_pointwise,
     matrix_parameters,
     scored_items,
+    static_places,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +47,14 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     # Scores and weighted values.
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
-    return 2 * (products + batch.users * scored_items(config) * width) + content_flops(config, batch)
+    products += batch.users * scored_items(config) * width
+    return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
+
+
+def feature_flops(config: OneRecConfig, batch: Batch) -> int:
+    """FLOPs of the networks of features, both at every place of a history."""
+    places = batch.users * (batch.history + static_places(config))
+    return 2 * places * sum(rows * columns for rows, columns in feature_networks(config))
 
 
 def _routed(config: OneRecConfig) -> int:
@@ -63,7 +72,7 @@ def _lazy_flops(config: OneRecConfig, batch: Batch) -> int:
     blocks = matrix_parameters(config) - context - (config.vocab_size or 0) * width
     products = history_places * context + tokens * (blocks + _routed(config)) + _head(config, batch)
     products += 2 * heads * config.decoder_layers * tokens * (history_length + session_length)
-    return 2 * products + content_flops(config, batch)
+    return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
 
 
 def _head(config: OneRecConfig, batch: Batch) -> int:
@@ -83,6 +92,6 @@ def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) 
     forward = forward_flops(config, batch)
     outside = _head(config, batch) + batch.users * scored_items(config) * config.hidden_size
     outside += batch.tokens(config)[0] * context_width(config) * config.hidden_size
-    again = forward - content_flops(config, batch) - 2 * outside
+    again = forward - content_flops(config, batch) - feature_flops(config, batch) - 2 * outside
     # Content vectors are fixed: their projection has one gradient, that of its weight.
     return 3 * forward - content_flops(config, batch) + (again if checkpointing else 0)

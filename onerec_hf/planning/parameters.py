@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.configuration_features import FeaturesConfig
     from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
@@ -89,6 +90,36 @@ def content_dim(config: OneRecConfig) -> int:
     return 0 if head is None else head.content_dim
 
 
+def features(config: OneRecConfig) -> FeaturesConfig | None:
+    return cast("FeaturesConfig | None", config.features)
+
+
+def static_places(config: OneRecConfig) -> int:
+    """Places of a history before its first item: one for user features."""
+    own = features(config)
+    return int(own is not None and bool(own.user))
+
+
+def feature_networks(config: OneRecConfig) -> list[Shape]:
+    """Weights of the two dense layers of user features, and of the two of interaction and item features."""
+    own, width = features(config), config.hidden_size
+    if own is None:
+        return []
+    users = len(own.user or ())
+    counts = [count for count in (users, len(own.all) - users) if count]
+    return [shape for count in counts for shape in ((width, count * own.dim), (width, width))]
+
+
+def feature_shapes(config: OneRecConfig) -> list[Shape]:
+    """All weights of features: the table, whose row 0 all features share, and the networks with their biases."""
+    own = features(config)
+    if own is None:
+        return []
+    networks = feature_networks(config)
+    table = (1 + sum(size - 1 for _, size, _ in own.all), own.dim)
+    return [table, *networks, *[(config.hidden_size,)] * len(networks)]
+
+
 def is_lazy(config: OneRecConfig) -> bool:
     """Whether the config is a `OneRecV2Config`."""
     return config.model_type == "onerec_v2"
@@ -124,7 +155,12 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
 
     Args:
         expert_parallel: whether the experts are separate groups, not part of their layers.
+
+    Raises:
+        ValueError: a config with a lifelong pathway, which is not counted.
     """
+    if config.lifelong is not None:
+        raise ValueError("plan does not count the lifelong pathway: leave lifelong out of the config to plan the rest")
     width, norm = config.hidden_size, (config.hidden_size,)
     vocabulary = (config.vocab_size or 0, width)
     encoder = [*_encoder_attention(config), *_feed_forward(config), norm, norm]
@@ -139,7 +175,7 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
         return _lazy_units(config, vocabulary, items)
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
-        Unit("encoder", (vocabulary, *items, norm)),
+        Unit("encoder", (vocabulary, *items, *feature_shapes(config), norm)),
         Unit("encoder layer", tuple(encoder), config.encoder_layers),
         Unit("decoder layer", (*decoder, *(() if separate else experts)), config.decoder_layers),
     ]
@@ -161,7 +197,7 @@ def _lazy_units(config: Any, vocabulary: Shape, items: list[Shape]) -> list[Unit
     dense = config.decoder_layers - config.sparse_layers
     groups = [
         Unit("root", (vocabulary, vocabulary, (config.num_codebooks, width), *of_context), regathered=False),
-        Unit("encoder", (vocabulary, *items, (config.context_width, width))),
+        Unit("encoder", (vocabulary, *items, *feature_shapes(config), (config.context_width, width))),
         Unit("encoder layer", (), 0),
         Unit("dense layer", (*block, *_feed_forward(config)), dense),
         Unit("decoder layer", tuple(sparse), config.sparse_layers),
@@ -207,7 +243,7 @@ def active_parameters(config: OneRecConfig) -> int:
 
 
 def matrix_parameters(config: OneRecConfig) -> int:
-    """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings and the item head)."""
+    """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings, the item head and features)."""
     outside = (config.vocab_size or 0) + context_width(config)
     layers = [unit for unit in units(config, expert_parallel=True) if unit.name.endswith("layer")]
     inside = sum(unit.copies * sum(math.prod(shape) for shape in unit.shapes if len(shape) == 2) for unit in layers)
@@ -220,18 +256,21 @@ def autocast_parameters(config: OneRecConfig) -> int:
     direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim) else 0
     if is_lazy(config):  # whose heads leave out the rows of no code
         direct -= (config.vocab_size or 0) - sum(config.codebook_sizes or ())
-    return matrix_parameters(config) + direct * config.hidden_size
+    of_features = sum(map(math.prod, feature_networks(config)))
+    return matrix_parameters(config) + direct * config.hidden_size + of_features
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice; in both stacks of an encoder-decoder), all float32; the item head's 64-bit
     keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
-    counts and seven weights.
+    counts and seven weights; three 64-bit numbers per slot of features.
     """
+    own = features(config)
     biases, stacks = config.sparse_layers * config.num_experts, 1 if is_lazy(config) else 2
     head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
     of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
     if head is not None and head.evidence:
         of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7
-    return 4 * (biases + stacks * 2 * ((config.head_dim or 0) // 2)) + of_head
+    of_slots = 0 if own is None else 3 * 8 * own.slots
+    return 4 * (biases + stacks * 2 * ((config.head_dim or 0) // 2)) + of_head + of_slots
