@@ -49,7 +49,9 @@ class FeaturesConfig(PreTrainedConfig):
             raise ValueError(f"features: give at least one, with names of their own; got {names!s:.200}")
         for name, codes, slots in self.all:
             if not (isinstance(codes, int) and isinstance(slots, int) and 1 <= codes < 2**31 and 1 <= slots < 2**15):
-                raise ValueError(f"features: {name!r:.80} needs at least 1 code and 1 slot; got {codes!r} and {slots!r}")
+                raise ValueError(
+                    f"features: {name!r:.80} needs at least 1 code and 1 slot; got {codes!r} and {slots!r}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"features: dropout={self.dropout} must lie between 0 and 1")
 
