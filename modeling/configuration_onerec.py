@@ -6,8 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_features import FeaturesConfig
 from .configuration_item_head import ItemHeadConfig
-from .hub import FORMAT_VERSION, CheckedConfig, check_sizes
+from .hub import FEATURES_FORMAT_VERSION, FORMAT_VERSION, CheckedConfig, check_sizes
 
 # <pad>, <bos>, <eos>, <sep>: the ids below are fixed, semantic-ID tokens follow.
 NUM_SPECIAL_TOKENS = 4
@@ -66,6 +67,8 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             ago each history item was. `False` is the plain cross-attention of T5.
         item_head (`ItemHeadConfig` or `dict`, *optional*):
             A learned vector per item beside its semantic ID, and item scores from it ([`ItemHeadConfig`]); none when not given, as in the paper.
+        features (`FeaturesConfig` or `dict`, *optional*):
+            Features of users, interactions and items that the encoder reads beside semantic IDs ([`FeaturesConfig`]); none when not given.
         catalogue_hash (`str`, *optional*):
             Hash of the item catalogue that the model was trained with; another catalogue is refused.
         format_version (`int`):
@@ -80,7 +83,7 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
 
     model_type = "onerec"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "tokens_per_expert"]
-    sub_configs = {"item_head": ItemHeadConfig}
+    sub_configs = {"item_head": ItemHeadConfig, "features": FeaturesConfig}
     # The caches size themselves from num_hidden_layers, and they live in the decoder.
     attribute_map = {"num_hidden_layers": "decoder_layers", "num_local_experts": "num_experts"}
     base_model_fsdp_plan = None  # the inherited default names the modules of a decoder-only model
@@ -114,6 +117,7 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
     router_aux_loss_coef: float | int = 0.001
     output_router_logits: bool = False
     item_head: ItemHeadConfig | dict | None = None
+    features: FeaturesConfig | dict | None = None
     catalogue_hash: str | None = None
     format_version: int = FORMAT_VERSION
     use_cache: bool = True
@@ -141,6 +145,10 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if isinstance(self.item_head, dict):
             self.item_head = ItemHeadConfig(**self.item_head)
+        if isinstance(self.features, dict):
+            self.features = FeaturesConfig(**self.features)
+        if self.features is not None:
+            self.format_version = FEATURES_FORMAT_VERSION
         super().__post_init__(**kwargs)
 
     @classmethod

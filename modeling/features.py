@@ -56,6 +56,16 @@ class Feature:
             raise ValueError(f"feature {self.name!r}: give exactly one of values, edges and hashes")
         if self.derive not in (None, *DERIVED):
             raise ValueError(f"feature {self.name!r}: derive={self.derive!r}; choose one of {', '.join(DERIVED)}")
+        if not (isinstance(self.name, str) and isinstance(self.separator, str | None) and self.separator != ""):
+            raise ValueError(f"feature {self.name!r:.80}: name and separator are text")
+        if not 1 <= self.slots < 2**15 or (self.hashes is not None and not 1 <= self.hashes < 2**31 - FIRST):
+            raise ValueError(f"feature {self.name!r}: slots={self.slots} and hashes={self.hashes} must be at least 1")
+        if self.edges is not None and not np.all(np.diff(np.asarray(self.edges, np.float64), prepend=-math.inf) > 0):
+            raise ValueError(f"feature {self.name!r}: edges must ascend; got {self.edges!s:.80}")
+        if self.values is not None and not all(isinstance(value, str) for value in self.values):
+            raise ValueError(f"feature {self.name!r}: values are text; got {self.values!s:.80}")
+        if self.values is not None and len(set(self.values)) < len(self.values):
+            raise ValueError(f"feature {self.name!r}: values must be unique; got {self.values!s:.80}")
         object.__setattr__(self, "_codes", {text: code for code, text in enumerate(self.values or (), FIRST)})
 
     @property
@@ -91,6 +101,12 @@ class Feature:
         known: dict[Any, list[int]] = {}
         for row, value in enumerate(rows):
             hashable = tuple(value) if isinstance(value, list | np.ndarray) else value
+            try:
+                hash(hashable)
+            except TypeError:
+                raise ValueError(
+                    f"feature {self.key!r}: a value is text, a number or a list of them; got {value!r:.80}"
+                ) from None
             found = known.get(hashable) if not isinstance(hashable, float) or hashable == hashable else [MISSING]
             if found is None:
                 found = known[hashable] = self._category(hashable)
@@ -102,7 +118,7 @@ class Feature:
             return math.nan
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"feature {self.key!r} is a number; got {value!r:.80}") from None
 
     def _category(self, value) -> list[int]:
@@ -118,7 +134,7 @@ class Feature:
 
     def _code(self, text: str) -> int:
         if self.hashes is not None:
-            return FIRST + zlib.crc32(text.encode()) % self.hashes
+            return FIRST + zlib.crc32(text.encode("utf-8", "surrogatepass")) % self.hashes
         return self._codes.get(text, UNKNOWN)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -164,6 +180,11 @@ class FeatureSchema:
     #: Column of interactions that the time features are derived of, in requests as in tables.
     time: str = field(default="time")
 
+    def __post_init__(self):
+        keys = [feature.key for feature in (*self.user, *self.interaction, *self.item)]
+        if not keys or len(set(keys)) < len(keys):
+            raise ValueError(f"a schema has at least one feature, and names of their own; got {keys!s:.200}")
+
     @property
     def user_slots(self) -> int:
         return sum(feature.slots for feature in self.user)
@@ -179,6 +200,11 @@ class FeatureSchema:
     @property
     def slots(self) -> int:
         return self.user_slots + self.interaction_slots + self.item_slots
+
+    @property
+    def static_places(self) -> int:
+        """Places before the first item of a history: one where users have features (the report's static pathway), otherwise none."""
+        return int(bool(self.user))
 
     def config(self) -> dict[str, list]:
         """What [`FeaturesConfig`] takes: `[name, codes, slots]` of each feature."""
@@ -232,6 +258,31 @@ class FeatureSchema:
             raise ValueError(f"no feature schema: {error!r:.200}") from error
 
 
+def check_codes(codes: np.ndarray, features: Sequence[Feature], what: str) -> None:
+    """
+    Raises:
+        ValueError: codes (n, slots) that a feature does not have: they are of another schema.
+
+    Example:
+        >>> check_codes(np.array([[9]]), [Feature("like", values=("0", "1"))], "history_features")
+        Traceback (most recent call last):
+        ...
+        ValueError: history_features hold codes of 'like' up to 9, the schema has 0 to 4: they are of another one; prepare the data again
+    """
+    if not codes.size:
+        return
+    least, most = codes.min(0), codes.max(0)
+    slot = 0
+    for feature in features:
+        low, high = int(least[slot : slot + feature.slots].min()), int(most[slot : slot + feature.slots].max())
+        if low < 0 or high >= feature.size:
+            raise ValueError(
+                f"{what} hold codes of {feature.key!r} {f'down to {low}' if low < 0 else f'up to {high}'}, the schema has 0 to {feature.size - 1}: they are "
+                "of another one; prepare the data again"
+            )
+        slot += feature.slots
+
+
 def time_values(seconds: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
     """
     What the times of interactions say, (n,) float64 each, NaN where a time is missing.
@@ -257,7 +308,7 @@ def time_values(seconds: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]
 
 def seconds_of(time) -> float:
     """
-    Seconds since 1970 of a number of seconds, an ISO 8601 text (UTC where it names no zone) or a datetime; NaN for None.
+    Seconds since 1970 of a number of seconds, an ISO 8601 text (UTC where it names no zone) or a datetime; NaN for None, NaN and infinity.
 
     Raises:
         ValueError: something else.
@@ -273,8 +324,9 @@ def seconds_of(time) -> float:
             time = datetime.fromisoformat(time)
         if isinstance(time, datetime):
             return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-        return float(time)
-    except (TypeError, ValueError):
+        seconds = float(time)
+        return seconds if math.isfinite(seconds) else math.nan
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a time is seconds since 1970 or ISO 8601 text; got {time!r:.80}") from None
 
 

@@ -42,6 +42,7 @@ _FAST_INPUTS = {
     "use_cache",
     "synced_gpus",
     "streamer",
+    "feature_ids",
 }
 
 
@@ -160,15 +161,7 @@ class OneRecGenerationMixin(GenerationMixin):
             if own is None:
                 item_head.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
             elif self.catalogue is not None and own != catalogue.hash:
-                changes = self.catalogue.diff(catalogue)
-                freed = self.catalogue.codes[self.catalogue.indices([*changes.removed, *changes.recoded])]
-                if content is not None:
-                    _check_added(content, changes.added)
-                    item_head.check_content(_stacked(content.values()))
-                item_head.forget(torch.tensor(freed, dtype=torch.long))
-                if content is not None:
-                    codes = catalogue.codes[catalogue.indices(list(content))]
-                    item_head.extend(torch.tensor(codes, dtype=torch.long), _stacked(content.values()))
+                item_head.follow(self.catalogue, catalogue, content)
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
@@ -299,6 +292,7 @@ class OneRecGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
+        feature_ids: torch.Tensor | None = None,
         session_length: int | None = None,
         num_beams: int = 32,
         num_return_sequences: int = 1,
@@ -321,6 +315,7 @@ class OneRecGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask: (users, t), as the processor makes them.
+            feature_ids: (users, places, slots), for a model with features.
             session_length: items per session, `config.session_length` when not given. With 1, the beams are a ranked list of items.
             num_beams: beams per user.
             num_return_sequences: sessions returned per user, at most `num_beams`.
@@ -395,7 +390,7 @@ class OneRecGenerationMixin(GenerationMixin):
             distinct,
         )
         with _without_dropout(self):
-            history = self.get_encoder()(input_ids, attention_mask).last_hidden_state
+            history = self.get_encoder()(input_ids, attention_mask, feature_ids=feature_ids).last_hidden_state
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
@@ -570,6 +565,7 @@ class OneRecGenerationMixin(GenerationMixin):
                     None if embeds is not None else input_ids.to(self.device),
                     None if mask is None else mask.to(self.device),
                     None if embeds is None else embeds.to(self.device),
+                    feature_ids=kwargs.get("feature_ids"),
                 )
         mask = None if mask is None else mask.to(self.device)
         input_ids = None if input_ids is None else input_ids.to(self.device)
@@ -626,9 +622,8 @@ class OneRecGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The history is the same for all beams of a user: encoder states and their mask stay one row per user, and cross-attention folds
         # the beams into the query length. Copies per beam cost more than the whole decoder.
-        shared = {
-            name: model_kwargs.pop(name) for name in ("encoder_outputs", "attention_mask") if name in model_kwargs
-        }
+        names = ("encoder_outputs", "attention_mask", "feature_ids")
+        shared = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )
@@ -637,21 +632,6 @@ class OneRecGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
-
-
-def _check_added(content: Mapping[Any, Any], added: list) -> None:
-    """
-    Raises:
-        ValueError: content of items that did not join.
-    """
-    if unknown := [item for item in content if item not in set(added)]:
-        raise ValueError(
-            f"content has vectors for {len(unknown)} items that this catalogue did not add (first: {unknown[0]!r}); leave them out"
-        )
-
-
-def _stacked(vectors: Iterable[Any]) -> torch.Tensor:
-    return torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in vectors])
 
 
 # Scores of this many users times items exist at once: 128 MiB of float32.

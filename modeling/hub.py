@@ -28,6 +28,8 @@ _CALLERS_ONLY = (
 )
 # Increased when earlier code cannot read new checkpoints correctly.
 FORMAT_VERSION = 2
+# Of models with features, which earlier code would load without them.
+FEATURES_FORMAT_VERSION = 3
 #: The folder of a repository that holds the code.
 CODE_FOLDER = "code"
 _WEIGHTS, _PICKLES = "model.safetensors", ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,9 +52,9 @@ def checked_format(config: dict) -> dict:
         {'hidden_size': 32, 'format_version': 2}
     """
     version = config.get("format_version", 1)
-    if not (isinstance(version, int) and version <= FORMAT_VERSION):
+    if not (isinstance(version, int) and version <= FEATURES_FORMAT_VERSION):
         raise ValueError(
-            f"this checkpoint is written in format version {version!r:.40}, and this onerec_hf reads up to version {FORMAT_VERSION}: "
+            f"this checkpoint is written in format version {version!r:.40}, and this onerec_hf reads up to version {FEATURES_FORMAT_VERSION}: "
             "upgrade it (pip install -U onerec-hf)"
         )
     if config.get("transformers_weights") is not None:  # would bypass `check_weights`
@@ -426,6 +428,7 @@ def _say_unquantized(model) -> None:
 
 __all__ = [
     "CODE_FOLDER",
+    "FEATURES_FORMAT_VERSION",
     "FORMAT_VERSION",
     "CarriesCode",
     "CheckedConfig",

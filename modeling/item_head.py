@@ -7,7 +7,9 @@ a softmax over the catalogue, and these item scores guide the beams of `recommen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,30 @@ class ItemHead(nn.Module):
         gone = torch.isin(self.keys, self._keys(codes.to(self.keys.device)))
         # Each repeats the key before it, which is found first; vectors keep their rows. -1 is the key of padding.
         self.keys.copy_(torch.where(gone, -2, self.keys).cummax(0).values)
+
+    def follow(self, former, catalogue, content: Mapping[Any, Any] | None = None) -> None:
+        """
+        The rows of a catalogue that grew from `former`: items whose codes were freed lose theirs, added ones get one where they have content.
+
+        Args:
+            content: content vectors (content_dim,) of added items by item id.
+
+        Raises:
+            ValueError: content of items that were not added, or that does not fit.
+        """
+        changes = former.diff(catalogue)
+        if content is not None:
+            if unknown := [item for item in content if item not in set(changes.added)]:
+                raise ValueError(
+                    f"content has vectors for {len(unknown)} items that this catalogue did not add (first: {unknown[0]!r}); leave them out"
+                )
+            vectors = torch.stack([torch.as_tensor(vector, dtype=torch.float32) for vector in content.values()])
+            self.check_content(vectors)
+        freed = former.codes[former.indices([*changes.removed, *changes.recoded])]
+        self.forget(torch.tensor(freed, dtype=torch.long))
+        if content is not None:
+            codes = catalogue.codes[catalogue.indices(list(content))]
+            self.extend(torch.tensor(codes, dtype=torch.long), vectors)
 
     def _keys(self, codes: torch.Tensor) -> torch.Tensor:
         """One number per tuple of codes (..., levels)."""

@@ -4,14 +4,13 @@ OneRec (arXiv 2502.18965, section 3.2): an encoder over the history, a decoder w
 Differences from the paper's T5-style description, each a config switch or a convention of transformers: rotary positions instead of T5's
 relative bias, also in cross-attention (`cross_attention_rope`); SwiGLU feed-forward layers (technical report, arXiv 2506.13695).
 
-The layers are in layers_onerec.py, generation is in generation_onerec.py, the optional item head in item_head.py.
+The layers are in layers_onerec.py, generation is in generation_onerec.py; optional are the item head in item_head.py and features in feature_embedding.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -32,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
 from .configuration_onerec import OneRecConfig
 from .cpu_experts import EXPERTS_IMPLEMENTATION
+from .feature_embedding import FeatureEmbedding, with_features
 from .generation_onerec import OneRecGenerationMixin, former_item_score_weight
 from .hub import HubModel
 from .item_head import ItemHead
@@ -54,6 +54,7 @@ from .layers_onerec import (
     visible_tokens,
     within_ranges,
 )
+from .session_loss import session_loss
 
 ATTENTION_TP_PLAN = {
     f"layers.*.{attention}.{letter}_proj": "rowwise" if letter == "o" else "colwise"
@@ -100,6 +101,8 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         elif isinstance(module, OneRecTopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, FeatureEmbedding):
+            module.initialize(self.config.initializer_range)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
@@ -119,43 +122,6 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         """The weights of a sharded model for saving: a tied table once, as an unsharded model saves it."""
         gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
         return {name: value for name, value in gathered.items() if name not in model_to_save.all_tied_weights_keys}
-
-
-def session_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    tokens_per_item: int,
-    code_tokens: torch.Tensor | float,
-    weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """
-    The session-wise next-token loss (paper, equation 4): the cross-entropy of sessions' code tokens, divided by their number.
-
-    Args:
-        logits: (rows, t, vocabulary).
-        labels: (rows, t) code tokens, not shifted; -100 where nothing is predicted.
-        tokens_per_item: separator and codes; item i of a session begins at `i * tokens_per_item`.
-        code_tokens: number of code tokens of the whole batch, over accumulation steps and ranks.
-        weights: weights of a session's items, first to last, relative to their mean; the last one holds for later items. Equal when
-            None, as in the paper.
-        label_smoothing: share of a label's probability that is spread over the vocabulary.
-
-    Example:
-        >>> logits, labels = torch.zeros(1, 5, 8), torch.tensor([[4, 5, -100, 6, 7]])  # a b BOS a b: uniform guesses among 8 ...
-        >>> logits[0, 3:, 6] = 2.0  # ... but for the second item
-        >>> [round(session_loss(logits, labels, 3, 4, weights).item(), 2) for weights in (None, (3, 1), (0, 1))]
-        [1.87, 1.98, 1.67]
-    """
-    reduction = "sum" if weights is None else "none"
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing, reduction=reduction
-    )
-    if weights is not None:
-        places = torch.arange(labels.shape[1], device=labels.device) // tokens_per_item
-        relative = torch.tensor([weight * len(weights) / sum(weights) for weight in weights], device=labels.device)
-        losses = (losses.view_as(labels) * relative[places.clamp(max=len(weights) - 1)]).sum()
-    return losses / code_tokens
 
 
 @dataclass
@@ -189,6 +155,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.item_head = ItemHead(config) if config.item_head is not None else None
+        self.features = FeatureEmbedding(config) if config.features is not None else None
         self.pointwise = config.encoder_attention == "pointwise"
         self.layers = nn.ModuleList(
             [OneRecEncoderLayer(config, i, self.pointwise) for i in range(config.encoder_layers)]
@@ -211,6 +178,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         history_ranges=None,
         labels=None,
         smoothing=0.0,
+        feature_ids=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecEncoderOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -220,6 +188,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_head is not None:
                 inputs_embeds = inputs_embeds + self.item_head(input_ids)
+            inputs_embeds = with_features(self.features, inputs_embeds, feature_ids, self.config.tokens_per_item)
             if self.config.encoder_scales_embeddings:
                 inputs_embeds = inputs_embeds * self.config.hidden_size**0.5
         stride = self.config.encoder_stride
@@ -437,6 +406,7 @@ class OneRecModel(OneRecPreTrainedModel):
         history_ranges: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         smoothing: float = 0.0,
+        feature_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecModelOutput:
         r"""
@@ -457,6 +427,8 @@ class OneRecModel(OneRecPreTrainedModel):
             Code tokens of the sessions, for the item head's loss alone.
         smoothing (`float`, defaults to 0):
             Label smoothing of that loss.
+        feature_ids (`torch.LongTensor` of shape `(rows, places, slots)`, *optional*):
+            Codes of features per place of the encoder's tokens, for a model with `config.features` ([`FeatureEmbedding`]).
         """
         check_packing(self.config._attn_implementation, attention_mask, segment_ids, history_ranges)
         if encoder_input_ids is not None:
@@ -474,6 +446,7 @@ class OneRecModel(OneRecPreTrainedModel):
                 history_ranges=kwargs.pop("item_ranges", history_ranges),
                 labels=labels,
                 smoothing=smoothing,
+                feature_ids=feature_ids,
                 **kwargs,
             )
         stride = self.config.encoder_stride
@@ -568,6 +541,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         session_weights: Sequence[float] | None = None,
         item_targets: torch.LongTensor | None = None,
         item_code_tokens: torch.Tensor | None = None,
+        feature_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecOutput:
         r"""
@@ -588,6 +562,8 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             Sessions for the item head's loss in place of `labels`, with `item_ranges` as `history_ranges`: those of [`draw_sessions`].
         item_code_tokens (`torch.Tensor`, *optional*):
             Code tokens of all `item_targets` of the step: what the item head's loss is divided by, as the codes' is by `num_items_in_batch`.
+        feature_ids (`torch.LongTensor` of shape `(rows, places, slots)`, *optional*):
+            Codes of features per place of `input_ids`, `tokens_per_item` tokens each, for a model with `config.features`.
 
         Example:
 
@@ -622,6 +598,7 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
             history_ranges=history_ranges,
             labels=(labels if item_targets is None else item_targets) if item_loss_weight else None,
             smoothing=smoothing,
+            feature_ids=feature_ids,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

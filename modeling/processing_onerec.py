@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
+from .feature_codes import entries, interaction_codes, place_codes, user_codes
+from .features import FeatureSchema, check_codes
+from .features_file import FEATURES_NAME, find_features, save_features
 from .files import find_file, pinned, refusing, replacing_files
 from .hub import CarriesCode, in_code
 from .requests import ITEMS_NAME, find_items
@@ -33,6 +36,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         catalogue (`ItemCatalogue`): item ids and their semantic IDs.
         max_history (`int`, *optional*): the latest items of a history that the encoder reads; all when not given. It is saved, so
             that a loaded model reads as much as it was trained on.
+        features (`FeatureSchema`, *optional*): the features that the model reads ([`FeatureSchema`]).
+        item_features (*optional*): (items, item slots) int32 codes of the catalogue's items; missing values when not given.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -47,38 +52,94 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         [['m17'], ['m17']]
     """
 
-    _files_beside = (CATALOGUE_NAME, ITEMS_NAME)
+    _files_beside = (CATALOGUE_NAME, FEATURES_NAME, ITEMS_NAME)
 
     #: Path of the items table (titles and other columns) of the repository, which is saved with the processor.
     items_file: str | None = None
 
     def __init__(
-        self, tokenizer=None, catalogue: ItemCatalogue | None = None, max_history: int | None = None, **kwargs
+        self,
+        tokenizer=None,
+        catalogue: ItemCatalogue | None = None,
+        max_history: int | None = None,
+        features: FeatureSchema | None = None,
+        item_features: np.ndarray | None = None,
+        **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
         if max_history is not None and not (isinstance(max_history, int) and 1 <= max_history < 2**31):
             raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
         self.max_history = max_history
+        self.catalogue, self.features, self.item_features = None, None, None
         self.set_catalogue(catalogue)
+        if features is not None:
+            self.set_features(features, item_features)
 
-    def set_catalogue(self, catalogue: ItemCatalogue | None) -> None:
+    def set_features(self, features: FeatureSchema, item_features: np.ndarray | None = None) -> None:
         """
-        Sets the processor's catalogue, e.g. a grown one.
+        Sets the schema and the items' codes.
 
         Raises:
-            ValueError: its codebooks have other sizes than the tokenizer's.
+            ValueError: codes of another shape, or of another schema.
+        """
+        if self.catalogue is None:
+            raise ValueError("features need the item catalogue: make the processor with both")
+        shape = (len(self.catalogue), features.item_slots)
+        if item_features is None:
+            item_features = np.repeat(features.encode_items([{}]), len(self.catalogue), axis=0)
+        item_features = np.asarray(item_features)
+        if item_features.shape != shape or item_features.dtype.kind not in "iu":
+            raise ValueError(
+                f"item_features: expected codes of shape {shape} (items, item slots); got {item_features.dtype} of shape {item_features.shape}"
+            )
+        check_codes(item_features, features.item, "item_features")
+        self.features, self.item_features = features, item_features.astype(np.int32)
+
+    @property
+    def static_places(self) -> int:
+        """Places of a history before its first item: one where the schema has user features."""
+        return 0 if self.features is None else self.features.static_places
+
+    def set_catalogue(
+        self, catalogue: ItemCatalogue | None, item_values: Mapping[Any, Mapping[str, Any]] | None = None
+    ) -> None:
+        """
+        Sets the processor's catalogue, e.g. a grown one. Items keep their features; new ones have missing values.
+
+        Args:
+            item_values: raw values of items' features by column, by item id: of new items, or of others that changed.
+
+        Raises:
+            ValueError: its codebooks have other sizes than the tokenizer's, or `item_values` of items that the catalogue lacks.
         """
         if catalogue is not None and self.tokenizer.codebook_sizes != catalogue.codebook_sizes:
             raise ValueError(
                 f"the tokenizer was made for codebooks of {self.tokenizer.codebook_sizes}, the catalogue has "
                 f"{catalogue.codebook_sizes}; they belong to different models"
             )
+        if self.features is not None and catalogue is not None:
+            codes = self.item_features
+            if catalogue is not self.catalogue and catalogue.hash != self.catalogue.hash:
+                former = self.catalogue.indices(catalogue.item_ids, unknown="mask")
+                codes = np.where(former[:, None] >= 0, codes[former], self.features.encode_items([{}]))
+            if item_values:
+                codes = codes.copy()
+                codes[catalogue.indices(list(item_values))] = self.features.encode_items(list(item_values.values()))
+            self.item_features = codes
+        elif item_values:
+            raise ValueError("item_values are for a processor with features; leave them out")
         self.catalogue = catalogue
 
     @classmethod
-    def from_catalogue(cls, catalogue: ItemCatalogue, max_history: int | None = None) -> OneRecProcessor:
+    def from_catalogue(
+        cls,
+        catalogue: ItemCatalogue,
+        max_history: int | None = None,
+        features: FeatureSchema | None = None,
+        item_features: np.ndarray | None = None,
+    ) -> OneRecProcessor:
         """A processor with a fresh tokenizer for the catalogue."""
-        return cls(OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history)
+        return cls(OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history, features, item_features)
 
     def __call__(
         self,
@@ -87,23 +148,32 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         max_history: int | None = None,
         unknown: str = "error",
         return_tensors: str = "pt",
+        users: Sequence[Mapping[str, Any] | None] | None = None,
+        user_features: Sequence | None = None,
+        history_features: Sequence | None = None,
     ) -> BatchFeature:
         """
         Args:
-            histories: per user, item ids, oldest first.
+            histories: per user, item ids, oldest first. An entry may also be an object with the id and the interaction's values by column:
+                `{"item": "m17", "time": 1700000000, "like": True}`. Columns that the schema does not name are left out.
             sessions: per user, the items to learn, in order; lengths may differ.
             max_history: overrides the processor's own.
             unknown: "error" raises on an item id that the catalogue lacks; "skip" leaves it out and warns with the count.
             return_tensors: "pt".
+            users: per user, values of user features by column (or None), for a processor with features. Missing values are legal, as in histories.
+            user_features, history_features: per user, codes as datasets hold them in columns of these names, in place of values: `user_slots`
+                codes, and `interaction_slots` codes for each entry of the whole history, one after another.
 
         Returns:
-            `input_ids`, `attention_mask` (users, items * (levels + 1)): `SEP a b c` per item, padded on the right; with sessions also
+            `input_ids`, `attention_mask` (users, items * (levels + 1)): `SEP a b c` per item, padded on the right; with features also
+            `feature_ids` (users, places, slots), and, where users have features, `SEP EOS EOS EOS` before the first item; with sessions also
             `decoder_input_ids`, `decoder_attention_mask`, `labels` (users, items * (levels + 1) - 1): `BOS a b c BOS ...`, and labels
             that are -100 on BOS (it is given, never predicted) and padding. All int64.
 
         Raises:
             KeyError: an unknown item with `unknown="error"`.
-            ValueError: an empty batch, an empty history or session (which users), or unequal numbers of histories and sessions.
+            ValueError: an empty batch, an empty history or session (which users), unequal numbers of histories and sessions, or features of the wrong
+                type or of another schema.
         """
         if return_tensors != "pt":
             raise ValueError(f'OneRecProcessor returns PyTorch tensors (return_tensors="pt"); got {return_tensors!r}')
@@ -117,11 +187,24 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         histories = _plain_lists(histories)
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
+        histories, objects = entries(histories)
         keep = max_history if max_history is not None else self.max_history
-        rows, lengths = self._rows(histories, unknown, "history", keep)
+        rows, lengths, places = self._rows(histories, unknown, "history", keep)
         tokenizer = self.tokenizer
-        inputs = self._write(rows, lengths, tokenizer.sep_token_id)
+        inputs = self._write(rows, lengths, tokenizer.sep_token_id, self.static_places)
         data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long()}
+        if self.features is not None:
+            raw, codes = (objects, users), (history_features, user_features)
+            if any(value is not None and code is not None for value, code in zip(raw, codes, strict=True)):
+                raise ValueError(
+                    "pass values (objects in histories, users) or codes (history_features, user_features)"
+                )
+            entries_of = interaction_codes(self.features, list(map(len, histories)), objects, history_features)[places]
+            items = np.concatenate([entries_of, self.item_features[rows]], axis=1)
+            of_users = user_codes(self.features, len(lengths), users, user_features)
+            data["feature_ids"] = torch.from_numpy(place_codes(self.features, of_users, items, lengths))
+        elif user_features is not None or history_features is not None:
+            raise ValueError("this processor has no features; leave user_features and history_features out")
         if sessions is not None:
             sessions = _plain_lists(sessions)
             if len(sessions) != len(histories):
@@ -140,7 +223,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             >>> OneRecProcessor.from_catalogue(catalogue).sessions([["m4", "m17"], ["m17"]])["labels"].tolist()
             [[4, 7, -100, 5, 6], [5, 6, -100, -100, -100]]
         """
-        rows, lengths = self._rows(_plain_lists(sessions), unknown, "session", None)
+        rows, lengths, _ = self._rows(_plain_lists(sessions), unknown, "session", None)
         written = self._write(rows, lengths, self.tokenizer.bos_token_id)
         decoder_input_ids = written[:, :-1].contiguous()
         special = (written == self.tokenizer.bos_token_id) | (written == self.tokenizer.pad_token_id)
@@ -150,18 +233,18 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             "labels": written.masked_fill(special, -100)[:, 1:].contiguous(),
         }
 
-    def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray]:
-        """Item indices of ragged lists, flattened, and their lengths; only the latest `keep` known items of each."""
+    def _rows(self, lists, unknown, what, keep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Item indices of ragged lists, flattened, their lengths, and their places in the lists; only the latest `keep` known items of each."""
         if not len(lists):
             raise ValueError(f"an empty batch: pass at least one {what}")
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         rows = self.catalogue.indices(
             [item for items in lists for item in items], unknown="mask" if unknown == "skip" else "error"
         )
-        owner = np.repeat(np.arange(len(lists)), lengths)
+        owner, places = np.repeat(np.arange(len(lists)), lengths), np.arange(len(rows))
         if (missing := rows < 0).any():
             warnings.warn(f"left out {int(missing.sum())} of {len(rows)} {what} items: not in the catalogue")
-            rows, owner = rows[~missing], owner[~missing]
+            rows, owner, places = rows[~missing], owner[~missing], places[~missing]
             lengths = np.bincount(owner, minlength=len(lists))
         if (lengths == 0).any():
             empty = np.flatnonzero(lengths == 0)
@@ -171,18 +254,20 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             )
         if keep is not None:
             place_from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows))
-            rows, owner = rows[place_from_end <= keep], owner[place_from_end <= keep]
+            rows, places = rows[place_from_end <= keep], places[place_from_end <= keep]
             lengths = np.minimum(lengths, keep)
-        return rows, lengths
+        return rows, lengths, places
 
-    def _write(self, rows: np.ndarray, lengths: np.ndarray, separator: int) -> torch.Tensor:
-        """(users, longest * (levels + 1)) tokens: separator and codes per item, padded on the right."""
+    def _write(self, rows: np.ndarray, lengths: np.ndarray, separator: int, static: int = 0) -> torch.Tensor:
+        """(users, longest * (levels + 1)) tokens: separator and codes per item, after `static` places of the user; padded on the right."""
         levels = len(self.tokenizer.codebook_sizes)
         item = np.empty((len(rows), levels + 1), dtype=np.int64)
         item[:, 0] = separator
         item[:, 1:] = self.catalogue.codes[rows] + np.asarray(self.tokenizer.level_offsets)
-        written = np.full((len(lengths), int(lengths.max()), levels + 1), self.tokenizer.pad_token_id, dtype=np.int64)
-        written[np.arange(written.shape[1]) < lengths[:, None]] = item
+        shape = (len(lengths), static + int(lengths.max()), levels + 1)
+        written = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        written[:, :static] = [separator] + [self.tokenizer.eos_token_id] * levels
+        written[:, static:][np.arange(shape[1] - static) < lengths[:, None]] = item
         return torch.from_numpy(written.reshape(len(lengths), -1))
 
     def _blocks(self, sequences: torch.Tensor) -> torch.Tensor:
@@ -228,11 +313,13 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, "decoder_input_ids", "decoder_attention_mask", "labels"]
+        features = [] if self.features is None else ["feature_ids"]
+        return [*self.tokenizer.model_input_names, *features, "decoder_input_ids", "decoder_attention_mask", "labels"]
 
     def to_dict(self):
         output = super().to_dict()
-        output.pop("catalogue", None)  # saved in its file
+        for saved_in_its_file in ("catalogue", "features", "item_features"):
+            output.pop(saved_in_its_file, None)
         for place in ("items_file", "record_of"):
             output.pop(place, None)
         output.pop("include_code", None)  # what to save, not how to read
@@ -240,7 +327,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """
-        Writes the tokenizer's and the processor's configs, the item catalogue, the items table and the code. They are moved into the folder when all of
+        Writes the tokenizer's and the processor's configs, the item catalogue, the features, the items table and the code. They are moved into the folder when all of
         them are written, the catalogue last: an interrupted save leaves no half-written processor.
 
         Args:
@@ -256,9 +343,12 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         self.tokenizer.init_kwargs.pop("auto_map", None)  # from the repository that it was loaded from
         last = "processor_config.json" if self.catalogue is None else CATALOGUE_NAME
         try:
-            with replacing_files(save_directory, last) as temporary:
+            with replacing_files(save_directory, last, (FEATURES_NAME,)) as temporary:
                 if self.catalogue is not None:
                     self.catalogue.save(os.path.join(temporary, CATALOGUE_NAME))
+                if self.features is not None:
+                    place = os.path.join(temporary, FEATURES_NAME)
+                    save_features(place, self.features, self.item_features, self.catalogue.hash)
                 if self.items_file is not None and os.path.isfile(self.items_file):
                     shutil.copyfile(self.items_file, os.path.join(temporary, ITEMS_NAME))
                 if self.include_code if include_code is None else include_code:
@@ -304,6 +394,9 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         try:
             processor.set_catalogue(ItemCatalogue.find(pretrained_model_name_or_path, **kwargs))
+            if processor.catalogue is not None:
+                found = find_features(pretrained_model_name_or_path, processor.catalogue, **kwargs)
+                processor.features, processor.item_features = (None, None) if found is None else found
         except ValueError as error:
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         processor.items_file = find_items(pretrained_model_name_or_path, **kwargs)

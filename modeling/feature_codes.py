@@ -1,0 +1,149 @@
+"""Codes of histories' places: of raw values in requests, or of the columns of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .features import FeatureSchema, check_codes
+
+
+def entries(histories: Sequence[Sequence]) -> tuple[Sequence[Sequence], list[list[dict]] | None]:
+    """
+    Item ids of histories whose entries are ids or objects with an "item", and all entries as objects; None where no entry is one.
+
+    Raises:
+        ValueError: an object without an item.
+
+    Example:
+        >>> entries([["m4", {"item": "m17", "like": True}]])
+        ([['m4', 'm17']], [[{'item': 'm4'}, {'item': 'm17', 'like': True}]])
+    """
+    if not any(isinstance(entry, dict) for history in histories for entry in history):
+        return histories, None
+    objects = [[entry if isinstance(entry, dict) else {"item": entry} for entry in history] for history in histories]
+    for user, history in enumerate(objects):
+        for place, entry in enumerate(history):
+            if "item" not in entry:
+                raise ValueError(
+                    f"entry {place} of history {user} has no item (found: {', '.join(map(str, entry))!s:.80}); an entry is an item id, or an object "
+                    'such as {"item": "m17", "like": true}'
+                )
+    return [[entry["item"] for entry in history] for history in objects], objects
+
+
+def interaction_codes(
+    schema: FeatureSchema,
+    lengths: Sequence[int] | np.ndarray,
+    objects: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+    codes: Sequence | None = None,
+) -> np.ndarray:
+    """
+    (interactions, slots) int32 codes of all histories, one after another.
+
+    Args:
+        lengths: entries of each history.
+        objects: the entries with raw values.
+        codes: per history its codes as the column `history_features` has them, row-major; None for a history whose values are missing. Without both,
+            all values are missing.
+
+    Raises:
+        ValueError: raw values of the wrong type, another number of codes than the schema has, or codes of another one.
+
+    Example:
+        >>> from onerec_hf.modeling.features import Feature
+        >>> schema = FeatureSchema(interaction=(Feature("like", values=("0", "1")), Feature("hour", edges=(12.0,))))
+        >>> interaction_codes(schema, [2, 1], codes=[[3, 4, 4, 3], None]).tolist()
+        [[3, 4], [4, 3], [1, 1]]
+    """
+    slots = schema.interaction_slots
+    missing = schema.encode_interactions([{}])
+    if objects is not None:
+        parts = [schema.encode_interactions(history) for history in objects]
+    elif codes is None:
+        return np.repeat(missing, int(np.sum(lengths)), axis=0)
+    else:
+        parts = [
+            np.repeat(missing, length, axis=0) if given is None else _column(given, length, slots, user)
+            for user, (given, length) in enumerate(zip(_as_many(codes, len(lengths)), lengths, strict=True))
+        ]
+    joined = np.concatenate(parts)
+    if objects is None:
+        check_codes(joined, schema.interaction, "history_features")
+    return joined
+
+
+def user_codes(
+    schema: FeatureSchema,
+    count: int,
+    users: Sequence[Mapping[str, Any] | None] | None = None,
+    codes: Sequence | np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    (users, slots) int32 codes of raw values, or of the column `user_features`; missing where there are none.
+
+    Raises:
+        ValueError: as [`interaction_codes`], or another number of users than histories.
+    """
+    missing = schema.encode_users([{}])
+    if users is not None:
+        if len(users) != count or not all(isinstance(user, Mapping | None) for user in users):
+            raise ValueError(
+                f"users must hold a dictionary of values, or None, for each of {count} histories; got {users!r:.80}"
+            )
+        return schema.encode_users(users)
+    if codes is None:
+        return np.repeat(missing, count, axis=0)
+    if len(codes) != count:
+        raise ValueError(f"user_features hold the codes of {len(codes)} users, there are {count} histories")
+    rows = [
+        missing if given is None else _column(given, 1, schema.user_slots, user, "user_features")
+        for user, given in enumerate(codes)
+    ]
+    joined = np.concatenate(rows)
+    check_codes(joined, schema.user, "user_features")
+    return joined
+
+
+def _as_many(codes: Sequence, count: int) -> Sequence:
+    if len(codes) != count:
+        raise ValueError(f"history_features hold the codes of {len(codes)} histories, there are {count}")
+    return codes
+
+
+def _column(given, length: int, slots: int, user: int, name: str = "history_features") -> np.ndarray:
+    """(length, slots) int32 of one example's column."""
+    found = np.asarray(given)
+    if found.size == 0 and slots == 0:
+        return np.zeros((length, 0), np.int32)
+    if found.dtype.kind not in "iu" or found.size != length * slots:
+        raise ValueError(
+            f"{name} of example {user} hold {found.size} values of type {found.dtype}, expected {length * slots} codes: {slots} for each of {length}; "
+            "prepare the data with the schema of this processor"
+        )
+    if found.size and not (0 <= int(found.min()) and int(found.max()) < 2**31):
+        raise ValueError(f"{name} of example {user} hold values that are no codes (below 0, or above 2^31)")
+    return found.reshape(length, slots).astype(np.int32)
+
+
+def place_codes(schema: FeatureSchema, users: np.ndarray | None, items: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """
+    (users, places, slots) int64 codes of padded histories: of the static place, where the schema has user features, and of items.
+
+    Args:
+        users: (users, user slots) codes, or None without user features.
+        items: (items, interaction slots + item slots) codes, one history after another.
+        lengths: (users,) items of each history.
+    """
+    static = schema.static_places
+    ids = np.zeros((len(lengths), static + int(lengths.max()), schema.slots), np.int64)
+    if users is not None:
+        ids[:, :static, : schema.user_slots] = users[:, None]
+    there = np.arange(int(lengths.max())) < lengths[:, None]
+    ids[:, static:, schema.user_slots :][there] = items
+    return ids
+
+
+__all__ = ["entries", "interaction_codes", "place_codes", "user_codes"]
