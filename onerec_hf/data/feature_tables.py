@@ -160,8 +160,10 @@ class FeatureTables:
         schema, said = self.schema, []
         if schema is None:
             learned = self.learn(sequences, training)
-            schema = _schema(learned)
             said = [_told(side, columns) for side, columns in learned.items() if columns]
+            if not any(each.feature for columns in learned.values() for each in columns.values()):
+                return sequences, "\n".join(said)
+            schema = _schema(learned)
         codes, slot = np.zeros((len(sequences.events.order), schema.interaction_slots), np.int32), 0
         for feature in schema.interaction:
             if feature.derive is None:

@@ -89,14 +89,17 @@ def saved_schema(option: str, repo: str | os.PathLike) -> FeatureSchema | None:
     Raises:
         ValueError: as `read_data_options`.
     """
-    from onerec_hf.modeling.files import find_file
+    from onerec_hf.modeling.features import FeatureSchema
+    from onerec_hf.modeling.features_file import FEATURES_NAME
+    from onerec_hf.modeling.files import find_file, read_safetensors
 
     with naming(option, str(repo)):
-        if find_file(repo, "features.safetensors") is None:
-            return None
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(repo).features
+        path = find_file(repo, FEATURES_NAME)
+        return (
+            None
+            if path is None
+            else FeatureSchema.from_json(read_safetensors(path, framework="np")[1].get("schema", ""))
+        )
 
 
 def excludes_seen(option: str, repo: str | None) -> bool:

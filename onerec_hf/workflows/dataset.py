@@ -179,7 +179,8 @@ class InMemoryDataset:
             return self
         tables = replace(self.tables, schema=schema)
         sequences, split, said = split_table(tables.sequences(), self.settings, tables)
-        say(said)
+        if said:
+            say(said)
         return replace(self, sequences=sequences, split=split, tables=tables)
 
     @property
