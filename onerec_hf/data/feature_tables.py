@@ -331,6 +331,23 @@ def told(learned: Mapping[str, Mapping[str, Learned]]) -> list[str]:
     return [_told(side, columns) for side, columns in learned.items() if columns]
 
 
+def about_features(schema: FeatureSchema | None, everything: bool) -> str:
+    """
+    What the protocol says about features; empty without any.
+
+    Example:
+        >>> about_features(FeatureSchema(user=(Feature("age", edges=(30.0,)),)), everything=False)
+        ' Features, learned from training rows: of users age.'
+    """
+    if schema is None:
+        return ""
+    named = {side: columns_of(schema, side) for side in ("user", "item", "interaction")}
+    parts = [f"of {side}s {', '.join(names)}" for side, names in named.items() if names]
+    if everything:
+        parts.append("histories hold all interactions, which a feature tells from the positive ones")
+    return f" Features, learned from training rows: {'; '.join(parts)}."
+
+
 def told_lacking(lacking: int, users: int) -> list[str]:
     """
     What is said of users without a row in the users table.

@@ -8,7 +8,7 @@ from onerec_hf.data import DataError, positive_histories
 from onerec_hf.modeling.features import MISSING, UNKNOWN
 from onerec_hf.workflows import load_dataset
 from onerec_hf.workflows.refit import everything
-from tests.cli.commands import onerec, refused
+from tests.cli.commands import onerec, refused, succeeded
 
 ALL = {
     "positive": ["like>=1"],
@@ -361,9 +361,21 @@ def test_the_last_of_a_million_items_is_hashed():
     assert data.features.schema.interaction[0].values is not None
 
 
-def test_prepare_refuses_features(tmp_path):
-    path = tmp_path / "log.csv"
-    made()["interactions"].to_csv(path, index=False)
-    for options in (["--interaction_features", "like"], ["--history_feedback", "all"]):
-        run = onerec("prepare", "--interactions", path, "--output_dir", tmp_path / "out", *options)
-        refused(run, "features")
+def test_prepare_takes_the_options(tmp_path):
+    tables = made()
+    for name, table in tables.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    log, out = ["--interactions", tmp_path / "interactions.csv"], ["--output_dir", tmp_path / "ready"]
+    users = ["--users", tmp_path / "users.csv", "--user_features", "age"]
+    run = succeeded(
+        onerec("prepare", *log, *out, *users, "--interaction_features", "like", "time", "--history_feedback", "all")
+    )
+    assert "Features of users: age" in run.err
+    data = load_dataset(prepared=str(tmp_path / "ready"))
+    assert data.features.schema.config()["user"] == [["age", data.features.schema.user[0].size, 1]]
+    assert {"history_features", "user_features", "history_positive"} <= set(data.test.column_names)
+    refused(onerec("prepare", *log, *out, "--overwrite", *users[:2]), "--users goes with --user_features")
+    with pytest.raises(
+        ValueError, match="--interaction_features goes with --interactions; what a prepared folder holds was chosen"
+    ):
+        load_dataset(prepared=str(tmp_path / "ready"), interaction_features=["like"])
