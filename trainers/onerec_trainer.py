@@ -29,6 +29,7 @@ from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
@@ -38,9 +39,7 @@ from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sharding import unsharded_model
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.feature_codes import check_schema
-from onerec_hf.modeling.feature_codes import check_schema
-from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
 class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEvaluation, Seq2SeqTrainer):

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from onerec_hf.workflows.settings import DataSettings, data_options
-from onerec_hf.workflows.splitting import about_ties, split_last
+from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, DataSettings, data_options
+from onerec_hf.workflows.splitting import about_ties, split_last, split_table
 
 if TYPE_CHECKING:
     import datasets
 
     from onerec_hf.data import (
+        DatasetFeatures,
         ExampleStream,
         ItemTable,
         PreparedFolder,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
         Split,
         UserSequences,
     )
+    from onerec_hf.data.feature_tables import FeatureTables
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 class RecommendationDataset(Protocol):
@@ -59,6 +63,11 @@ class RecommendationDataset(Protocol):
     @property
     def item_ids(self) -> np.ndarray:
         """(items,) ids of the items that are kept, sorted."""
+        ...
+
+    @property
+    def features(self) -> DatasetFeatures | None:
+        """Schema and items' codes; None where the examples have no features."""
         ...
 
     @property
@@ -110,6 +119,7 @@ class InMemoryDataset:
         settings: how the examples were cut; `positive` holds the rules that were applied, also those of a named source.
         given: the fields of `settings` that the caller chose; `train` may choose the others from the data.
         trained: (users,) items at the beginning of each user's sequence that are targets no more, where training goes on from a model.
+        tables: the columns of features; None where there are none.
     """
 
     source: RecommendationData
@@ -120,6 +130,7 @@ class InMemoryDataset:
     settings: DataSettings
     given: frozenset[str] = frozenset()
     trained: np.ndarray | None = None
+    tables: FeatureTables | None = None
 
     @property
     def name(self) -> str:
@@ -127,7 +138,39 @@ class InMemoryDataset:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {each.name: getattr(self.settings, each.name) for each in data_options()}
+        options = {each.name: getattr(self.settings, each.name) for each in data_options()}
+        return with_features(options, self._schema)
+
+    @cached_property
+    def features(self) -> DatasetFeatures | None:
+        from onerec_hf.data import DatasetFeatures
+
+        if self.tables is None or self._schema is None:
+            return None
+        return DatasetFeatures(self._schema, self.tables.item_codes(self._schema, self.item_ids))
+
+    @property
+    def _schema(self) -> FeatureSchema | None:
+        events = self.sequences.events
+        return None if events is None or events.schema is None or not events.schema.slots else events.schema
+
+    def with_schema(self, schema: FeatureSchema) -> InMemoryDataset:
+        """
+        The dataset with features as a saved model has them, in place of those that were learned from its rows.
+
+        Raises:
+            ValueError: a dataset without features, or one that goes on from a model.
+            DataError: a column that a table lacks, or that is of another type.
+        """
+        if self.tables is None:
+            raise ValueError("the model reads features, and the data has none; load it with the features")
+        if self._schema == schema:
+            return self
+        tables = replace(self.tables, schema=schema)
+        sequences, split, said = split_table(tables.sequences(), self.settings, tables)
+        if said:
+            say(said)
+        return replace(self, sequences=sequences, split=split, tables=tables)
 
     @property
     def description(self) -> str:
@@ -203,8 +246,7 @@ class InMemoryDataset:
         these sequences.
         """
         settings = replace(self.settings, ties="shuffle")
-        sequences = self.sequences.shuffled_ties(settings.ties_seed)
-        split = split_last(sequences, settings)
+        sequences, split, _ = split_last(self.sequences.shuffled_ties(settings.ties_seed), settings, self.tables)
         protocol = self._protocol(split.description)
         if before := about_ties(self.sequences, self.settings):
             protocol = protocol.replace(before, "")
@@ -224,6 +266,7 @@ class InMemoryDataset:
         from onerec_hf.data import leave_one_out
 
         settings, sequences = self.settings, self.sequences.where(keep)
+        sequences = sequences.reading(sequences.item_counts()[0])
         split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
         return replace(
             self,
@@ -284,11 +327,16 @@ class ShardedDataset:
         from onerec_hf.data import PositiveFeedback
 
         decided = {each.name: self.folder.settings.get(each.name, each.default) for each in data_options()}
-        return decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}
+        schema = None if self.features is None else self.features.schema
+        return with_features(decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}, schema)
 
     @property
     def item_ids(self) -> np.ndarray:
         return self.folder.item_ids
+
+    @property
+    def features(self) -> DatasetFeatures | None:
+        return self.folder.features
 
     @property
     def session_length(self) -> int:
@@ -341,6 +389,30 @@ class ShardedDataset:
 
     def train_rows(self) -> list[np.ndarray]:
         return _rows(self.train_sequences, self.item_ids)
+
+
+def with_features(options: dict[str, Any], schema: FeatureSchema | None) -> dict[str, Any]:
+    """
+    Options of data with the columns of a schema by name; without features none of theirs, so that they are those of earlier versions.
+
+    Example:
+        >>> from onerec_hf.modeling.features import Feature, FeatureSchema
+        >>> schema = FeatureSchema(user=(Feature("age", edges=(30.0,)),))
+        >>> with_features({"stride": 1, "user_features": ["auto"], "item_features": None, "history_feedback": "positive"}, schema)
+        {'stride': 1, 'user_features': ['age']}
+    """
+    named = {} if schema is None else named_features(schema)
+    feedback = options.get("history_feedback", "positive")
+    features = {"history_feedback": feedback} if feedback != "positive" else {}
+    features |= {name: columns for name, columns in named.items() if columns}
+    return {name: value for name, value in options.items() if name not in FEATURE_OPTIONS} | features
+
+
+def named_features(schema: FeatureSchema) -> dict[str, list[str]]:
+    """The options that name the columns of a schema."""
+    from onerec_hf.data.feature_tables import columns_of
+
+    return {f"{side}_features": columns_of(schema, side) for side in ("user", "item", "interaction")}
 
 
 def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:

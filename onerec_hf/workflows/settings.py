@@ -72,6 +72,27 @@ class DataSettings(WindowSettings):
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
+    users: str | None = field(
+        default=None, metadata={"help": "Your users: the same formats, user_id and the columns of --user_features."}
+    )
+    user_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --users that the model reads; auto guesses them."}
+    )
+    item_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --items that the model reads; auto guesses them."}
+    )
+    interaction_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of --interactions that the model reads of a history, and time (time since, hour, weekday); auto guesses them."
+        },
+    )
+    history_feedback: str = field(
+        default="positive",
+        metadata={
+            "help": "Interactions of a history: positive (those of --positive), or all, also those that are no targets."
+        },
+    )
     ties: str = field(
         default="file",
         metadata={"help": "Order of a user's rows of equal time: file (as in the table), or shuffle (random)."},
@@ -109,6 +130,10 @@ class DataSettings(WindowSettings):
     )
 
 
+#: Options of features, which data without features do not have.
+FEATURE_OPTIONS = ("user_features", "item_features", "interaction_features", "history_feedback")
+
+
 def data_options() -> list[Field]:
     """
     The options of [`DataSettings`] that say what a model is trained on, without paths and samples, which say where and how much.
@@ -123,6 +148,7 @@ def data_options() -> list[Field]:
         "items",
         "column_names",
         "item_column_names",
+        "users",
         "missing_items",
         "embeddings",
         "prepared",

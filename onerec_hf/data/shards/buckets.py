@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from onerec_hf.data.lists import list_slices
 from onerec_hf.data.prefixes import prefix_examples
 from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.shards.features import COLUMN
 from onerec_hf.data.shards.scans import import_polars
-from onerec_hf.data.splits import hold_out_last_two, last_item_slices
-from onerec_hf.data.windows import example_table, list_slices, window_bounds, window_slices
+from onerec_hf.data.splits import hold_out_last_two, last_items
+from onerec_hf.data.windows import cut, window_bounds
 
 if TYPE_CHECKING:
     import polars as pl
@@ -57,7 +59,7 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
         integers: whether "user" and "item" contain only integers ("7" or "7.0"), if they are text.
 
     Returns:
-        columns `user` and `item`, int64 or str.
+        columns `user` and `item`, int64 or str; with features also `time`, `positive` and the features.
 
     Example:
         >>> import polars as pl
@@ -79,7 +81,8 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     if len(compared):
         first = compared.unique(["user", "item", "time", "rest", "others"], keep="first", maintain_order=True)["place"]
         ordered = ordered.filter(~pl.col("compared") | pl.col("place").is_in(first.implode()))
-    return ordered.select("user", "item")
+    read = ["time", "positive", *(name for name in ordered.columns if name.startswith(COLUMN))]
+    return ordered.select("user", "item", *(read if "positive" in ordered.columns else ()))
 
 
 def sequences_of(rows: pl.DataFrame) -> UserSequences:
@@ -105,7 +108,7 @@ class BucketExamples:
     The examples of a bucket: training examples in random order, validation and test examples, training sequences.
 
     Args:
-        rows: rows from `tidy`, without rare items.
+        rows: rows from `tidy`, without rare items; or their sequences.
         settings: how they become examples.
         seed: seed of the order of the training examples.
 
@@ -122,8 +125,9 @@ class BucketExamples:
         ([{'user_id': 1, 'history': [5, 6, 7], 'session': [8]}], 1)
     """
 
-    def __init__(self, rows: pl.DataFrame, settings: ExampleSettings, seed: Any):
-        self.settings, self.sequences = settings, sequences_of(rows)
+    def __init__(self, rows: pl.DataFrame | UserSequences, settings: ExampleSettings, seed: Any):
+        self.settings = settings
+        self.sequences = rows if isinstance(rows, UserSequences) else sequences_of(rows)
         self.train_sequences, self.held_out = hold_out_last_two(self.sequences)
         length, stride = settings.session_length, settings.stride
         if settings.train_on == "prefixes":
@@ -141,15 +145,16 @@ class BucketExamples:
         if self.settings.train_on == "prefixes":
             return self._prefixes.take(pa.array(chosen))
         rows, starts, stops = (bound[chosen] for bound in self._bounds)
-        return example_table(*window_slices(self.train_sequences, rows, starts, stops, self.settings.max_history))
+        base = self.train_sequences.offsets[rows]
+        return cut(self.train_sequences, rows, base + starts, base + stops, self.settings.max_history)
 
     def validation(self) -> pa.Table:
         """One example per held-out user: the item before the last one, with everything before it as history."""
-        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=1))
+        return last_items(self.sequences, self.held_out, before_end=1).with_format("arrow")[:]
 
     def test(self) -> pa.Table:
         """One example per held-out user: the last item, with everything before it as history."""
-        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=0))
+        return last_items(self.sequences, self.held_out, before_end=0).with_format("arrow")[:]
 
     def train_items(self) -> pa.Table:
         """`user_id` and `items`: the training sequences."""
