@@ -80,7 +80,7 @@ class DecoderOnly(nn.Module):
         states = torch.cat([history, self.embed_tokens(torch.cat([begin, labels[:, :-1]], 1))], 1)
         places = torch.arange(states.shape[1], device=states.device)[None]
         mask = create_causal_mask(
-            config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=places
+            config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=None
         )
         positions, states = self.rotary_emb(states, places), self.dropout(states)
         for layer in self.layers:
@@ -112,13 +112,16 @@ def make(kind: str, width: int, attention: str = "sdpa", layers: int = LAYERS) -
 
 
 def batch_of(context: int, users: int, targets: int = 1, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Random histories of so many items, without padding, and targets of each user; several read prefixes of one history."""
+    """
+    Random histories of so many items, without padding, and targets of each user; several read prefixes of one history. On "meta" a single one reads a
+    prefix, too: its mask is then made without looking at data.
+    """
     torch.manual_seed(0)
     offsets = torch.tensor(OneRecConfig(codebook_sizes=CODES).level_offsets)
     history = torch.randint(256, (users, context, 3)) + offsets
     tokens = torch.cat([torch.full((users, context, 1), 3), history], -1).flatten(1)
     batch = {"input_ids": tokens, "labels": torch.randint(256, (users * targets, 3)) + offsets}
-    if targets > 1:
+    if targets > 1 or device == "meta":
         stops = torch.arange(context - targets + 1, context + 1) * 4
         batch["history_ranges"] = torch.stack([torch.zeros_like(stops), stops], -1).expand(users, -1, -1)
     return {name: value.to(device) for name, value in batch.items()}
@@ -132,7 +135,7 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def count_flops(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """FLOPs of forward and backward pass."""
+    """FLOPs of forward and backward pass; on "meta" nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -158,13 +161,13 @@ def saved_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
     return total
 
 
-def flops_rows(width: int, context: int) -> list[dict[str, Any]]:
+def flops_rows(width: int, context: int, layers: int = LAYERS) -> list[dict[str, Any]]:
     """FLOPs per target of each kind, lazy over encoder-decoder, and where packed prefixes become cheaper."""
     from onerec_hf.evaluation.results import result_row
 
-    flops = {kind: count_flops(make(kind, width, "eager"), batch_of(context, 1)) for kind in KINDS}
-    several = 4
-    together = count_flops(make(PREFIXED, width, "eager"), batch_of(context, 1, several))
+    several, models = 4, {kind: make(kind, width, "eager", layers).to("meta") for kind in KINDS}
+    flops = {kind: count_flops(model, batch_of(context, 1, device="meta")) for kind, model in models.items()}
+    together = count_flops(models[PREFIXED], batch_of(context, 1, several, device="meta"))
     decoder = (together - flops[PREFIXED]) / (several - 1)  # of one more target
     encoder, saved = flops[PREFIXED] - decoder, flops["lazy"] - decoder
     rows = [result_row(f"{kind}/{context}/flops", count, "FLOP") for kind, count in flops.items()]

@@ -18,11 +18,17 @@ def test_counted_flops_are_planned_ones(context):
     assert v2.count_flops(model, batch) == step_flops(model.config, Batch(users=2, history=context, session=1))
 
 
+@pytest.mark.parametrize("kind", v2.KINDS)
+def test_counting_needs_no_computing(kind):
+    wanted = v2.count_flops(v2.make(kind, 64, "eager", layers=2), v2.batch_of(16, 2))
+    assert v2.count_flops(v2.make(kind, 64, "eager", layers=2).to("meta"), v2.batch_of(16, 2, device="meta")) == wanted
+
+
 def test_a_break_even_is_where_both_cost_the_same():
-    rows = {row["name"]: row["value"] for row in v2.flops_rows(64, 16)}
+    rows = {row["name"]: row["value"] for row in v2.flops_rows(64, 16, layers=2)}
     targets = rows["packed_prefixes_break_even_16"]
     assert rows["lazy_flops_over_encoder_decoder_16"] < 1 < targets
-    several = v2.count_flops(v2.make("encoder_decoder", 64, "eager"), v2.batch_of(16, 1, 3))
+    several = v2.count_flops(v2.make("encoder_decoder", 64, "eager", layers=2), v2.batch_of(16, 1, 3))
     one = rows["encoder_decoder/16/flops"]
     decoder = (several - one) / 2
     assert (one - decoder) / targets + decoder == pytest.approx(rows["lazy/16/flops"])
