@@ -66,8 +66,12 @@ def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, fl
         Per graph the largest difference from the model's float32 outputs, on sizes that it was not traced with.
 
     Raises:
-        ValueError: a graph that computes something else.
+        ValueError: OneRec-V2, or a graph that computes something else.
     """
+    if model.config.model_type == "onerec_v2":
+        raise ValueError(
+            "the model is a OneRec-V2, whose heads depend on a token's place: export writes graphs of OneRec only"
+        )
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
