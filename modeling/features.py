@@ -87,10 +87,14 @@ class Feature:
         Raises:
             ValueError: text where numbers are expected, or a list where one value is.
         """
-        rows = list(column)
+        # A column of numbers needs no pass in Python.
+        plain = isinstance(column, np.ndarray) and column.dtype.kind in "biuf"
+        rows = column if plain else list(column)
         codes = np.zeros((len(rows), self.slots), np.int32)
         if self.edges is not None:
-            numbers = np.array([self._number(value) for value in rows], np.float64)
+            numbers = (
+                rows.astype(np.float64) if plain else np.array([self._number(value) for value in rows], np.float64)
+            )
             buckets = FIRST + np.searchsorted(np.asarray(self.edges), numbers, side="right")
             codes[:, 0] = np.where(np.isnan(numbers), MISSING, buckets)
             return codes

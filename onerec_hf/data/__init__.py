@@ -9,6 +9,7 @@ from onerec_hf._lazy import lazy_exports
 _PUBLIC = {
     "SOURCES": "sources",
     "DataError": "columns",
+    "DatasetFeatures": "feature_tables",
     "ExampleSettings": "shards.buckets",
     "ExampleStream": "shards.stream",
     "ItemTable": "interactions",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "Split": "splits",
     "TemporalSplit": "splits",
     "UserSequences": "sequences",
+    "UserTable": "users",
     "WatchTimeScale": "feedback.watch_time",
     "canonical_ids": "columns",
     "feedback_windows": "feedback.windows",
@@ -39,7 +41,9 @@ _PUBLIC = {
     "prepare_log": "shards.write",
     "read_interactions": "interactions",
     "read_items": "interactions",
+    "positive_histories": "events",
     "read_recbole": "recbole",
+    "read_users": "users",
     "session_examples": "sessions",
     "temporal_split": "splits",
     "given_split": "splits",
@@ -54,6 +58,8 @@ __all__ = sorted(_PUBLIC)
 if TYPE_CHECKING:
     from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
     from onerec_hf.data.columns import DataError, canonical_ids
+    from onerec_hf.data.events import positive_histories
+    from onerec_hf.data.feature_tables import DatasetFeatures
     from onerec_hf.data.feedback.collator import RewardDataCollator
     from onerec_hf.data.feedback.impressions import load_impressions
     from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
@@ -81,6 +87,7 @@ if TYPE_CHECKING:
         temporal_split,
     )
     from onerec_hf.data.ties import Ties
+    from onerec_hf.data.users import UserTable, read_users
     from onerec_hf.data.windows import window_examples
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class OneRecDataCollator:
             missing = self.session_items * width - 1 - batch["labels"].shape[1]
             batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
         if self.with_seen:
-            batch["exclude"] = self._seen(histories)
+            batch["exclude"] = self._seen([_positive_items(example) for example in examples])
         return batch
 
     def _seen(self, histories) -> torch.Tensor:
@@ -68,6 +69,12 @@ class OneRecDataCollator:
             [item for history in histories for item in history], unknown="mask"
         )
         return torch.from_numpy(seen)
+
+
+def _positive_items(example: dict[str, Any]) -> list:
+    """The items that the user has had: the history without interactions that are not positive."""
+    flags = example.get("history_positive")
+    return example["history"] if flags is None else list(compress(example["history"], flags))
 
 
 _PADDING = {"labels": -100}  # all other tensors are padded with 0: <pad>, masked

@@ -108,7 +108,7 @@ def read_interactions(
             "it, or list the columns to keep in feedback_columns."
         )
     columns: dict[str, Any] = {
-        name: _ids(source, column_of(table, column), column) for name, column in names.items() if name != "timestamp"
+        name: ids_of(source, column_of(table, column), column) for name, column in names.items() if name != "timestamp"
     }
     if timed:
         times = _instants(source, column_of(table, names["timestamp"]), names["timestamp"], column_names)
@@ -142,7 +142,7 @@ def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Seque
         raise DataError(f"{error}{hint}") from None
 
 
-def _ids(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
+def ids_of(source: TableSource, series: pd.Series, column: str) -> np.ndarray:
     """(N,) ids; text files carry no column types, so integers are detected."""
     text = is_text(source) and pd.api.types.infer_dtype(series, skipna=True) == "string"
     return canonical_ids(integers_from_text(series) if text else series, column)
@@ -153,6 +153,39 @@ def _instants(source: TableSource, series: pd.Series, column: str, names: Sequen
     if is_text(source) and series.dtype == np.float64 and series.notna().all():
         series = column_of(load_table(source, (column,), names), column)
     return instants(series, column)
+
+
+def ids_as(what: str, ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """
+    The ids of a table in the type of those of the interactions: integers become text, text becomes integers if each is a canonical one.
+
+    Args:
+        what: "items" or "users", for the warning.
+
+    Returns:
+        `ids` itself where they are of that type, or cannot be.
+
+    Warns:
+        UserWarning: the ids were converted.
+
+    Example:
+        >>> ids_as("items", np.array([1, 2]), np.array([3])).tolist()
+        [1, 2]
+    """
+    if wanted.dtype == ids.dtype or not len(wanted):
+        return ids
+    if wanted.dtype == object:
+        found: Any = np.array(list(map(str, ids.tolist())), dtype=object)
+    else:
+        found = integers_from_text(pd.Series(ids, dtype=object)).to_numpy()
+        if found.dtype == object:
+            return ids
+    types = {"O": "text", "i": "integers"}
+    warnings.warn(
+        f"{what}: their ids are {types[ids.dtype.kind]} and those of the interactions {types[wanted.dtype.kind]}; they are matched as "
+        f"{types[found.dtype.kind]}."
+    )
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,20 +234,8 @@ class ItemTable:
             >>> items.with_ids_like(np.array(["2"], dtype=object)).item_ids.tolist()  # doctest: +SKIP
             ['1', '2']
         """
-        if item_ids.dtype == self.item_ids.dtype or not len(item_ids):
-            return self
-        if item_ids.dtype == object:
-            ids: Any = np.array(list(map(str, self.item_ids.tolist())), dtype=object)
-        else:
-            ids = integers_from_text(pd.Series(self.item_ids, dtype=object)).to_numpy()
-            if ids.dtype == object:
-                return self
-        types = {"O": "text", "i": "integers"}
-        warnings.warn(
-            f"items: their ids are {types[self.item_ids.dtype.kind]} and those of the interactions {types[item_ids.dtype.kind]}; they are matched "
-            f"as {types[ids.dtype.kind]}."
-        )
-        return ItemTable(ids, self.frame.assign(item_id=ids), self.embeddings)
+        ids = ids_as("items", self.item_ids, item_ids)
+        return self if ids is self.item_ids else ItemTable(ids, self.frame.assign(item_id=ids), self.embeddings)
 
     def select(self, item_ids: Sequence | np.ndarray) -> ItemTable:
         """
@@ -284,7 +305,7 @@ def read_items(
     item_column = find_column(table.columns, item_column, "item_id")
     embedding_columns = [] if embedding_column is None else [embedding_column]
     require_columns(table, [item_column, *(text_columns or ()), *embedding_columns], "items")
-    ids = _ids(source, column_of(table, item_column), item_column)
+    ids = ids_of(source, column_of(table, item_column), item_column)
     repeated = pd.Series(ids).duplicated().to_numpy()
     if repeated.any():
         raise DataError(

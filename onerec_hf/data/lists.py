@@ -1,4 +1,4 @@
-"""Columns that hold lists: a user's items in one row become a row each."""
+"""Columns that hold lists: a user's items in one row become a row each, and slices of flat values become lists."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from onerec_hf.data.columns import column_of
 from onerec_hf.data.types import plain_column
+
+# Items per chunk; Arrow's list and string offsets are 32 bits.
+_CHUNK_ITEMS = 1 << 24
 
 
 def one_item_per_row(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -61,3 +65,24 @@ def list_lengths(series: pd.Series) -> np.ndarray:
         [2, -1]
     """
     return np.array([len(value) if isinstance(value, list | tuple | np.ndarray) else -1 for value in series])
+
+
+def list_slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
+    """
+    (E,) Arrow lists `values[starts[i]:stops[i]]`, of the type of the values; of strings where they are objects.
+
+    Example:
+        >>> list_slices(np.array([5, 6, 7]), np.array([0, 1]), np.array([2, 2])).to_pylist()
+        [[5, 6], [6]]
+    """
+    flat = pa.array(values, type=pa.string() if values.dtype == object else None)
+    ends = np.cumsum(stops - starts)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(_CHUNK_ITEMS, total, _CHUNK_ITEMS))
+    chunks = []
+    for start, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
+        lengths = (stops - starts)[start:stop]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        indices = np.repeat(starts[start:stop] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat.take(pa.array(indices))))
+    return pa.chunked_array(chunks)

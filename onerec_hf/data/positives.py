@@ -216,10 +216,23 @@ class PositiveFeedback:
             >>> PositiveFeedback().apply(pd.DataFrame({"item_id": [1, 2]})).shape
             (2, 1)
         """
+        return interactions.loc[self.holds(interactions)].reset_index(drop=True)
+
+    def holds(self, interactions: pd.DataFrame) -> np.ndarray:
+        """
+        (N,) bool: the positive rows.
+
+        Raises:
+            DataError: as `apply`.
+
+        Example:
+            >>> PositiveFeedback({"like": 1}).holds(pd.DataFrame({"like": [1, 0]})).tolist()
+            [True, False]
+        """
+        keep = np.full(len(interactions), not self.any_of)
         if not self.any_of:
-            return interactions.reset_index(drop=True)
+            return keep
         require_columns(interactions, self.columns, "positive feedback")
-        keep = np.zeros(len(interactions), dtype=bool)
         for condition in self.conditions:
             keep |= condition.holds(interactions)
         if not keep.any():
@@ -227,7 +240,7 @@ class PositiveFeedback:
             raise DataError(
                 f"positive feedback: none of {len(interactions):,} rows has {self} (found: {seen}). Change the rule."
             )
-        return interactions.loc[keep].reset_index(drop=True)
+        return keep
 
 
 def _seen(table: pd.DataFrame, column: str) -> str:

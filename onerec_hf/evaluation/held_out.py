@@ -81,6 +81,8 @@ def seen_items(examples: datasets.Dataset, items: Any, active: np.ndarray | None
         owners = np.repeat(np.arange(len(examples)), lists.value_lengths().to_numpy(zero_copy_only=False))
         rows = items.indices(lists.flatten().to_numpy(zero_copy_only=False), unknown="mask")
         ranked = rows >= 0 if active is None else (rows >= 0) & active[rows]
+        if column == "history" and "history_positive" in table.column_names:  # the others may be recommended
+            ranked &= table["history_positive"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         keys[column] = np.unique(owners[ranked] * len(items) + rows[ranked])
     seen = np.bincount(keys["history"] // len(items), minlength=len(examples))
     repeated = keys["session"][np.isin(keys["session"], keys["history"], assume_unique=True)]

@@ -14,6 +14,7 @@ from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.settings import data_options
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.features import FeatureSchema
     from onerec_hf.workflows.dataset import RecommendationDataset
 
 DATA_OPTIONS_NAME = "data_options.json"
@@ -21,9 +22,11 @@ DATA_OPTIONS_NAME = "data_options.json"
 _COLUMNS = ("user_column", "item_column", "timestamp_column")
 _SOURCES = ("dataset", "interactions", "prepared")
 _TYPES: dict[str, type] = {"exclude_seen": bool}
-_TYPES |= {each.name: type(each.default) for each in data_options()} | {"dataset": str, "positive": list}
+_TYPES |= {each.name: type(each.default) for each in data_options()} | {"dataset": str}
 _TYPES |= {"validation_start": str, "test_start": str}
-_OPTIONAL = ("dataset", "positive", "validation_start", "test_start")
+_LISTS = ("positive", "user_features", "item_features", "interaction_features")
+_TYPES |= dict.fromkeys(_LISTS, list)
+_OPTIONAL = ("dataset", "validation_start", "test_start", *_LISTS)
 
 
 def save_data_options(folder: Path, data: RecommendationDataset, exclude_seen: bool) -> None:
@@ -71,12 +74,32 @@ def saved_data_options(repo: str | os.PathLike) -> dict[str, Any]:
         return {}
     options = {name: value for name, value in read_json_object(path).items() if name in _TYPES}
     for name, value in options.items():
-        fits = type(value) is _TYPES[name] and (name != "positive" or all(isinstance(rule, str) for rule in value))
+        fits = type(value) is _TYPES[name] and (name not in _LISTS or all(isinstance(each, str) for each in value))
         if not fits and not (value is None and name in _OPTIONAL):
             raise ValueError(
                 f"{DATA_OPTIONS_NAME} is damaged: {name} is {short(value, 80)!r}; copy or download it again"
             )
     return options
+
+
+def saved_schema(option: str, repo: str | os.PathLike) -> FeatureSchema | None:
+    """
+    The features that a model reads; None where it reads none.
+
+    Raises:
+        ValueError: as `read_data_options`.
+    """
+    from onerec_hf.modeling.features import FeatureSchema
+    from onerec_hf.modeling.features_file import FEATURES_NAME
+    from onerec_hf.modeling.files import find_file, read_safetensors
+
+    with naming(option, str(repo)):
+        path = find_file(repo, FEATURES_NAME)
+        return (
+            None
+            if path is None
+            else FeatureSchema.from_json(read_safetensors(path, framework="np")[1].get("schema", ""))
+        )
 
 
 def excludes_seen(option: str, repo: str | None) -> bool:

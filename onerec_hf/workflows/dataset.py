@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.settings import DataSettings, data_options
-from onerec_hf.workflows.splitting import about_ties, split_last
+from onerec_hf.workflows.splitting import about_ties, split_last, split_table
 
 if TYPE_CHECKING:
     import datasets
 
     from onerec_hf.data import (
+        DatasetFeatures,
         ExampleStream,
         ItemTable,
         PreparedFolder,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
         Split,
         UserSequences,
     )
+    from onerec_hf.data.feature_tables import FeatureTables
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 class RecommendationDataset(Protocol):
@@ -59,6 +63,11 @@ class RecommendationDataset(Protocol):
     @property
     def item_ids(self) -> np.ndarray:
         """(items,) ids of the items that are kept, sorted."""
+        ...
+
+    @property
+    def features(self) -> DatasetFeatures | None:
+        """Schema and items' codes; None where the examples have no features."""
         ...
 
     @property
@@ -110,6 +119,7 @@ class InMemoryDataset:
         settings: how the examples were cut; `positive` holds the rules that were applied, also those of a named source.
         given: the fields of `settings` that the caller chose; `train` may choose the others from the data.
         trained: (users,) items at the beginning of each user's sequence that are targets no more, where training goes on from a model.
+        tables: the columns of features; None where there are none.
     """
 
     source: RecommendationData
@@ -120,6 +130,7 @@ class InMemoryDataset:
     settings: DataSettings
     given: frozenset[str] = frozenset()
     trained: np.ndarray | None = None
+    tables: FeatureTables | None = None
 
     @property
     def name(self) -> str:
@@ -127,7 +138,50 @@ class InMemoryDataset:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {each.name: getattr(self.settings, each.name) for each in data_options()}
+        options = {each.name: getattr(self.settings, each.name) for each in data_options()}
+        return options if self._schema is None else options | named_features(self._schema)
+
+    @cached_property
+    def features(self) -> DatasetFeatures | None:
+        from onerec_hf.data import DatasetFeatures
+
+        if self.tables is None or self._schema is None:
+            return None
+        return DatasetFeatures(self._schema, self.tables.item_codes(self._schema, self.item_ids))
+
+    @property
+    def _schema(self) -> FeatureSchema | None:
+        events = self.sequences.events
+        return None if events is None or events.schema is None or not events.schema.slots else events.schema
+
+    def about_features(self) -> str:
+        """What the protocol says about features; empty without any."""
+        if self._schema is None:
+            return ""
+        named = {name.removesuffix("_features"): each for name, each in named_features(self._schema).items() if each}
+        text = "; ".join(f"of {side}s {', '.join(names)}" for side, names in named.items())
+        if self.settings.history_feedback == "all":
+            text = f"{text}; " if text else ""
+            text += "histories hold all interactions, which a feature tells from the positive ones"
+        return f" Features, learned from training rows: {text}."
+
+    def with_schema(self, schema: FeatureSchema) -> InMemoryDataset:
+        """
+        The dataset with features as a saved model has them, in place of those that were learned from its rows.
+
+        Raises:
+            ValueError: a dataset without features, or one that goes on from a model.
+            DataError: a column that a table lacks, or that is of another type.
+        """
+        if self.tables is None:
+            raise ValueError("the model reads features, and the data has none; load it with the features")
+        if self._schema == schema:
+            return self
+        tables = replace(self.tables, schema=schema)
+        sequences, split, said = split_table(tables.sequences(), self.settings, tables)
+        if said:
+            say(said)
+        return replace(self, sequences=sequences, split=split, tables=tables)
 
     @property
     def description(self) -> str:
@@ -203,8 +257,7 @@ class InMemoryDataset:
         these sequences.
         """
         settings = replace(self.settings, ties="shuffle")
-        sequences = self.sequences.shuffled_ties(settings.ties_seed)
-        split = split_last(sequences, settings)
+        sequences, split, _ = split_last(self.sequences.shuffled_ties(settings.ties_seed), settings, self.tables)
         protocol = self._protocol(split.description)
         if before := about_ties(self.sequences, self.settings):
             protocol = protocol.replace(before, "")
@@ -224,6 +277,7 @@ class InMemoryDataset:
         from onerec_hf.data import leave_one_out
 
         settings, sequences = self.settings, self.sequences.where(keep)
+        sequences = sequences.reading(sequences.item_counts()[0])
         split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
         return replace(
             self,
@@ -291,6 +345,10 @@ class ShardedDataset:
         return self.folder.item_ids
 
     @property
+    def features(self) -> None:
+        return None
+
+    @property
     def session_length(self) -> int:
         return int(self.folder.settings["session_length"])
 
@@ -341,6 +399,20 @@ class ShardedDataset:
 
     def train_rows(self) -> list[np.ndarray]:
         return _rows(self.train_sequences, self.item_ids)
+
+
+def named_features(schema: FeatureSchema) -> dict[str, list[str] | None]:
+    """
+    The options that name the columns of a schema.
+
+    Example:
+        >>> from onerec_hf.modeling.features import Feature, FeatureSchema
+        >>> named_features(FeatureSchema(user=(Feature("age", edges=(30.0,)),)))
+        {'user_features': ['age'], 'item_features': None, 'interaction_features': None}
+    """
+    from onerec_hf.data.feature_tables import columns_of
+
+    return {f"{side}_features": columns_of(schema, side) or None for side in ("user", "item", "interaction")}
 
 
 def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:

@@ -365,8 +365,10 @@ def baseline_rankings(
 
 
 def item_indices(examples: datasets.Dataset, items: ItemLookup) -> tuple[list[np.ndarray], np.ndarray]:
-    """Histories and targets as item indices; targets are (users, items), padded with -1."""
-    histories = [items.indices(history) for history in examples["history"]]
+    """Positive histories and targets as item indices; targets are (users, items), padded with -1."""
+    from onerec_hf.data import positive_histories
+
+    histories = [items.indices(history) for history in positive_histories(examples)]
     sessions = [items.indices(session) for session in examples["session"]]
     relevant = np.full((len(sessions), max(map(len, sessions))), -1)
     for row, session in zip(relevant, sessions, strict=True):

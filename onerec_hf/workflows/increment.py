@@ -125,15 +125,14 @@ def _counts(model: str, sequences, kept, known: np.ndarray, until: int, trained_
 def _examples(data: InMemoryDataset, kept, trained: np.ndarray | None, counts: str) -> InMemoryDataset:
     """The examples of rows behind the first `trained` ones of each user, or of all rows."""
     from onerec_hf.data import window_examples
-    from onerec_hf.data.splits import LeaveOneOutSplit, hold_out_last_two, last_item_slices
-    from onerec_hf.data.windows import examples
+    from onerec_hf.data.splits import LeaveOneOutSplit, hold_out_last_two, last_items
 
     settings, behind = data.settings, 0 if trained is None else trained
+    kept = kept.reading(kept.item_counts()[0])
     train_sequences, held_out = hold_out_last_two(kept)
     train = window_examples(train_sequences, settings.session_length, settings.max_history, settings.stride, trained)
     validation, test = (
-        examples(*last_item_slices(kept, held_out & (kept.lengths - 1 - before_end >= behind), before_end))
-        for before_end in (1, 0)
+        last_items(kept, held_out & (kept.lengths - 1 - before_end >= behind), before_end) for before_end in (1, 0)
     )
     if not len(train) or not len(test):
         what = "training sessions" if not len(train) else "user with a newer item to evaluate on"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.workflows.data_options import options_to_take, read_data_options, say_differences
+from onerec_hf.workflows.data_options import options_to_take, read_data_options, saved_schema, say_differences
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.settings import DataSettings, gather, given_options
@@ -17,8 +17,10 @@ from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts,
 if TYPE_CHECKING:
     import pandas as pd
 
-    from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
+    from onerec_hf.data import ItemTable, PositiveFeedback, PreparedFolder, RecommendationData
+    from onerec_hf.data.feature_tables import FeatureTables
     from onerec_hf.data.tables import TableSource
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 def load_dataset(
@@ -27,6 +29,8 @@ def load_dataset(
     interactions: TableSource | None = None,
     items: TableSource | None = None,
     embeddings: np.ndarray | str | None = None,
+    users: TableSource | None = None,
+    schema: FeatureSchema | None = None,
     model: str | None = None,
     **options,
 ) -> RecommendationDataset:
@@ -39,6 +43,8 @@ def load_dataset(
         interactions: a path, a DataFrame or a `datasets.Dataset` with user, item and timestamp.
         items: the same kinds of tables, with item ids and text columns.
         embeddings: (rows of `items`, d) item embeddings, or the path of such a .npy file.
+        users: the same kinds of tables, with user ids and the columns of `user_features`.
+        schema: features of a saved model, which encodes the columns that it names; by default a schema is learned from the training rows.
         model: folder or Hub id of a saved model: the options that it was trained with hold for all that are not given. `settings` give them
             all.
         options: single fields of [`DataSettings`], over `settings`.
@@ -63,7 +69,9 @@ def load_dataset(
     (settings,) = gather((DataSettings,), [] if given is None else [given], options)
     assert isinstance(settings, DataSettings)
     if settings.prepared is None:
-        return load_in_memory(given, interactions=interactions, items=items, embeddings=embeddings, **options)
+        return load_in_memory(
+            given, interactions=interactions, items=items, embeddings=embeddings, users=users, schema=schema, **options
+        )
     if settings.dataset is not None or settings.interactions is not None or interactions is not None:
         raise ValueError("pass --prepared, --interactions or --dataset; one of them")
     items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
@@ -76,6 +84,8 @@ def load_in_memory(
     interactions: TableSource | None = None,
     items: TableSource | None = None,
     embeddings: np.ndarray | str | None = None,
+    users: TableSource | None = None,
+    schema: FeatureSchema | None = None,
     **options,
 ) -> InMemoryDataset:
     """
@@ -97,7 +107,7 @@ def load_in_memory(
     (settings,) = gather((DataSettings,), whole, options)
     assert isinstance(settings, DataSettings)
     interactions, items = _given(interactions, settings.interactions), _given(items, settings.items)
-    embeddings = _given(embeddings, settings.embeddings)
+    embeddings, users = _given(embeddings, settings.embeddings), _given(users, settings.users)
     if settings.prepared is not None:
         raise ValueError("--prepared: this needs a table in memory; pass --interactions or --dataset")
     if settings.eval_users is not None:
@@ -107,6 +117,7 @@ def load_in_memory(
     for option, value, needs, given in (
         ("--items", items, "--interactions", interactions),
         ("--embeddings", embeddings, "--items", items),
+        ("--users", users, "--user_features", settings.user_features if schema is None else schema.user),
         ("--data_dir", settings.data_dir, "--dataset", settings.dataset),
     ):
         if value is not None and given is None:
@@ -124,10 +135,12 @@ def load_in_memory(
             raise ValueError(f"--{option} must be at most {largest:,}; got {getattr(settings, option)!s:.40}")
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
+    if settings.history_feedback not in ("positive", "all"):
+        raise ValueError(f"--history_feedback {settings.history_feedback}: choose positive or all")
     check_holdout(settings)
     given = frozenset(given_options((DataSettings,), whole, options))
-    source, parts = _read(settings, interactions, items, embeddings), read_parts(settings)
-    return replace(_split(source, parts, settings), given=given)
+    source, parts = _read(settings, interactions, items, embeddings, users), read_parts(settings)
+    return replace(_split(source, parts, settings, schema), given=given)
 
 
 def _given(value, default):
@@ -140,6 +153,7 @@ def _read(
     interactions: TableSource | None,
     items: TableSource | None,
     embeddings: np.ndarray | str | None,
+    users: TableSource | None,
 ) -> RecommendationData:
     """The tables of the user, or of a named source."""
     from onerec_hf.data import load_files, load_source
@@ -157,15 +171,23 @@ def _read(
         item_column_names=settings.item_column_names,
         missing_items=settings.missing_items,
         embeddings=embeddings,
+        users_table=users,
     )
 
 
-def _split(source: RecommendationData, parts: list[pd.DataFrame], settings: DataSettings) -> InMemoryDataset:
+def _split(
+    source: RecommendationData, parts: list[pd.DataFrame], settings: DataSettings, schema: FeatureSchema | None
+) -> InMemoryDataset:
     """Positive feedback on frequent enough items as examples."""
-    from onerec_hf.data import PositiveFeedback
+    from onerec_hf.data import PositiveFeedback, UserSequences
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
-    sequences, split = split_table(positive.apply(source.interactions), [*map(positive.apply, parts)], settings)
+    features = _features(source, parts, positive, settings, schema)
+    if features is None:
+        tables = [UserSequences.from_interactions(positive.apply(table)) for table in (source.interactions, *parts)]
+    else:
+        tables = features.sequences()
+    sequences, split, said = split_table(tables, settings, features)
     item_ids = sequences.item_counts()[0]
     if len(item_ids) < 2:
         raise ValueError(
@@ -180,14 +202,48 @@ def _split(source: RecommendationData, parts: list[pd.DataFrame], settings: Data
         f"{source.name}: {sum(map(len, (source.interactions, *parts))):,} interactions; {len(sequences.item_ids):,} of them, by {len(sequences):,} users "
         f"on {len(item_ids):,} items, are kept. {protocol}"
     )
-    return InMemoryDataset(
-        source, sequences, split, item_ids, protocol, replace(settings, positive=positive.rules or None)
+    if said:
+        say(said)
+    settings = replace(settings, positive=positive.rules or None)
+    dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
+    return replace(dataset, protocol=f"{protocol}{dataset.about_features()}")
+
+
+def _features(
+    source: RecommendationData,
+    parts: list[pd.DataFrame],
+    positive: PositiveFeedback,
+    settings: DataSettings,
+    schema: FeatureSchema | None,
+) -> FeatureTables | None:
+    """The tables with the columns of features; None without features, where histories hold positive interactions."""
+    from onerec_hf.data.feature_tables import FeatureTables
+
+    names = {
+        "user": settings.user_features,
+        "interaction": settings.interaction_features,
+        "item": settings.item_features,
+    }
+    everything = settings.history_feedback == "all"
+    if schema is None and not everything and not any(names.values()):
+        return None
+    tables = [source.interactions, *parts]
+    items = source.items if source.item_features is None else source.item_features
+    return FeatureTables(
+        tables,
+        [positive.holds(table) for table in tables],
+        source.users,
+        items,
+        {side: value or () for side, value in names.items()},
+        everything,
+        schema,
     )
 
 
 # A prepared folder has decided these, and holds out each user's last two items.
 _FIXED = ("min_item_interactions", "session_length", "max_history", "stride", "positive")
 _IN_MEMORY = ("ties", "holdout", "validation_start", "test_start", "validation_interactions", "test_interactions")
+_FEATURES = ("users", "user_features", "item_features", "interaction_features", "history_feedback")
 
 
 def _open_shards(
@@ -211,6 +267,9 @@ def _open_shards(
             raise ValueError(
                 f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
             )
+    for name in _FEATURES:
+        if getattr(settings, name) != defaults[name]:
+            raise ValueError(f"--{name} goes with --interactions: the examples of a prepared folder hold no features")
     if items is None and embeddings is not None:
         raise ValueError("--embeddings goes with --items; pass both or neither")
     if settings.missing_items != "error":
@@ -270,9 +329,23 @@ def as_dataset(
         option: where the model comes from, for messages.
     """
     trained = {} if model is None else read_data_options(option, model)
+    schema = None if model is None else saved_schema(option, model)
     if isinstance(data, Mapping):
-        dataset = load_dataset(**{**options_to_take(data, trained), **data})
+        dataset = load_dataset(**{**options_to_take(data, trained), **data}, schema=schema)
+    elif isinstance(data, DataSettings):
+        dataset = load_dataset(data, schema=schema)
+    elif schema is not None and isinstance(data, InMemoryDataset):
+        dataset = data.with_schema(schema)
     else:
-        dataset = load_dataset(data) if isinstance(data, DataSettings) else data
+        dataset = data
+    if model is not None and (dataset.features is None) != (schema is None):
+        raise ValueError(
+            f"{option} {model}: "
+            + (
+                "the model reads no features; leave out the options of features"
+                if schema is None
+                else "the model reads features, and the data has none; load it with the features"
+            )
+        )
     say_differences(dataset, trained)
     return dataset

@@ -72,6 +72,27 @@ class DataSettings(WindowSettings):
     embeddings: str | None = field(
         default=None, metadata={"help": ".npy of item embeddings, one row per row of --items."}
     )
+    users: str | None = field(
+        default=None, metadata={"help": "Your users: the same formats, user_id and the columns of --user_features."}
+    )
+    user_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --users that the model reads; auto guesses them."}
+    )
+    item_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --items that the model reads; auto guesses them."}
+    )
+    interaction_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of --interactions that the model reads of a history, and time (time since, hour, weekday); auto guesses them."
+        },
+    )
+    history_feedback: str = field(
+        default="positive",
+        metadata={
+            "help": "Interactions of a history: positive (those of --positive), or all, also those that are no targets."
+        },
+    )
     ties: str = field(
         default="file",
         metadata={"help": "Order of a user's rows of equal time: file (as in the table), or shuffle (random)."},
@@ -123,6 +144,7 @@ def data_options() -> list[Field]:
         "items",
         "column_names",
         "item_column_names",
+        "users",
         "missing_items",
         "embeddings",
         "prepared",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from onerec_hf.data import Split, UserSequences
+    from onerec_hf.data.feature_tables import FeatureTables
     from onerec_hf.data.tables import TableSource
 
 HOLDOUTS = ("last", "temporal", "given")
@@ -61,21 +63,37 @@ def read_parts(
     ]
 
 
-def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSettings) -> tuple[UserSequences, Split]:
+class SplitTable(NamedTuple):
+    """
+    A table's sequences and their split.
+
+    Args:
+        sequences: all that are kept.
+        said: of the features; empty without any.
+    """
+
+    sequences: UserSequences
+    split: Split
+    said: str = ""
+
+
+def split_table(
+    tables: list[UserSequences], settings: DataSettings, features: FeatureTables | None = None
+) -> SplitTable:
     """
     All kept sequences of a table and its split.
 
     Args:
-        table: positive interactions, with `holdout="given"` those for training.
-        parts: from [`read_parts`], positive interactions too.
+        tables: positive interactions; with `holdout="given"` those for training, for validation and for test.
+        features: codes the interactions of the tables, whose sequences come from it.
 
     Raises:
         ValueError, DataError: too few interactions of frequent items, or periods outside the data's times.
     """
-    from onerec_hf.data import DataError, UserSequences, given_split, temporal_split
+    from onerec_hf.data import DataError, given_split, temporal_split
     from onerec_hf.data.sequences import concatenated
+    from onerec_hf.data.splits import lengths_of
 
-    tables = [UserSequences.from_interactions(part) for part in (table, *parts)]
     for name in ("user_ids", "item_ids"):
         if len({getattr(part, name).dtype for part in tables}) > 1:
             raise ValueError(
@@ -85,12 +103,12 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
         sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
     except DataError as error:
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
-    kept = sequences.item_counts()[0]
+    kept, said = sequences.item_counts()[0], ""
     sizes = (settings.session_length, settings.max_history, settings.stride)
     if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
         sequences = sequences.shuffled_ties(settings.ties_seed)
     if settings.holdout == "last":
-        return sequences, split_last(sequences, settings)
+        return SplitTable(*split_last(sequences, settings, features))
     if settings.holdout == "temporal":
         starts = [
             np.quantile(sequences.timestamps, share, method="higher") if text is None else _time(option, text)
@@ -100,15 +118,43 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
             )
         ]
         validation_start, test_start = map(int, starts)
-        return sequences, temporal_split(sequences, validation_start, test_start, *sizes, targets=_TARGETS)
+        if features is not None:
+            early = sequences.timestamps < validation_start
+            lengths = np.bincount(sequences.user_rows[early], minlength=len(sequences))
+            training = training_rows(sequences, lengths) & (features.events.timestamps < validation_start)
+            sequences, said = features.coded(sequences, training)
+        split = temporal_split(sequences, validation_start, test_start, *sizes, targets=_TARGETS)
+        return SplitTable(sequences, split, said)
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
+    if features is not None:
+        training = training_rows(sequences, lengths_of(tables[0], sequences.user_ids)) & features.of_table(0)
+        sequences, said = features.coded(sequences, training)
+        tables = [replace(part, events=sequences.events) for part in tables]
     try:
         train, validation, test = tables
-        return sequences, given_split(train, validation, test, *sizes, targets=_TARGETS)
+        split = given_split(train, validation, test, *sizes, targets=_TARGETS)
     except DataError as error:
         raise ValueError(f"--holdout given: {error}") from error
+    return SplitTable(sequences, split, said)
+
+
+def training_rows(sequences: UserSequences, lengths: np.ndarray) -> np.ndarray:
+    """
+    (N,) bool, the interactions among all of the table that are read before the first held-out item of their user.
+
+    Args:
+        lengths: (U,) number of each user's items for training, the first ones.
+    """
+    assert sequences.events is not None
+    read, first = sequences.histories, sequences.offsets[:-1] + lengths
+    assert read.rows is not None
+    held_out = first < sequences.offsets[1:]
+    stops = np.where(held_out, read.places[np.minimum(first, len(read.places) - 1)], read.offsets[1:])
+    training = np.zeros(len(sequences.events.order), dtype=bool)
+    training[read.rows[np.arange(len(read.rows)) < np.repeat(stops, np.diff(read.offsets))]] = True
+    return training
 
 
 def _time(option: str, text: str) -> int:
@@ -123,13 +169,24 @@ def _time(option: str, text: str) -> int:
         ) from None
 
 
-def split_last(sequences: UserSequences, settings: DataSettings) -> Split:
-    """Leave-one-out; what its warning about ties says stands in its description."""
+def split_last(
+    sequences: UserSequences, settings: DataSettings, features: FeatureTables | None = None
+) -> tuple[UserSequences, Split, str]:
+    """
+    The sequences with codes of their features, their leave-one-out split, and what is said of the features. What the split's warning about ties says
+    stands in its description.
+    """
     from onerec_hf.data import leave_one_out
+    from onerec_hf.data.splits import hold_out_last_two
 
+    said = ""
+    if features is not None:
+        train = hold_out_last_two(sequences)[0]
+        sequences, said = features.coded(sequences, training_rows(sequences, train.lengths))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A tie in time", UserWarning)
-        return leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+        split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+    return sequences, split, said
 
 
 def about_ties(sequences: UserSequences, settings: DataSettings) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.data import UserSequences, prefix_examples, prefixes, window_examples, windows
+from onerec_hf.data import UserSequences, lists, prefix_examples, prefixes, window_examples
 
 
 def sequences_of(lengths, text=False):
@@ -68,7 +68,7 @@ def test_many_arrow_chunks_are_one_dataset(monkeypatch):
     sequences = sequences_of(np.random.default_rng(0).integers(1, 40, 50).tolist())
     wanted = prefix_examples(sequences, 3, 8)
     monkeypatch.setattr(prefixes, "_CHUNK_ITEMS", 64)
-    monkeypatch.setattr(windows, "_CHUNK_ITEMS", 64)
+    monkeypatch.setattr(lists, "_CHUNK_ITEMS", 64)
     got = prefix_examples(sequences, 3, 8)
     assert got.data.column("sessions").num_chunks > 10
     assert got.to_dict() == wanted.to_dict()

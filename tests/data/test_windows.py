@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.data import UserSequences, window_examples, windows
+from onerec_hf.data import UserSequences, lists, window_examples
 from onerec_hf.data.windows import window_bounds
 
 LENGTHS = st.lists(st.integers(1, 17), min_size=1, max_size=6)
@@ -81,7 +81,7 @@ def test_chunks_join(monkeypatch):
     sequences = sequences_of([17, 3, 9], text=True)
     whole = window_examples(sequences).to_list()
     for items in (1, 2, 7):
-        monkeypatch.setattr(windows, "_CHUNK_ITEMS", items)
+        monkeypatch.setattr(lists, "_CHUNK_ITEMS", items)
         assert window_examples(sequences).to_list() == whole
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from onerec_hf.data.lists import list_slices
 from onerec_hf.data.prefixes import prefix_examples
 from onerec_hf.data.sequences import UserSequences
 from onerec_hf.data.shards.scans import import_polars
-from onerec_hf.data.splits import hold_out_last_two, last_item_slices
-from onerec_hf.data.windows import example_table, list_slices, window_bounds, window_slices
+from onerec_hf.data.splits import hold_out_last_two, last_items
+from onerec_hf.data.windows import cut, window_bounds
 
 if TYPE_CHECKING:
     import polars as pl
@@ -141,15 +142,16 @@ class BucketExamples:
         if self.settings.train_on == "prefixes":
             return self._prefixes.take(pa.array(chosen))
         rows, starts, stops = (bound[chosen] for bound in self._bounds)
-        return example_table(*window_slices(self.train_sequences, rows, starts, stops, self.settings.max_history))
+        base = self.train_sequences.offsets[rows]
+        return cut(self.train_sequences, rows, base + starts, base + stops, self.settings.max_history)
 
     def validation(self) -> pa.Table:
         """One example per held-out user: the item before the last one, with everything before it as history."""
-        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=1))
+        return last_items(self.sequences, self.held_out, before_end=1).with_format("arrow")[:]
 
     def test(self) -> pa.Table:
         """One example per held-out user: the last item, with everything before it as history."""
-        return example_table(*last_item_slices(self.sequences, self.held_out, before_end=0))
+        return last_items(self.sequences, self.held_out, before_end=0).with_format("arrow")[:]
 
     def train_items(self) -> pa.Table:
         """`user_id` and `items`: the training sequences."""

@@ -43,8 +43,10 @@ def strata(data: InMemoryDataset) -> dict[str, dict[str, np.ndarray]]:
     (users,) masks of test users by name, in groups: popularity of the target, cold targets, length of the history, repeated targets, repeats in the
     history. Bounds are thirds of the users where the data decide them; empty strata are left out, and groups of one stratum.
     """
+    from onerec_hf.data import positive_histories
+
     examples, rows = data.test, data.train_rows()
-    histories = [np.searchsorted(data.item_ids, history) for history in examples["history"]]
+    histories = [np.searchsorted(data.item_ids, history) for history in positive_histories(examples)]
     target = targets(examples, data)
     counts = np.bincount(np.concatenate(rows), minlength=len(data.item_ids))[target]
     length = np.array([len(history) for history in histories])
@@ -90,7 +92,9 @@ def thirds(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def share_of_repeats(examples: Any) -> float:
     """The share of held-out targets that the user's history holds already."""
-    pairs = zip(examples["history"], examples["session"], strict=True)
+    from onerec_hf.data import positive_histories
+
+    pairs = zip(positive_histories(examples), examples["session"], strict=True)
     return float(np.mean([session[0] in set(history) for history, session in pairs]))
 
 
