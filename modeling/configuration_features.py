@@ -68,5 +68,9 @@ class FeaturesConfig(PreTrainedConfig):
     def user_slots(self) -> int:
         return sum(slots for _, _, slots in self.user)  # pyright: ignore[reportOptionalIterable]
 
+    @property
+    def item_slots(self) -> int:
+        return sum(slots for _, _, slots in self.item)  # pyright: ignore[reportOptionalIterable]
+
 
 __all__ = ["FeaturesConfig"]

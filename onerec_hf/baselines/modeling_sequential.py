@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from onerec_hf.modeling.feature_embedding import FeatureEmbedding
 from onerec_hf.modeling.features import MISSING
 from onerec_hf.modeling.hub import HubModel, check_complete
 from onerec_hf.modeling.item_evidence import ItemEvidence
+
+if TYPE_CHECKING:
+    from onerec_hf.data.feature_tables import DatasetFeatures
 
 
 @dataclass
@@ -107,7 +111,13 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     @classmethod
     def from_items(
-        cls, item_ids: Iterable, features: np.ndarray | None = None, item_codes: np.ndarray | None = None, **config
+        cls,
+        item_ids: Iterable,
+        features: np.ndarray | None = None,
+        coded: DatasetFeatures | None = None,
+        feature_dim: int = 32,
+        feature_dropout: float = 0.0,
+        **config,
     ) -> SequentialRecommender:
         """
         A new model for these items.
@@ -115,21 +125,23 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         Args:
             item_ids: N distinct integers or strings.
             features: (N, d) finite floats, one row per item, such as text embeddings.
-            item_codes: (N, item slots) codes of the items' features, where `config["features"]` has some.
-            config: settings of [`SequentialConfig`], without `num_items` and `item_feature_dim`.
+            coded: features of users, interactions and items that it reads ([`~onerec_hf.data.DatasetFeatures`], items in the order of `item_ids`).
+            feature_dim, feature_dropout: of their embeddings ([`~onerec_hf.FeaturesConfig`]).
+            config: settings of [`SequentialConfig`], without `num_items`, `item_feature_dim` and `features`.
 
         Raises:
-            ValueError, TypeError: as `set_items`; item codes of another shape.
+            ValueError, TypeError: as `set_items`; features of other items.
         """
         items = item_ids if isinstance(item_ids, ItemIndex) else ItemIndex(item_ids)
         width = 0 if features is None else np.shape(features)[-1]
+        if coded is not None:
+            config["features"] = {**coded.schema.config(), "dim": feature_dim, "dropout": feature_dropout}
         model = cls(SequentialConfig(num_items=len(items), item_feature_dim=width, **config))
         model.set_items(items, features)
-        if model.item_codes is not None:
-            expected = (len(items), model.item_codes.shape[1])
-            if item_codes is None or np.shape(item_codes) != expected:
-                raise ValueError(f"item_codes: expected shape {expected} (items, slots); got {np.shape(item_codes)}")
-            model.item_codes[1:] = torch.from_numpy(np.asarray(item_codes, dtype=np.int32))
+        if coded is not None and model.item_codes is not None:
+            if len(coded.items) != len(items):
+                raise ValueError(f"coded has features of {len(coded.items)} items, and item_ids has {len(items)} ids")
+            model.item_codes[1:] = torch.from_numpy(coded.items)
         return model
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.next_items import pad_codes, pad_left
 
 if TYPE_CHECKING:
     from onerec_hf.baselines.item_index import ItemIndex
@@ -96,18 +96,3 @@ def of_places(user: np.ndarray, history: np.ndarray, length: int) -> np.ndarray:
     """
     of_history = history.reshape(length, -1) if history.size else np.zeros((length, 0), np.int32)
     return np.concatenate([np.tile(user, (length, 1)), of_history], axis=1).astype(np.int32)
-
-
-def pad_codes(rows: Sequence[np.ndarray], width: int) -> torch.Tensor:
-    """
-    (rows, width, slots) int64 codes, padded with 0 on the left, cut to the latest `width`.
-
-    Example:
-        >>> pad_codes([np.array([[3, 4], [3, 5]]), np.array([[6, 7]])], width=2).tolist()
-        [[[3, 4], [3, 5]], [[0, 0], [6, 7]]]
-    """
-    codes = np.zeros((len(rows), width, rows[0].shape[1] if len(rows) else 0), dtype=np.int64)
-    for row, some in zip(codes, rows, strict=True):
-        latest = some[-width:]
-        row[width - len(latest) :] = latest
-    return torch.from_numpy(codes)
