@@ -151,6 +151,12 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             self.format_version = FEATURES_FORMAT_VERSION
         super().__post_init__(**kwargs)
 
+    def to_dict(self):
+        output = super().to_dict()
+        if self.features is None:  # the config.json of a model without stays as earlier versions wrote it
+            output.pop("features", None)
+        return output
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if config_dict.get("format_version", 1) == 1:

@@ -8,6 +8,38 @@ from typing import Any
 import numpy as np
 
 from .features import FeatureSchema, check_codes
+from .files import listed
+
+
+def check_schema(config, schema: FeatureSchema | None) -> None:
+    """
+    Raises:
+        ValueError: a model's config and a processor's schema have different features.
+
+    Example:
+        >>> from onerec_hf import OneRecConfig
+        >>> from onerec_hf.modeling.features import Feature
+        >>> check_schema(OneRecConfig(), FeatureSchema(user=(Feature("age", edges=(18.0,)),)))
+        Traceback (most recent call last):
+        ...
+        ValueError: model and processor have different features (only the model: none; only the processor: age of 5 codes): take the processor that was saved with the model
+    """
+    own = getattr(config, "features", None)
+    of_model = {} if own is None else {side: getattr(own, side) for side in ("user", "interaction", "item")}
+    of_schema = {} if schema is None else schema.config()
+    if of_model == of_schema:
+        return
+    model, processor = (
+        [f"{name} of {size} codes" for side in of.values() for name, size, _ in side] for of in (of_model, of_schema)
+    )
+    only_model, only_processor = (
+        listed(name for name in one if name not in other) or "none"
+        for one, other in ((model, processor), (processor, model))
+    )
+    raise ValueError(
+        f"model and processor have different features (only the model: {only_model}; only the processor: {only_processor}): take the processor "
+        "that was saved with the model"
+    )
 
 
 def entries(histories: Sequence[Sequence]) -> tuple[Sequence[Sequence], list[list[dict]] | None]:
@@ -123,7 +155,7 @@ def _column(given, length: int, slots: int, user: int, name: str = "history_feat
             f"{name} of example {user} hold {found.size} values of type {found.dtype}, expected {length * slots} codes: {slots} for each of {length}; "
             "prepare the data with the schema of this processor"
         )
-    if found.size and not (0 <= int(found.min()) and int(found.max()) < 2**31):
+    if found.size and not (int(found.min()) >= 0 and int(found.max()) < 2**31):
         raise ValueError(f"{name} of example {user} hold values that are no codes (below 0, or above 2^31)")
     return found.reshape(length, slots).astype(np.int32)
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from onerec_hf.data.collators import FEATURE_COLUMNS, feature_columns
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.inputs import own_arguments, plain_rows
@@ -122,7 +123,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         self._examples = train_dataset
         self._pairs: dict[int, list[dict[str, Any]]] = {}
         self.iteration = -1
-        rows = train_dataset.select_columns(list(columns)).add_column("row", list(range(len(train_dataset))))  # type: ignore[call-arg]
+        features = [name for name in FEATURE_COLUMNS if name in train_dataset.column_names]
+        rows = train_dataset.select_columns([*columns, *features]).add_column("row", list(range(len(train_dataset))))  # type: ignore[call-arg]
         super().__init__(
             model,
             args=args,
@@ -193,9 +195,11 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             rows = left
         for start in range(0, len(rows), args.draw_batch_size):
             some = rows[start : start + args.draw_batch_size]
-            histories = [self._examples[row]["history"] for row in some]
+            examples = [self._examples[row] for row in some]
+            histories = [example["history"] for example in examples]
+            features = feature_columns(processor, examples)  # type: ignore[arg-type]
             out = policy.recommend(
-                **processor(histories),  # type: ignore[operator]
+                **processor(histories, **features),  # type: ignore[operator]
                 num_beams=args.num_candidates,
                 num_return_sequences=args.num_candidates,
                 session_length=args.candidate_length,
@@ -217,6 +221,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                     worth = float(rewards[rejected].max())
                     if rewards[chosen] - worth > args.min_margin:
                         pair = {"row": row, "iteration": iteration, "history": history, "chosen": mine[chosen]}
+                        pair |= {name: values[place] for name, values in features.items()}
                         several = isinstance(rejected, list)
                         pair["rejected"] = [mine[place] for place in rejected] if several else mine[rejected]
                         found.append({**pair, "chosen_reward": float(rewards[chosen]), "rejected_reward": worth})
@@ -367,7 +372,8 @@ class _AlignmentCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         histories, sessions = ([example[name] for example in examples] for name in ("history", "session"))
-        batch: dict[str, Any] = {"ntp": dict(self._processor(histories, sessions))}
+        features = feature_columns(self._processor, examples)
+        batch: dict[str, Any] = {"ntp": dict(self._processor(histories, sessions, **features))}
         found = [self._pairs_of(example) for example in examples]
         pairs, count = [pair for those in found for pair in those], sum(map(len, found))
         if not pairs and self._any_pair is not None and "row" in examples[0]:
@@ -377,7 +383,7 @@ class _AlignmentCollator:
             # The example of each pair; a pair of another rank has none.
             places = [place for place, those in enumerate(found) for _ in those] or [len(examples)] * len(pairs)
             batch["pair_examples"] = torch.tensor(places)
-            columns = ("history", "chosen", "rejected")
+            columns = ("history", "chosen", "rejected", *features)
             batch["pairs"] = self._preferences([{name: pair[name] for name in columns} for pair in pairs])
         return batch
 

@@ -25,10 +25,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator, draw_sessions
-from onerec_hf.data.packing import PackedDataset, example_sizes
+from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
@@ -147,6 +148,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
     def _prepared(self, model: Any) -> Any:
         """A model with the processor's catalogue, and the adapter to train."""
         _generator_of(model).set_catalogue(self.processing_class.catalogue)  # type: ignore[union-attr]
+        check_schema(_generator_of(model).config, self.processing_class.features)  # type: ignore[union-attr]
         if self._peft_config is None:
             return model
         if is_peft_model(model):
@@ -165,7 +167,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["history", "session", "sessions", "history_lengths", "examples"]
+            self._signature_columns = [*EXAMPLE_COLUMNS, "history_positive", "examples"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -336,6 +338,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
         sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
+            feature_ids=inputs.get("feature_ids"),
             session_length=1,
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,
@@ -432,7 +435,7 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
     if _are_prefixes(dataset):
         _require_causal(config)
     seed = args.seed if args.data_seed is None else args.data_seed
-    packed = PackedDataset(dataset, args.packing_length, processor.max_history, seed)
+    packed = PackedDataset(dataset, args.packing_length, processor.max_history, seed, processor.static_places)
     collator = PackedDataCollator(
         processor,
         config.encoder_is_causal,

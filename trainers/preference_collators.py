@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.utils import pad
 
+from onerec_hf.data.collators import feature_columns
+
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
@@ -95,7 +97,7 @@ class OneRecPreferenceCollator:
 
     Returns:
         As [`Seq2SeqPreferenceCollator`]; decoder rows are `BOS a b c BOS a b c`, and `completion_mask` is 1 on codes: a BOS is given, never
-        predicted.
+        predicted. With features also `feature_ids` (B, places, slots), of the encoder.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -112,7 +114,8 @@ class OneRecPreferenceCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sessions = _in_rows([row["chosen"] for row in examples], [row["rejected"] for row in examples])
-        history = self.processor([example["history"] for example in examples])
+        histories = [example["history"] for example in examples]
+        history = self.processor(histories, **feature_columns(self.processor, examples))
         encoded = self.processor.sessions(sessions)
         inputs, labels = encoded["decoder_input_ids"], encoded["labels"]
         # TRL shifts the sequence itself, while the processor returns shifted inputs and labels.
@@ -124,4 +127,6 @@ class OneRecPreferenceCollator:
             "encoder_input_ids": history["input_ids"],
             "encoder_attention_mask": history["attention_mask"],
         }
+        if "feature_ids" in history:
+            batch["feature_ids"] = history["feature_ids"]
         return _with_reference(batch, examples)

@@ -18,8 +18,10 @@ from trl.data_utils import apply_chat_template, extract_prompt, is_conversationa
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
+from onerec_hf.data.collators import FEATURE_COLUMNS
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
@@ -110,6 +112,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
             )
         if isinstance(processing_class, OneRecProcessor):
             generator.set_catalogue(processing_class.catalogue)
+            check_schema(generator.config, processing_class.features)
             # TRL assumes a vision model for a processor and allows unused parameters; here all parameters are used.
             if args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = False
@@ -167,7 +170,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = sorted({*_ITEMS, *_TOKENS, *_REFERENCE})
+            self._signature_columns = sorted({*_ITEMS, *FEATURE_COLUMNS, *_TOKENS, *_REFERENCE})
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.args.reference_free or set(_REFERENCE) <= set(dataset.column_names or ()):
@@ -238,7 +241,9 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
     def _outputs(self, model, inputs):
         """The model's outputs of all decoder rows, with logits."""
         repeats = inputs["input_ids"].shape[0] // inputs["encoder_input_ids"].shape[0]
+        features = {name: inputs[name].repeat(repeats, 1, 1) for name in ("feature_ids",) if name in inputs}
         return model(
+            **features,
             input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
             attention_mask=inputs["encoder_attention_mask"].repeat(repeats, 1),
             decoder_input_ids=inputs["input_ids"],

@@ -19,7 +19,8 @@ class OneRecDataCollator:
     """
     Batches examples with the columns `history` and, for training, `session` (lists of item ids, oldest first).
 
-    The encoder reads the latest `max_history` items of a history (default: the processor's `max_history`).
+    The encoder reads the latest `max_history` items of a history (default: the processor's `max_history`). For a processor with features, examples
+    also have the columns that its schema reads ([`feature_columns`]).
 
     Args:
         processor: the model's processor, with its catalogue.
@@ -27,7 +28,7 @@ class OneRecDataCollator:
         with_seen: also return `exclude`, (users, e) int64 item indices of the *whole* history padded with -1, for
             `recommend(exclude=...)`: evaluation excludes every item that the user has seen, not only those that the encoder reads.
         unknown: "error" or "skip", as for the processor.
-        pad_to_multiple_of: pad histories to a multiple of this number of items, so that `torch.compile` sees few shapes.
+        pad_to_multiple_of: pad histories to a multiple of this number of items (with the place of user features), so that `torch.compile` sees few shapes.
         session_items: pad sessions to this number of items (default: the longest session of the batch).
 
     Example:
@@ -49,11 +50,14 @@ class OneRecDataCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         histories = [example["history"] for example in examples]
         sessions = [example["session"] for example in examples] if "session" in examples[0] else None
-        batch = dict(self.processor(histories, sessions, max_history=self.max_history, unknown=self.unknown))
+        options = {"max_history": self.max_history, "unknown": self.unknown}
+        batch = dict(self.processor(histories, sessions, **options, **feature_columns(self.processor, examples)))
         width = len(self.processor.tokenizer.codebook_sizes) + 1
         if self.pad_to_multiple_of is not None:
             missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of * width)
             batch |= _padded(batch, ("input_ids", "attention_mask"), missing)
+            if "feature_ids" in batch:
+                batch["feature_ids"] = torch.nn.functional.pad(batch["feature_ids"], (0, 0, 0, missing // width))
         if self.session_items is not None and sessions is not None:
             missing = self.session_items * width - 1 - batch["labels"].shape[1]
             batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
@@ -77,6 +81,37 @@ def _positive_items(example: dict[str, Any]) -> list:
     return example["history"] if flags is None else list(compress(example["history"], flags))
 
 
+#: Columns of codes: of users, and of the interactions of their histories.
+FEATURE_COLUMNS = ("user_features", "history_features")
+
+
+def feature_columns(processor: OneRecProcessor, examples: list[dict[str, Any]]) -> dict[str, list]:
+    """
+    What the processor's features need of examples: the column `user_features` where its schema has user features, and `history_features` where it has
+    features of interactions. Empty for a processor without features.
+
+    Raises:
+        ValueError: examples without such a column: the model would train on missing values.
+
+    Example:
+        >>> from onerec_hf import ItemCatalogue, OneRecProcessor
+        >>> processor = OneRecProcessor.from_catalogue(ItemCatalogue([7], codes=[[0]], codebook_sizes=[2]))
+        >>> feature_columns(processor, [{"history": [7]}])
+        {}
+    """
+    schema = processor.features
+    if schema is None:
+        return {}
+    needed = [name for name, of in zip(FEATURE_COLUMNS, (schema.user, schema.interaction), strict=True) if of]
+    lacking = [name for name in needed for example in examples if name not in example]
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} examples lack the column {lacking[0]!r} that the processor's features need (found: {', '.join(examples[0])}). Prepare the "
+            "data with these features; None in the column is a missing value"
+        )
+    return {name: [example[name] for example in examples] for name in needed}
+
+
 _PADDING = {"labels": -100}  # all other tensors are padded with 0: <pad>, masked
 
 
@@ -98,7 +133,8 @@ class PackedDataCollator:
         pad_to_multiple_of: round `items` and `slots` up to a multiple of this number where they are not given.
 
     Returns:
-        int64 tensors: `input_ids` and `segment_ids` (B, items * (levels + 1)); `history_ranges` (B, slots, 2); `decoder_input_ids`,
+        int64 tensors: `input_ids` and `segment_ids` (B, items * (levels + 1)), `feature_ids` (B, items, slots) where the processor has features, whose
+        users take the place of one item; `history_ranges` (B, slots, 2); `decoder_input_ids`,
         `decoder_attention_mask` and `labels` (B * slots, session_items * (levels + 1) - 1).
 
     Raises:
@@ -134,8 +170,9 @@ class PackedDataCollator:
         ]
         self._check(histories, read)
         width = len(self.processor.tokenizer.codebook_sizes) + 1
-        inputs = self.processor(histories)
-        lengths = (inputs["attention_mask"].sum(1) // width).numpy()  # items, cut to max_history
+        inputs = self.processor(histories, **feature_columns(self.processor, segments))
+        static = self.processor.static_places
+        lengths = (inputs["attention_mask"].sum(1) // width).numpy()  # items, cut to max_history, and the user's place
         counts = np.fromiter(map(len, sessions), np.int64, len(sessions))
         row = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
         begins, first_slots = _starts_in_rows(lengths, row), _starts_in_rows(counts, row)
@@ -158,11 +195,17 @@ class PackedDataCollator:
         segment_ids[flat] = torch.from_numpy(np.repeat(np.arange(len(row)) - np.searchsorted(row, row) + 1, lengths))
         slot = np.repeat(row * slots + first_slots - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         # A window reads its (cut) history, a prefix its `history_lengths`.
-        reads = np.minimum(np.concatenate(read), np.repeat(lengths, counts))
+        reads = np.minimum(np.concatenate(read) + static, np.repeat(lengths, counts))
         ranges = torch.tensor([0, 1]).repeat(batch * slots, 1)
         ranges[slot] = torch.from_numpy(np.repeat(begins, counts)[:, None] + np.stack([0 * reads, reads], 1)) * width
+        features = {}
+        if "feature_ids" in inputs:
+            codes = torch.zeros(batch * items, inputs["feature_ids"].shape[2], dtype=torch.int64)
+            codes[flat] = inputs["feature_ids"][inputs["attention_mask"][:, ::width].bool()]
+            features = {"feature_ids": codes.view(batch, items, -1)}
         return {
             "input_ids": tokens.view(batch, -1),
+            **features,
             "segment_ids": segment_ids.repeat_interleave(width).view(batch, -1),
             "history_ranges": ranges.view(batch, slots, 2),
             **self._decoder([session for group in sessions for session in group], slot, batch * slots),

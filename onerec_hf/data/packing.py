@@ -14,16 +14,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from onerec_hf.data.collators import FEATURE_COLUMNS
+
 if TYPE_CHECKING:
     import datasets
 
 
-def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> tuple[np.ndarray, np.ndarray, int]:
+#: Columns of training examples that collators read.
+EXAMPLE_COLUMNS = ("history", "session", "sessions", "history_lengths", *FEATURE_COLUMNS)
+
+
+def example_sizes(
+    dataset: datasets.Dataset, max_history: int | None = None, static_places: int = 0
+) -> tuple[np.ndarray, np.ndarray, int]:
     """
     Sizes of windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
 
     Args:
         max_history: number of latest history items that the model reads of a window.
+        static_places: places before the first item ([`OneRecProcessor`]'s `static_places`: one where users have features), counted as items.
 
     Returns:
         (E,) history items and (E,) sessions per example, and the number of items in the longest session.
@@ -56,7 +65,7 @@ def example_sizes(dataset: datasets.Dataset, max_history: int | None = None) -> 
             f"training needs the columns history and session (windows), or history, sessions and history_lengths (prefixes); got "
             f"{sorted(columns)}"
         )
-    return items, counts, int(session_items.max(initial=0))
+    return items + static_places, counts, int(session_items.max(initial=0))
 
 
 def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
@@ -128,6 +137,7 @@ class PackedDataset:
         dataset: windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
         packing_length: history items per row; at least the longest history.
         max_history: number of latest history items that the model reads of a window.
+        static_places: as for [`example_sizes`].
         seed: shuffles examples of equal length.
 
     Attributes:
@@ -147,12 +157,19 @@ class PackedDataset:
         (2, 0.75, [[1, 2], [1]])
     """
 
-    def __init__(self, dataset: datasets.Dataset, packing_length: int, max_history: int | None = None, seed: int = 0):
-        items, sessions, self.session_items = example_sizes(dataset, max_history)
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        packing_length: int,
+        max_history: int | None = None,
+        seed: int = 0,
+        static_places: int = 0,
+    ):
+        items, sessions, self.session_items = example_sizes(dataset, max_history, static_places)
         if not len(items):
             raise ValueError("the dataset to pack has no examples")
         self.items = packing_length
-        read = [name for name in dataset.column_names if name in ("history", "session", "sessions", "history_lengths")]
+        read = [name for name in dataset.column_names if name in EXAMPLE_COLUMNS]
         self.dataset = dataset.select_columns(read).with_format(None)
         # Each slot costs a decoder row, used or not. 20% above an even spread lets rows differ.
         even = packing_length * sessions.sum() / items.sum()

@@ -100,7 +100,7 @@ def test_a_catalogue_of_other_codebooks_is_refused(repo, saved):
 
 def test_a_newer_format_asks_for_an_upgrade(repo, saved):
     # A newer version's config may well hold what today's would not take; the version is what is said.
-    edit(saved / "config.json", format_version=3, codebook_sizes={"a": 4}, auto_map={"AutoConfig": "new_onerec.New"})
+    edit(saved / "config.json", format_version=9, codebook_sizes={"a": 4}, auto_map={"AutoConfig": "new_onerec.New"})
     name = repo()
     for load in (
         AutoConfig.from_pretrained,
@@ -109,7 +109,7 @@ def test_a_newer_format_asks_for_an_upgrade(repo, saved):
         lambda name: AutoConfig.from_pretrained(name, trust_remote_code=True),
     ):
         with pytest.raises(
-            ValueError, match=r"format version 3, .* reads up to version 2: upgrade it \(pip install -U"
+            ValueError, match=r"format version 9, .* reads up to version 3: upgrade it \(pip install -U"
         ):
             load(name)
 
