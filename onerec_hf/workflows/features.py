@@ -53,10 +53,10 @@ class Worth:
     loss: float
     error: float
 
-    def rows(self, metric: str) -> list[dict[str, Any]]:
-        """For `results.json`."""
+    def row(self, metric: str) -> dict[str, Any]:
+        """For `results.json`; the spread is two standard errors to both sides."""
         spread = [self.loss - 2 * self.error, self.loss + 2 * self.error]
-        return [result_row(f"features/{self.side}/{self.name}/{metric}_lost", self.loss, "share", spread=spread)]
+        return result_row(f"feature_worth/{self.side}/{self.name}", self.loss, metric, spread=spread)
 
 
 def feature_worth(trainer: OneRecTrainer, data: RecommendationDataset, seed: int = 0) -> list[Worth]:

@@ -291,7 +291,7 @@ def _train_on(
     rows = ranking.rows
     if is_first():
         metric = f"ndcg@{worth_k(final.args.eval_top_k)}"
-        rows.extend(row for each in worth for row in each.rows(metric))
+        rows.extend(each.row(metric) for each in worth)
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
         report(
