@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .features import FeatureSchema, check_codes
-from .files import listed
+from .files import listed, short
+
+if TYPE_CHECKING:
+    from .catalogue import ItemCatalogue
 
 
 def check_schema(config, schema: FeatureSchema | None) -> None:
@@ -42,28 +46,40 @@ def check_schema(config, schema: FeatureSchema | None) -> None:
     )
 
 
-def entries(histories: Sequence[Sequence]) -> tuple[Sequence[Sequence], list[list[dict]] | None]:
+def split_history(history: Any, name: str = "the history") -> tuple[Any, list[dict] | None]:
     """
-    Item ids of histories whose entries are ids or objects with an "item", and all entries as objects; None where no entry is one.
+    Item ids of a history whose entries are ids or objects with an "item", and all entries as objects; None where no entry is one.
 
     Raises:
         ValueError: an object without an item.
 
     Example:
-        >>> entries([["m4", {"item": "m17", "like": True}]])
-        ([['m4', 'm17']], [[{'item': 'm4'}, {'item': 'm17', 'like': True}]])
+        >>> split_history(["m4", {"item": "m17", "like": True}])
+        (['m4', 'm17'], [{'item': 'm4'}, {'item': 'm17', 'like': True}])
+        >>> split_history([7, 8])
+        ([7, 8], None)
     """
-    if not any(isinstance(entry, dict) for history in histories for entry in history):
+    if isinstance(history, Iterator):
+        history = list(history)
+    if not (isinstance(history, list | tuple) and any(isinstance(entry, dict) for entry in history)):
+        return history, None
+    objects = [entry if isinstance(entry, dict) else {"item": entry} for entry in history]
+    for place, entry in enumerate(objects):
+        if "item" not in entry:
+            raise ValueError(
+                f"entry {place} of {name} has no item (found: {short(', '.join(map(str, entry)), 80)}); an entry is an item id, or an object "
+                'such as {"item": "m17", "like": true}'
+            )
+    return [entry["item"] for entry in objects], objects
+
+
+def split_histories(histories: Sequence) -> tuple[Sequence, list[list[dict]] | None]:
+    """As [`split_history`], of several: all entries are objects where one is."""
+    split = [split_history(history, f"history {number}") for number, history in enumerate(histories)]
+    if all(objects is None for _, objects in split):
         return histories, None
-    objects = [[entry if isinstance(entry, dict) else {"item": entry} for entry in history] for history in histories]
-    for user, history in enumerate(objects):
-        for place, entry in enumerate(history):
-            if "item" not in entry:
-                raise ValueError(
-                    f"entry {place} of history {user} has no item (found: {', '.join(map(str, entry))!s:.80}); an entry is an item id, or an object "
-                    'such as {"item": "m17", "like": true}'
-                )
-    return [[entry["item"] for entry in history] for history in objects], objects
+    ids = [items for items, _ in split]
+    return ids, [[{"item": item} for item in items] if objects is None else objects for items, objects in split]
 
 
 def interaction_codes(
@@ -178,4 +194,63 @@ def place_codes(schema: FeatureSchema, users: np.ndarray | None, items: np.ndarr
     return ids
 
 
-__all__ = ["entries", "interaction_codes", "place_codes", "user_codes"]
+@dataclass(frozen=True, eq=False)
+class RequestFeatures:
+    """
+    The codes of one request.
+
+    Args:
+        user: (user slots,) codes.
+        history: (items, interaction slots) codes of the history that the model reads.
+    """
+
+    user: np.ndarray
+    history: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        schema: FeatureSchema,
+        user: Any,
+        ids: Any,
+        objects: list[dict] | None,
+        catalogue: ItemCatalogue,
+        keep: int,
+    ) -> RequestFeatures:
+        """
+        The codes of raw values.
+
+        Args:
+            ids, objects: the history, of [`split_history`].
+            keep: items that the model reads, the latest ones that the catalogue holds.
+
+        Raises:
+            ValueError: values of the wrong type.
+        """
+        if not isinstance(user, Mapping | None):
+            raise ValueError(f"user must be an object with values of features; got {user!r:.60}")
+        codes = interaction_codes(schema, [len(ids)], None if objects is None else [objects])
+        known = codes[catalogue.indices(ids, unknown="mask") >= 0] if len(codes) else codes
+        return cls(schema.encode_users([user])[0], known[-keep:])
+
+    @staticmethod
+    def columns(features: Sequence[RequestFeatures | None]) -> dict[str, list]:
+        """What the processor takes beside the histories; nothing for a model without features."""
+        found = [each for each in features if each is not None]
+        if not found:
+            return {}
+        return {
+            "user_features": [each.user for each in found],
+            "history_features": [each.history for each in found],
+        }
+
+
+__all__ = [
+    "RequestFeatures",
+    "check_schema",
+    "interaction_codes",
+    "place_codes",
+    "split_histories",
+    "split_history",
+    "user_codes",
+]

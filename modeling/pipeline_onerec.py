@@ -118,8 +118,9 @@ class GenerativeRecommendationPipeline(Pipeline):
         Args:
             histories: one history, oldest item first; or a list of histories; or a dataset, generator or other iterable of them. A
                 history is a list of item ids, or a dictionary with one under "history" and, for it alone, lists of item ids under
-                "exclude" (on top of the option's), "allow" and "candidates" (in place of it); other keys are ignored, so that a `datasets.Dataset`
-                with a column `history` can be passed directly.
+                "exclude" (on top of the option's), "allow" and "candidates" (in place of it), and values of the user's features under "user"; other
+                keys are ignored, so that a `datasets.Dataset` with a column `history` can be passed directly. For a model with features an entry may
+                be an object, `{"item": id, "like": True}`, with values of its interaction.
             kwargs: the class's options, and `batch_size` (1 by default) and `num_workers` of transformers' pipelines.
 
         Returns:
@@ -208,7 +209,7 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def preprocess(self, input_: _Numbered, options: Mapping[str, Any], **rows):
         given = input_.history if isinstance(input_.history, Mapping) else {"history": input_.history}
-        lists = {name: given.get(name) for name in ("history", "exclude", "allow", "candidates")}
+        lists = {name: given.get(name) for name in ("history", "exclude", "allow", "candidates", "user")}
         recommender = Recommender(self.model, self.processor)
         resolved = recommender.resolve(Request(**lists, name=input_.name, **options), **rows)
         if resolved.request.unknown == "error" and not resolved.history:
@@ -233,8 +234,10 @@ class GenerativeRecommendationPipeline(Pipeline):
 
 
 def _is_history(value) -> bool:
-    """Whether this is one of several histories, and not an item id."""
-    return isinstance(value, list | tuple | Mapping | np.ndarray | torch.Tensor)
+    """Whether this is one of several histories, and not an entry of one: an item id, or an object with an item."""
+    if isinstance(value, Mapping):
+        return "history" in value or "item" not in value
+    return isinstance(value, list | tuple | np.ndarray | torch.Tensor)
 
 
 def _told(answers: Iterable[Answer]) -> Iterator[list[dict]]:

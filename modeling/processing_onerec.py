@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
-from .feature_codes import entries, interaction_codes, place_codes, user_codes
+from .feature_codes import interaction_codes, place_codes, split_histories, user_codes
 from .features import FeatureSchema, check_codes
 from .features_file import FEATURES_NAME, find_features, save_features
 from .files import find_file, pinned, refusing, replacing_files
@@ -187,7 +187,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         histories = _plain_lists(histories)
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
-        histories, objects = entries(histories)
+        histories, objects = split_histories(histories)
         keep = max_history if max_history is not None else self.max_history
         rows, lengths, places = self._rows(histories, unknown, "history", keep)
         tokenizer = self.tokenizer

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .feature_codes import RequestFeatures, check_schema, split_history
 from .files import find_file
 from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
+    from .features import FeatureSchema
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +85,7 @@ class Request:
     One history and the options of its recommendation.
 
     Args:
-        history: item ids, oldest first.
+        history: item ids, oldest first; or objects with an id under "item" and values of the interaction.
         exclude: more items to leave out.
         allow: the only items to choose from (a category, what is in stock); all when not given.
         top_k: items (or sessions) to return, best first.
@@ -96,6 +98,7 @@ class Request:
         name: of the history in messages.
         candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
             `num_beams` and `exclude_seen` do not count then.
+        user: values of the user's features by column. Values that the model does not read, here and in the history, are left out.
 
     Raises:
         RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, another value of `unknown`, or `candidates` beside `allow` or for
@@ -118,6 +121,7 @@ class Request:
     diversity: float = 0.0
     name: str = "the history"
     candidates: Any = None
+    user: Any = None
 
     def __post_init__(self):
         for option in _COUNTS:
@@ -166,6 +170,7 @@ class ResolvedRequest:
         length: ids of the history as it came.
         skipped: ids of the request that the catalogue does not hold.
         cut: whether the history is longer than what the model reads.
+        features: of the user and of the history that the model reads, for a model with features.
     """
 
     request: Request
@@ -177,6 +182,7 @@ class ResolvedRequest:
     skipped: int
     cut: bool
     ranks: bool = False
+    features: RequestFeatures | None = None
 
     @property
     def count(self) -> int:
@@ -333,14 +339,21 @@ class Recommender:
                 f"the model has {model.catalogue}, the processor has {processor.catalogue}: set the same one on both, e.g. "
                 "model.set_catalogue(processor.catalogue)"
             )
+        check_schema(model.config, processor.features)
         self.model, self.processor, self.items = model, processor, items
         self.catalogue: ItemCatalogue = processor.catalogue
+
+    @property
+    def schema(self) -> FeatureSchema | None:
+        """The features that the model reads."""
+        return self.processor.features
 
     @property
     def max_history(self) -> int:
         """Items of a history that the model reads: as many as the processor keeps, or as the model has positions for."""
         config = self.model.config
-        return self.processor.max_history or config.max_position_embeddings // config.tokens_per_item
+        positions = config.max_position_embeddings // config.tokens_per_item - self.processor.static_places
+        return self.processor.max_history or positions
 
     def cost(self, request: ResolvedRequest) -> int:
         """What the answer costs, in positions that are computed: of each beam's items, and of the history."""
@@ -375,7 +388,15 @@ class Recommender:
                 catalogue's; with `unknown="error"` [`UnknownItemError`].
         """
         catalogue, name = self.catalogue, request.name
-        history, skipped = known_indices(catalogue, request.history, name, request.unknown)
+        features = None
+        try:
+            ids, objects = split_history(request.history, name)
+            history, skipped = known_indices(catalogue, ids, name, request.unknown)
+            if self.schema is not None:
+                keep = request.max_history or self.max_history
+                features = RequestFeatures.of(self.schema, request.user, ids, objects, catalogue, keep)
+        except ValueError as error:
+            raise error if isinstance(error, RequestError) else RequestError(f"{name}: {error}") from None
         length = len(history) + skipped
         if request.exclude is not None:
             more, unknown = known_indices(catalogue, request.exclude, f"exclude of {name}", request.unknown)
@@ -398,7 +419,7 @@ class Recommender:
             left = int(catalogue.active[allow].sum())
         latest = catalogue.ids(history[-(request.max_history or self.max_history) :])
         cut = len(latest) < len(history)
-        return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks)
+        return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks, features)
 
     def problem(self, resolved: ResolvedRequest) -> RequestError | None:
         """Why the answer is empty; None where it need not be."""
@@ -488,8 +509,9 @@ class Recommender:
         """As [`answer`], for requests of one kind that are answerable: one batch."""
         most = max(resolved.count for resolved in requests)
         histories = [resolved.history for resolved in requests]  # cut already
+        features = RequestFeatures.columns([resolved.features for resolved in requests])
         output: Any = self.model.recommend(
-            **self.processor(histories, max_history=max(map(len, histories))),
+            **self.processor(histories, max_history=max(map(len, histories)), **features),
             session_length=kind.session_length,
             num_beams=kind.num_beams,
             num_return_sequences=most,

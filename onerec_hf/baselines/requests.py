@@ -67,6 +67,10 @@ class ItemRecommender(Recommender):
             model.eval()
 
     @property
+    def schema(self) -> None:
+        return None  # values of features are left out
+
+    @property
     def max_history(self) -> int:
         return self.model.config.max_history if isinstance(self.model, SequentialRecommender) else _ALL
 

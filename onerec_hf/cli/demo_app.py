@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,12 +211,16 @@ class DemoRecommender:
         count: int,
         exclude_seen: bool = True,
         diversity: float = 0.0,
+        user: Mapping[str, Any] | None = None,
     ) -> list[tuple[float, list[GeneratedItem]]]:
         """
         The most probable sessions, or with `diversity` sessions that share few items, best first: log-probability and items.
 
+        Args:
+            user: values of the user's features, for a model that reads them.
+
         Raises:
-            ValueError: an empty history.
+            ValueError: an empty history, or values of the wrong type.
         """
         if not history:
             raise ValueError("pick or type at least one item: the model continues a history")
@@ -227,6 +232,7 @@ class DemoRecommender:
             exclude_seen=exclude_seen,
             diversity=diversity,
             unknown="error",
+            user=user,
         )
         (answer,) = self.recommender.recommend([request])
         read = answer.request.history
@@ -235,6 +241,33 @@ class DemoRecommender:
             (score, [self._item(item, read, codes) for item in session])
             for session, score in zip(answer.sessions, answer.scores, strict=True)
         ]
+
+    def user_columns(self) -> list[str]:
+        """Names of the user features that the model reads."""
+        schema = self.recommender.schema
+        return [] if schema is None else [feature.name for feature in schema.user]
+
+    @staticmethod
+    def user_of(text: str) -> dict[str, Any] | None:
+        """
+        Values of user features of a JSON object; None of an empty text.
+
+        Raises:
+            ValueError: no JSON object.
+
+        Example:
+            >>> DemoRecommender.user_of('{"age": 31}'), DemoRecommender.user_of(" ")
+            ({'age': 31}, None)
+        """
+        if not text.strip():
+            return None
+        try:
+            user = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            user = None
+        if not isinstance(user, dict):
+            raise ValueError('the user is no JSON object: write it as {"age": 31}, or leave it empty')
+        return user
 
     def _item(self, item_id: Any, history: list, history_codes: np.ndarray) -> GeneratedItem:
         codes = np.asarray(self.catalogue.codes[self.catalogue.indices([item_id])[0]])
@@ -293,11 +326,21 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
     import gradio
 
     def answer(
-        picked: list[str], typed: str, beams: float, length: float, count: float, diversity: float, exclude: bool
+        picked: list[str],
+        typed: str,
+        beams: float,
+        length: float,
+        count: float,
+        diversity: float,
+        exclude: bool,
+        user: str = "",
     ) -> str:
         try:
             history = recommender.typed(typed or "") or recommender.ids_of(picked or [])
-            return render(recommender.sessions(history, int(beams), int(length), int(count), exclude, diversity))
+            of_user = recommender.user_of(user or "")
+            return render(
+                recommender.sessions(history, int(beams), int(length), int(count), exclude, diversity, of_user)
+            )
         except ValueError as error:
             return f'<p role="alert">{html.escape(str(error))}</p>'
 
@@ -328,10 +371,12 @@ def build_app(recommender: DemoRecommender, examples: Sequence[Sequence] = (), n
                     0, 1, value=0, step=0.05, label="Diversity of the sessions", elem_id="diversity"
                 )
                 exclude = gradio.Checkbox(True, label="Leave out the history's items", elem_id="exclude")
+                asked = [f'"{name}": ...' for name in recommender.user_columns()]
+                user = gradio.Textbox(label=f"User, as {{{', '.join(asked)}}}", elem_id="user") if asked else None
                 button = gradio.Button("Recommend", variant="primary", elem_id="recommend")
             with gradio.Column(min_width=_COLUMN):
                 sessions = gradio.HTML(label="Sessions", elem_id="sessions")
-        inputs = [picked, typed, beams, length, count, diversity, exclude]
+        inputs = [picked, typed, beams, length, count, diversity, exclude, *([] if user is None else [user])]
         button.click(answer, inputs, sessions)
         typed.submit(answer, inputs, sessions)
         app.load(answer, inputs, sessions)  # the page opens with the sessions of its first history

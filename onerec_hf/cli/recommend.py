@@ -36,7 +36,7 @@ class RecommendArguments(ShownItemArguments):
     histories: str = field(
         default="-",
         metadata={
-            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, optionally with "exclude", "allow" and "candidates", or a bare list of ids. "-" is stdin.'
+            "help": 'JSON lines: {"user_id": 1, "history": [ids, oldest first]}, optionally with "exclude", "allow", "candidates" and "user" ({"age": 31}), or a bare list of ids; an id may be an object ({"item": 7, "like": true}). "-" is stdin.'
         },
     )
     interactions: str | None = field(
@@ -349,7 +349,7 @@ def resolve_line(
     if shared.candidates is not None and (of_user := shared.candidates.of(request, number)) is not None:
         lists["candidates"] = of_user
     try:
-        resolved = recommender.resolve(Request(**lists, **args.options()), **shared.rows)
+        resolved = recommender.resolve(Request(**lists, **args.options(), user=request.get("user")), **shared.rows)
         problem = recommender.problem(resolved)
         if problem and args.unknown != "skip" and not (resolved.candidates and resolved.history):
             raise problem

@@ -48,7 +48,7 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
         redoc_url=None,
         redirect_slashes=False,  # a redirect would lead to whatever host the request names
     )
-    app.router.route_class = route_class(service.settings.max_histories)
+    app.router.route_class = route_class(service.settings.max_histories, lambda: service.max_entries)
     app.add_middleware(Gate, service=service, token=token)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -166,7 +166,7 @@ def explain(error: dict[str, Any]) -> str:
 
     Example:
         >>> explain({"type": "int_type", "loc": ("body", "many", 0, "history", 3, "int"), "msg": "Input should be a valid integer"})
-        'query 0: history[3] must be an item id (integer or string)'
+        'query 0: history[3] must be an item id (integer or string), or an object such as {"item": id, "like": true}'
         >>> explain({"type": "missing", "loc": ("body", "one", "history"), "msg": "Field required"})
         'history: Field required'
     """
@@ -174,7 +174,8 @@ def explain(error: dict[str, Any]) -> str:
     query = f"query {where[0]}: " if where and isinstance(where[0], int) else ""
     where = where[1:] if query else where
     if len(where) > 1 and where[0] in _ID_LISTS:
-        return f"{query}{where[0]}[{where[1]}] must be an item id (integer or string)"
+        entry = ', or an object such as {"item": id, "like": true}' if where[0] == "history" else ""
+        return f"{query}{where[0]}[{where[1]}] must be an item id (integer or string){entry}"
     if not where:
         return f'{query}send an object like {{"history": [item ids]}}, or a list of them'
     name = ".".join(str(part)[:40] for part in where)

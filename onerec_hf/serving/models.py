@@ -172,7 +172,9 @@ class ServedModel:
                 raise RequestError(f"{of} has {len(ids)} items, this server takes {most}")
         options = {key: getattr(query, key) for key in ("top_k", "session_length", "exclude_seen", "diversity")}
         num_beams = query.num_beams or max(min(DEFAULT_BEAMS, settings.max_beams), query.top_k)
-        request = Request(**lists, **options, num_beams=num_beams, unknown=query.unknown or unknown, name=name)
+        request = Request(
+            **lists, **options, num_beams=num_beams, unknown=query.unknown or unknown, name=name, user=query.user
+        )
         resolved = self.recommender.resolve(request)
         problem = self.recommender.problem(resolved)
         if problem is not None and not resolved.history:

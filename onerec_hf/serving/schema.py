@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, Tag
 
 # Stop at the first error of a long list.
 ItemIds = Annotated[list[StrictInt | StrictStr], Field(fail_fast=True)]
+Value = StrictBool | StrictInt | StrictFloat | StrictStr | None
+# Values of features by column, as a log has them.
+Values = Annotated[dict[StrictStr, Value | Annotated[list[Value], Field(max_length=100)]], Field(max_length=100)]
+Entries = Annotated[list[StrictInt | StrictStr | Values], Field(fail_fast=True)]
 
 
 class Query(BaseModel):
@@ -17,7 +21,11 @@ class Query(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"history": [260, 1196, 1210], "top_k": 5}]}
     )
 
-    history: ItemIds = Field(description="Item ids, oldest first.")
+    history: Entries = Field(
+        description='Item ids, oldest first. For a model with features also objects with values of the interaction, {"item": 260, "like": true}; values '
+        "that the model does not read are left out."
+    )
+    user: Values | None = Field(None, description="Values of the user's features, for a model that reads them.")
     top_k: StrictInt = Field(10, ge=1, description="Items (or sessions) to return, best first.")
     session_length: StrictInt = Field(
         1, ge=1, description="Items per session; 1 returns a ranked list of items under `items`."

@@ -31,6 +31,8 @@ STOPPING = "the server is stopping; send the request to another one"
 # What each history costs besides its positions, and the cost of a request (of some ten default ones) from which it is split into short steps.
 _BASE_COST, _COSTLY = 32, 1024
 _IDS_AT_ONCE = 2_000
+# Histories of the greatest length, all of whose entries are objects, that one request may hold.
+_ENTRIES_AT_ONCE = 5
 # Seconds for the rest of a request's body when the server stops.
 _UPLOAD_GRACE = 2.0
 
@@ -96,6 +98,11 @@ class RecommendationService:
     def draining(self) -> bool:
         """Whether the server is stopping."""
         return self._stopping.is_set()
+
+    @property
+    def max_entries(self) -> int:
+        """Entries of a request's histories that may be objects: none for a model without features, which would read nothing of them."""
+        return 0 if self.model.recommender.schema is None else _ENTRIES_AT_ONCE * self.settings.max_history_items
 
     @property
     def is_loading(self) -> bool:

@@ -37,6 +37,7 @@ LAST = ("last", "true")
 _WRITTEN = (
     "config.json",
     "catalogue.safetensors",
+    "features.safetensors",
     "README.md",
     "expert_load.png",
     "training_report.html",

@@ -1,0 +1,200 @@
+"""Features in requests: library, pipeline, command line, server and demo give what `recommend()` gives for the same values."""
+
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+from onerec_hf import OneRecProcessor
+from onerec_hf.cli.demo_app import DemoRecommender
+from onerec_hf.cli.recommend import RecommendArguments, answer_lines, read_requests
+from onerec_hf.modeling.requests import Recommender, Request, RequestError
+from onerec_hf.serving.bodies import check_structure
+from onerec_hf.serving.models import ServedModel
+from onerec_hf.serving.schema import Query
+from onerec_hf.serving.settings import ServingSettings
+from tests.conftest import make_model
+from tests.modeling.feature_models import CATALOGUE, HISTORIES, PROCESSOR, SCHEMA, USERS, make
+from tests.rounding import close
+from tests.serving.running import Running
+
+MODEL = make()
+OPTIONS = {"top_k": 5, "num_beams": 12}
+
+
+def expected(history, user, processor=PROCESSOR, model=MODEL, **given):
+    seen = [[entry["item"] if isinstance(entry, dict) else entry for entry in history]]
+    out = model.recommend(
+        **processor([history], users=[user], **given),
+        session_length=1,
+        num_beams=12,
+        num_return_sequences=5,
+        exclude=seen,
+        return_dict_in_generate=True,
+    )
+    return [item for (item,) in processor.batch_decode(out)], close(out.sequences_scores.tolist())
+
+
+@pytest.fixture(scope="module")
+def recommender():
+    return Recommender(MODEL, PROCESSOR)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features") / "model"
+    MODEL.save_pretrained(folder, include_code=False)
+    PROCESSOR.save_pretrained(folder, include_code=False)
+    return folder
+
+
+def test_answers_equal_recommend(recommender):
+    requests = [Request(history, user=user, **OPTIONS) for history, user in zip(HISTORIES, USERS, strict=True)]
+    plain = Request(["m1", "m2", "m3"], **OPTIONS)
+    for request, answer in zip([*requests, plain], recommender.recommend([*requests, plain]), strict=True):
+        items, scores = expected(request.history, request.user)
+        assert ([item for (item,) in answer.sessions], answer.scores) == (items, scores)
+    with_values, _, without = recommender.recommend([*requests, plain])
+    assert with_values.scores != close(without.scores)
+
+
+def test_codes_belong_to_the_items_that_are_read(recommender):
+    long = [{"item": f"m{i}", "time": 100 * i, "like": i % 2} for i in range(12)]
+    long.insert(9, {"item": "unknown", "time": 950})
+    (answer,) = recommender.recommend([Request(long, max_history=3, **OPTIONS)])
+    assert (answer.request.history, answer.request.skipped, answer.request.cut) == (["m9", "m10", "m11"], 1, True)
+    whole = SCHEMA.encode_interactions(long)
+    assert np.array_equal(answer.request.features.history, whole[-3:])
+    (other,) = recommender.recommend([Request([*long, {"item": "gone"}], max_history=3, **OPTIONS)])
+    assert np.array_equal(other.request.features.history, whole[-3:])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([{"id": "m1"}]), "entry 0 of the history has no item"),
+        (Request(["m1"], user="anna"), "the history: user must be an object"),
+        (Request(["m1"], user={"age": "old"}), "the history: feature 'age' is a number"),
+        (Request([{"item": "m1", "time": "soon"}]), "the history: a time is seconds"),
+        (Request([{"item": ["m1"]}]), "the history"),
+    ],
+)
+def test_bad_values_are_one_request_error(recommender, request_, message):
+    with pytest.raises(RequestError, match=message):
+        recommender.resolve(request_)
+
+
+def test_a_history_may_be_an_iterator_or_an_array(recommender):
+    for history in (iter(["m1", "m2"]), np.array(["m1", "m2"])):
+        resolved = recommender.resolve(Request(history))
+        assert resolved.history == ["m1", "m2"]
+        assert resolved.features.history.shape == (2, SCHEMA.interaction_slots)
+
+
+def test_values_mean_nothing_to_a_model_without_features():
+    model, processor = make_model(CATALOGUE), OneRecProcessor.from_catalogue(CATALOGUE, 8)
+    recommender = Recommender(model, processor)
+    with_values, without = recommender.recommend([Request(HISTORIES[0], user={"age": 3}), Request(["m1", "m2", "m3"])])
+    assert (with_values.sessions, with_values.scores) == (without.sessions, without.scores)
+    assert with_values.request.features is None
+
+
+def test_model_and_processor_must_have_the_same_features():
+    with pytest.raises(ValueError, match=r"different features \(only the model: age of 6 codes"):
+        Recommender(MODEL, OneRecProcessor.from_catalogue(CATALOGUE, 8))
+    changed = copy.deepcopy(MODEL)
+    changed.config.features.user[0][1] += 1
+    with pytest.raises(ValueError, match="only the model: age of 7 codes; only the processor: age of 6 codes"):
+        Recommender(changed, PROCESSOR)
+
+
+def test_pipeline():
+    recommend = pipeline("generative-recommendation", model=MODEL, processor=PROCESSOR, device="cpu", **OPTIONS)
+    items, scores = expected(HISTORIES[0], USERS[0])
+    answer = recommend({"history": HISTORIES[0], "user": USERS[0]})
+    assert ([row["item"] for row in answer], [row["score"] for row in answer]) == (items, scores)
+    one, batch = recommend(HISTORIES[0]), recommend([HISTORIES[0], HISTORIES[1]], batch_size=2)
+    assert [row["item"] for row in one] == expected(HISTORIES[0], None)[0]
+    for answer, history in zip(batch, HISTORIES, strict=True):
+        assert [row["score"] for row in answer] == expected(history, None)[1]
+
+
+def test_recommend_lines(recommender):
+    text = json.dumps({"user_id": 7, "history": HISTORIES[0], "user": USERS[0]}) + "\n" + json.dumps(HISTORIES[1])
+    args = RecommendArguments(**OPTIONS)
+    lines, _ = answer_lines(recommender, list(read_requests(io.StringIO(text))), args)
+    first, second = map(json.loads, lines)
+    assert (first["user_id"], first["items"]) == (7, expected(HISTORIES[0], USERS[0])[0])
+    assert second["items"] == expected(HISTORIES[1], None)[0]
+    bad = json.dumps({"history": ["m1"], "user": {"age": "old"}})
+    with pytest.raises(ValueError, match=r"^line 1: the history: feature 'age' is a number"):
+        answer_lines(recommender, list(read_requests(io.StringIO(bad))), args)
+
+
+def test_served_model(folder):
+    served = ServedModel.load(str(folder))
+    query = Query(history=HISTORIES[0], user=USERS[0], **OPTIONS)
+    key, request = served.prepare(query, "history", ServingSettings(), "skip")
+    (answer,) = served.answer(key, [request])
+    items, scores = expected(HISTORIES[0], USERS[0])
+    assert (answer["items"], answer["scores"]) == (items, scores)
+    served.close()
+
+
+def test_over_http(folder):
+    with Running(folder, max_histories=4, max_history_items=50) as server:
+        bodies = [
+            {"history": history, "user": user, **OPTIONS}
+            for history, user in [*zip(HISTORIES, USERS, strict=True), (HISTORIES[0], None)]
+        ]
+        for response, body in zip(server.post_all(bodies), bodies, strict=True):
+            items, scores = expected(body["history"], body["user"])
+            assert (response.json()["items"], response.json()["scores"]) == (items, scores)
+        many = [{"item": f"m{i % 40}", "time": i, "like": True, "note": "x"} for i in range(50)]
+        assert server.post([{"history": many}] * 4).status_code == 200
+        for body, message in (
+            ({"history": ["m1"], "user": {"age": "old"}}, "history: feature 'age' is a number; got 'old'"),
+            ({"history": ["m1"], "user": {"age": {"a": 1}}}, "user.age"),
+            ({"history": [{"like": True}]}, "entry 0 of history has no item"),
+            ({"history": [["m1"]]}, "history[0] must be an item id (integer or string), or an object"),
+            ({"history": ["m1"], "user": 3}, "user: "),
+            ({"history": [{"item": "m1", "time": "soon"}]}, "a time is seconds"),
+        ):
+            response = server.post(body)
+            assert response.status_code == 422
+            assert message in response.json()["detail"]
+        bomb = b'{"history": [' + b'{"item": "m1"},' * 5000 + b'"m1"]}'
+        assert "lists and objects" in server.post(bomb).json()["detail"]
+
+
+def test_objects_are_limited_as_before_without_features():
+    body = b'{"history": [' + b'{"item": "m1"},' * 500 + b'"m1"]}'
+    check_structure(body, 8, max_entries=1000)
+    with pytest.raises(Exception, match="lists and objects"):
+        check_structure(body, 8)
+
+
+def test_demo():
+    demo = DemoRecommender(MODEL, PROCESSOR)
+    assert demo.user_columns() == ["age", "city", "tags"]
+    user = demo.user_of(json.dumps(USERS[0]))
+    found = demo.sessions(["m1", "m2"], 12, 1, 5, user=user)
+    items, scores = expected(["m1", "m2"], USERS[0])
+    assert ([item.item_id for _, (item,) in found], [score for score, _ in found]) == (items, scores)
+    for text in ("age=3", "[1]", '{"a"', "3"):
+        with pytest.raises(ValueError, match="the user is no JSON object"):
+            demo.user_of(text)
+    assert DemoRecommender(make_model(CATALOGUE), OneRecProcessor.from_catalogue(CATALOGUE)).user_columns() == []
+
+
+def test_the_number_of_users_does_not_matter(recommender):
+    torch.manual_seed(0)
+    requests = [Request(HISTORIES[i % 2], user=USERS[(i // 2) % 2], **OPTIONS) for i in range(7)]
+    together = recommender.recommend(requests)
+    for request, answer in zip(requests, together, strict=True):
+        (alone,) = recommender.recommend([request])
+        assert (alone.sessions, alone.scores) == (answer.sessions, close(answer.scores))
