@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import OutputSettings, WindowSettings
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, OutputSettings, WindowSettings
 
 
 @dataclass
@@ -37,6 +37,11 @@ class PrepareOptions(OutputSettings):
 
 
 def main(argv: list[str]) -> None:
+    for option in (word.partition("=")[0] for word in argv):
+        if option.removeprefix("--") in ("users", *FEATURE_OPTIONS):
+            raise ValueError(
+                f"{option}: a prepared folder holds no features; train with --interactions, which reads the table into memory"
+            )
     args, windows = parse(
         (PrepareOptions, WindowSettings), argv, "prepare", required=["--interactions", "--output_dir"]
     )

@@ -157,10 +157,10 @@ class FeatureTables:
             ValueError: two features of one name, or no feature of a kind that columns are of.
         """
         assert sequences.events is not None
-        schema, said = self.schema, []
+        schema, said = self.schema, self._lacking(sequences)
         if schema is None:
             learned = self.learn(sequences, training)
-            said = [_told(side, columns) for side, columns in learned.items() if columns]
+            said += [_told(side, columns) for side, columns in learned.items() if columns]
             if not any(each.feature for columns in learned.values() for each in columns.values()):
                 return sequences, "\n".join(said)
             schema = _schema(learned)
@@ -173,19 +173,24 @@ class FeatureTables:
         users = None
         if self.users is not None and schema.user:
             users = (self.users.user_ids, _table_codes(schema.user, self.users.frame))
-            lacking = np.setdiff1d(sequences.user_ids, self.users.user_ids)
-            if len(lacking) == len(sequences):
-                raise DataError(
-                    f"--users: none of {len(sequences):,} users of the interactions has a row (first: {lacking[0]!r}). Pass the table of these users."
-                )
-            if len(lacking):
-                said.append(
-                    f"{len(lacking):,} of {len(sequences):,} users have no row in --users: their features are missing."
-                )
+
         coded = replace(sequences, events=replace(sequences.events, schema=schema, codes=codes, users=users))
         if self.schema is not None:
             said += _counted(schema, coded)
         return coded, "\n".join(said)
+
+    def _lacking(self, sequences: UserSequences) -> list[str]:
+        """What is said of users without a row."""
+        if self.users is None or not self.names.get("user"):
+            return []
+        lacking = np.setdiff1d(sequences.user_ids, self.users.user_ids)
+        if len(lacking) == len(sequences):
+            raise DataError(
+                f"--users: none of {len(sequences):,} users of the interactions has a row (first: {lacking[0]!r}). Pass the table of these users."
+            )
+        return [
+            f"{len(lacking):,} of {len(sequences):,} users have no row in --users: their features are missing."
+        ] * bool(len(lacking))
 
     def learn(self, sequences: UserSequences, training: np.ndarray) -> dict[str, dict[str, Learned]]:
         """What each column becomes, by side and name; the features of the time are named `time_gap`, `time_hour` and `time_weekday`."""

@@ -54,7 +54,7 @@ def learn_feature(name: str, column: pd.Series, guess: bool = False, derive: str
     """
     The feature of a column of training rows.
 
-    Text and booleans are categories. Whole numbers are categories where they are few, codes without gaps or named like ids, and numbers otherwise.
+    Text and booleans are categories, times are numbers. Whole numbers are categories where they are few, codes without gaps or named like ids, and numbers otherwise.
     Lists, and text with one of the separators | ; , whose parts recur, have several values.
 
     Args:
@@ -76,17 +76,19 @@ def learn_feature(name: str, column: pd.Series, guess: bool = False, derive: str
         >>> learn_feature("country", pd.Series(["x", "x"]))
         Learned(feature=None, about='constant')
     """
+    derived = derive is not None or pd.api.types.is_datetime64_any_dtype(plain_column(column).dtype)
     column = raw_values(name, column)
     if not column.notna().any():
         return Learned(None, "no value in training rows")
     if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
-        why = "" if derive else _whole_category(name, column)
+        why = "" if derived else _whole_category(name, column)
         found = _categories(name, column, None, why, guess) if why else _numbers(name, column, derive)
     elif is_listed(column):
         found = _categories(name, column, None, "lists", guess, listed=True)
     else:
         separator = _separator(column)
-        found = _categories(name, column, separator, f"separated by {separator}" if separator else "", guess)
+        why = f"separated by {separator}" if separator else "flag" if pd.api.types.is_bool_dtype(column.dtype) else ""
+        found = _categories(name, column, separator, why, guess)
     if found.feature is not None and len(np.unique(encode_column(found.feature, column), axis=0)) < 2:
         return Learned(None, "constant")
     return found

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 #: Columns of training examples that collators read.
-EXAMPLE_COLUMNS = ("history", "session", "sessions", "history_lengths", *FEATURE_COLUMNS)
+EXAMPLE_COLUMNS = ("history", "session", "sessions", "history_lengths", "history_positive", *FEATURE_COLUMNS)
 
 
 def example_sizes(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import DataSettings, data_options
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, DataSettings, data_options
 from onerec_hf.workflows.splitting import about_ties, split_last, split_table
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class InMemoryDataset:
     @property
     def options(self) -> dict[str, Any]:
         options = {each.name: getattr(self.settings, each.name) for each in data_options()}
-        return options if self._schema is None else options | named_features(self._schema)
+        return with_features(options, self._schema)
 
     @cached_property
     def features(self) -> DatasetFeatures | None:
@@ -338,7 +338,7 @@ class ShardedDataset:
         from onerec_hf.data import PositiveFeedback
 
         decided = {each.name: self.folder.settings.get(each.name, each.default) for each in data_options()}
-        return decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}
+        return with_features(decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}, None)
 
     @property
     def item_ids(self) -> np.ndarray:
@@ -401,18 +401,28 @@ class ShardedDataset:
         return _rows(self.train_sequences, self.item_ids)
 
 
-def named_features(schema: FeatureSchema) -> dict[str, list[str] | None]:
+def with_features(options: dict[str, Any], schema: FeatureSchema | None) -> dict[str, Any]:
     """
-    The options that name the columns of a schema.
+    Options of data with the columns of a schema by name; without features none of theirs, so that they are those of earlier versions.
 
     Example:
         >>> from onerec_hf.modeling.features import Feature, FeatureSchema
-        >>> named_features(FeatureSchema(user=(Feature("age", edges=(30.0,)),)))
-        {'user_features': ['age'], 'item_features': None, 'interaction_features': None}
+        >>> schema = FeatureSchema(user=(Feature("age", edges=(30.0,)),))
+        >>> with_features({"stride": 1, "user_features": ["auto"], "item_features": None, "history_feedback": "positive"}, schema)
+        {'stride': 1, 'user_features': ['age']}
     """
+    named = {} if schema is None else named_features(schema)
+    feedback = options.get("history_feedback", "positive")
+    features = {"history_feedback": feedback} if feedback != "positive" else {}
+    features |= {name: columns for name, columns in named.items() if columns}
+    return {name: value for name, value in options.items() if name not in FEATURE_OPTIONS} | features
+
+
+def named_features(schema: FeatureSchema) -> dict[str, list[str]]:
+    """The options that name the columns of a schema."""
     from onerec_hf.data.feature_tables import columns_of
 
-    return {f"{side}_features": columns_of(schema, side) or None for side in ("user", "item", "interaction")}
+    return {f"{side}_features": columns_of(schema, side) for side in ("user", "item", "interaction")}
 
 
 def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:

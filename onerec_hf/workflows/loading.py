@@ -11,7 +11,7 @@ import numpy as np
 from onerec_hf.workflows.data_options import options_to_take, read_data_options, saved_schema, say_differences
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import DataSettings, gather, given_options
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, DataSettings, gather, given_options
 from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts, split_table
 
 if TYPE_CHECKING:
@@ -243,7 +243,6 @@ def _features(
 # A prepared folder has decided these, and holds out each user's last two items.
 _FIXED = ("min_item_interactions", "session_length", "max_history", "stride", "positive")
 _IN_MEMORY = ("ties", "holdout", "validation_start", "test_start", "validation_interactions", "test_interactions")
-_FEATURES = ("users", "user_features", "item_features", "interaction_features", "history_feedback")
 
 
 def _open_shards(
@@ -267,7 +266,7 @@ def _open_shards(
             raise ValueError(
                 f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
             )
-    for name in _FEATURES:
+    for name in ("users", *FEATURE_OPTIONS):
         if getattr(settings, name) != defaults[name]:
             raise ValueError(f"--{name} goes with --interactions: the examples of a prepared folder hold no features")
     if items is None and embeddings is not None:

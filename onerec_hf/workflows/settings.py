@@ -131,6 +131,10 @@ class DataSettings(WindowSettings):
     )
 
 
+#: Options of features, which data without features do not have.
+FEATURE_OPTIONS = ("user_features", "item_features", "interaction_features", "history_feedback")
+
+
 def data_options() -> list[Field]:
     """
     The options of [`DataSettings`] that say what a model is trained on, without paths and samples, which say where and how much.
