@@ -60,7 +60,9 @@ class FeaturesConfig(PreTrainedConfig):
         if self.not_positive is not None:
             place, code = self.not_positive if len(self.not_positive) == 2 else (-1, -1)
             if not (0 <= place < len(self.interaction) and 0 < code < self.interaction[place][1]):  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
-                raise ValueError(f"features: not_positive={self.not_positive} is no place and code of a feature of interactions")
+                raise ValueError(
+                    f"features: not_positive={self.not_positive} is no place and code of a feature of interactions"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"features: dropout={self.dropout} must lie between 0 and 1")
 

@@ -24,8 +24,8 @@ from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
 from .diversity import SessionDiversity
-from .files import find_file, read_json_object
 from .feature_embedding import positive_places
+from .files import find_file, read_json_object
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
 from .layers_onerec import at_places

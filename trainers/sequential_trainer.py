@@ -100,7 +100,9 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
             callbacks=callbacks,
             **kwargs,
         )
-        self._eval_collator = _EvaluationCollator(recommender.items, config.max_history, args.eval_exclude_seen, config.features is not None)
+        self._eval_collator = _EvaluationCollator(
+            recommender.items, config.max_history, args.eval_exclude_seen, config.features is not None
+        )
         self.model_init = model_init
         self.label_smoother = None  # the model smooths, over the scores of all items
 

@@ -69,7 +69,9 @@ def main() -> None:
             started = time.process_time()
             scores, importance = ranked(tables, groups, sides, found, options.rounds)
             values[name] = gains_of(scores, found["test"][0], sides["test"])
-            say(f"{now}/{name}: {values[name]['ndcg@10'].mean():.4f}, {time.process_time() - started:.0f} s; {importance}")
+            say(
+                f"{now}/{name}: {values[name]['ndcg@10'].mean():.4f}, {time.process_time() - started:.0f} s; {importance}"
+            )
         for name, metrics in values.items():
             rows.extend(result_row(f"{now}/{name}/{metric}", of.mean(), "share") for metric, of in metrics.items())
             gain = metrics["ndcg@10"] - values["ids"]["ndcg@10"]
@@ -125,7 +127,9 @@ _SCORERS: dict[str | None, Any] = {}
 def scorer(data, options):
     """Histories to (users, items) scores of a saved OneRec, or of a SASRec that is trained here."""
     if options.model not in _SCORERS:
-        _SCORERS[options.model] = _sasrec(data, options.quick) if options.model is None else _onerec(data, options.model)
+        _SCORERS[options.model] = (
+            _sasrec(data, options.quick) if options.model is None else _onerec(data, options.model)
+        )
     return _SCORERS[options.model]
 
 
@@ -211,7 +215,11 @@ class Log:
         first = np.searchsorted(owners, requests.user_ids)
         key = owners.astype(np.int64) * 10**10 + rows["timestamp"].to_numpy()
         stop = np.searchsorted(key, requests.user_ids.astype(np.int64) * 10**10 + requests.time)
-        return {"first": first, "stop": stop, "time": np.where(stop > first, rows["timestamp"].to_numpy()[stop - 1], requests.time)}
+        return {
+            "first": first,
+            "stop": stop,
+            "time": np.where(stop > first, rows["timestamp"].to_numpy()[stop - 1], requests.time),
+        }
 
     def _ids(self, requests, found, scores, who, item) -> pd.DataFrame:
         positive = self.train[self.train["positive"]]
@@ -294,10 +302,14 @@ class Log:
             np.add.at(liked_tag[user], of_tag[some], good)
             summary[user] = len(some), good.mean(), ratio[first:stop].mean(), tab[stop - 1], good[-1], ratio[stop - 1]
             seen[user * width : (user + 1) * width] = np.isin(item[user * width : (user + 1) * width], some[~good])
-        columns |= dict(zip(("rows", "rate", "watched", "last_tab", "last_positive", "last_watched"), summary[who].T, strict=True))
+        columns |= dict(
+            zip(("rows", "rate", "watched", "last_tab", "last_positive", "last_watched"), summary[who].T, strict=True)
+        )
         columns["skipped"] = seen
         columns["tag_shown_to_user"] = shown_tag[who, of_tag[item]]
-        columns["tag_rate_of_user"] = (liked_tag[who, of_tag[item]] + PRIOR * mean) / (shown_tag[who, of_tag[item]] + PRIOR)
+        columns["tag_rate_of_user"] = (liked_tag[who, of_tag[item]] + PRIOR * mean) / (
+            shown_tag[who, of_tag[item]] + PRIOR
+        )
         return pd.DataFrame(columns)
 
     def _time(self, requests, past, times, now, who, item) -> pd.DataFrame:
@@ -359,7 +371,9 @@ def ranked(tables, groups, sides, found, rounds) -> tuple[np.ndarray, str]:
     """(users, candidates) scores of rankers that were trained on the validation targets of other users, and the features with the largest gain."""
     import lightgbm
 
-    matrices = {side: pd.concat([tables[side]["ids"], *(tables[side][group] for group in groups)], axis=1) for side in tables}
+    matrices = {
+        side: pd.concat([tables[side]["ids"], *(tables[side][group] for group in groups)], axis=1) for side in tables
+    }
     values = {side: matrix.to_numpy(np.float32) for side, matrix in matrices.items()}
     users, width = found["test"].__getitem__(0).shape
     fold = np.random.default_rng(0).permutation(users) % FOLDS

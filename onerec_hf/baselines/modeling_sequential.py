@@ -404,7 +404,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
                 batch = read[start : start + batch_size]
                 inputs = {name: value.to(self.device) for name, value in batch.inputs(self.config.max_history).items()}
                 seen = pad_left([np.concatenate([shut, items if exclude_seen else shut[:0]]) for items in batch.seen])
-                found = self.top_items(k=k, exclude_ids=seen.to(self.device), allowed=allowed, vectors=vectors, **inputs)
+                found = self.top_items(
+                    k=k, exclude_ids=seen.to(self.device), allowed=allowed, vectors=vectors, **inputs
+                )
                 indices, scores = found
                 yield indices.cpu().numpy(), scores.float().cpu().numpy()
         finally:
@@ -464,7 +466,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             allowed[torch.from_numpy(chosen).to(self.device)] = True
         return [
             [(item, float(score)) for item, score in zip(items.ids(best[best >= 0]), scores, strict=False)]
-            for found in self._ranked(ReadHistories(rows), top_k, exclude_seen, batch_size, known(exclude, "exclude"), allowed)
+            for found in self._ranked(
+                ReadHistories(rows), top_k, exclude_seen, batch_size, known(exclude, "exclude"), allowed
+            )
             for best, scores in zip(*found, strict=True)
         ]
 

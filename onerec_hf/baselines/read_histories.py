@@ -58,7 +58,10 @@ class ReadHistories:
             codes = [
                 of_places(np.asarray(user), np.asarray(history), length)
                 for user, history, length in zip(
-                    columns.get("user_features", nothing), columns.get("history_features", nothing), lengths, strict=True
+                    columns.get("user_features", nothing),
+                    columns.get("history_features", nothing),
+                    lengths,
+                    strict=True,
                 )
             ]
         return cls(items, codes, positive)

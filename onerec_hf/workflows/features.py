@@ -75,7 +75,9 @@ def feature_worth(trainer: OneRecTrainer, data: RecommendationDataset, seed: int
     if schema is None:
         return []
     examples = sample(data.validation, WORTH_USERS, seed)
-    say(f"how much {sum(map(len, (schema.user, schema.interaction, schema.item)))} features are worth to {len(examples):,} users")
+    say(
+        f"how much {sum(map(len, (schema.user, schema.interaction, schema.item)))} features are worth to {len(examples):,} users"
+    )
     whole, found = _gains(trainer, examples), []
     for side in ("user", "interaction", "item"):
         slot = 0

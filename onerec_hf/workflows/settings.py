@@ -272,7 +272,8 @@ class ModelSettings:
     )
     feature_dim: int = field(default=32, metadata={"help": "Width of each feature's embedding."})
     feature_dropout: float = field(
-        default=0.0, metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."}
+        default=0.0,
+        metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 

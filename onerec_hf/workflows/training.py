@@ -294,9 +294,7 @@ def _train_on(
         rows.extend(each.row(metric) for each in worth)
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
-        report(
-            trainer, folder, dataset, rows, command, choices, refitted, verdict, panels, record.changes, worth
-        )
+        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels, record.changes, worth)
         finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer, verdict)
