@@ -49,6 +49,7 @@ def write_generator_card(
     training: Training | None = None,
     alignment: Alignment | None = None,
     tokens_per_expert: Any = None,
+    features: Sequence[tuple[str, str, float, float]] = (),
     command: str | None = None,
     note: str = "",
     verdict: str = "",
@@ -71,6 +72,7 @@ def write_generator_card(
         training: `Training.of(trainer)`.
         alignment: `Alignment.of(trainer)`.
         tokens_per_expert: (decoder_layers, num_experts), `OneRecTrainer.tokens_per_expert`.
+        features: what each feature is worth: side, name, NDCG lost without its values, standard error.
         command: the command line of the run.
         note: which model the metrics are of, where it is not the saved one.
         verdict: the model against the baselines, in words.
@@ -123,6 +125,7 @@ def write_generator_card(
         loaded_tokens=None if load is None else int(load[0].sum()) // model.config.num_experts_per_tok,
         plot=EXPERT_LOAD_NAME if load is not None and plot_expert_load(load, folder / EXPERT_LOAD_NAME) else None,
         max_history=processor.max_history,
+        features=features,
         source=source,
         protocol=protocol,
         counts=counts or {},

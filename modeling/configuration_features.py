@@ -19,6 +19,10 @@ class FeaturesConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.0):
             Share of features that are hidden in training, so that a missing one costs less later.
 
+        not_positive (`list`, *optional*):
+            `[place, code]`: the feature of interactions, by its place in `interaction`, whose code says that one was not positive. Its item is read, and
+            neither part of the evidence nor excluded as seen.
+
     Raises:
         ValueError: no feature, names that are not unique, a size below 1, a dropout outside [0, 1).
 
@@ -36,6 +40,7 @@ class FeaturesConfig(PreTrainedConfig):
     item: list | None = None
     dim: int = 32
     dropout: float | int = 0.0
+    not_positive: list | None = None
 
     def __post_init__(self, **kwargs):
         for side in ("user", "interaction", "item"):
@@ -52,8 +57,23 @@ class FeaturesConfig(PreTrainedConfig):
                 raise ValueError(
                     f"features: {name!r:.80} needs at least 1 code and 1 slot; got {codes!r} and {slots!r}"
                 )
+        if self.not_positive is not None:
+            place, code = self.not_positive if len(self.not_positive) == 2 else (-1, -1)
+            if not (0 <= place < len(self.interaction) and 0 < code < self.interaction[place][1]):  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
+                raise ValueError(
+                    f"features: not_positive={self.not_positive} is no place and code of a feature of interactions"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"features: dropout={self.dropout} must lie between 0 and 1")
+
+    @property
+    def not_positive_slot(self) -> tuple[int, int] | None:
+        """Slot of `feature_ids` and code of interactions that are not positive; None where all are."""
+        if self.not_positive is None:
+            return None
+        place, code = self.not_positive
+        before = self.interaction[:place]  # pyright: ignore[reportOptionalSubscript]
+        return self.user_slots + sum(slots for _, _, slots in before), code
 
     @property
     def all(self) -> list[list]:
@@ -67,6 +87,10 @@ class FeaturesConfig(PreTrainedConfig):
     @property
     def user_slots(self) -> int:
         return sum(slots for _, _, slots in self.user)  # pyright: ignore[reportOptionalIterable]
+
+    @property
+    def item_slots(self) -> int:
+        return sum(slots for _, _, slots in self.item)  # pyright: ignore[reportOptionalIterable]
 
 
 __all__ = ["FeaturesConfig"]

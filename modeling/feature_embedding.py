@@ -122,6 +122,12 @@ class FeatureEmbedding(nn.Module):
         return torch.where(outside, UNKNOWN, feature_ids)
 
 
+def positive_places(config, feature_ids: torch.Tensor | None) -> torch.Tensor | bool:
+    """(users, places) bool, places that are not those of interactions that were not positive; True where a model cannot tell them apart."""
+    slot = None if config is None or feature_ids is None else config.not_positive_slot
+    return True if slot is None else feature_ids[..., slot[0]] != slot[1]
+
+
 def with_features(
     embedding: FeatureEmbedding | None, embeddings: torch.Tensor, feature_ids: torch.Tensor | None, stride: int
 ) -> torch.Tensor:
@@ -148,4 +154,4 @@ def with_features(
     return embeddings + F.pad(added.unsqueeze(2), (0, 0, 0, stride - 1)).flatten(1, 2)
 
 
-__all__ = ["FeatureEmbedding", "with_features"]
+__all__ = ["FeatureEmbedding", "positive_places", "with_features"]

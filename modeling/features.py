@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 NOTHING, MISSING, UNKNOWN, FIRST = 0, 1, 2, 3
+#: The feature of interactions that says whether one was positive.
+POSITIVE = "positive"
 #: What a time says: seconds since the user's interaction before it, hour and weekday (UTC).
 DERIVED = ("gap", "hour", "weekday")
 
@@ -205,6 +207,14 @@ class FeatureSchema:
     def static_places(self) -> int:
         """Places before the first item of a history: one where users have features (the report's static pathway), otherwise none."""
         return int(bool(self.user))
+
+    @property
+    def not_positive(self) -> list[int] | None:
+        """Place among the features of interactions, and code, of `positive`, where histories hold other interactions too; None where they hold none."""
+        for place, feature in enumerate(self.interaction):
+            if feature.name == POSITIVE and feature.values is not None and "0" in feature.values:
+                return [place, FIRST + feature.values.index("0")]
+        return None
 
     def config(self) -> dict[str, list]:
         """What [`FeaturesConfig`] takes: `[name, codes, slots]` of each feature."""

@@ -24,6 +24,7 @@ from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
 from .diversity import SessionDiversity
+from .feature_embedding import positive_places
 from .files import find_file, read_json_object
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
@@ -167,12 +168,17 @@ class OneRecGenerationMixin(GenerationMixin):
         self.config.catalogue_hash = catalogue.hash
         self.catalogue = catalogue
 
-    def history_indices(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Item indices of encoder inputs `SEP a b c ...`: (users, t) tokens to (users, t / (levels + 1)) indices, -1 for padding."""
+    def history_indices(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Item indices of encoder inputs `SEP a b c ...`: (users, t) tokens to (users, t / (levels + 1)) indices, -1 for padding, and by `feature_ids` for
+        interactions that were not positive.
+        """
         items = input_ids.view(len(input_ids), -1, self.config.tokens_per_item)[..., 1:]
-        return self.catalogue.indices_of_codes(
+        found = self.catalogue.indices_of_codes(
             items - torch.tensor(self.config.level_offsets, device=input_ids.device)
         )
+        positive = positive_places(self.config.features, feature_ids)
+        return found if positive is True else torch.where(positive.to(found.device), found, -1)
 
     def generate(
         self,
@@ -209,7 +215,8 @@ class OneRecGenerationMixin(GenerationMixin):
             constraint, item_scores = self._constraint(exclude, allow, distinct), None
             if weight := self._item_score_weight(item_score_weight, generation_config):
                 history, mask, input_ids = self._encoded(inputs, kwargs)
-                item_scores = self._item_scores(history, mask, constraint.trie, weight, input_ids)
+                features = kwargs.get("feature_ids")
+                item_scores = self._item_scores(history, mask, constraint.trie, weight, input_ids, features)
             one_item = self._generates_one_item(kwargs, generation_config)
             decoder_weight = self._decoder_weight(decoder_weight, weight, one_item, generation_config)
             logits_processor = LogitsProcessorList(logits_processor or [])
@@ -386,7 +393,7 @@ class OneRecGenerationMixin(GenerationMixin):
             raise ValueError(f'unknown must be "error" or "skip"; got {unknown!r:.80}')
         excluded = [] if exclude is None else [self._rows_per_user(exclude, "exclude", len(input_ids), unknown)]
         if exclude_seen:
-            excluded.append(self.history_indices(input_ids))
+            excluded.append(self.history_indices(input_ids, feature_ids))
         constraint = self._constraint(
             torch.cat(excluded, dim=1) if excluded else None,
             None if allow is None else self._rows_per_user(allow, "allow", len(input_ids), unknown),
@@ -399,7 +406,9 @@ class OneRecGenerationMixin(GenerationMixin):
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
             if weight := self._item_score_weight(item_score_weight):
-                item_scores = self._item_scores(history, attention_mask, constraint.trie, weight, input_ids)
+                item_scores = self._item_scores(
+                    history, attention_mask, constraint.trie, weight, input_ids, feature_ids
+                )
             decoder_weight = self._decoder_weight(decoder_weight, weight, session_length == 1)
             diverse = None
             if diversity and min(num_return_sequences, session_length) > 1:  # single items are all different
@@ -544,11 +553,13 @@ class OneRecGenerationMixin(GenerationMixin):
             )
         return weight
 
-    def _item_scores(self, history, attention_mask, trie, weight: float, input_ids=None) -> ItemScores:
-        """Of encoder states and their mask; evidence reads the histories' tokens too."""
+    def _item_scores(
+        self, history, attention_mask, trie, weight: float, input_ids=None, feature_ids=None
+    ) -> ItemScores:
+        """Of encoder states and their mask; evidence reads the histories' tokens too, of positive interactions."""
         head, rows = self.get_encoder().item_head, None
         if head.evidence is not None and input_ids is not None:
-            rows = head.history_rows(input_ids)
+            rows = head.history_rows(input_ids) * positive_places(self.config.features, feature_ids)
         return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight, rows)
 
     def item_scorer(self, trie) -> ItemScorer:

@@ -167,7 +167,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [*EXAMPLE_COLUMNS, "examples"]
+            self._signature_columns = [*EXAMPLE_COLUMNS, "history_positive", "examples"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

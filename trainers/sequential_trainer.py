@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,17 @@ from onerec_hf.baselines.evidence import add_evidence
 from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDataset, pad_left
+from onerec_hf.baselines.read_histories import ReadHistories, of_places
+from onerec_hf.data.sequences import UserSequences
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
 from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
+
+if TYPE_CHECKING:
+    from onerec_hf.data.feature_tables import DatasetFeatures
 
 
 class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Trainer):
@@ -39,7 +44,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
     Args:
         model: a `SequentialRecommender` with its item ids, or a path or Hub id of one.
         args: [`SequentialTrainingArguments`].
-        train_dataset: sequences of item ids in time order, one per user ([`~onerec_hf.data.UserSequences`], or lists).
+        train_dataset: sequences of item ids in time order, one per user ([`~onerec_hf.data.UserSequences`], which may have features, or lists).
         eval_dataset: examples with the columns `history` and `session` (item ids), as [`~onerec_hf.data.leave_one_out`] makes them.
 
     Raises:
@@ -89,19 +94,24 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
             data_collator=NextItemCollator(with_seen=config.loss == "bce"),
             train_dataset=None
             if train_dataset is None
-            else _indexed(train_dataset, recommender.items, config.max_history),
+            else _indexed(train_dataset, recommender.items, config.max_history, config.features is not None),
             eval_dataset=eval_dataset,
             compute_metrics=self.compute_ranking_metrics,
             callbacks=callbacks,
             **kwargs,
         )
-        self._eval_collator = _EvaluationCollator(recommender.items, config.max_history, args.eval_exclude_seen)
+        self._eval_collator = _EvaluationCollator(
+            recommender.items, config.max_history, args.eval_exclude_seen, config.features is not None
+        )
         self.model_init = model_init
         self.label_smoother = None  # the model smooths, over the scores of all items
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["history", "session", "inputs", "targets", "sequence"]
+            self._signature_columns = [
+                *("history", "session", "inputs", "targets", "sequence", "codes"),
+                *("history_features", "history_positive", "user_features"),
+            ]
 
     def _ranked_items(self):
         recommender: Any = self.accelerator.unwrap_model(self.model)
@@ -137,8 +147,9 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
         """No loss; ranked item indices (users, largest k) and target indices (users, items), -1 where there is none."""
         inputs = self._prepare_inputs(inputs)
         recommender: Any = self.accelerator.unwrap_model(self.model)
-        ranked, _ = recommender.top_items(inputs["input_ids"], max(self.args.eval_top_k), inputs.get("exclude_ids"))
-        return None, ranked, inputs.get("labels")
+        labels = inputs.pop("labels", None)
+        ranked, _ = recommender.top_items(k=max(self.args.eval_top_k), **inputs)
+        return None, ranked, labels
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Recall, NDCG, MRR and coverage at each `args.eval_top_k`, from ranked and target indices; with `unranked_users` where there are any."""
@@ -155,20 +166,37 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
 class _EvaluationCollator:
     """Examples of histories and sessions to input ids, ids to leave out, and target indices."""
 
-    def __init__(self, items: ItemIndex, max_history: int, exclude_seen: bool):
-        self.items, self.max_history, self.exclude_seen = items, max_history, exclude_seen
+    def __init__(self, items: ItemIndex, max_history: int, exclude_seen: bool, with_features: bool):
+        self.items, self.max_history = items, max_history
+        self.exclude_seen, self.with_features = exclude_seen, with_features
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        histories = [self.items.indices(example["history"]) for example in examples]
-        batch = {"input_ids": pad_left(histories, self.max_history)}
+        columns = {name: [example[name] for example in examples] for name in examples[0]}
+        read = ReadHistories.of_examples(columns, self.items, self.with_features)
+        batch = read.inputs(self.max_history)
         if "session" in examples[0]:  # predict() needs none
             batch["labels"] = pad_left([self.items.indices(example["session"]) for example in examples]) - 1
         if self.exclude_seen:
-            batch["exclude_ids"] = pad_left(histories)
+            batch["exclude_ids"] = pad_left(read.seen)
         return batch
 
 
-def _indexed(sequences: Iterable[Sequence], items: ItemIndex, max_history: int) -> NextItemDataset:
+def _indexed(
+    sequences: Iterable[Sequence], items: ItemIndex, max_history: int, with_features: bool
+) -> NextItemDataset:
+    if isinstance(sequences, UserSequences) and sequences.events is not None:
+        read = sequences.histories
+        cuts = read.offsets[1:-1]
+        rows = np.split(_rows("train_dataset", read.item_ids, items), cuts)
+        positive = None if read.positive is None else np.split(read.positive, cuts)
+        nothing = np.zeros((len(read.item_ids), 0), np.int32)
+        of_places_only = read.codes is None and read.users is None
+        codes = None
+        if with_features and not of_places_only:
+            of_history = np.split(nothing if read.codes is None else read.codes, cuts)
+            users = np.zeros((len(rows), 0), np.int32) if read.users is None else read.users
+            codes = [of_places(user, some, len(some)) for user, some in zip(users, of_history, strict=True)]
+        return NextItemDataset(rows, max_history, codes, positive)
     arrays = [np.asarray(sequence) for sequence in sequences]
     lengths = [len(array) for array in arrays]
     flat = np.concatenate(arrays) if sum(lengths) else np.empty(0, dtype=np.int64)
@@ -210,6 +238,7 @@ def fit_sequential(
     *,
     item_ids: Iterable | None = None,
     features: np.ndarray | None = None,
+    coded: DatasetFeatures | None = None,
     evidence: bool = False,
     output_dir: str | None = None,
     callbacks: Sequence = (),
@@ -223,6 +252,7 @@ def fit_sequential(
         validation: examples that select the checkpoint; see [`SequentialTrainer`]. Without it, the last weights are kept.
         item_ids: the catalogue; the items of the sequences and of `validation` when not given.
         features: (N, d) one row per item of `item_ids`.
+        coded: features whose codes are in `train_sequences` and `validation` ([`~onerec_hf.data.DatasetFeatures`]); items in the order of `item_ids`.
         evidence: add evidence about pairs of items after the training ([`~onerec_hf.baselines.add_evidence`]): counts of `train_sequences`,
             cosines of `features`, weights fitted on `validation`.
         output_dir: where checkpoints, the model and its card are written; nothing is kept on disk when not given.
@@ -241,11 +271,12 @@ def fit_sequential(
     """
     sequences = [np.asarray(sequence) for sequence in train_sequences]
     if item_ids is None:
-        if features is not None:
-            raise ValueError("features needs item_ids: the item of each row")
+        if features is not None or coded is not None:
+            raise ValueError("features need item_ids: the item of each row")
         held_out = [] if validation is None else [*validation["history"], *validation["session"]]
         item_ids = np.unique(np.concatenate([*sequences, *map(np.asarray, held_out)])).tolist()
-    names = {field.name for field in dataclasses.fields(SequentialConfig)} - {"evidence", "content_dim"}
+    names = {field.name for field in dataclasses.fields(SequentialConfig)} - {"evidence", "content_dim", "features"}
+    names |= {"feature_dim", "feature_dropout"}
     config = {name: settings.pop(name) for name in list(settings) if name in names}
     with tempfile.TemporaryDirectory() as scratch:
         args = SequentialTrainingArguments(
@@ -259,8 +290,9 @@ def fit_sequential(
             }
         )
         torch.manual_seed(args.seed)
-        model = SequentialRecommender.from_items(item_ids, features, **config)
-        trainer = SequentialTrainer(model, args, sequences, validation, callbacks=list(callbacks))
+        model = SequentialRecommender.from_items(item_ids, features, coded, **config)
+        read = train_sequences if isinstance(train_sequences, UserSequences) else sequences
+        trainer = SequentialTrainer(model, args, read, validation, callbacks=list(callbacks))
         if not output_dir:
             trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from onerec_hf.modeling.configuration_features import FeaturesConfig
 from onerec_hf.modeling.hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
@@ -39,6 +40,10 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             negative per target (SASRec, equation 6).
         item_feature_dim (`int`, defaults to 0):
             Width of the fixed item features (such as text embeddings), in addition to the learned item embeddings; 0 for none.
+        features (`FeaturesConfig` or `dict`, *optional*):
+            Features of users, interactions and items ([`~onerec_hf.FeaturesConfig`]) whose embeddings are added to those of the history's items; none when not given.
+        score_features (`bool`, defaults to `False`):
+            Add the embeddings of an item's features to the vector that it is scored by, too.
         evidence (`bool`, defaults to `False`):
             Adds evidence about pairs of items to the scores ([`~onerec_hf.baselines.add_evidence`] sets it).
         neighbours (`int`, defaults to 50):
@@ -58,6 +63,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     """
 
     model_type = "onerec_baseline"
+    sub_configs = {"features": FeaturesConfig}
 
     architecture: str = "sasrec"
     num_items: int = 1
@@ -70,6 +76,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     scale_embeddings: bool | None = None
     loss: str = "ce"
     item_feature_dim: int = 0
+    features: FeaturesConfig | dict | None = None
+    score_features: bool = False
     evidence: bool = False
     neighbours: int = 50
     content_dim: int = 0
@@ -86,6 +94,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             self.intermediate_size = (2 if recurrent else 4) * self.hidden_size
         if self.scale_embeddings is None:
             self.scale_embeddings = not recurrent
+        if isinstance(self.features, dict):
+            self.features = FeaturesConfig(**self.features)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -98,6 +108,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history neighbours",
             layers="num_hidden_layers",
         )
+        if self.score_features and not (self.features and self.features.item_slots):
+            raise ValueError("score_features=True needs features of items")
         widths = {"item_feature_dim": 2**31, "content_dim": 2**31, "item_id_bytes": 2**20}
         for name, most in widths.items():
             if not 0 <= (getattr(self, name) or 0) < most:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +20,15 @@ from transformers.utils.generic import ModelOutput
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
 from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.next_items import IGNORED, draw_negatives, pad_left
+from onerec_hf.baselines.read_histories import ReadHistories
 from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
+from onerec_hf.modeling.feature_embedding import FeatureEmbedding
+from onerec_hf.modeling.features import MISSING
 from onerec_hf.modeling.hub import HubModel, check_complete
 from onerec_hf.modeling.item_evidence import ItemEvidence
+
+if TYPE_CHECKING:
+    from onerec_hf.data.feature_tables import DatasetFeatures
 
 
 @dataclass
@@ -58,6 +65,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     item_embedding: nn.Embedding
     item_keys: torch.Tensor | None
     item_features: torch.Tensor | None
+    item_codes: torch.Tensor | None
     content: torch.Tensor | None
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -72,6 +80,10 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         self.item_embedding = nn.Embedding(config.num_items + 1, width, padding_idx=0)
         self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, features)) if features else None
         self.feature_proj = nn.Linear(features, width, bias=False) if features else None
+        self.features = FeatureEmbedding(config) if config.features is not None else None
+        codes = config.features.item_slots if config.features is not None else 0
+        # Of input ids; without the values of an item they are missing ones, which begin at zero.
+        self.item_codes = nn.Buffer(torch.zeros(config.num_items + 1, codes, dtype=torch.int32)) if codes else None
         self.encoder = ENCODERS[config.architecture](config)
         # Set by `add_evidence`, after training.
         self.evidence = ItemEvidence(config.num_items, config.neighbours) if config.evidence else None
@@ -94,24 +106,42 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HSTULayer):
             init.zeros_(module.distance_bias)
+        elif isinstance(module, FeatureEmbedding):
+            module.initialize(self.config.initializer_range)
 
     @classmethod
-    def from_items(cls, item_ids: Iterable, features: np.ndarray | None = None, **config) -> SequentialRecommender:
+    def from_items(
+        cls,
+        item_ids: Iterable,
+        features: np.ndarray | None = None,
+        coded: DatasetFeatures | None = None,
+        feature_dim: int = 32,
+        feature_dropout: float = 0.0,
+        **config,
+    ) -> SequentialRecommender:
         """
         A new model for these items.
 
         Args:
             item_ids: N distinct integers or strings.
             features: (N, d) finite floats, one row per item, such as text embeddings.
-            config: settings of [`SequentialConfig`], without `num_items` and `item_feature_dim`.
+            coded: features of users, interactions and items that it reads ([`~onerec_hf.data.DatasetFeatures`], items in the order of `item_ids`).
+            feature_dim, feature_dropout: of their embeddings ([`~onerec_hf.FeaturesConfig`]).
+            config: settings of [`SequentialConfig`], without `num_items`, `item_feature_dim` and `features`.
 
         Raises:
-            ValueError, TypeError: as `set_items`.
+            ValueError, TypeError: as `set_items`; features of other items.
         """
         items = item_ids if isinstance(item_ids, ItemIndex) else ItemIndex(item_ids)
         width = 0 if features is None else np.shape(features)[-1]
+        if coded is not None:
+            config["features"] = {**coded.schema.config(), "dim": feature_dim, "dropout": feature_dropout}
         model = cls(SequentialConfig(num_items=len(items), item_feature_dim=width, **config))
         model.set_items(items, features)
+        if coded is not None and model.item_codes is not None:
+            if len(coded.items) != len(items):
+                raise ValueError(f"coded has features of {len(coded.items)} items, and item_ids has {len(items)} ids")
+            model.item_codes[1:] = torch.from_numpy(coded.items)
         return model
 
     @classmethod
@@ -193,18 +223,36 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     def item_vectors(self) -> torch.Tensor:
         """(num_items, hidden_size) vectors by which items are read and scored."""
         vectors = self.item_embedding.weight[1:]
-        if self.feature_proj is None or self.item_features is None:
-            return vectors
-        return vectors + self.feature_proj(self.item_features[1:].to(vectors.dtype))
+        if self.feature_proj is not None and self.item_features is not None:
+            vectors = vectors + self.feature_proj(self.item_features[1:].to(vectors.dtype))
+        if self.config.score_features and self.features is not None and self.item_codes is not None:
+            others = self.config.features.slots - self.item_codes.shape[1]
+            codes = F.pad(self.item_codes[1:].long(), (others, 0))
+            vectors = vectors + self.features(codes.unsqueeze(1)).squeeze(1)
+        return vectors
 
-    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _of_features(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None) -> torch.Tensor | float:
+        """(users, t, hidden_size) that features add to the items of histories."""
+        if self.features is None:
+            if feature_ids is not None:
+                raise ValueError("this model has no features: leave feature_ids out")
+            return 0.0
+        if feature_ids is None:
+            slots = self.config.features.slots - (0 if self.item_codes is None else self.item_codes.shape[1])
+            feature_ids = (input_ids != 0).long().unsqueeze(-1).expand(-1, -1, slots) * MISSING
+        if self.item_codes is not None:
+            feature_ids = torch.cat([feature_ids, self.item_codes[input_ids].long()], dim=-1)
+        return self.features(feature_ids)
+
+    def encode(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None = None) -> torch.Tensor:
         """(users, t) input ids to (users, t, hidden_size) states; a state depends on its position and those before it."""
         if input_ids.shape[1] > self.config.max_history:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} positions and max_history is {self.config.max_history}. Cut histories to the latest items"
             )
         scale = self.config.hidden_size**0.5 if self.config.scale_embeddings else 1.0
-        return self.encoder(scale * self.embed(input_ids), input_ids != 0)
+        embedded = self.embed(input_ids) + self._of_features(input_ids, feature_ids)
+        return self.encoder(scale * embedded, input_ids != 0)
 
     def forward(
         self,
@@ -212,6 +260,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         labels: torch.LongTensor | None = None,
         seen_ids: torch.LongTensor | None = None,
         label_smoothing: float = 0.0,
+        feature_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequentialOutput:
         r"""
@@ -223,8 +272,11 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             For `loss="bce"`, items that are never drawn as negatives; those of `input_ids` and `labels` when not given.
         label_smoothing (`float`, *optional*):
             Share of a target's probability that `loss="ce"` spreads over all items.
+        feature_ids (`torch.LongTensor` of shape `(users, t, slots)`, *optional*):
+            With `config.features`: codes of the user and of the interaction at each item, 0 at padding; those of items are the model's. Without
+            them the values are missing.
         """
-        states = self.encode(input_ids)
+        states = self.encode(input_ids, feature_ids)
         if labels is None:
             return SequentialOutput(logits=self._scores(states, input_ids), last_hidden_state=states)
         real = labels != IGNORED
@@ -255,6 +307,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         exclude_ids: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
         vectors: torch.Tensor | None = None,
+        feature_ids: torch.Tensor | None = None,
+        positive_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The k best next items among all of the catalogue.
@@ -264,6 +318,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             exclude_ids: (users, e) input ids to leave out, padded with 0.
             allowed: (num_items,) bool, False for items to leave out for all users.
             vectors: `item_vectors()`, precomputed for many batches.
+            feature_ids: as for `forward`.
+            positive_ids: (users, p) input ids of the positive interactions, padded with 0: what evidence is about; `input_ids` when not given.
 
         Returns:
             (users, k) item indices, best first, -1 where fewer than k items remain, and their scores.
@@ -274,7 +330,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             legal[:, 1:] &= allowed
         if exclude_ids is not None:
             legal.scatter_(1, exclude_ids, False)
-        scores = self._scores(self.encode(input_ids), input_ids, vectors, legal[:, 1:])
+        states = self.encode(input_ids, feature_ids)
+        scores = self._scores(states, input_ids if positive_ids is None else positive_ids, vectors, legal[:, 1:])
         values, ids = F.pad(scores, (1, 0)).masked_fill_(~legal, -torch.inf).topk(min(k, self.config.num_items))
         indices = (ids - 1).masked_fill(values == -torch.inf, -1)
         more = k - indices.shape[1]
@@ -304,16 +361,33 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         Raises:
             ValueError: k < 1, an empty history, or an index outside the catalogue.
         """
+        read = ReadHistories(list(histories))
         allowed = None if active is None else torch.from_numpy(np.array(active)).to(self.device)
-        found = [indices for indices, _ in self._ranked(histories, k, exclude_seen, batch_size, allowed=allowed)]
+        found = [indices for indices, _ in self._ranked(read, k, exclude_seen, batch_size, allowed=allowed)]
+        return np.concatenate([np.empty((0, k), dtype=np.int64), *found])
+
+    def rank_examples(
+        self, examples, k: int, exclude_seen: bool = True, batch_size: int = 256, active: np.ndarray | None = None
+    ) -> np.ndarray:
+        """
+        `rank` for examples ([`~onerec_hf.data.leave_one_out`]), with the features in their columns. Only positive interactions of a history are left out.
+
+        Raises:
+            ValueError: as `rank`; a model without item ids. KeyError: unknown items.
+        """
+        if self.items is None:
+            raise ValueError("this model has no item ids: call set_items(item_ids)")
+        read = ReadHistories.of_examples(examples, self.items, self.features is not None)
+        allowed = None if active is None else torch.from_numpy(np.array(active)).to(self.device)
+        found = [indices for indices, _ in self._ranked(read, k, exclude_seen, batch_size, allowed=allowed)]
         return np.concatenate([np.empty((0, k), dtype=np.int64), *found])
 
     @torch.no_grad()
-    def _ranked(self, histories, k: int, exclude_seen: bool, batch_size: int, excluded=(), allowed=None):
+    def _ranked(self, read: ReadHistories, k: int, exclude_seen: bool, batch_size: int, excluded=(), allowed=None):
         """Indices and scores, batch by batch."""
         if k < 1:
             raise ValueError(f"top_k must be at least 1; got {k}")
-        for number, history in enumerate(histories):
+        for number, history in enumerate(read.items):
             if not len(history):
                 raise ValueError(
                     f"histories[{number}] holds no item of the model's catalogue; leave it out, or rank it by PopularityBaseline"
@@ -326,11 +400,14 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         self.eval()
         try:
             vectors = self.item_vectors()
-            for start in range(0, len(histories), batch_size):
-                batch = histories[start : start + batch_size]
-                inputs = pad_left(batch, self.config.max_history).to(self.device)
-                seen = pad_left([np.concatenate([shut, items if exclude_seen else shut[:0]]) for items in batch])
-                indices, scores = self.top_items(inputs, k, seen.to(self.device), allowed, vectors)
+            for start in range(0, len(read.items), batch_size):
+                batch = read[start : start + batch_size]
+                inputs = {name: value.to(self.device) for name, value in batch.inputs(self.config.max_history).items()}
+                seen = pad_left([np.concatenate([shut, items if exclude_seen else shut[:0]]) for items in batch.seen])
+                found = self.top_items(
+                    k=k, exclude_ids=seen.to(self.device), allowed=allowed, vectors=vectors, **inputs
+                )
+                indices, scores = found
                 yield indices.cpu().numpy(), scores.float().cpu().numpy()
         finally:
             self.train(training)
@@ -389,7 +466,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             allowed[torch.from_numpy(chosen).to(self.device)] = True
         return [
             [(item, float(score)) for item, score in zip(items.ids(best[best >= 0]), scores, strict=False)]
-            for found in self._ranked(rows, top_k, exclude_seen, batch_size, known(exclude, "exclude"), allowed)
+            for found in self._ranked(
+                ReadHistories(rows), top_k, exclude_seen, batch_size, known(exclude, "exclude"), allowed
+            )
             for best, scores in zip(*found, strict=True)
         ]
 

@@ -45,6 +45,8 @@ class NextItemDataset(Dataset):
     Args:
         sequences: per user the item indices in time order. Users with fewer than two items have no target and are left out.
         max_history: items of a piece; the model's.
+        codes: per user (items, slots) codes of the user and of each interaction.
+        positive: per user (items,) bool: the others are no targets.
 
     Raises:
         ValueError: no sequence has two items.
@@ -55,13 +57,26 @@ class NextItemDataset(Dataset):
         (1, [1, 2])
     """
 
-    def __init__(self, sequences: Iterable[np.ndarray], max_history: int):
-        self._rows = [
-            {"inputs": inputs, "targets": targets, "sequence": sequence}
-            for sequence in sequences
-            if len(sequence) > 1
-            for inputs, targets in pieces(np.asarray(sequence), max_history)
-        ]
+    def __init__(
+        self,
+        sequences: Iterable[np.ndarray],
+        max_history: int,
+        codes: Sequence[np.ndarray] | None = None,
+        positive: Sequence[np.ndarray] | None = None,
+    ):
+        self._rows = []
+        for user, sequence in enumerate(sequences):
+            if len(sequence) < 2:
+                continue
+            sequence = np.asarray(sequence)
+            known = sequence if positive is None else np.where(positive[user], sequence, -1)
+            places = pieces(np.arange(len(sequence)), max_history)
+            for inputs, targets in places:
+                row = {"inputs": sequence[inputs], "targets": np.where(targets < 0, -1, known[targets])}
+                if not (row["targets"] >= 0).any():
+                    continue
+                row["sequence"] = sequence if positive is None else sequence[positive[user]]
+                self._rows.append(row if codes is None else row | {"codes": codes[user][inputs]})
         if not self._rows:
             raise ValueError("no training sequence has two items: there is no next item to train on")
 
@@ -74,7 +89,8 @@ class NextItemDataset(Dataset):
 
 class NextItemCollator:
     """
-    Rows of a [`NextItemDataset`] to the inputs of [`SequentialRecommender`]: `input_ids` and `labels`, (rows, t), padded on the left.
+    Rows of a [`NextItemDataset`] to the inputs of [`SequentialRecommender`]: `input_ids` and `labels`, (rows, t), with codes `feature_ids`, padded on
+    the left.
 
     Args:
         with_seen: also `seen_ids`, (rows, longest): all items of each row's user, which are never drawn as negatives.
@@ -96,6 +112,8 @@ class NextItemCollator:
         }
         if self.with_seen:
             batch["seen_ids"] = pad_left([row["sequence"] for row in rows])
+        if "codes" in rows[0]:
+            batch["feature_ids"] = pad_codes([row["codes"] for row in rows], batch["input_ids"].shape[1])
         return batch
 
 
@@ -114,6 +132,21 @@ def pad_left(rows: Sequence[np.ndarray], longest: int | None = None) -> torch.Te
         latest = np.asarray(items)[-width:] + 1
         row[width - len(latest) :] = latest
     return torch.from_numpy(ids)
+
+
+def pad_codes(rows: Sequence[np.ndarray], width: int) -> torch.Tensor:
+    """
+    (rows, width, slots) int64 codes, padded with 0 on the left, cut to the latest `width`.
+
+    Example:
+        >>> pad_codes([np.array([[3, 4], [3, 5]]), np.array([[6, 7]])], width=2).tolist()
+        [[[3, 4], [3, 5]], [[0, 0], [6, 7]]]
+    """
+    codes = np.zeros((len(rows), width, rows[0].shape[1] if len(rows) else 0), dtype=np.int64)
+    for row, some in zip(codes, rows, strict=True):
+        latest = some[-width:]
+        row[width - len(latest) :] = latest
+    return torch.from_numpy(codes)
 
 
 def draw_negatives(seen_ids: torch.Tensor, rows: torch.Tensor, num_items: int) -> torch.Tensor:

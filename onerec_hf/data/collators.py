@@ -62,7 +62,7 @@ class OneRecDataCollator:
             missing = self.session_items * width - 1 - batch["labels"].shape[1]
             batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
         if self.with_seen:
-            batch["exclude"] = self._seen([_positive_items(example) for example in examples])
+            batch["exclude"] = self._seen([positive_items(example) for example in examples])
         return batch
 
     def _seen(self, histories) -> torch.Tensor:
@@ -75,7 +75,7 @@ class OneRecDataCollator:
         return torch.from_numpy(seen)
 
 
-def _positive_items(example: dict[str, Any]) -> list:
+def positive_items(example: dict[str, Any]) -> list:
     """The items that the user has had: the history without interactions that are not positive."""
     flags = example.get("history_positive")
     return example["history"] if flags is None else list(compress(example["history"], flags))

@@ -247,37 +247,42 @@ def report(
     recorded_in(folder, trainer.model, trainer.processing_class)
 
 
-def session_reward(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> float:
-    """Mean over users of the sum of the rewards of the session that the model recommends; ranks share the users."""
+def session_reward(model, processor: OneRecProcessor, examples: list[dict[str, Any]], rewards: list) -> float:
+    """Mean over users of the sum of the rewards of the session that the model recommends; ranks share the users. Reward models read positive histories."""
     ranks = all_ranks()
-    mine = histories if ranks is None else histories[ranks.share(len(histories))]
+    mine = examples if ranks is None else examples[ranks.share(len(examples))]
     worth = _session_rewards(model, processor, mine, rewards)
     parts = [worth] if ranks is None else ranks.gather_objects(worth)
     return float(np.concatenate(parts).mean())
 
 
-def _session_rewards(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> np.ndarray:
+def _session_rewards(model, processor: OneRecProcessor, examples: list[dict[str, Any]], rewards: list) -> np.ndarray:
     """(users,) float64."""
+    from onerec_hf.data.collators import feature_columns, positive_items
+
+    sessions, seen = [], [positive_items(example) for example in examples]
     with model.eval().packed_experts():
-        parts = [
-            processor.batch_decode(model.recommend(**processor(some), num_beams=10, exclude=some))
-            for some in (histories[start : start + 64] for start in range(0, len(histories), 64))
-        ]
-    sessions = [session for part in parts for session in part]
-    return np.sum([reward.reward(histories, sessions) for reward in rewards], axis=0) if histories else np.zeros(0)
+        for start in range(0, len(examples), 64):
+            some = examples[start : start + 64]
+            inputs = processor([example["history"] for example in some], **feature_columns(processor, some))
+            found = model.recommend(**inputs, num_beams=10, exclude=seen[start : start + 64])
+            sessions += processor.batch_decode(found)
+    return np.sum([reward.reward(seen, sessions) for reward in rewards], axis=0) if examples else np.zeros(0)
 
 
 def reward_rows(
     model, processor: OneRecProcessor, judges: dict[str, list], data: RecommendationDataset, when: str
 ) -> list[dict[str, Any]]:
     """Result rows `NAME/before` or `NAME/after`: the mean reward of sessions for test users, without those who have too few items left for one."""
+    from onerec_hf.data.collators import positive_items
+
     catalogue, length = catalogue_of(processor), model.config.session_length
-    histories = [
-        history
-        for history in data.test[:REWARDED_USERS]["history"]
-        if catalogue.num_left(catalogue.indices(history)) >= length
+    examples = [
+        example
+        for example in data.test.select(range(min(REWARDED_USERS, len(data.test)))).to_list()
+        if catalogue.num_left(catalogue.indices(positive_items(example))) >= length
     ]
     return [
-        result_row(f"{name}/{when}", session_reward(model, processor, histories, rewards), "reward")
+        result_row(f"{name}/{when}", session_reward(model, processor, examples, rewards), "reward")
         for name, rewards in judges.items()
     ]

@@ -276,7 +276,7 @@ def new_model(
 
     assert processor.catalogue is not None
     catalogue, width = processor.catalogue, 0 if content is None else content.shape[1]
-    config = settings.config(catalogue.codebook_sizes, session_length, len(catalogue), width)
+    config = settings.config(catalogue.codebook_sizes, session_length, len(catalogue), width, processor.features)
     model = OneRecForConditionalGeneration._from_config(config, attn_implementation=settings.attn_implementation)
     model.set_catalogue(catalogue)
     if content is not None:

@@ -61,7 +61,7 @@ class Statistics:
         accelerator: whether training runs on one.
         memory: bytes of the accelerator, or of this machine.
         in_memory: whether the training examples can still be cut otherwise.
-        lengths: (users,) training interactions; None for a prepared folder.
+        lengths: (users,) training interactions that histories hold; None for a prepared folder.
     """
 
     users: int
@@ -97,12 +97,13 @@ class Statistics:
             return cls(**found, in_memory=False)
         rows = data.train_rows()
         lengths, flat = np.array([len(row) for row in rows]), np.concatenate(rows)
+        read = np.diff(data.train_sequences.histories.offsets)  # with the interactions that are no targets
         pairs = np.unique(np.repeat(np.arange(len(rows)), lengths) * len(data.item_ids) + flat)
         return cls(
             **found,
             per_item=_spread(np.bincount(flat, minlength=len(data.item_ids))),
-            per_user=_spread(lengths),
-            lengths=lengths,
+            per_user=_spread(read),
+            lengths=read,
             repeats=float((len(flat) - len(pairs)) / max(1, len(flat) - len(rows))),
             **_ties(data),
         )

@@ -94,6 +94,7 @@ def candidate_features(
     import torch
 
     from onerec_hf.data import OneRecDataCollator
+    from onerec_hf.modeling.feature_embedding import positive_places
     from onerec_hf.modeling.item_head import history_states
     from onerec_hf.modeling.layers_onerec import at_places
 
@@ -109,13 +110,14 @@ def candidate_features(
             some = examples.select(range(start, min(start + batch_size, len(examples))))
             batch = {key: value.to(model.device) for key, value in collator(some.to_list()).items()}
             mask = at_places(batch["attention_mask"], model.config.encoder_stride)
-            states = encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+            features = batch.get("feature_ids")
+            states = encoder(batch["input_ids"], batch["attention_mask"], feature_ids=features).last_hidden_state
             scores = (history_states(states, mask) @ vectors.T).float()
             excluded = None
             if exclude_seen:
                 seen = batch["exclude"]
                 excluded = torch.where(seen < 0, 0, head_rows[seen.clamp(min=0)])
-            history = head.history_rows(batch["input_ids"])
+            history = head.history_rows(batch["input_ids"]) * positive_places(model.config.features, features)
             features, rows = head.evidence.features(scores, history, head.content, excluded)
             parts.append((features, rows, head.rows(batch["labels"][:, :levels])))
     model.train(training)

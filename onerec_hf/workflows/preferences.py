@@ -30,6 +30,7 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
     """
     from datasets import Dataset
 
+    from onerec_hf.data.collators import FEATURE_COLUMNS
     from onerec_hf.data.tables import load_table
 
     where, wanted = f"--preferences {path}", ["history", "chosen", "rejected"]
@@ -57,6 +58,8 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
         raise ValueError(
             f"{where}: {unknown} of {len(items)} items are not in the model's catalogue; leave these rows out"
         )
+    if processor.features is not None:  # a file of pairs has none: their values are missing
+        columns |= {name: [None] * len(table) for name in FEATURE_COLUMNS}
     return Dataset.from_dict(columns)
 
 

@@ -83,12 +83,12 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
         aligned.train()
         save_trained(aligned, folder / "aligned")
     write_origin(folder / "aligned", find_origin(folder))
-    histories = data.test[:USERS]["history"]
+    examples = data.test.select(range(min(USERS, len(data.test)))).to_list()
     found = []
     models = {"before": trainer.model, "after": aligned.model}
     for when, model in models.items():
         for name, reward in (("reward", picker), ("heldout_reward", judge)):
-            mean = session_reward(model, processor, histories, [reward])
+            mean = session_reward(model, processor, examples, [reward])
             found.append(result_row(f"{name}/{when}", mean, "rating"))
     write_generator_card(
         folder / "aligned",
@@ -106,7 +106,7 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
     say(
         f"one round of preference alignment ({len(aligned.pairs)} pairs): mean predicted rating of a generated session "
         f"{values['reward/before']:.3f} -> {values['reward/after']:.3f} by the reward model that picked the pairs, "
-        f"{values['heldout_reward/before']:.3f} -> {values['heldout_reward/after']:.3f} by one trained on other users (0 to 1, {len(histories)} "
+        f"{values['heldout_reward/before']:.3f} -> {values['heldout_reward/after']:.3f} by one trained on other users (0 to 1, {len(examples)} "
         f"test users); saved to {folder / 'aligned'}"
     )
     return found

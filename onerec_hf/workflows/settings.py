@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 @dataclass
@@ -269,6 +270,11 @@ class ModelSettings:
             "help": "Weight of the decoder in rankings, saved as the model's default; with 0 the item head alone ranks single items (default: that of the saved model, 1 for a new one)."
         },
     )
+    feature_dim: int = field(default=32, metadata={"help": "Width of each feature's embedding."})
+    feature_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
     def config(
@@ -277,6 +283,7 @@ class ModelSettings:
         session_length: int,
         num_items: int | None = None,
         content_dim: int = 0,
+        features: FeatureSchema | None = None,
     ) -> OneRecConfig:
         """
         The configuration of a new model.
@@ -284,6 +291,7 @@ class ModelSettings:
         Args:
             num_items: of the catalogue, for the item head.
             content_dim: width of the content vectors, for an item head with content.
+            features: what the model reads beside items.
 
         Raises:
             ValueError: sizes that do not fit together, or an item head without the number of items.
@@ -300,8 +308,15 @@ class ModelSettings:
         sizes = {
             name: value
             for name, value in asdict(self).items()
-            if name not in others and not name.startswith("item_head")
+            if name not in others and not name.startswith(("item_head", "feature_"))
         }
+        if features is not None:
+            sizes["features"] = {
+                **features.config(),
+                "dim": self.feature_dim,
+                "dropout": self.feature_dropout,
+                "not_positive": features.not_positive,
+            }
         if self.item_head:
             if num_items is None:
                 raise ValueError("--item_head needs the number of items: pass --num_items")

@@ -31,9 +31,10 @@ from onerec_hf.workflows.auto import Choice, choices_table, shown
 from onerec_hf.workflows.conclusion import conclude
 from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
-from onerec_hf.workflows.distributed import is_first, say, wait
+from onerec_hf.workflows.distributed import is_first, num_ranks, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
+from onerec_hf.workflows.features import Worth, feature_worth, set_features, worth_k
 from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset, data_and_options
@@ -283,14 +284,17 @@ def _train_on(
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
         )
+        worth = feature_worth(trainer, dataset, final.args.seed) if num_ranks() == 1 else []
         panels = report_panels(trainer, ranking)  # of the evaluated model, and before the counts of a refit
         if final.run.refit:
             trainer, refitted = refit(trainer, dataset, folder, final.args, _again(final, folder, pace))
     rows = ranking.rows
     if is_first():
+        metric = f"ndcg@{worth_k(final.args.eval_top_k)}"
+        rows.extend(each.row(metric) for each in worth)
         rows.append(result_row("seconds", time.perf_counter() - started, "s"))
         write_trained_on(folder, dataset, final.run.refit)
-        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels, record.changes)
+        report(trainer, folder, dataset, rows, command, choices, refitted, verdict, panels, record.changes, worth)
         finish(folder, final.run.keep_checkpoints)
     wait()
     return GeneratorResult(rows, folder, trainer, verdict)
@@ -549,6 +553,7 @@ def _start(
         origin = find_origin(Path(place).resolve().parents[1] if checkpoint is not None else place, save_items)
     if place is None or option == "--semantic_ids":
         processor.max_history = data.max_history
+        set_features(processor, data)
         content = content_of_catalogue(data, processor) if settings.item_head_content else None
         vectors, encoder = (None, None) if content is None else content
         return new_model(settings, processor, data.session_length, vectors), processor, origin, encoder
@@ -568,6 +573,7 @@ def report(
     verdict: Verdict | None = None,
     panels: Sequence[Panel] = (),
     resumed: Sequence[Mapping[str, Any]] = (),
+    worth: Sequence[Worth] = (),
 ) -> None:
     """
     Writes `results.json`, the training report, the map of semantic IDs and the card into the model's folder, and uploads the folder with
@@ -614,6 +620,7 @@ def report(
         training=Training.of(trainer),
         tokens_per_expert=trainer.tokens_per_expert,
         command=command,
+        features=[(each.side, each.name, each.loss, each.error) for each in worth],
         note="" if refitted is None else refitted.note,
         verdict="" if verdict is None else verdict.sentences,
         data_options=shlex.join(option_words({**data.options, "exclude_seen": args.eval_exclude_seen})),

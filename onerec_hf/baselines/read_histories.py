@@ -1,0 +1,101 @@
+"""Histories as sequence models read them: item indices, and where the data has features their codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from onerec_hf.baselines.next_items import pad_codes, pad_left
+
+if TYPE_CHECKING:
+    from onerec_hf.baselines.item_index import ItemIndex
+
+
+@dataclass(frozen=True, eq=False)
+class ReadHistories:
+    """
+    The histories of users.
+
+    Args:
+        items: per user item indices, oldest first.
+        codes: per user (items, slots) codes of the user and of each interaction; None without features.
+        positive: per user (items,) bool; None where all interactions are positive.
+
+    Example:
+        >>> read = ReadHistories([np.array([4, 2])], [np.array([[3, 5], [3, 6]])], [np.array([True, False])])
+        >>> {name: ids.tolist() for name, ids in read.inputs(1).items()}
+        {'input_ids': [[3]], 'feature_ids': [[[3, 6]]], 'positive_ids': [[5]]}
+    """
+
+    items: Sequence[np.ndarray]
+    codes: Sequence[np.ndarray] | None = None
+    positive: Sequence[np.ndarray] | None = None
+
+    @classmethod
+    def of_examples(cls, examples: Any, index: ItemIndex, with_features: bool) -> ReadHistories:
+        """
+        Histories of examples: a dataset, or the columns of some of its rows by name.
+
+        Args:
+            index: ids of the items.
+            with_features: read the columns of features where they are there.
+        """
+        names = getattr(examples, "column_names", None) or list(examples)
+        histories = examples["history"]
+        items = [index.indices(history) for history in histories]
+        positive = None
+        if "history_positive" in names:
+            positive = [np.asarray(flags, dtype=bool) for flags in examples["history_positive"]]
+        lengths = [len(history) for history in items]
+        columns = {name: examples[name] for name in ("user_features", "history_features") if name in names}
+        codes = None
+        if with_features and columns:
+            nothing: list[list[int]] = [[]] * len(items)
+            codes = [
+                of_places(np.asarray(user), np.asarray(history), length)
+                for user, history, length in zip(
+                    columns.get("user_features", nothing),
+                    columns.get("history_features", nothing),
+                    lengths,
+                    strict=True,
+                )
+            ]
+        return cls(items, codes, positive)
+
+    def __getitem__(self, rows: slice) -> ReadHistories:
+        parts = (self.items, self.codes, self.positive)
+        items, codes, positive = (None if part is None else part[rows] for part in parts)
+        assert items is not None
+        return ReadHistories(items, codes, positive)
+
+    @property
+    def seen(self) -> Sequence[np.ndarray]:
+        """Per user the indices of positive interactions, which rankings leave out."""
+        if self.positive is None:
+            return self.items
+        return [items[flags] for items, flags in zip(self.items, self.positive, strict=True)]
+
+    def inputs(self, longest: int | None = None) -> dict[str, torch.Tensor]:
+        """`input_ids`, with features `feature_ids`, and where some interactions are not positive `positive_ids`, padded on the left."""
+        found = {"input_ids": pad_left(self.items, longest)}
+        if self.codes is not None:
+            found["feature_ids"] = pad_codes(self.codes, found["input_ids"].shape[1])
+        if self.positive is not None:
+            found["positive_ids"] = pad_left(self.seen, longest)
+        return found
+
+
+def of_places(user: np.ndarray, history: np.ndarray, length: int) -> np.ndarray:
+    """
+    (items, slots) codes of a user's places from the columns of an example.
+
+    Example:
+        >>> of_places(np.array([3]), np.array([4, 5, 6, 7]), length=2).tolist()
+        [[3, 4, 5], [3, 6, 7]]
+    """
+    of_history = history.reshape(length, -1) if history.size else np.zeros((length, 0), np.int32)
+    return np.concatenate([np.tile(user, (length, 1)), of_history], axis=1).astype(np.int32)
