@@ -476,7 +476,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         kept = {"step": torch.tensor(self._step)}
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
             for index, batch in enumerate(self._buffered_inputs):
-                kept |= {f"{index}/{name}": value.contiguous() for name, value in batch.items()}
+                kept |= {f"{index}/{name}": value.clone() for name, value in batch.items()}
         os.makedirs(output_dir, exist_ok=True)
         with replacing(self._rollouts_file(output_dir)) as path:
             save_file(kept, path)
