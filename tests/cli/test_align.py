@@ -122,6 +122,41 @@ def test_by_given_pairs(trained, data, tmp_path):
     assert not (tmp_path / "aligned" / "pairs").exists()
 
 
+POLICY = [
+    *["--max_steps", "3", "--num_generations", "4", "--per_device_train_batch_size", "8", "--ntp_batch_size", "4"],
+    *["--use_cpu", "true", "--bf16", "false", "--learning_rate", "0.01", "--disable_tqdm", "true", "--report_to", "none"],
+]
+
+
+def test_by_policy_optimisation(trained, data, reward, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: ecpo\necpo_delta: 0.2\nevaluate: false\n")
+    options = ["--model", trained.folder, "--reward", reward, *data.options, *POLICY]
+    done = succeeded(onerec("align", *options, "--config", recipe, "--output_dir", tmp_path / "aligned"))
+    assert "4 sessions for each" in done.err
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "aligned")
+    was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
+    told = section((tmp_path / "aligned" / "README.md").read_text(), "Alignment")
+    assert "4 sessions per history, drawn from the catalogue by the current policy without replacement" in told
+    assert "ECPO (ratios per token, epsilon 0.2)" in told
+    assert "Reward: the reward model" in told
+    assert not (tmp_path / "aligned" / "pairs").exists()
+
+
+def test_methods_have_their_own_options(trained, data, reward, tmp_path):
+    out = ["--output_dir", tmp_path / "out", *data.options]
+    model = ["--model", trained.folder, "--reward", reward]
+    refused(onerec("align", *model, *out, "--method", "ppo"), "--method", "ppo")
+    refused(onerec("align", *model, *out, "--num_generations", "4"), "unknown option --num_generations")
+    refused(onerec("align", *model, *out, "--method", "ecpo", "--dpo_ratio", "0.5"), "unknown option --dpo_ratio")
+    both = ["--method", "ecpo", "--loss_type", "gbpo"]
+    refused(onerec("align", *model, *out, *both), "--loss_type gbpo does not belong to --method ecpo")
+    pairs = ["--model", trained.folder, "--preferences", write_pairs(tmp_path / "pairs.jsonl"), "--method", "gbpo"]
+    refused(onerec("align", *pairs, *out), "--preferences are pairs")
+    assert not (tmp_path / "out").exists()
+
+
 def test_refuses_with_one_message(trained, data, reward, tmp_path):
     out = ["--output_dir", tmp_path / "out", *data.options, *QUICK]
     model = ["--model", trained.folder]
