@@ -63,7 +63,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             of another policy: their `session` is the sample, its advantage the given one, and its old probability the current one (`pi_old = sg(pi)`). If
             all rows are, nothing is drawn and no reward is needed.
         eval_dataset: as `train_dataset`; sessions are drawn and scored.
-        ntp_dataset: rows with `history` and `session` for the next-token loss; those of `train_dataset` by default.
+        ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`.
         processing_class: the [`OneRecProcessor`].
         kwargs: as for `trl.GRPOTrainer`.
 
@@ -225,7 +225,13 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 f"the {name} dataset lacks {missing} for the next-token loss (found: {rows.column_names}); add it, or pass ntp_weight=0"
             )
         check_item_rows(rows, processor, ("history", "session"), name)
-        return rows.select_columns(["history", "session"]) if args.ntp_weight else None
+        if not args.ntp_weight:
+            return None
+        if ntp_dataset is None and self._num_logged:  # bad samples of another policy are nothing to learn
+            rows = rows.select([row for row, value in enumerate(rows["advantage"]) if value is None or value > 0])
+        if not len(rows):
+            raise ValueError(f"the {name} dataset has no row for the next-token loss; pass ntp_dataset, or ntp_weight=0")
+        return rows.select_columns(["history", "session"])
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
         sampler: Any = super()._get_train_sampler(dataset)

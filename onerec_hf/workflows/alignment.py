@@ -67,6 +67,21 @@ class AlignSettings(ModelOutputSettings):
         default=None,
         metadata={"help": ".jsonl or .parquet of history, chosen, rejected (lists of item ids) in place of a reward."},
     )
+    impressions: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a reward, with ecpo, gbpo or grpo: your table of impressions; samples of another policy, rewarded by play time."
+        },
+    )
+    play_time_column: str = field(
+        default="play_time_ms", metadata={"help": "Column of --impressions: play time in milliseconds."}
+    )
+    duration_column: str = field(
+        default="duration_ms", metadata={"help": "Column of --impressions: duration of the item in milliseconds."}
+    )
+    dislike_column: str | None = field(
+        default=None, metadata={"help": "Column of --impressions: numbers above 0 for dislikes."}
+    )
     judge: list[str] | None = field(
         default=None,
         metadata={"help": "Held-out reward models, which only score generated sessions before and after."},
@@ -89,10 +104,13 @@ class AlignSettings(ModelOutputSettings):
             raise ValueError("pass --model: the folder or Hub id of a trained OneRec")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1; got {self.max_examples}")
-        if (self.reward is None) == (self.preferences is None):
+        if (self.reward is not None) + (self.preferences is not None) + (self.impressions is not None) != 1:
             raise ValueError(
-                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs"
+                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs; with --method ecpo, gbpo or grpo "
+                "--reward or --impressions"
             )
+        if self.impressions is not None and self.method == "dpo":
+            raise ValueError("--impressions are samples, which --method dpo does not read; pass --method gbpo")
         if self.preferences is not None and self.method != "dpo":
             raise ValueError(f"--preferences are pairs, which --method {self.method} does not read; pass --reward")
         both = {os.path.realpath(path) for path in self.reward or []} & {
@@ -166,8 +184,12 @@ def align(
         before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
         scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
         args.output_dir = str(folder / "checkpoints")
-        examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
-        trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
+        logged = None if how.impressions is None else _logged_samples(how, args, dataset, processor)
+        rows_given = preferences if logged is None else logged
+        examples = _drawn(dataset.train if rows_given is None else rows_given, how.max_examples, args.seed)
+        trainer = make_trainer(
+            sharding.shard(model), rewards, args, processor, examples, None if logged is None else dataset.train
+        )
         trainer.add_callback(record.callback())
         if rewards and how.method == "dpo":
             keep_pairs(trainer)
@@ -207,6 +229,26 @@ def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
     return sample(examples, count, seed)
 
 
+def _logged_samples(how: AlignSettings, args: Any, dataset: RecommendationDataset, processor: OneRecProcessor) -> Any:
+    """The samples of `--impressions`; histories are of the training interactions."""
+    from onerec_hf.data import logged_samples
+
+    assert how.impressions is not None
+    rows, note = logged_samples(
+        how.impressions,
+        dataset.train_sequences,
+        processor.catalogue,
+        play_time_column=how.play_time_column,
+        duration_column=how.duration_column,
+        dislike_column=how.dislike_column,
+        **{name: dataset.options[name] for name in ("user_column", "item_column", "timestamp_column")},
+        max_history=dataset.max_history,
+        exclude_seen=args.constrained and args.exclude_seen,
+    )
+    say(note)
+    return rows
+
+
 def config_of(method: str) -> type:
     """
     The training arguments of a method.
@@ -239,13 +281,27 @@ def make_trainer(
     args: OneRecDPOConfig | OneRecGRPOConfig,
     processor: OneRecProcessor,
     examples: datasets.Dataset,
+    real_sessions: datasets.Dataset | None = None,
 ) -> Any:
-    """The trainer that draws pairs, or sessions, with the rewards; without rewards the trainer for given pairs."""
+    """
+    The trainer that draws pairs, or sessions, with the rewards; without rewards the trainer for given pairs or samples.
+
+    Args:
+        real_sessions: examples for the next-token loss beside given samples.
+    """
     from onerec_hf.trainers import OneRecDPOTrainer, OneRecGRPOConfig, OneRecGRPOTrainer, Seq2SeqDPOTrainer
 
     if isinstance(args, OneRecGRPOConfig):
-        say(f"{len(examples):,} histories, {args.num_generations} sessions for each")
-        return OneRecGRPOTrainer(model, rewards, args=args, train_dataset=examples, processing_class=processor)
+        if rewards:
+            say(f"{len(examples):,} histories, {args.num_generations} sessions for each")
+        return OneRecGRPOTrainer(
+            model,
+            rewards,
+            args=args,
+            train_dataset=examples,
+            processing_class=processor,
+            ntp_dataset=_drawn(real_sessions, None, args.seed) if real_sessions is not None else None,
+        )
     if not rewards:
         args.remove_unused_columns = True
         return Seq2SeqDPOTrainer(model, args=args, train_dataset=examples, processing_class=processor)

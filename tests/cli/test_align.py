@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded
+from tests.cli.commands import NUM_ITEMS, NUM_USERS, contents, onerec, refused, succeeded, write_csv
 from tests.hub_cards.reading import run_snippet, section
 
 QUICK = [
@@ -142,6 +142,26 @@ def test_by_policy_optimisation(trained, data, reward, tmp_path):
     assert "ECPO (ratios per token, epsilon 0.2)" in told
     assert "Reward: the reward model" in told
     assert not (tmp_path / "aligned" / "pairs").exists()
+
+
+def test_by_impressions(trained, data, tmp_path):
+    rows = [
+        [f"u{user}", f"m{(11 * user + 20 + step) % NUM_ITEMS}", 100 * user + step, 100 * (step + 1), 1000, step == 4]
+        for user in range(NUM_USERS)
+        for step in range(1, 8)
+    ]
+    log = write_csv(tmp_path / "log.csv", [["user_id", "item_id", "timestamp", "played", "lasts", "hated"], *rows])
+    columns = ["--play_time_column", "played", "--duration_column", "lasts", "--dislike_column", "hated"]
+    options = ["--model", trained.folder, "--impressions", log, *data.options, *POLICY, "--evaluate", "false"]
+    out = ["--output_dir", tmp_path / "aligned"]
+    done = succeeded(onerec("align", *options, *columns, "--method", "gbpo", *out))
+    assert " of 210 impressions: " in done.err
+    card = (tmp_path / "aligned" / "README.md").read_text()
+    assert "logged samples of another policy with given advantages" in section(card, "Alignment")
+    out = ["--output_dir", tmp_path / "other"]
+    refused(onerec("align", *options, *columns, *out[:2], "--method", "dpo"), "unknown option --num_generations")
+    refused(onerec("align", *options, "--method", "gbpo", *out), "log.csv", "play_time_ms")
+    assert not (tmp_path / "other").exists()
 
 
 def test_methods_have_their_own_options(trained, data, reward, tmp_path):
