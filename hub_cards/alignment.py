@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _REWARDS = {
-    "reward": "mean reward of generated sessions, by the reward that selected the pairs",
+    "reward": "mean reward of generated sessions, by the optimised reward",
     "heldout_reward": "mean reward of generated sessions, by a held-out judge",
 }
 
@@ -77,7 +77,6 @@ class Alignment:
             loss,
         )
 
-
     @classmethod
     def of_policy(cls, trainer: Any) -> Alignment:
         """Reads a `OneRecGRPOTrainer`."""
@@ -92,7 +91,11 @@ class Alignment:
         weights = args.reward_weights or [1.0] * len(trainer.reward_funcs)
         how = {"distinct": "without replacement", "sample": "independently", "beam": "by beam search"}[args.rollouts]
         where = "from the catalogue" if args.constrained else "from the whole vocabulary"
-        seen = "items of the history excluded" if args.constrained and args.exclude_seen else "items of the history allowed"
+        seen = (
+            "items of the history excluded"
+            if args.constrained and args.exclude_seen
+            else "items of the history allowed"
+        )
         return cls(
             [reward_in_words(one, weight) for one, weight in zip(trainer.reward_funcs, weights, strict=True)],
             {},

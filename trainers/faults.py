@@ -145,7 +145,9 @@ class StepFaults(Trainer):
 
     # -- out of memory, lost ranks -----------------------------------------------------------
     def _prepare_inputs(self, inputs):
-        self._last_batch = inputs if isinstance(inputs, Mapping) else {}  # rows from which sessions are drawn have no shape
+        self._last_batch = (
+            inputs if isinstance(inputs, Mapping) else {}
+        )  # rows from which sessions are drawn have no shape
         return super()._prepare_inputs(inputs)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 _PAIRS_FILE = "pairs.json"
 
+
 class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     """
     Minimises L = L_NTP + lambda * L_DPO on examples `{"history": [ids], "session": [ids]}`. For a share `dpo_ratio` of the examples, the model

@@ -13,7 +13,7 @@ from onerec_hf.trainers.rollouts import ROLLOUTS
 #: TRL's losses that its trainer computes of log-probabilities alone, and ours.
 OWN_LOSSES = ("ecpo", "gbpo")
 LOSSES = (*OWN_LOSSES, "grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-# Settings of TRL that change what is drawn without changing the policy's log-probabilities, or have another form here.
+# Settings of TRL that would change what is drawn but not the policy's log-probabilities, or that are of text.
 _UNUSED = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
@@ -27,6 +27,7 @@ _UNUSED = {
     "mask_truncated_completions": False,
     "cast_lm_head_to_fp32": False,
     "sync_ref_model": False,
+    "log_completions": False,
 }
 
 
@@ -113,7 +114,7 @@ class OneRecGRPOConfig(GRPOConfig):
         for name, default in _UNUSED.items():
             if getattr(self, name) != default:
                 raise ValueError(
-                    f"{name} does not apply to OneRecGRPOTrainer, which draws sessions by recommend() at `temperature`. Omit it"
+                    f"{name} does not apply to sessions, which are drawn by recommend() at `temperature`; omit it"
                 )
         if self.loss_type in OWN_LOSSES and (self.delta is not None or self.ecpo_delta < 0):
             raise ValueError(

@@ -84,7 +84,10 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "onerec"]
-    _memory_settings = {"training": ", or a smaller rollout_batch_size or max_history of the processor", "evaluation": ""}
+    _memory_settings = {
+        "training": ", or a smaller rollout_batch_size or max_history of the processor",
+        "evaluation": "",
+    }
     args: OneRecGRPOConfig
     model: PreTrainedModel
 
@@ -120,12 +123,13 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         elif eval_dataset is not None:
             eval_dataset = self._checked(eval_dataset, processing_class, args, "evaluation")
         self._num_logged = _num_logged(train_dataset)
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset} if eval_dataset else {}
         self._ntp_rows = self._next_token_rows(train_dataset, plain_rows(ntp_dataset), processing_class, args)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         functions = [as_function(reward) for reward in rewards]
         for function in functions:
             check_reward_items(function, processing_class.catalogue)
-        if not functions and self._num_logged < len(train_dataset):
+        if not functions and any(_num_logged(each) < len(each) for each in (train_dataset, *evaluated.values())):
             raise ValueError("neither reward_funcs nor a column advantage in all rows are given; pass one of them")
         if args.ddp_find_unused_parameters is None:  # those of an item head are used by the next-token loss
             args.ddp_find_unused_parameters = not args.ntp_weight
@@ -230,7 +234,9 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         if ntp_dataset is None and self._num_logged:  # bad samples of another policy are nothing to learn
             rows = rows.select([row for row, value in enumerate(rows["advantage"]) if value is None or value > 0])
         if not len(rows):
-            raise ValueError(f"the {name} dataset has no row for the next-token loss; pass ntp_dataset, or ntp_weight=0")
+            raise ValueError(
+                f"the {name} dataset has no row for the next-token loss; pass ntp_dataset, or ntp_weight=0"
+            )
         return rows.select_columns(["history", "session"])
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
@@ -293,9 +299,11 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         actions = torch.ones_like(blocks)
         actions[..., 0] = 0  # BOS is given
         actions[~written | (logged & ~legal)[:, None]] = 0
-        if not bool(logged.all()):
-            share = (in_catalogue & written)[~logged].sum() / written[~logged].sum().clamp(min=1)
-            self._metrics[mode]["rollouts/legal"].append(float(share))
+        counts = torch.stack([(in_catalogue & written)[~logged].sum(), written[~logged].sum()])
+        everywhere: Any = self.accelerator.gather(counts.to(self.accelerator.device))
+        right, drawn_items = everywhere.view(-1, 2).sum(0).tolist()
+        if drawn_items:
+            self._metrics[mode]["rollouts/legal"].append(right / drawn_items)
         # The whole history: what the constraint leaves out is read from it, the encoder reads the latest items.
         whole = processor([row["history"] for row in rows], max_history=max(len(row["history"]) for row in rows))
         prompts = zip(whole["input_ids"], whole["attention_mask"].bool(), strict=True)
@@ -346,18 +354,14 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             group: np.random.default_rng((self.args.seed, self._step, group)).permutation(count)
             for group in set(groups)
         }
-        picked = [
-            slot in chosen[group][: self.args.format_samples] for group, slot in zip(groups, slots, strict=True)
-        ]
+        picked = [slot in chosen[group][: self.args.format_samples] for group, slot in zip(groups, slots, strict=True)]
         return torch.tensor(picked)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         mode = "train" if self.model.training else "eval"
         rewards = torch.full((len(inputs), len(self.reward_funcs)), math.nan)
         scored = [place for place, row in enumerate(inputs) if row["legal"] and not _is_logged(row)]
-        columns = {
-            name: [inputs[place][name] for place in scored] for name in inputs[0] if name not in _OWN_COLUMNS
-        }
+        columns = {name: [inputs[place][name] for place in scored] for name in inputs[0] if name not in _OWN_COLUMNS}
         for index, (function, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
             if function is _given_advantages:
                 rewards[:, index] = torch.tensor([row["advantage"] if row["legal"] else math.nan for row in inputs])
@@ -459,7 +463,9 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         """Of this step's share of random real sessions; ranks with more tokens have more weight, so that the mean of gradients is that of one process."""
         rows, accelerator, size = self._ntp_rows, self.accelerator, self.args.ntp_batch_size
         assert rows is not None
-        drawn = np.random.default_rng((self.args.seed, self._step)).integers(len(rows), size=size * self.args.world_size)
+        drawn = np.random.default_rng((self.args.seed, self._step)).integers(
+            len(rows), size=size * self.args.world_size
+        )
         some = rows[drawn[self._mine(size)].tolist()]
         batch = {
             name: value.to(accelerator.device)

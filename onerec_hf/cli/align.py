@@ -51,7 +51,7 @@ def method_in(argv: Sequence[str]) -> str:
 def print_rewards(metrics: dict[str, float]) -> None:
     """The mean reward of generated sessions before and after, a line per kind of reward model."""
     for name, who in (
-        ("reward", "the reward that picked the pairs"),
+        ("reward", "the optimised reward"),
         ("heldout_reward", "a held-out judge"),
     ):
         if f"{name}/before" in metrics:

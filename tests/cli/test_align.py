@@ -78,7 +78,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path, monkeypatch):
     assert contents(trained.folder) == before
     *ranking, picked, judged = done.out.splitlines()[1:]
     assert {line.split()[0] for line in ranking} == {"popularity", "item_knn", "before", "aligned"}
-    assert picked.startswith("mean reward of a session by the reward that picked the pairs: ")
+    assert picked.startswith("mean reward of a session by the optimised reward: ")
     assert judged.split(": ")[1] == picked.split(": ")[1]
     assert "40 examples, pairs for 20.0% of them" in done.err
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -124,7 +124,18 @@ def test_by_given_pairs(trained, data, tmp_path):
 
 POLICY = [
     *["--max_steps", "3", "--num_generations", "4", "--per_device_train_batch_size", "8", "--ntp_batch_size", "4"],
-    *["--use_cpu", "true", "--bf16", "false", "--learning_rate", "0.01", "--disable_tqdm", "true", "--report_to", "none"],
+    *[
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--learning_rate",
+        "0.01",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+    ],
 ]
 
 

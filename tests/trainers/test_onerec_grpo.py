@@ -1,7 +1,9 @@
 """Policy optimisation: the policy is what draws, ECPO and GBPO have the papers' gradients, ranks and resumes change nothing, rewards rise."""
 
+import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from onerec_hf import OneRecForSessionReward, OneRecProcessor, OneRecRewardConfig, RewardItems
-from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
+from onerec_hf.trainers import NonFiniteError, OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.onerec_grpo_config import LOSSES
 from onerec_hf.trainers.policy_losses import gbpo_old_logps
 from onerec_hf.trainers.rollouts import ROLLOUTS, code_places, roll_out, token_log_probs
@@ -150,7 +152,9 @@ def test_frequencies_of_drawn_sessions_are_their_probabilities(how):
     decoder = torch.cat([torch.tensor([1]), common, torch.tensor([1, 0])])[None]
     logits = model(**one, decoder_input_ids=decoder[:, :5]).logits[0, -1] / 1.5
     if not free:
-        first = CATALOGUE.ids(CATALOGUE.indices_of_codes(common[None] - torch.tensor(model.config.level_offsets)).numpy())
+        first = CATALOGUE.ids(
+            CATALOGUE.indices_of_codes(common[None] - torch.tensor(model.config.level_offsets)).numpy()
+        )
         left = {CODES[item][0] + 4 for item in CODES if item not in {*history, *first}}
         logits = torch.where(torch.isin(torch.arange(len(logits)), torch.tensor(sorted(left))), logits, -math.inf)
     wanted = logits.softmax(-1)
@@ -187,7 +191,9 @@ def test_rollouts_are_legal_and_do_not_depend_on_the_batch(how):
 def test_encoder_runs_once_per_history(tmp_path):
     trainer, seen = make_trainer(tmp_path, steps_per_generation=2, ntp_weight=0.0, max_steps=2), []
     trainer.train()
-    trainer.model.get_encoder().register_forward_hook(lambda module, args, kwargs, out: seen.append(len(out[0])), with_kwargs=True)
+    trainer.model.get_encoder().register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(len(out[0])), with_kwargs=True
+    )
     batch = rollouts_of(trainer, list(examples(4)))
     assert seen[0] == 4  # drawing
     assert batch["prompt_ids"].shape[:2] == (4, 8)
@@ -242,7 +248,8 @@ def test_gradient_is_that_of_the_papers_equations(tmp_path, loss_type, level):
             ratios.append((now - old).exp().detach())
             total = total + objective(loss_type, now, old, advantage).mean()
     wanted = -total / 16
-    assert float(torch.cat(ratios).min()) < 0.8 and float(torch.cat(ratios).max()) > 1.3
+    assert float(torch.cat(ratios).min()) < 0.8
+    assert float(torch.cat(ratios).max()) > 1.3
     assert loss.item() == close(wanted.item(), scale=1.0)
     wanted.backward()
     assert_close(got, {name: each.grad for name, each in model.named_parameters()}, BACKWARD)
@@ -292,7 +299,8 @@ def test_reference_is_off_by_default_and_a_frozen_copy_with_beta(tmp_path):
     before = weights_of(trainer.model)
     trainer.train()
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
-    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[-1] > 1e-4
     after = weights_of(trainer.ref_model)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -315,7 +323,8 @@ def test_training_raises_the_reward(tmp_path, loss_type):
     assert rewards[-1] > rewards[0] + 0.5
 
 
-@pytest.mark.parametrize("stop", [3, 7])  # in the middle of a rollout, also in a later epoch
+# In the middle of a rollout, also in a later epoch.
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 7])
 def test_resume_equals_no_interruption(tmp_path, stop):
     settings = {"max_steps": 9, "steps_per_generation": 2, "num_iterations": 2, "gradient_accumulation_steps": 1}
     settings |= {"save_strategy": "steps", "save_steps": stop, "dataset": examples(4), "rollouts": "sample"}
@@ -334,7 +343,8 @@ def one_step(folder, **settings):
     return {name: value.numpy() for name, value in weights_of(trainer.model).items()}
 
 
-@pytest.mark.parametrize("count", [8, 16])  # a group per rank, and a group that two ranks share
+# A group per rank, and a group that two ranks share.
+@pytest.mark.parametrize("count", [pytest.param(8, marks=pytest.mark.slow), 16])
 def test_two_ranks_step_as_one_process(tmp_path, count):
     settings = {"num_generations": count, "optim": "sgd", "learning_rate": 0.1}
     wanted = one_step(str(tmp_path), per_device_train_batch_size=16, ntp_batch_size=4, **settings)
@@ -348,6 +358,18 @@ def test_two_ranks_step_as_one_process(tmp_path, count):
 
 def run_on_rank(folder, settings):
     return one_step(folder, per_device_train_batch_size=8, ntp_batch_size=2, **settings)
+
+
+def test_models_with_an_item_head_train_with_recomputed_layers(tmp_path):
+    head = {"num_items": 20, "loss_weight": 1.0}
+    model = make_model(CATALOGUE, seed=1, item_head=head, encoder_pools_items=True, encoder_is_causal=True)
+    model.generation_config.item_score_weight = 1.0  # of rankings, not of the policy
+    trainer = make_trainer(tmp_path, model=model, activation_checkpointing=True, num_iterations=2, max_steps=2)
+    batch = rollouts_of(trainer)
+    session = PROCESSOR.batch_decode(batch["completion_ids"][1, :1])[0]
+    wanted = by_hand(model.eval(), examples()[1]["history"], session)
+    assert_close(batch["old_per_token_logps"][1, 0, [1, 2, 3, 5, 6, 7]], wanted)
+    trainer.train()
 
 
 def test_lora_trains_the_adapter_alone(tmp_path):
@@ -428,7 +450,9 @@ def test_logged_samples_need_no_reward_and_have_the_current_probability_as_old(t
     changes = {1.0: [], -1.0: []}
     for row in rows:
         if row["advantage"]:
-            before, after = (by_hand(each, row["history"], row["session"]).sum().item() for each in (model, trainer.model))
+            before, after = (
+                by_hand(each, row["history"], row["session"]).sum().item() for each in (model, trainer.model)
+            )
             changes[row["advantage"]].append(after - before)
     assert np.mean(changes[1.0]) > 0.3 > np.mean(changes[-1.0])
 
@@ -454,6 +478,22 @@ def test_logged_samples_that_the_policy_cannot_draw_are_counted(tmp_path):
     batch = rollouts_of(trainer, rows)
     assert batch["tool_mask"].sum(-1).flatten().tolist() == [0, 0, 6]
     assert trainer._metrics["train"]["rollouts/left_out"] == close([2 / 3])
+
+
+def test_a_nonfinite_loss_stops_with_its_sessions(tmp_path):
+    model = make_model(CATALOGUE, seed=1)
+    trainer = make_trainer(tmp_path, model=model, ntp_weight=0.0)
+    model.model.decoder.norm.register_forward_hook(
+        lambda module, args, out: out * math.nan if out.requires_grad else out
+    )
+    with pytest.raises(NonFiniteError, match="the examples are in") as raised:
+        trainer.train()
+    written = [json.loads(line) for line in Path(raised.value.path).read_text().splitlines()]
+    histories = examples()["history"][:]
+    assert len(written) == 16
+    for row in written:
+        assert row["history"] in histories
+        assert len(set(row["session"]) - set(row["history"])) == 2
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------------------
@@ -527,8 +567,14 @@ def test_reward_models_and_their_paths_score(tmp_path):
         ({"num_generations": 1}, "num_generations=1.*at least 2"),
         ({"dataset": examples().remove_columns("session")}, r"lacks \['session'\] for the next-token loss"),
         ({"dataset": examples().remove_columns("history")}, "lacks the column 'history'"),
-        ({"dataset": Dataset.from_list([{"history": ["gone"], "session": ["m1"]}] * 9)}, "not in the model's catalogue"),
-        ({"dataset": Dataset.from_list([{"history": ["m1"], "session": ["gone"]}] * 9)}, "not in the model's catalogue"),
+        (
+            {"dataset": Dataset.from_list([{"history": ["gone"], "session": ["m1"]}] * 9)},
+            "not in the model's catalogue",
+        ),
+        (
+            {"dataset": Dataset.from_list([{"history": ["m1"], "session": ["gone"]}] * 9)},
+            "not in the model's catalogue",
+        ),
         ({"dataset": examples(2), "per_device_train_batch_size": 32}, "2 histories are fewer than the 4"),
         ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "'advantage': 1 of 2"),
         ({"constrained": False}, 'pass rollouts="sample"'),

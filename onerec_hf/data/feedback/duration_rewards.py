@@ -111,7 +111,9 @@ def logged_samples(
         )
     for column in wanted:
         if log[column].isna().any():
-            raise DataError(f"impressions: column {column!r} has {int(log[column].isna().sum())} missing values. Drop or fill them.")
+            raise DataError(
+                f"impressions: column {column!r} has {int(log[column].isna().sum())} missing values. Drop or fill them."
+            )
     disliked = None if dislike_column is None else log[dislike_column].to_numpy() > 0
     rewards = duration_rewards(users, log[play_time_column], log[duration_column], disliked)
     rows = np.searchsorted(sequences.user_ids, users).clip(max=len(sequences) - 1)
@@ -124,7 +126,7 @@ def logged_samples(
         begin, end = sequences.offsets[rows[place] : rows[place] + 2]
         own = sequences.timestamps[begin:end]
         before = int(np.searchsorted(own, times[place]))
-        if not 0 < before or times[place] >= own[-1]:
+        if not before > 0 or times[place] >= own[-1]:
             continue
         history = sequences.item_ids[max(begin, begin + before - max_history) : begin + before].tolist()
         if exclude_seen and items[place] in history:
