@@ -122,14 +122,14 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             eval_dataset = {n: self._checked(each, processing_class, args, n) for n, each in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._checked(eval_dataset, processing_class, args, "evaluation")
-        self._num_logged = _num_logged(train_dataset)
+        self._num_logged = len(_logged_rows(train_dataset))
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset} if eval_dataset else {}
         self._ntp_rows = self._next_token_rows(train_dataset, plain_rows(ntp_dataset), processing_class, args)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         functions = [as_function(reward) for reward in rewards]
         for function in functions:
             check_reward_items(function, processing_class.catalogue)
-        if not functions and any(_num_logged(each) < len(each) for each in (train_dataset, *evaluated.values())):
+        if not functions and any(len(_logged_rows(each)) < len(each) for each in (train_dataset, *evaluated.values())):
             raise ValueError("neither reward_funcs nor a column advantage in all rows are given; pass one of them")
         if args.ddp_find_unused_parameters is None:  # those of an item head are used by the next-token loss
             args.ddp_find_unused_parameters = not args.ntp_weight
@@ -141,7 +141,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             args.beta = 0.0
         super().__init__(
             model=model,
-            reward_funcs=functions or [_given_advantages],
+            reward_funcs=functions or [given_advantage],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -191,6 +191,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 "next-token loss, session, lists of item ids"
             )
         check_item_rows(dataset, processor, ("history",), name)
+        _check_logged(dataset, processor, name)
         empty = [row for row, history in enumerate(dataset["history"]) if not len(history)]
         if empty:
             raise ValueError(
@@ -219,18 +220,15 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         return dataset.select(kept)
 
     def _next_token_rows(self, dataset, ntp_dataset, processor, args: OneRecGRPOConfig) -> Dataset | None:
-        rows, name = (dataset, "training") if ntp_dataset is None else (ntp_dataset, "next-token")
-        needs_sessions = self._num_logged or args.ntp_weight
-        if not needs_sessions:
+        if not args.ntp_weight:
             return None
+        rows, name = (dataset, "training") if ntp_dataset is None else (ntp_dataset, "next-token")
         missing = [column for column in ("history", "session") if column not in rows.column_names]
         if missing:
             raise ValueError(
                 f"the {name} dataset lacks {missing} for the next-token loss (found: {rows.column_names}); add it, or pass ntp_weight=0"
             )
         check_item_rows(rows, processor, ("history", "session"), name)
-        if not args.ntp_weight:
-            return None
         if ntp_dataset is None and self._num_logged:  # bad samples of another policy are nothing to learn
             rows = rows.select([row for row, value in enumerate(rows["advantage"]) if value is None or value > 0])
         if not len(rows):
@@ -363,15 +361,17 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         scored = [place for place, row in enumerate(inputs) if row["legal"] and not _is_logged(row)]
         columns = {name: [inputs[place][name] for place in scored] for name in inputs[0] if name not in _OWN_COLUMNS}
         for index, (function, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
-            if function is _given_advantages:
+            if function is given_advantage:
                 rewards[:, index] = torch.tensor([row["advantage"] if row["legal"] else math.nan for row in inputs])
             elif scored:
                 sessions = [completions[place] for place in scored]
                 wanted = columns if _takes_columns(function) else {}
                 values = reward_values(function, name, [prompts[place] for place in scored], sessions, **wanted)
                 rewards[scored, index] = torch.from_numpy(values).float()
+        useful = torch.tensor([_is_logged(row) and row["legal"] for row in inputs])
+        left_out = (rewards.isnan().all(1) & ~useful).float().to(self.accelerator.device)
+        self._metrics[mode]["rollouts/left_out"].append(self.accelerator.gather(left_out).mean().item())  # type: ignore[union-attr]
         everywhere: Any = self.accelerator.gather(rewards.to(self.accelerator.device))
-        self._metrics[mode]["rollouts/left_out"].append(everywhere.isnan().all(1).float().mean().item())
         # Equal rewards give no gradient; their mean may differ from them by rounding.
         grouped = everywhere.view(-1, self._places(len(inputs), mode)[2], everywhere.shape[1])
         varied = grouped.nan_to_num(-math.inf).amax(1) > grouped.nan_to_num(math.inf).amin(1)
@@ -527,7 +527,7 @@ class _EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
-def _given_advantages(histories: list[list], sessions: list[list]) -> list[float]:
+def given_advantage(histories: list[list], sessions: list[list]) -> list[float]:
     """The reward of a training on samples with given advantages."""
     raise NotImplementedError("the advantages are given")
 
@@ -537,22 +537,29 @@ def _is_logged(row: dict[str, Any]) -> bool:
     return row.get("advantage") is not None
 
 
-def _num_logged(dataset: Dataset) -> int:
-    """
-    How many rows have an advantage.
+def _logged_rows(dataset: Dataset) -> list[int]:
+    """The rows that have an advantage."""
+    given = dataset["advantage"] if "advantage" in dataset.column_names else []
+    return [row for row, value in enumerate(given) if value is not None]
 
-    Raises:
-        ValueError: advantages that are not finite.
+
+def _check_logged(dataset: Dataset, processor: OneRecProcessor, name: str) -> None:
     """
-    if "advantage" not in dataset.column_names:
-        return 0
-    given = [value for value in dataset["advantage"] if value is not None]
-    wrong = sum(not math.isfinite(value) for value in given)
+    Raises:
+        ValueError: advantages that are not finite, or samples that are no sessions of the catalogue's items.
+    """
+    logged = dataset.select(_logged_rows(dataset))
+    if not len(logged):
+        return
+    wrong = sum(not math.isfinite(value) for value in logged["advantage"])
     if wrong:
         raise ValueError(
-            f"column 'advantage': {wrong} of {len(given)} numbers are not finite; leave these rows out, or None where sessions are to be drawn"
+            f"the {name} dataset: {wrong} of {len(logged)} numbers of 'advantage' are not finite; leave these rows out, or None where sessions are "
+            "to be drawn"
         )
-    return len(given)
+    if "session" not in logged.column_names:
+        raise ValueError(f"the {name} dataset has advantages but no column 'session', the samples that they are of")
+    check_item_rows(logged, processor, ("session",), name)
 
 
 def _written(processor: Any, session: list) -> torch.Tensor:

@@ -144,7 +144,7 @@ def token_log_probs(
         possible = None
         if legal is not None:
             constrained = legal(sequences[:, : place + 1], scores)
-            possible = constrained.gather(1, token) > float("-inf")
+            possible = constrained.gather(1, token) != float("-inf")  # NaN stays
             # A softmax without any finite entry would have NaN as its gradient.
             scores = torch.where(possible, constrained, scores)
         log_softmax = scores.log_softmax(-1)

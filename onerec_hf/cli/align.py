@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from onerec_hf.cli import arguments
 from onerec_hf.cli.arguments import command_line, parse_given
 from onerec_hf.workflows.alignment import AlignSettings, align, config_of
 from onerec_hf.workflows.distributed import is_first
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> None:
-    kinds = (AlignSettings, DataSettings, ShardingSettings, config_of(method_in(argv)))
-    given = parse_given(kinds, argv, "align", required=["--output_dir"])
+    method = method_in(argv)
+    kinds, required = (AlignSettings, DataSettings, ShardingSettings, config_of(method)), ["--output_dir"]
+    if method == "dpo":
+        arguments.print_help((*kinds, config_of("grpo")), argv, "align", required)  # all methods' options
+    given = parse_given(kinds, argv, "align", required)
     result = align(**given, command=command_line("align", argv))
     if is_first() and "onerec/recall@10" in result.metrics:
         print(before_and_after_table(result.rows))

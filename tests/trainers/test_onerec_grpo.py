@@ -315,7 +315,7 @@ def mean_reward(model):
 
 @pytest.mark.parametrize("loss_type", ["ecpo", pytest.param("gbpo", marks=pytest.mark.slow)])
 def test_training_raises_the_reward(tmp_path, loss_type):
-    trainer = make_trainer(tmp_path, loss_type=loss_type, max_steps=60, ntp_weight=0.05, logging_steps=10)
+    trainer = make_trainer(tmp_path, loss_type=loss_type, max_steps=40, ntp_weight=0.05, logging_steps=10)
     before = mean_reward(trainer.model)
     trainer.train()
     assert mean_reward(trainer.model) > before + 0.5
@@ -348,7 +348,7 @@ def one_step(folder, **settings):
 def test_two_ranks_step_as_one_process(tmp_path, count):
     settings = {"num_generations": count, "optim": "sgd", "learning_rate": 0.1}
     wanted = one_step(str(tmp_path), per_device_train_batch_size=16, ntp_batch_size=4, **settings)
-    first, second = on_ranks(2, run_on_rank, str(tmp_path), settings)
+    first, second = on_ranks(2, run_on_rank, str(tmp_path), settings, timeout=600)
     as_tensors = [{name: torch.from_numpy(value) for name, value in each.items()} for each in (first, second, wanted)]
     assert_close(as_tensors[0], as_tensors[2], BACKWARD)
     assert distance(as_tensors[0], as_tensors[1]) == 0
@@ -464,6 +464,7 @@ def test_logged_and_drawn_samples_share_a_batch(tmp_path):
     batch = rollouts_of(trainer, rows)
     assert batch["off_policy"].tolist() == [[False] * 8, [True] * 8]
     assert batch["advantages"][1].tolist() == close([0.7] * 8)
+    assert trainer._metrics["train"]["rollouts/left_out"] == [0.0]
     assert PROCESSOR.batch_decode(batch["completion_ids"][1]) == [["m19", "m18"]] * 8
     assert math.isfinite(trainer._compute_loss(trainer.model, batch).item())
 
@@ -576,7 +577,14 @@ def test_reward_models_and_their_paths_score(tmp_path):
             "not in the model's catalogue",
         ),
         ({"dataset": examples(2), "per_device_train_batch_size": 32}, "2 histories are fewer than the 4"),
-        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "'advantage': 1 of 2"),
+        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "1 of 2 numbers of 'advantage'"),
+        (
+            {
+                "dataset": Dataset.from_list([{"history": ["m1"], "session": ["gone"], "advantage": 1.0}] * 9),
+                "ntp_weight": 0.0,
+            },
+            "not in the model's catalogue",
+        ),
         ({"constrained": False}, 'pass rollouts="sample"'),
         ({"top_k": 5}, "top_k does not apply"),
         ({"loss_type": "ppo"}, "loss_type must be one of"),
