@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _REWARDS = {
-    "reward": "mean reward of generated sessions, by the reward that selected the pairs",
+    "reward": "mean reward of generated sessions, by the optimised reward",
     "heldout_reward": "mean reward of generated sessions, by a held-out judge",
 }
 
@@ -31,6 +31,7 @@ class Alignment:
         share: share of the examples for which an iteration draws pairs; None for given pairs.
         drawing: how candidates are generated and selected, one sentence; empty for given pairs.
         loss: description of the loss.
+        is_policy: policy optimisation, which draws sessions at every step and has no pairs.
 
     Example:
         >>> Alignment([], {0: 20}, 0, 20, None, "", "DPO (sigmoid), beta 0.1").pairs
@@ -44,6 +45,7 @@ class Alignment:
     share: float | None
     drawing: str
     loss: str
+    is_policy: bool = False
 
     @classmethod
     def of(cls, trainer: Any, pairs: Dataset | None = None) -> Alignment:
@@ -73,6 +75,36 @@ class Alignment:
             args.dpo_ratio,
             _drawing(args, trainer._select),
             loss,
+        )
+
+    @classmethod
+    def of_policy(cls, trainer: Any) -> Alignment:
+        """Reads a `OneRecGRPOTrainer`."""
+        args, size = trainer.args, len(trainer.train_dataset)
+        loss = f"{args.loss_type.upper()} (ratios per {args.importance_sampling_level}, epsilon {args.epsilon:g})"
+        if args.ntp_weight:
+            loss = f"next-token loss (weight {args.ntp_weight:g}) + {loss}"
+        if args.beta:
+            loss += f", KL divergence from the first policy (weight {args.beta:g})"
+        if trainer.num_generations == 1:
+            return cls([], {0: size}, 0, size, None, "", loss, is_policy=True)
+        weights = args.reward_weights or [1.0] * len(trainer.reward_funcs)
+        how = {"distinct": "without replacement", "sample": "independently", "beam": "by beam search"}[args.rollouts]
+        where = "from the catalogue" if args.constrained else "from the whole vocabulary"
+        seen = (
+            "items of the history excluded"
+            if args.constrained and args.exclude_seen
+            else "items of the history allowed"
+        )
+        return cls(
+            [reward_in_words(one, weight) for one, weight in zip(trainer.reward_funcs, weights, strict=True)],
+            {},
+            0,
+            size,
+            None,
+            f"{args.num_generations} sessions per history, drawn {where} by the current policy {how} (temperature {args.temperature:g}), {seen}.",
+            loss,
+            is_policy=True,
         )
 
 

@@ -18,6 +18,8 @@ _PUBLIC = {
     "OneRecTrainingArguments": "onerec_config",
     "OneRecDPOConfig": "onerec_dpo_config",
     "OneRecDPOTrainer": "onerec_dpo_trainer",
+    "OneRecGRPOConfig": "onerec_grpo_config",
+    "OneRecGRPOTrainer": "onerec_grpo_trainer",
     "OneRecTrainer": "onerec_trainer",
     "RewardTrainer": "reward_trainer",
     "RewardTrainingArguments": "reward_config",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
     from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
     from onerec_hf.trainers.onerec_dpo_trainer import OneRecDPOTrainer
+    from onerec_hf.trainers.onerec_grpo_config import OneRecGRPOConfig
+    from onerec_hf.trainers.onerec_grpo_trainer import OneRecGRPOTrainer
     from onerec_hf.trainers.onerec_trainer import OneRecTrainer
     from onerec_hf.trainers.plateau import PlateauDecayCallback
     from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator, Seq2SeqPreferenceCollator

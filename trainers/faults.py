@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.utils import logging
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import newest_checkpoint
+from onerec_hf.trainers.rollouts import right_padded
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +145,9 @@ class StepFaults(Trainer):
 
     # -- out of memory, lost ranks -----------------------------------------------------------
     def _prepare_inputs(self, inputs):
-        self._last_batch = inputs
+        self._last_batch = (
+            inputs if isinstance(inputs, Mapping) else {}
+        )  # rows from which sessions are drawn have no shape
         return super()._prepare_inputs(inputs)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -236,7 +239,8 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
     Decodes a batch to its examples, for inspection. Histories are truncated as in the batch.
 
     Args:
-        batch: from a collator of this package: windows, packed rows, prefixes, preferences, alignment, reward, next items.
+        batch: from a collator of this package: windows, packed rows, prefixes, preferences, alignment, rollouts, reward, next
+            items.
         processing_class: the [`OneRecProcessor`], or the tokenizer of a text model.
         items: the item ids of a reward model or a sequence model.
 
@@ -255,6 +259,11 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
     if "ntp" in batch:
         preferences = batch_examples(batch["pairs"], processing_class) if "pairs" in batch else []
         return [*batch_examples(batch["ntp"], processing_class), *preferences]
+    if "completion_ids" in batch:
+        prompts = right_padded(batch["prompt_ids"].flatten(0, -2), batch["prompt_mask"].flatten(0, -2))[0]
+        drawn = processing_class.batch_decode(batch["completion_ids"].flatten(0, -2))
+        histories = _histories(prompts, processing_class)
+        return [{"history": history, "session": session} for history, session in zip(histories, drawn, strict=True)]
     if "session_input_ids" in batch:
         return [
             {"history": _ids(history, items), "session": _ids(session, items)}

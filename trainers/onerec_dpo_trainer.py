@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from onerec_hf.data.collators import FEATURE_COLUMNS, feature_columns
@@ -24,6 +24,7 @@ from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
+from onerec_hf.trainers.rewards import RewardFunction, as_function
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 from onerec_hf.trainers.sharding import unsharded_model
 from onerec_hf.trainers.whole_evaluation import first_rows
@@ -31,7 +32,6 @@ from onerec_hf.trainers.whole_evaluation import first_rows
 logger = logging.get_logger(__name__)
 
 _PAIRS_FILE = "pairs.json"
-RewardFunction = Callable[..., list[float]]
 
 
 class OneRecDPOTrainer(Seq2SeqDPOTrainer):
@@ -89,7 +89,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         args = own_arguments(args, OneRecDPOConfig, "onerec-dpo-output")
         train_dataset = plain_rows(train_dataset)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
-        self.reward_funcs = [_as_function(reward) for reward in rewards]
+        self.reward_funcs = [as_function(reward) for reward in rewards]
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -386,16 +386,6 @@ class _AlignmentCollator:
             columns = ("history", "chosen", "rejected", *features)
             batch["pairs"] = self._preferences([{name: pair[name] for name in columns} for pair in pairs])
         return batch
-
-
-def _as_function(reward) -> RewardFunction:
-    if isinstance(reward, str):
-        reward = AutoModelForSequenceClassification.from_pretrained(reward)
-    if isinstance(reward, PreTrainedModel):
-        return reward.eval().reward
-    if not callable(reward):
-        raise ValueError(f"reward_funcs must be functions, reward models or their paths; got {type(reward).__name__}")
-    return reward
 
 
 def _seed(*numbers: int) -> int:

@@ -100,11 +100,11 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
         args = own_arguments(args, self._arguments, "seq2seq-dpo-output")
         train_dataset, eval_dataset = plain_rows(train_dataset), plain_rows(eval_dataset)
         if isinstance(model, str):
-            model = _load(model, args, quantization_config)
+            model = load_generator(model, args, quantization_config)
             quantization_config = None
         generator: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
         has_adapter = peft_config is not None or is_peft_model(model)
-        _check_adapter(peft_config, model)
+        check_adapter(peft_config, model)
         if ref_model is None and not (has_adapter or args.precompute_ref_log_probs or args.reference_free):
             ref_model = _frozen_copy(model)
         for each in (generator, ref_model):
@@ -328,7 +328,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
         return loss
 
 
-def _load(path: str, args: Seq2SeqDPOConfig, quantization_config) -> PreTrainedModel:
+def load_generator(path: str, args: Any, quantization_config) -> PreTrainedModel:
     """Loads with AutoModelForSeq2SeqLM; TRL looks the class up in transformers and loads plugin models as causal LMs."""
     settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     if quantization_config is not None:
@@ -337,7 +337,11 @@ def _load(path: str, args: Seq2SeqDPOConfig, quantization_config) -> PreTrainedM
     return AutoModelForSeq2SeqLM.from_pretrained(path, **settings)
 
 
-def _check_adapter(peft_config, model) -> None:
+def check_adapter(peft_config, model) -> None:
+    """
+    Raises:
+        ValueError: an adapter that prepends tokens.
+    """
     configs = [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values()
     if any(config.is_prompt_learning for config in configs):
         raise ValueError(

@@ -106,7 +106,7 @@ def groups_of(kinds: Iterable[type]) -> list[Group]:
         ['The interactions, and their items', 'Columns, and how interactions become training examples']
     """
     groups: dict[type, list[Option]] = {}
-    theirs: list[Option] = []
+    theirs: dict[str, Option] = {}
     for kind in kinds:
         mine: dict[type, list[Option]] = {base: [] for base in kind.__mro__}
         for each in fields(kind):
@@ -119,10 +119,13 @@ def groups_of(kinds: Iterable[type]) -> list[Group]:
             )
             told = each.metadata.get("help", "")
             option = Option(each.name, named, None if default is MISSING else _plain(default), _one_line(told))
-            (theirs if owner.__module__.startswith("transformers.") else mine[owner]).append(option)
+            if owner.__module__.startswith("transformers."):
+                theirs.setdefault(option.name, option)
+            else:
+                mine[owner].append(option)
         groups |= {owner: options for owner, options in mine.items() if options and owner not in groups}
     titled = [Group(_title(owner), options) for owner, options in groups.items()]
-    return titled + (_of_transformers(theirs) if theirs else [])
+    return titled + (_of_transformers(theirs.values()) if theirs else [])
 
 
 def _title(kind: type) -> str:

@@ -29,6 +29,7 @@ _PUBLIC = {
     "UserTable": "users",
     "WatchTimeScale": "feedback.watch_time",
     "canonical_ids": "columns",
+    "duration_rewards": "feedback.duration_rewards",
     "feedback_windows": "feedback.windows",
     "find_sessions": "sessions",
     "label_matrix": "feedback.kuairand",
@@ -36,6 +37,7 @@ _PUBLIC = {
     "load_files": "sources",
     "load_impressions": "feedback.impressions",
     "load_kuairand_feedback": "feedback.kuairand",
+    "logged_samples": "feedback.duration_rewards",
     "load_source": "sources",
     "prefix_examples": "prefixes",
     "prepare_log": "shards.write",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from onerec_hf.data.events import positive_histories
     from onerec_hf.data.feature_tables import DatasetFeatures
     from onerec_hf.data.feedback.collator import RewardDataCollator
+    from onerec_hf.data.feedback.duration_rewards import duration_rewards, logged_samples
     from onerec_hf.data.feedback.impressions import load_impressions
     from onerec_hf.data.feedback.kuairand import SessionFeedback, label_matrix, load_kuairand_feedback
     from onerec_hf.data.feedback.watch_time import WatchTimeScale

@@ -1,4 +1,4 @@
-"""Preference alignment of a saved generator: pairs drawn with reward models, or given ones; evaluated before and after, and saved."""
+"""Alignment of a saved generator with rewards: by pairs (DPO), or by policy optimisation; evaluated before and after, and saved."""
 
 from __future__ import annotations
 
@@ -42,15 +42,23 @@ if TYPE_CHECKING:
     import datasets
 
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.trainers import OneRecDPOConfig
+    from onerec_hf.trainers import OneRecDPOConfig, OneRecGRPOConfig
 
 REWARDED_USERS = 1000
+METHODS = ("dpo", "ecpo", "gbpo", "grpo")
 
 
 @dataclass
 class AlignSettings(ModelOutputSettings):
     """The model to align and the source of preferences."""
 
+    method: str = field(
+        default="dpo",
+        metadata={
+            "help": "dpo (pairs of sessions), or policy optimisation by ecpo, gbpo or grpo.",
+            "choices": list(METHODS),
+        },
+    )
     model: str | None = field(default=None, metadata={"help": "A trained OneRec to align: folder or Hub id."})
     reward: list[str] | None = field(
         default=None, metadata={"help": "Reward models that score the generated sessions: folders or Hub ids."}
@@ -58,6 +66,21 @@ class AlignSettings(ModelOutputSettings):
     preferences: str | None = field(
         default=None,
         metadata={"help": ".jsonl or .parquet of history, chosen, rejected (lists of item ids) in place of a reward."},
+    )
+    impressions: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a reward, with ecpo, gbpo or grpo: your table of impressions; samples of another policy, rewarded by play time."
+        },
+    )
+    play_time_column: str = field(
+        default="play_time_ms", metadata={"help": "Column of --impressions: play time in milliseconds."}
+    )
+    duration_column: str = field(
+        default="duration_ms", metadata={"help": "Column of --impressions: duration of the item in milliseconds."}
+    )
+    dislike_column: str | None = field(
+        default=None, metadata={"help": "Column of --impressions: numbers above 0 for dislikes."}
     )
     judge: list[str] | None = field(
         default=None,
@@ -73,16 +96,23 @@ class AlignSettings(ModelOutputSettings):
     def check(self) -> None:
         """
         Raises:
-            ValueError: no model, neither or both of rewards and preferences, or a held-out judge that is also a reward.
+            ValueError: no model, an unknown method, neither or both of rewards and preferences, or a held-out judge that is also a reward.
         """
+        if self.method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}; got {self.method!r}")
         if self.model is None:
             raise ValueError("pass --model: the folder or Hub id of a trained OneRec")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1; got {self.max_examples}")
-        if (self.reward is None) == (self.preferences is None):
+        if (self.reward is not None) + (self.preferences is not None) + (self.impressions is not None) != 1:
             raise ValueError(
-                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs"
+                "pass either --reward, models that score generated sessions, or --preferences, a file of pairs; with --method ecpo, gbpo or grpo "
+                "--reward or --impressions"
             )
+        if self.impressions is not None and self.method == "dpo":
+            raise ValueError("--impressions are samples, which --method dpo does not read; pass --method gbpo")
+        if self.preferences is not None and self.method != "dpo":
+            raise ValueError(f"--preferences are pairs, which --method {self.method} does not read; pass --reward")
         both = {os.path.realpath(path) for path in self.reward or []} & {
             os.path.realpath(path) for path in self.judge or []
         }
@@ -94,12 +124,14 @@ def align(
     data: RecommendationDataset | DataSettings | None = None, *settings: object, command: str | None = None, **options
 ) -> GeneratorResult:
     """
-    Aligns a saved generator by DPO, with pairs of its sessions selected by reward models or with given pairs, and saves the aligned
-    model, its pairs, `results.json` and card into `output_dir`. `resume_from_checkpoint="last"` resumes a run that was killed.
+    Aligns a saved generator and saves the aligned model, `results.json` and card into `output_dir`: by DPO, with pairs of its sessions selected
+    by reward models or with given pairs, which are saved too; or with another `method` by policy optimisation, where reward models score sessions
+    that it draws at every step. `resume_from_checkpoint="last"` resumes a run that was killed.
 
     Args:
         data: a dataset, or the settings to load one after the options are checked. Without it, `options` name the data.
-        settings: [`AlignSettings`], [`ShardingSettings`] and [`~onerec_hf.trainers.OneRecDPOConfig`], each optional, in any order.
+        settings: [`AlignSettings`], [`ShardingSettings`] and [`~onerec_hf.trainers.OneRecDPOConfig`] (with a `method` other than "dpo"
+            [`~onerec_hf.trainers.OneRecGRPOConfig`]), each optional, in any order.
         command: the command line, for results and card.
         options: single fields of these settings, e.g. `model="runs/mine", reward=["runs/reward"]`, and of [`DataSettings`]; data options that
             are not given are those that the model was trained with. `output_dir` where no [`~onerec_hf.trainers.OneRecDPOConfig`] is given.
@@ -114,21 +146,27 @@ def align(
         >>> result = align(dataset, model="runs/mine", reward=["runs/reward"], output_dir="runs/aligned")  # doctest: +SKIP
         >>> result.metrics["reward/before"], result.metrics["reward/after"]  # doctest: +SKIP
     """
-    from onerec_hf.trainers import OneRecDPOConfig
     from onerec_hf.trainers.sharding import unsharded_model
 
     where, options = data_and_options(data, options)
-    kinds = (AlignSettings, ShardingSettings, OneRecDPOConfig)
+    chosen = next((each for each in settings if isinstance(each, AlignSettings)), AlignSettings())
+    method = str(options.get("method", chosen.method))
+    kinds = (AlignSettings, ShardingSettings, config_of(method))
+    if method in METHODS[1:] and not any(isinstance(each, kinds[-1]) for each in settings):
+        options.setdefault("loss_type", method)
     how, sharding, args = gather(kinds, settings, options)
     assert isinstance(how, AlignSettings)
     args = copy.copy(args)
     sharding.check(args)
     how.check()
+    check_loss(how.method, args.loss_type)
     assert how.model is not None
     folder = Path(args.output_dir)
     with own_folder(folder):
         resumes = open_folder(folder, how.overwrite, args)
         (how, sharding, args), given, before = as_before(kinds, (how, sharding, args), settings, options)
+        if how.method != method:
+            raise ValueError(f"this run was started with --method {how.method}; pass it again to resume the run")
         assert how.model is not None
         if folder.resolve() == Path(how.model).resolve():
             raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
@@ -146,10 +184,14 @@ def align(
         before = ranking_rows(model, processor, dataset, args.use_cpu, exclude_seen) if how.evaluate else []
         scored = reward_rows(model, processor, judges, dataset, "before") if how.evaluate else []
         args.output_dir = str(folder / "checkpoints")
-        examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
-        trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
+        logged = None if how.impressions is None else _logged_samples(how, args, dataset, processor)
+        rows_given = preferences if logged is None else logged
+        examples = _drawn(dataset.train if rows_given is None else rows_given, how.max_examples, args.seed)
+        trainer = make_trainer(
+            sharding.shard(model), rewards, args, processor, examples, None if logged is None else dataset.train
+        )
         trainer.add_callback(record.callback())
-        if rewards:
+        if rewards and how.method == "dpo":
             keep_pairs(trainer)
         origin = find_origin(how.model, how.save_items)
         begin(folder, command, resumes)
@@ -168,7 +210,7 @@ def align(
         if is_first():
             rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
             rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
-            report(trainer, folder, dataset, rows, bool(rewards), exclude_seen, command, record.changes)
+            report(trainer, folder, dataset, rows, how, exclude_seen, command, record.changes)
             finish(folder)
             say(f"saved to {folder}")
         wait()
@@ -187,12 +229,79 @@ def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
     return sample(examples, count, seed)
 
 
-def make_trainer(
-    model, rewards: list, args: OneRecDPOConfig, processor: OneRecProcessor, examples: datasets.Dataset
-) -> Any:
-    """The trainer that draws pairs with the rewards; without rewards the trainer for given pairs."""
-    from onerec_hf.trainers import OneRecDPOTrainer, Seq2SeqDPOTrainer
+def _logged_samples(how: AlignSettings, args: Any, dataset: RecommendationDataset, processor: OneRecProcessor) -> Any:
+    """The samples of `--impressions`; histories are of the training interactions."""
+    from onerec_hf.data import logged_samples
 
+    assert how.impressions is not None
+    rows, note = logged_samples(
+        how.impressions,
+        dataset.train_sequences,
+        processor.catalogue,
+        play_time_column=how.play_time_column,
+        duration_column=how.duration_column,
+        dislike_column=how.dislike_column,
+        **{name: dataset.options[name] for name in ("user_column", "item_column", "timestamp_column")},
+        max_history=dataset.max_history,
+        exclude_seen=args.constrained and args.exclude_seen,
+    )
+    say(note)
+    return rows
+
+
+def config_of(method: str) -> type:
+    """
+    The training arguments of a method.
+
+    Example:
+        >>> config_of("ecpo").__name__
+        'OneRecGRPOConfig'
+    """
+    from onerec_hf.trainers import OneRecDPOConfig, OneRecGRPOConfig
+
+    return OneRecGRPOConfig if method in METHODS[1:] else OneRecDPOConfig
+
+
+def check_loss(method: str, loss_type: Any) -> None:
+    """
+    Raises:
+        ValueError: a loss of another method.
+
+    Example:
+        >>> check_loss("grpo", "dapo")
+    """
+    own = METHODS[1:3]
+    if (method in own and loss_type != method) or (method == "grpo" and loss_type in own):
+        raise ValueError(f"--loss_type {loss_type} does not belong to --method {method}; leave one of them out")
+
+
+def make_trainer(
+    model,
+    rewards: list,
+    args: OneRecDPOConfig | OneRecGRPOConfig,
+    processor: OneRecProcessor,
+    examples: datasets.Dataset,
+    real_sessions: datasets.Dataset | None = None,
+) -> Any:
+    """
+    The trainer that draws pairs, or sessions, with the rewards; without rewards the trainer for given pairs or samples.
+
+    Args:
+        real_sessions: examples for the next-token loss beside given samples.
+    """
+    from onerec_hf.trainers import OneRecDPOTrainer, OneRecGRPOConfig, OneRecGRPOTrainer, Seq2SeqDPOTrainer
+
+    if isinstance(args, OneRecGRPOConfig):
+        if rewards:
+            say(f"{len(examples):,} histories, {args.num_generations} sessions for each")
+        return OneRecGRPOTrainer(
+            model,
+            rewards,
+            args=args,
+            train_dataset=examples,
+            processing_class=processor,
+            ntp_dataset=_drawn(real_sessions, None, args.seed) if real_sessions is not None else None,
+        )
     if not rewards:
         args.remove_unused_columns = True
         return Seq2SeqDPOTrainer(model, args=args, train_dataset=examples, processing_class=processor)
@@ -205,7 +314,7 @@ def report(
     folder: Path,
     data: RecommendationDataset,
     rows: list[dict[str, Any]],
-    drawn: bool,
+    how: AlignSettings,
     exclude_seen: bool,
     command: str | None,
     resumed: list[dict[str, Any]],
@@ -214,13 +323,18 @@ def report(
     Writes pairs, `results.json` and card into the folder of the aligned model.
 
     Args:
-        drawn: whether the trainer drew its pairs.
+        how: the method and its source of preferences.
         exclude_seen: whether the rankings left out the items of a user's history.
         resumed: what calls that resumed the run changed.
     """
     from onerec_hf.hub_cards import Alignment, Training, write_generator_card
 
-    alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command) if drawn else Alignment.of(trainer)
+    if how.method != "dpo":
+        alignment = Alignment.of_policy(trainer)
+    elif how.reward:
+        alignment = save_pairs(kept_pairs(trainer), folder, trainer, data, command)
+    else:
+        alignment = Alignment.of(trainer)
     write_results(
         folder / "results.json",
         rows,

@@ -36,7 +36,8 @@ _MAY_CHANGE = {
         "auto_find_batch_size",
         "activation_checkpointing",
     ),
-    *("ep_size", "gradient_checkpointing", "gradient_checkpointing_kwargs", "attn_implementation", "draw_batch_size"),
+    *("ep_size", "gradient_checkpointing", "gradient_checkpointing_kwargs", "attn_implementation"),
+    *("draw_batch_size", "rollout_batch_size"),
     *(
         "predict_with_generate",
         "batch_eval_metrics",

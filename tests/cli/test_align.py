@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded
+from tests.cli.commands import NUM_ITEMS, NUM_USERS, contents, onerec, refused, succeeded, write_csv
 from tests.hub_cards.reading import run_snippet, section
 
 QUICK = [
@@ -78,7 +78,7 @@ def test_by_a_reward_model(trained, data, reward, tmp_path, monkeypatch):
     assert contents(trained.folder) == before
     *ranking, picked, judged = done.out.splitlines()[1:]
     assert {line.split()[0] for line in ranking} == {"popularity", "item_knn", "before", "aligned"}
-    assert picked.startswith("mean reward of a session by the reward that picked the pairs: ")
+    assert picked.startswith("mean reward of a session by the optimised reward: ")
     assert judged.split(": ")[1] == picked.split(": ")[1]
     assert "40 examples, pairs for 20.0% of them" in done.err
     model, processor = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -120,6 +120,72 @@ def test_by_given_pairs(trained, data, tmp_path):
     was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
     assert not (tmp_path / "aligned" / "pairs").exists()
+
+
+POLICY = [
+    *["--max_steps", "3", "--num_generations", "4", "--per_device_train_batch_size", "8", "--ntp_batch_size", "4"],
+    *[
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--learning_rate",
+        "0.01",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+    ],
+]
+
+
+def test_by_policy_optimisation(trained, data, reward, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: ecpo\necpo_delta: 0.2\nevaluate: false\n")
+    options = ["--model", trained.folder, "--reward", reward, *data.options, *POLICY]
+    done = succeeded(onerec("align", *options, "--config", recipe, "--output_dir", tmp_path / "aligned"))
+    assert "4 sessions for each" in done.err
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "aligned")
+    was = AutoModelForSeq2SeqLM.from_pretrained(trained.folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), was.parameters(), strict=True))
+    told = section((tmp_path / "aligned" / "README.md").read_text(), "Alignment")
+    assert "4 sessions per history, drawn from the catalogue by the current policy without replacement" in told
+    assert "ECPO (ratios per token, epsilon 0.2)" in told
+    assert "Reward: the reward model" in told
+    assert not (tmp_path / "aligned" / "pairs").exists()
+
+
+def test_by_impressions(trained, data, tmp_path):
+    rows = [
+        [f"u{user}", f"m{(11 * user + 20 + step) % NUM_ITEMS}", 100 * user + step, 100 * (step + 1), 1000, step == 4]
+        for user in range(NUM_USERS)
+        for step in range(1, 8)
+    ]
+    log = write_csv(tmp_path / "log.csv", [["user_id", "item_id", "timestamp", "played", "lasts", "hated"], *rows])
+    columns = ["--play_time_column", "played", "--duration_column", "lasts", "--dislike_column", "hated"]
+    options = ["--model", trained.folder, "--impressions", log, *data.options, *POLICY, "--evaluate", "false"]
+    out = ["--output_dir", tmp_path / "aligned"]
+    done = succeeded(onerec("align", *options, *columns, "--method", "gbpo", *out))
+    assert " of 210 impressions: " in done.err
+    card = (tmp_path / "aligned" / "README.md").read_text()
+    assert "logged samples of another policy with given advantages" in section(card, "Alignment")
+    out = ["--output_dir", tmp_path / "other"]
+    refused(onerec("align", *options, *columns, *out[:2], "--method", "dpo"), "unknown option --num_generations")
+    refused(onerec("align", *options, "--method", "gbpo", *out), "log.csv", "play_time_ms")
+    assert not (tmp_path / "other").exists()
+
+
+def test_methods_have_their_own_options(trained, data, reward, tmp_path):
+    out = ["--output_dir", tmp_path / "out", *data.options]
+    model = ["--model", trained.folder, "--reward", reward]
+    refused(onerec("align", *model, *out, "--method", "ppo"), "--method", "ppo")
+    refused(onerec("align", *model, *out, "--num_generations", "4"), "unknown option --num_generations")
+    refused(onerec("align", *model, *out, "--method", "ecpo", "--dpo_ratio", "0.5"), "unknown option --dpo_ratio")
+    both = ["--method", "ecpo", "--loss_type", "gbpo"]
+    refused(onerec("align", *model, *out, *both), "--loss_type gbpo does not belong to --method ecpo")
+    pairs = ["--model", trained.folder, "--preferences", write_pairs(tmp_path / "pairs.jsonl"), "--method", "gbpo"]
+    refused(onerec("align", *pairs, *out), "--preferences are pairs")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_with_one_message(trained, data, reward, tmp_path):

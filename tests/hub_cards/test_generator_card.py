@@ -283,7 +283,7 @@ def test_alignment_before_and_after(write):
     assert "Reward: the function &lt;b&gt;f&lt;/b&gt;." in told
     assert table_of(told)[2:] == [
         "| recall@10 | 0.0500 | 0.1235 |",
-        "| mean reward of generated sessions, by the reward that selected the pairs | 1.0000 | 2.0000 |",
+        "| mean reward of generated sessions, by the optimised reward | 1.0000 | 2.0000 |",
         "| mean reward of generated sessions, by a held-out judge | 1.5000 | 1.2500 |",
     ]
     assert len(table_of(section(card, "Evaluation"))) == 5

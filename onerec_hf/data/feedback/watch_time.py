@@ -48,17 +48,17 @@ class WatchTimeScale:
         """
         if base <= 1:
             raise ValueError(f"base must be larger than 1; got {base}")
-        play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
+        play, duration = milliseconds(play_ms, "play time"), milliseconds(duration_ms, "duration")
         if not len(play):
             raise DataError("watch time: no training impressions to rank play times among. Change the split.")
-        bucket = _bucket(duration, base)
+        bucket = duration_bucket(duration, base)
         buckets = np.unique(bucket)
         return cls(base, buckets, [np.sort(play[bucket == number]) for number in buckets])
 
     def __call__(self, play_ms, duration_ms) -> np.ndarray:
         """(N,) float64 in [0, 1]. Raises the errors of `fit`."""
-        play, duration = _milliseconds(play_ms, "play time"), _milliseconds(duration_ms, "duration")
-        bucket = _bucket(duration, self.base)
+        play, duration = milliseconds(play_ms, "play time"), milliseconds(duration_ms, "duration")
+        bucket = duration_bucket(duration, self.base)
         nearest = np.abs(bucket[:, None] - self.buckets).argmin(1)
         rank = np.empty(len(play))
         for number in np.unique(nearest):
@@ -68,12 +68,19 @@ class WatchTimeScale:
         return rank
 
 
-def _bucket(duration_ms: np.ndarray, base: float) -> np.ndarray:
+def duration_bucket(duration_ms: np.ndarray, base: float) -> np.ndarray:
+    """(N,) int64 bucket of each duration, -1 where it is unknown."""
     seconds = np.maximum(duration_ms / 1000, 1.0)
     return np.where(duration_ms > 0, np.floor(np.log(seconds) / np.log(base) + 1e-9), -1).astype(np.int64)
 
 
-def _milliseconds(values, what: str) -> np.ndarray:
+def milliseconds(values, what: str) -> np.ndarray:
+    """
+    (N,) float64.
+
+    Raises:
+        DataError: values that are negative or not finite.
+    """
     values = np.asarray(values, dtype=np.float64)
     bad = ~(np.isfinite(values) & (values >= 0))
     if bad.any():

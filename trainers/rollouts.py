@@ -1,0 +1,170 @@
+"""Sessions that a policy draws, and the policy's log-probabilities of their tokens: two functions of the same distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from onerec_hf.modeling.beam_search import BeamDecoder
+from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
+from onerec_hf.modeling.layers_onerec import at_places
+
+if TYPE_CHECKING:
+    from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+
+ROLLOUTS = ("distinct", "beam", "sample")
+
+
+@torch.no_grad()
+def roll_out(
+    model: OneRecForConditionalGeneration,
+    processor: OneRecProcessor,
+    histories: Sequence[list],
+    count: int,
+    generators: Sequence[torch.Generator],
+    how: str = "distinct",
+    temperature: float = 1.0,
+    session_length: int | None = None,
+    exclude_seen: bool = True,
+    constrained: bool = True,
+) -> torch.Tensor:
+    """
+    `count` sessions per history, drawn from the decoder at a temperature (an item head's scores are left out).
+
+    Args:
+        generators: random numbers per history, on the model's device: sessions depend neither on the batch nor on the rank.
+        how: "distinct" draws without replacement (stochastic beam search), "beam" takes the most probable ones, "sample" draws independently.
+        exclude_seen: leave out the items of the whole history.
+        constrained: sessions of distinct items of the catalogue; otherwise any tokens but the given BOS, drawn independently.
+
+    Returns:
+        (histories * count, session_length * (levels + 1)) tokens `BOS a b c BOS ...`; BOS and padding where fewer legal sessions exist.
+
+    Example:
+        >>> generators = [torch.Generator().manual_seed(0)]
+        >>> roll_out(model, processor, [["m1"]], 8, generators).shape  # doctest: +SKIP
+        torch.Size([8, 20])
+    """
+    inputs = processor(histories)
+    length = model.config.session_length if session_length is None else session_length
+    if not constrained:
+        return _sample_freely(model, inputs, count, generators, temperature, length)
+    sampling = {"do_sample": how != "beam", "temperature": temperature}
+    excluded = list(histories) if exclude_seen else None
+    beams = count
+    if how == "sample":  # the largest of a user's Gumbel keys alone is an independent draw
+        inputs = {name: value.repeat_interleave(count, 0) for name, value in inputs.items()}
+        excluded = excluded and [history for history in excluded for _ in range(count)]
+        seeds = [torch.randint(2**62, (count,), generator=each, device=each.device).tolist() for each in generators]
+        generators = [torch.Generator(model.device).manual_seed(seed) for own in seeds for seed in own]
+        beams = 1
+    return model.recommend(
+        **inputs,
+        num_beams=beams,
+        num_return_sequences=beams,
+        session_length=length,
+        exclude=excluded,
+        generator=list(generators),
+        # The decoder alone: what the log-probabilities below are of.
+        item_score_weight=0.0,
+        decoder_weight=1.0,
+        **sampling,
+    )
+
+
+def _sample_freely(model, inputs, count, generators, temperature, session_length) -> torch.Tensor:
+    """Independent draws from the softmax over the full vocabulary; BOS is given before each item, as in training."""
+    was_training, config = model.training, model.config
+    model.eval()
+    mask = inputs["attention_mask"].to(model.device)
+    states = model.get_encoder()(inputs["input_ids"].to(model.device), mask).last_hidden_state
+    decoder = BeamDecoder(
+        model.get_decoder(),
+        states,
+        at_places(mask, config.encoder_stride),
+        count,
+        session_length * config.tokens_per_item - 1,
+    )
+    written = torch.full((len(states) * count, 1), config.bos_token_id, device=model.device)
+    for position in range(1, session_length * config.tokens_per_item):
+        if position % config.tokens_per_item == 0:
+            written = torch.nn.functional.pad(written, (0, 1), value=config.bos_token_id)
+            continue
+        opens = written.shape[1] > 1 and position % config.tokens_per_item == 1
+        # BOS is given: it goes in together with the code before it.
+        logits = model.lm_head(decoder.step(written[:, -2:] if opens else written[:, -1:])).float() / temperature
+        noise = torch.empty_like(logits).view(len(states), count, -1)
+        for of_user, own in zip(noise, generators, strict=True):
+            of_user.exponential_(generator=own)
+        drawn = (logits - noise.flatten(0, 1).log()).argmax(-1, keepdim=True)
+        written = torch.cat([written, drawn], dim=1)
+    model.train(was_training)
+    return written
+
+
+def code_places(tokens: int, tokens_per_item: int, device: torch.device | None = None) -> torch.Tensor:
+    """
+    The places of codes in a session of `tokens` tokens after its first BOS; the others are BOS, which is given.
+
+    Example:
+        >>> code_places(7, 4).tolist()
+        [0, 1, 2, 4, 5, 6]
+    """
+    places = torch.arange(tokens, device=device)
+    return places[(places + 1) % tokens_per_item != 0]
+
+
+def token_log_probs(
+    logits: torch.Tensor,
+    sequences: torch.Tensor,
+    places: torch.Tensor,
+    temperature: float = 1.0,
+    legal: SemanticIDLogitsProcessor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of sessions' tokens under the policy that [`roll_out`] draws from: per code, the softmax of `logits / temperature`, over its
+    legal continuations with `legal`, else over the full vocabulary.
+
+    Args:
+        logits: (rows, places, vocabulary) of the decoder at `places`.
+        sequences: (rows, 1 + t) tokens, from the first BOS on.
+        places: the places of codes, [`code_places`].
+
+    Returns:
+        Log-probabilities and entropies (rows, t), 0 at other places, and log-probabilities of 0 at tokens that `legal` rules out.
+    """
+    logps, entropies = logits.new_zeros(2, len(sequences), sequences.shape[1] - 1, dtype=torch.float32).unbind()
+    found, spread = [], []
+    for column, place in enumerate(places.tolist()):
+        scores = logits[:, column].float() / temperature
+        token = sequences[:, place + 1, None]
+        possible = None
+        if legal is not None:
+            constrained = legal(sequences[:, : place + 1], scores)
+            possible = constrained.gather(1, token) != float("-inf")  # NaN stays
+            # A softmax without any finite entry would have NaN as its gradient.
+            scores = torch.where(possible, constrained, scores)
+        log_softmax = scores.log_softmax(-1)
+        chosen = log_softmax.gather(1, token)
+        found.append(chosen if possible is None else torch.where(possible, chosen, 0.0))
+        finite = log_softmax.masked_fill(log_softmax == float("-inf"), 0.0)
+        spread.append(-(log_softmax.exp() * finite).sum(-1, keepdim=True))
+    return logps.index_copy(1, places, torch.cat(found, 1)), entropies.index_copy(1, places, torch.cat(spread, 1))
+
+
+def right_padded(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Tokens (rows, t) padded on the left, as TRL's prompts are, padded on the right as the processor does; and their mask.
+
+    Example:
+        >>> right_padded(torch.tensor([[0, 0, 5], [7, 8, 9]]), torch.tensor([[0, 0, 1], [1, 1, 1]]))[0].tolist()
+        [[5, 0, 0], [7, 8, 9]]
+    """
+    lengths = mask.sum(1, keepdim=True)
+    place = torch.arange(int(lengths.max()), device=tokens.device)
+    inside = place < lengths
+    taken = tokens.gather(1, (place + tokens.shape[1] - lengths).clamp(max=tokens.shape[1] - 1))
+    return taken.masked_fill(~inside, 0), inside.long()
