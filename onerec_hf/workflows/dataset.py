@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from onerec_hf.workflows.settings import DataSettings, data_options
-from onerec_hf.workflows.splitting import about_ties, split_last
+from onerec_hf.workflows.splitting import about_ties, split_by_time, split_last
 
 if TYPE_CHECKING:
     import datasets
@@ -213,18 +213,24 @@ class InMemoryDataset:
 
     def where(self, keep: np.ndarray, note: str) -> InMemoryDataset:
         """
-        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew.
+        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew, by time at the same times.
 
         Args:
             note: sentence for the protocol.
 
         Raises:
             DataError: no user is left with items to hold out.
+            ValueError: a given split, whose tables are not kept.
         """
-        from onerec_hf.data import leave_one_out
-
         settings, sequences = self.settings, self.sequences.where(keep)
-        split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+        if settings.holdout == "given":
+            raise ValueError(
+                "--holdout given: leave items that the model does not hold out of the three tables, or pass --new_items add"
+            )
+        if settings.holdout == "temporal":
+            split = split_by_time(sequences, settings, self.sequences.timestamps)
+        else:
+            split = split_last(sequences, settings)
         return replace(
             self,
             sequences=sequences,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
     Raises:
         ValueError, DataError: too few interactions of frequent items, or periods outside the data's times.
     """
-    from onerec_hf.data import DataError, UserSequences, given_split, temporal_split
+    from onerec_hf.data import DataError, UserSequences, given_split
     from onerec_hf.data.sequences import concatenated
 
     tables = [UserSequences.from_interactions(part) for part in (table, *parts)]
@@ -92,15 +93,7 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
     if settings.holdout == "last":
         return sequences, split_last(sequences, settings)
     if settings.holdout == "temporal":
-        starts = [
-            np.quantile(sequences.timestamps, share, method="higher") if text is None else _time(option, text)
-            for option, text, share in (
-                ("validation_start", settings.validation_start, BEFORE_VALIDATION),
-                ("test_start", settings.test_start, BEFORE_TEST),
-            )
-        ]
-        validation_start, test_start = map(int, starts)
-        return sequences, temporal_split(sequences, validation_start, test_start, *sizes, targets=_TARGETS)
+        return sequences, split_by_time(sequences, settings, sequences.timestamps)
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
@@ -111,12 +104,42 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
         raise ValueError(f"--holdout given: {error}") from error
 
 
-def _time(option: str, text: str) -> int:
-    """A number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given."""
+def split_by_time(sequences: UserSequences, settings: DataSettings, times: np.ndarray) -> Split:
+    """
+    A temporal split.
+
+    Args:
+        times: of which the starts are quantiles, where the settings name none.
+    """
+    from onerec_hf.data import temporal_split
+
+    starts = [
+        np.quantile(times, share, method="higher") if text is None else time_of(option, text)
+        for option, text, share in (
+            ("validation_start", settings.validation_start, BEFORE_VALIDATION),
+            ("test_start", settings.test_start, BEFORE_TEST),
+        )
+    ]
+    sizes = (settings.session_length, settings.max_history, settings.stride)
+    return temporal_split(sequences, *map(int, starts), *sizes, targets=_TARGETS)
+
+
+def time_of(option: str, text: str) -> int:
+    """
+    The start of a period: a number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given. Fractions are
+    rounded up, as tables hold whole times.
+
+    Raises:
+        ValueError: neither of them.
+
+    Example:
+        >>> time_of("test_start", "2024-01-31"), time_of("test_start", "8.5")
+        (1706659200, 9)
+    """
     from onerec_hf.data.times import seconds_of
 
     try:
-        return int(text) if text.lstrip("-").isdigit() else int(seconds_of(text))
+        return int(text) if text.lstrip("-").isdigit() else math.ceil(seconds_of(text))
     except ValueError:
         raise ValueError(
             f"--{option} {text}: pass a number as in the table's time column, or a date such as 2024-01-31"
