@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
+from onerec_hf.data.times import FRACTION, Instants, instants
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class UserSequences:
         item_ids: (T,) int64 or object array of `str`.
         timestamps: (T,) int64.
         offsets: (U + 1,) int64; user u's items are `item_ids[offsets[u]:offsets[u + 1]]`.
+        fractions: (T,) float64 in [0, 1), of the timestamps' unit; None where all times are whole.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": ["b", "a", "a"], "item_id": [3, 2, 1], "timestamp": [5, 9, 8]})
@@ -32,14 +34,16 @@ class UserSequences:
     item_ids: np.ndarray
     timestamps: np.ndarray
     offsets: np.ndarray
+    fractions: np.ndarray | None = None
 
     @classmethod
     def from_interactions(cls, interactions: pd.DataFrame) -> UserSequences:
         """
-        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps).
+        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps), and `timestamp_fraction` where
+        [`~onerec_hf.data.read_interactions`] made it.
 
         Raises:
-            DataError: missing columns, no rows, ids that `canonical_ids` rejects.
+            DataError: missing columns, no rows, ids that `canonical_ids` rejects, timestamps that are neither numbers nor dates.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 1], "item_id": ["y", "x"], "timestamp": [0, 0]})
@@ -50,11 +54,12 @@ class UserSequences:
         if not len(interactions):
             raise DataError("interactions: the table has no rows.")
         codes, user_ids = pd.factorize(canonical_ids(column_of(interactions, "user_id"), "user_id"), sort=True)
-        timestamps = interactions["timestamp"].to_numpy(dtype=np.int64)
-        order = np.lexsort((timestamps, codes))
+        times = _times(interactions)
+        order = np.lexsort((*_fraction_keys(times.rest), times.whole, codes))
         items = canonical_ids(column_of(interactions, "item_id"), "item_id")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(user_ids)))]).astype(np.int64)
-        return cls(np.asarray(user_ids), items[order], timestamps[order], offsets)
+        fractions = None if times.rest is None else times.rest[order]
+        return cls(np.asarray(user_ids), items[order], times.whole[order], offsets, fractions)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -72,6 +77,15 @@ class UserSequences:
     def user_rows(self) -> np.ndarray:
         """(T,) int64: the user row (0..U-1) of every item."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def tied(self) -> np.ndarray:
+        """(T,) bool: whether an item has the time of the user's item before it, fractions included."""
+        tied = np.zeros(len(self.item_ids), dtype=bool)
+        tied[1:] = (np.diff(self.timestamps) == 0) & (np.diff(self.user_rows) == 0)
+        if self.fractions is not None:
+            tied[1:] &= np.diff(self.fractions) == 0
+        return tied
 
     def lists(self) -> list[np.ndarray]:
         """
@@ -107,11 +121,14 @@ class UserSequences:
         """
         lengths = np.bincount(self.user_rows[keep], minlength=len(self))
         offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
-        return UserSequences(self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets)
+        fractions = None if self.fractions is None else self.fractions[keep]
+        return UserSequences(
+            self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets, fractions
+        )
 
     def shuffled_ties(self, seed: int = 0) -> UserSequences:
         """
-        A user's items of equal time in random order, in place of the table's order.
+        A user's items of equal time, fractions included, in random order, in place of the table's order.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1] * 5, "item_id": [1, 2, 3, 4, 5], "timestamp": [7, 7, 7, 7, 9]})
@@ -119,7 +136,7 @@ class UserSequences:
             [4, 3, 2, 1, 5]
         """
         random = np.random.default_rng(seed).random(len(self.item_ids))
-        order = np.lexsort((random, self.timestamps, self.user_rows))
+        order = np.lexsort((random, *_fraction_keys(self.fractions), self.timestamps, self.user_rows))
         return replace(self, item_ids=self.item_ids[order])
 
     def k_core(self, min_user: int = 1, min_item: int = 5, iterative: bool = False) -> UserSequences:
@@ -170,5 +187,23 @@ def concatenated(*parts: UserSequences) -> UserSequences:
     items, times = (
         np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps")
     )
+    fractions = None
+    if any(part.fractions is not None for part in parts):
+        cut = [np.zeros(len(part.item_ids)) if part.fractions is None else part.fractions for part in parts]
+        fractions = np.concatenate(cut)[order]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(users)))]).astype(np.int64)
-    return UserSequences(users, items, times, offsets)
+    return UserSequences(users, items, times, offsets, fractions)
+
+
+def _times(interactions: pd.DataFrame) -> Instants:
+    """The times of a table; those of `read_interactions` are whole, with their fractions in a column of their own."""
+    series = column_of(interactions, "timestamp")
+    if not pd.api.types.is_integer_dtype(series.dtype):
+        return instants(series, "timestamp")
+    fractions = interactions[FRACTION].to_numpy(dtype=np.float64) if FRACTION in interactions.columns else None
+    return Instants(series.to_numpy(dtype=np.int64), fractions)
+
+
+def _fraction_keys(fractions: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Keys of `np.lexsort`."""
+    return () if fractions is None else (fractions,)

@@ -88,7 +88,9 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
     kept = sequences.item_counts()[0]
     sizes = (settings.session_length, settings.max_history, settings.stride)
-    if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
+    if (
+        settings.ties == "shuffle" and settings.holdout != "given"
+    ):  # of the rows that are kept, as `with_shuffled_ties` does
         sequences = sequences.shuffled_ties(settings.ties_seed)
     if settings.holdout == "last":
         return sequences, split_last(sequences, settings)
@@ -97,6 +99,7 @@ def split_table(table: pd.DataFrame, parts: list[pd.DataFrame], settings: DataSe
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
+        sequences = concatenated(*tables)
     try:
         train, validation, test = tables
         return sequences, given_split(train, validation, test, *sizes, targets=_TARGETS)
