@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.trainers.folder_lock import LOCK
 from onerec_hf.workflows.artefact import (
     SEQUENTIAL,
     catalogue_of,
@@ -25,7 +26,7 @@ from onerec_hf.workflows.artefact import (
 )
 from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.evidence import rows_of_items
-from onerec_hf.workflows.run_folder import LOCK, check_folder, own_folder
+from onerec_hf.workflows.run_folder import check_folder, own_folder
 from onerec_hf.workflows.settings import gather
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.trainers.folder_lock import LOCK
 from onerec_hf.workflows.artefact import write_bytes
 from onerec_hf.workflows.compare.analysis import Quality, share_of_repeats
 from onerec_hf.workflows.compare.families import Family
@@ -21,7 +22,6 @@ from onerec_hf.workflows.compare.ranking import METRIC, measure, rankable, sampl
 from onerec_hf.workflows.compare.settings import CompareSettings
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.run_folder import LOCK
 from onerec_hf.workflows.settings import DataSettings
 
 if TYPE_CHECKING:
