@@ -37,7 +37,9 @@ def prepare_with_ray(
     def positive_rows(part: Any) -> pa.Table:
         [file], [first_row] = part["file"], part["first_row"]
         log, checks = Log(find_log_files(file), positive=positive, first_row=int(first_row)), Checks()
-        frames = list(log.batches(checks, buckets))
+        # Which columns may number the rows differs between files; `prepare` looks at all of them.
+        names = ["user", "item", "time", "rest", "row", "others", "bucket"]
+        frames = [batch.select(names) for batch in log.batches(checks, buckets)]
         if checks.bad:
             log.require_good(checks)
         return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -51,7 +53,7 @@ def prepare_with_ray(
 
     def rows_of(bucket: pa.Table) -> Any:
         whole: Any = pl.from_arrow(bucket)
-        return whole.select("user", "item").explode("user", "item")
+        return whole.drop("bucket").explode(pl.all())
 
     def count(bucket: pa.Table) -> pa.Table:
         return rows_of(bucket).group_by("item").len("rows").to_arrow(compat_level=pl.CompatLevel.oldest())

@@ -455,20 +455,38 @@ class Recommender:
         if top_k < 1:
             raise RequestError(f"top_k must be at least 1; got {top_k}")
         rows, _ = known_indices(self.catalogue, item_ids, "similar_to", "error")
-        vectors = torch.nn.functional.normalize(self.item_vectors().float(), dim=1)
-        active = torch.from_numpy(np.array(self.catalogue.active)).to(vectors.device)
-        answers = []
+        vectors, answers = self.unit_vectors(), []
         for row in rows.tolist():
-            scores = (vectors @ vectors[row]).masked_fill_(~active, -math.inf)
-            scores[row] = -math.inf
-            found, places = top_candidates(scores[None], top_k)
-            kept = found[0].isfinite()
-            ids, values = self.catalogue.ids(places[0][kept].cpu().numpy()), found[0][kept].tolist()
+            ids, scores = self.most_similar(row, top_k, vectors)
             fields = [{} if self.items is None else dict(self.items.get(item, {})) for item in ids]
             answers.append(
-                [{"item": item, "score": score, **of} for item, score, of in zip(ids, values, fields, strict=True)]
+                [{"item": item, "score": score, **of} for item, score, of in zip(ids, scores, fields, strict=True)]
             )
         return answers
+
+    def check_vectors(self) -> None:
+        """
+        Raises:
+            RequestError: the model has no vectors of items.
+        """
+
+    def unit_vectors(self) -> torch.Tensor:
+        """(items, width) float32: [`item_vectors`] of length 1, for [`most_similar`]."""
+        return torch.nn.functional.normalize(self.item_vectors().float(), dim=1)
+
+    def most_similar(self, row: int, top_k: int, vectors: torch.Tensor) -> tuple[list, list[float]]:
+        """
+        Ids and cosines of the active items most similar to the item of a row, best first, without itself.
+
+        Args:
+            vectors: from [`unit_vectors`].
+        """
+        active = torch.from_numpy(np.array(self.catalogue.active)).to(vectors.device)
+        scores = (vectors @ vectors[row]).masked_fill_(~active, -math.inf)
+        scores[row] = -math.inf
+        found, places = top_candidates(scores[None], top_k)
+        kept = found[0].isfinite()
+        return self.catalogue.ids(places[0][kept].cpu().numpy()), found[0][kept].tolist()
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from onerec_hf.modeling.files import cannot_write, give_usual_modes, remove_whole
+from onerec_hf.trainers.folder_lock import locked
 
 _UNFINISHED, _REMOVED = "_unfinished-", "_removed-"  # Trainer does not upload names that start with an underscore
 
@@ -78,13 +81,31 @@ class AtomicCheckpointMixin(Trainer):
 
     _unfinished: str | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args, **kwargs):
         """
         As `transformers.Trainer.train`.
 
         Raises:
             ValueError: the folder is not a complete checkpoint, or there is none to resume from.
+            FileExistsError: another training runs in the output folder, in this process or another.
         """
+        with self._locked_folder(trial):
+            return self._train(resume_from_checkpoint, trial, *args, **kwargs)
+
+    @contextmanager
+    def _locked_folder(self, trial: Any) -> Iterator[None]:
+        """The lock of the output folder, which the first rank holds; a trial of a search has a folder of its own in it."""
+        with ExitStack() as stack:
+            if self.args.process_index == 0 and trial is None:
+                try:
+                    stack.enter_context(locked(str(self.args.output_dir)))
+                except FileExistsError:
+                    raise
+                except OSError:
+                    pass  # a full or read-only disk: saving says so, with the newest checkpoint
+            yield
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
         folder = str(self.args.output_dir)
         if resume_from_checkpoint is True or resume_from_checkpoint == "last":
             resume_from_checkpoint = newest_checkpoint(folder)

@@ -40,6 +40,7 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
         >>> trainer = RewardTrainer(model, RewardTrainingArguments("out"), feedback.train, feedback.validation)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.evaluate(feedback.test, metric_key_prefix="test")["test_vtr/auc"]  # doctest: +SKIP
+        >>> trainer.predict(sessions).predictions  # logits (sessions, objectives); no labels are needed  # doctest: +SKIP
     """
 
     _memory_settings = {"training": ", or a smaller max_history of the model", "evaluation": ""}
@@ -81,16 +82,27 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
         self.model_init = model_init
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return super().get_eval_dataloader(plain_rows(eval_dataset))
+        if not isinstance(eval_dataset, str):  # the name of one that was checked
+            eval_dataset = plain_rows(eval_dataset)
+            _check_labels(eval_dataset, self._objectives)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        return super().get_test_dataloader(plain_rows(test_dataset))
+        test_dataset = plain_rows(test_dataset)
+        _check_labels(test_dataset, self._objectives, required=False)
+        return super().get_test_dataloader(test_dataset)
+
+    @property
+    def _objectives(self) -> list[str]:
+        return self.accelerator.unwrap_model(self.model).config.objectives
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["history", "session", "labels"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if "labels" not in inputs:  # predict() needs none
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         labels = inputs["labels"].clone()
         rows, real = len(labels), self.real_rows(len(labels))
         labels[real:] = MISSING_LABEL  # repeated rows have no part in the loss
@@ -121,13 +133,22 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
         )
 
 
-def _check_labels(dataset, objectives: list[str]) -> None:
+def _check_labels(dataset, objectives: list[str], required: bool = True) -> None:
+    """
+    Raises:
+        ValueError: missing columns, or labels of other objectives; sessions without labels are fine where they are not `required`.
+    """
     if not isinstance(dataset, Dataset):
         return
     missing = {"history", "session", "labels"} - set(dataset.column_names)
+    if not required and "labels" in missing:
+        if missing == {"labels"}:
+            return
+        missing.remove("labels")
     if missing:
+        hint = "; for sessions without labels call predict()" if missing == {"labels"} else ""
         raise ValueError(
-            f"the dataset has no column {sorted(missing)[0]!r} (found: {dataset.column_names}); create it with onerec_hf.data.feedback_windows"
+            f"the dataset has no column {sorted(missing)[0]!r} (found: {dataset.column_names}); create it with onerec_hf.data.feedback_windows{hint}"
         )
     if len(dataset) and len(dataset[0]["labels"]) != len(objectives):
         raise ValueError(

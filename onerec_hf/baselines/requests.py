@@ -115,12 +115,15 @@ class ItemRecommender(Recommender):
             answers.append(answer)
         return answers
 
-    def item_vectors(self) -> torch.Tensor:
+    def check_vectors(self) -> None:
         if not isinstance(self.model, SequentialRecommender):
             raise RequestError(
                 f"similar_to: a {type(self.model).__name__} has no vectors of items; name a OneRec or a sequence model"
             )
-        return self.model.item_vectors()
+
+    def item_vectors(self) -> torch.Tensor:
+        self.check_vectors()
+        return cast("SequentialRecommender", self.model).item_vectors()
 
     def _sequential(
         self, histories: list[np.ndarray], k: int, exclude: list[np.ndarray], allow: list[np.ndarray] | None

@@ -99,6 +99,9 @@ class ShownItemArguments:
     item_column: str | None = field(
         default=None, metadata={"help": "Name of the item column of --items; that of the model's training by default."}
     )
+    item_column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of --items without a header, in order."}
+    )
     show_fields: bool = field(default=True, metadata={"help": "Show titles and other columns of the items."})
 
     def load(self, repo: str | os.PathLike, catalogue: ItemCatalogue) -> ItemFields | None:
@@ -123,5 +126,7 @@ class ShownItemArguments:
         column = self.item_column or saved_data_options(repo).get("item_column", "item_id")
         with about(self.items):
             of_model = canonical_ids(pd.Series(catalogue.ids([0])), "item_id")
-            items = read_items(self.items, item_column=column).with_ids_like(of_model)
+            items = read_items(self.items, item_column=column, column_names=self.item_column_names).with_ids_like(
+                of_model
+            )
             return ItemFields(items, catalogue)

@@ -54,6 +54,10 @@ class RecommendArguments(ShownItemArguments):
     timestamp_column: str | None = field(
         default=None, metadata={"help": "Name of the time column; that of the model's training by default."}
     )
+    column_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the columns of --interactions, a text file without a header, in order."},
+    )
     positive: list[str] | None = field(
         default=None,
         metadata={
@@ -120,7 +124,14 @@ def main(argv: list[str]) -> None:
         place = args.model
         if args.new_items == "add":
             place = stack.enter_context(
-                with_new_items(args.model, args.items, args.interactions, **columns, positive=args.positive)
+                with_new_items(
+                    args.model,
+                    args.items,
+                    args.interactions,
+                    **columns,
+                    positive=args.positive,
+                    item_column_names=args.item_column_names,
+                )
             )
             if os.path.isfile(os.path.join(place, ITEMS_NAME)):  # holds the fields of known items too
                 args.items = None
@@ -185,17 +196,18 @@ def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
         raise ValueError(f"--{error}") from None
 
 
-def _columns(args: RecommendArguments) -> dict[str, str]:
-    """Names of the columns, by default those of the model's training; with its rules of positive feedback where none are given."""
+def _columns(args: RecommendArguments) -> dict[str, Any]:
+    """How the table of interactions is read: names of the columns, by default those of the model's training; with its rules of positive feedback where none are given."""
     assert args.model is not None
     trained = read_data_options("--model", args.model)
     if args.positive is None:
         args.positive = trained.get("positive")
     columns = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
-    return {name: getattr(args, name) or trained.get(name, default) for name, default in columns.items()}
+    columns = {name: getattr(args, name) or trained.get(name, default) for name, default in columns.items()}
+    return {**columns, "column_names": args.column_names}
 
 
-def _recommend(recommender: Recommender, args: RecommendArguments, columns: dict[str, str], write: Callable) -> None:
+def _recommend(recommender: Recommender, args: RecommendArguments, columns: dict[str, Any], write: Callable) -> None:
     """Answers histories, or the users of a table."""
     from onerec_hf.modeling.requests import AnswerCounts
 
@@ -232,7 +244,7 @@ class SharedLists:
     candidates: Candidates | None = None
 
 
-def _shared_lists(recommender: Recommender, args: RecommendArguments, columns: dict[str, str]) -> SharedLists:
+def _shared_lists(recommender: Recommender, args: RecommendArguments, columns: dict[str, Any]) -> SharedLists:
     """The lists of `--allow` and `--candidates`; unknown items in them are counted, or an error."""
     import numpy as np
 
@@ -284,7 +296,7 @@ def _similar_lines(recommender: Recommender, args: RecommendArguments) -> Iterat
 
 
 def _batches(
-    args: RecommendArguments, columns: dict[str, str], batches: int
+    args: RecommendArguments, columns: dict[str, Any], batches: int
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """Numbered requests, `batches` batches at a time, and an empty list at the end; on other ranks than the first nothing but such lists."""
     while not is_first():

@@ -123,7 +123,7 @@ class Candidates:
 def table_requests(
     interactions: str,
     users: Sequence[str] | None,
-    columns: dict[str, str],
+    columns: dict[str, Any],
     positive: Sequence[str],
     exclude_seen: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -133,7 +133,7 @@ def table_requests(
 
     Args:
         users: only these, in this order; all in the order of their ids by default.
-        columns: names of the columns, as for [`~onerec_hf.data.read_interactions`].
+        columns: how the table is read, options of [`~onerec_hf.data.read_interactions`].
         positive: rules of positive feedback.
 
     Raises:

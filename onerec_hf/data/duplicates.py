@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -56,14 +56,31 @@ def repeated_rows(
             f"(first: row {int(repeated.argmax())})."
         )
     suspects = suspects.loc[~repeated[again]]
-    numbering = [name for name in suspects.columns if name not in keys and _all_distinct(column_of(compared, name))]
-    hidden = suspects.drop(columns=numbering).duplicated().sum()
+    kept = compared.loc[~repeated]
+    numbering = [
+        str(name)
+        for name in suspects.columns
+        if name not in (*keys, "__rest__") and _all_distinct(column_of(kept, name))
+    ]
+    warn_hidden(int(suspects.drop(columns=numbering).duplicated().sum()), len(table), numbering)
+    return repeated
+
+
+def warn_hidden(hidden: int, rows: int, numbering: Sequence[str]) -> None:
+    """
+    Warns of duplicates that columns hide.
+
+    Args:
+        hidden: how many of the `rows` equal an earlier one but for the columns `numbering`, which differ in every row.
+
+    Example:
+        >>> warn_hidden(0, 10, ["event"])
+    """
     if hidden:
         warnings.warn(
-            f"interactions: {hidden:,} of {len(table):,} rows equal an earlier row but for {listed(numbering)}, which differs in every row; they "
+            f"interactions: {hidden:,} of {rows:,} rows equal an earlier row but for {listed(numbering)}, which differs in every row; they "
             "are kept. If that column only numbers the rows, drop it."
         )
-    return repeated
 
 
 def _all_distinct(series: pd.Series) -> bool:

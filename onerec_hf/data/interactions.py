@@ -23,8 +23,9 @@ from onerec_hf.data.columns import (
 )
 from onerec_hf.data.duplicates import repeated_rows
 from onerec_hf.data.lists import is_listed, one_item_per_row
+from onerec_hf.data.positives import numeric_column
 from onerec_hf.data.tables import is_text, load_table
-from onerec_hf.data.times import Instants, instants
+from onerec_hf.data.times import FRACTION, Instants, instants
 from onerec_hf.modeling.files import map_npy
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def read_interactions(
         column_names: the columns of a text file without a header, in order.
 
     Returns:
-        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64; datetimes become seconds since 1970 UTC, fractions are cut
-        after sorting), `session_id` if present, then the feedback columns.
+        columns `user_id`, `item_id` (int64 or str), `timestamp` (int64, whole; datetimes become seconds since 1970 UTC), `session_id` if
+        present, then the feedback columns; and where times have fractions, these in `timestamp_fraction` (float64 in [0, 1)).
 
     Raises:
         DataError: unreadable or empty source, missing columns, null or mixed ids, timestamps that are not finite numbers or datetimes.
@@ -99,8 +100,9 @@ def read_interactions(
     if lists:
         table = one_item_per_row(table, names["item_id"])
     timed = "timestamp" in names
+    cut_before = FRACTION in table.columns and FRACTION not in names.values()
     if feedback_columns is None:
-        feedback_columns = [column for column in table.columns if column not in names.values()]
+        feedback_columns = [column for column in table.columns if column not in (*names.values(), FRACTION)]
     taken = [column for column in feedback_columns if column in (*names, "timestamp")]
     if taken:
         raise DataError(
@@ -112,6 +114,8 @@ def read_interactions(
     }
     if timed:
         times = _instants(source, column_of(table, names["timestamp"]), names["timestamp"], column_names)
+        if cut_before and times.rest is None:  # the table was made here
+            times = Instants(times.whole, numeric_column(table, FRACTION))
         repeated = repeated_rows(table, columns, times, names)
     else:
         times, repeated = Instants(np.arange(len(table)), None), np.zeros(len(table), dtype=bool)
@@ -121,6 +125,7 @@ def read_interactions(
         | {"timestamp": times.whole}
         | {name: column for name, column in columns.items() if name not in ids}
         | {column: table[column] for column in feedback_columns}
+        | ({} if times.rest is None else {FRACTION: times.rest})
     )
     users = pd.factorize(result["user_id"], sort=True)[0]
     order = np.lexsort((*(() if times.rest is None else (times.rest,)), times.whole, users))

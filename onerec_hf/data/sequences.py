@@ -10,6 +10,7 @@ import pandas as pd
 
 from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.events import Events, Histories
+from onerec_hf.data.times import FRACTION, Instants, instants
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,7 @@ class UserSequences:
         item_ids: (T,) int64 or object array of `str`.
         timestamps: (T,) int64.
         offsets: (U + 1,) int64; user u's items are `item_ids[offsets[u]:offsets[u + 1]]`.
+        fractions: (T,) float64 in [0, 1), of the timestamps' unit; None where all times are whole.
         rows, events: (T,) int64, the interaction of each item among all those of the table; None where histories are items and nothing else.
 
     Example:
@@ -35,6 +37,7 @@ class UserSequences:
     item_ids: np.ndarray
     timestamps: np.ndarray
     offsets: np.ndarray
+    fractions: np.ndarray | None = None
     rows: np.ndarray | None = None
     events: Events | None = None
 
@@ -43,13 +46,14 @@ class UserSequences:
         cls, interactions: pd.DataFrame, rows: np.ndarray | None = None, events: Events | None = None
     ) -> UserSequences:
         """
-        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps).
+        From a table with `user_id`, `item_id` and `timestamp`, in any row order (stable for equal timestamps), and `timestamp_fraction` where
+        [`~onerec_hf.data.read_interactions`] made it.
 
         Args:
             rows, events: the table's rows among all interactions.
 
         Raises:
-            DataError: missing columns, no rows, ids that `canonical_ids` rejects.
+            DataError: missing columns, no rows, ids that `canonical_ids` rejects, timestamps that are neither numbers nor dates.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1, 1], "item_id": ["y", "x"], "timestamp": [0, 0]})
@@ -60,12 +64,13 @@ class UserSequences:
         if not len(interactions):
             raise DataError("interactions: the table has no rows.")
         codes, user_ids = pd.factorize(canonical_ids(column_of(interactions, "user_id"), "user_id"), sort=True)
-        timestamps = interactions["timestamp"].to_numpy(dtype=np.int64)
-        order = np.lexsort((timestamps, codes))
+        times = _times(interactions)
+        order = np.lexsort((*_fraction_keys(times.rest), times.whole, codes))
         items = canonical_ids(column_of(interactions, "item_id"), "item_id")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(user_ids)))]).astype(np.int64)
+        fractions = None if times.rest is None else times.rest[order]
         rows = None if rows is None else rows[order]
-        return cls(np.asarray(user_ids), items[order], timestamps[order], offsets, rows, events)
+        return cls(np.asarray(user_ids), items[order], times.whole[order], offsets, fractions, rows, events)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -88,6 +93,15 @@ class UserSequences:
     def histories(self) -> Histories:
         """What the encoder reads: the items, and with `events` the codes of features and the interactions that are not positive."""
         return Histories.of(self.user_ids, self.item_ids, self.offsets, self.rows, self.events)
+
+    @property
+    def tied(self) -> np.ndarray:
+        """(T,) bool: whether an item has the time of the user's item before it, fractions included."""
+        tied = np.zeros(len(self.item_ids), dtype=bool)
+        tied[1:] = (np.diff(self.timestamps) == 0) & (np.diff(self.user_rows) == 0)
+        if self.fractions is not None:
+            tied[1:] &= np.diff(self.fractions) == 0
+        return tied
 
     def lists(self) -> list[np.ndarray]:
         """
@@ -123,9 +137,16 @@ class UserSequences:
         """
         lengths = np.bincount(self.user_rows[keep], minlength=len(self))
         offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
+        fractions = None if self.fractions is None else self.fractions[keep]
         rows = None if self.rows is None else self.rows[keep]
         return UserSequences(
-            self.user_ids[lengths > 0], self.item_ids[keep], self.timestamps[keep], offsets, rows, self.events
+            self.user_ids[lengths > 0],
+            self.item_ids[keep],
+            self.timestamps[keep],
+            offsets,
+            fractions,
+            rows,
+            self.events,
         )
 
     def reading(self, item_ids: np.ndarray) -> UserSequences:
@@ -134,7 +155,7 @@ class UserSequences:
 
     def shuffled_ties(self, seed: int = 0) -> UserSequences:
         """
-        A user's items of equal time in random order, in place of the table's order.
+        A user's items of equal time, fractions included, in random order, in place of the table's order.
 
         Example:
             >>> rows = pd.DataFrame({"user_id": [1] * 5, "item_id": [1, 2, 3, 4, 5], "timestamp": [7, 7, 7, 7, 9]})
@@ -142,7 +163,7 @@ class UserSequences:
             [4, 3, 2, 1, 5]
         """
         random = np.random.default_rng(seed).random(len(self.item_ids))
-        order = np.lexsort((random, self.timestamps, self.user_rows))
+        order = np.lexsort((random, *_fraction_keys(self.fractions), self.timestamps, self.user_rows))
         if self.rows is None or self.events is None:
             return replace(self, item_ids=self.item_ids[order])
         return replace(self, item_ids=self.item_ids[order], rows=self.rows[order], events=self.events.shuffled(seed))
@@ -195,8 +216,26 @@ def concatenated(*parts: UserSequences) -> UserSequences:
     items, times = (
         np.concatenate([getattr(part, name) for part in parts])[order] for name in ("item_ids", "timestamps")
     )
+    fractions = None
+    if any(part.fractions is not None for part in parts):
+        cut = [np.zeros(len(part.item_ids)) if part.fractions is None else part.fractions for part in parts]
+        fractions = np.concatenate(cut)[order]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(users)))]).astype(np.int64)
     first, rows = parts[0], None
     if first.rows is not None:
         rows = np.concatenate([np.asarray(part.rows) for part in parts])[order]
-    return UserSequences(users, items, times, offsets, rows, first.events)
+    return UserSequences(users, items, times, offsets, fractions, rows, first.events)
+
+
+def _times(interactions: pd.DataFrame) -> Instants:
+    """The times of a table; those of `read_interactions` are whole, with their fractions in a column of their own."""
+    series = column_of(interactions, "timestamp")
+    if not pd.api.types.is_integer_dtype(series.dtype):
+        return instants(series, "timestamp")
+    fractions = interactions[FRACTION].to_numpy(dtype=np.float64) if FRACTION in interactions.columns else None
+    return Instants(series.to_numpy(dtype=np.int64), fractions)
+
+
+def _fraction_keys(fractions: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Keys of `np.lexsort`."""
+    return () if fractions is None else (fractions,)

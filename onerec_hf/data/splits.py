@@ -17,9 +17,6 @@ from onerec_hf.data.windows import cut, window_examples
 if TYPE_CHECKING:
     import datasets
 
-# Share of test targets that a tie decides, from which ties matter.
-_TIES_MATTER = 0.01
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -115,7 +112,7 @@ def leave_one_out(
         int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
     )
     ties = Ties.of(sequences, min_length)
-    if ties.are_sorted and ties.share >= _TIES_MATTER:
+    if ties.matter:
         warnings.warn(f"{ties} UserSequences.shuffled_ties() puts them in random order.", UserWarning, stacklevel=2)
     description += f" {ties}" if ties.tied else ""
     return LeaveOneOutSplit(train, validation, test, train_sequences, description)

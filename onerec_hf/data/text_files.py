@@ -33,7 +33,7 @@ def read_delimited(path: Path, text_columns: Sequence[str | None], names: Sequen
 
     Raises:
         DataError: no fields, columns that occur more than once, a wrong number of `names`, fields that are not well quoted.
-        OSError, ValueError, pandas.errors.ParserWarning: what pandas does not read.
+        OSError, ValueError: what pandas does not read.
 
     Warns:
         UserWarning: rows without values were left out (with their number).
@@ -53,12 +53,16 @@ def read_delimited(path: Path, text_columns: Sequence[str | None], names: Sequen
         with _rewound(content) as file, warnings.catch_warnings():
             # Otherwise pandas drops surplus fields of a row, or shifts all columns by one.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table: Any = pd.read_csv(
-                file,
-                dtype=dict.fromkeys(text, str),
-                na_values={column: [""] if column in text else MISSING_TEXT for column in form.columns},
-                **form.pandas_options(names),
-            )
+            try:
+                table: Any = pd.read_csv(
+                    file,
+                    dtype=dict.fromkeys(text, str),
+                    na_values={column: [""] if column in text else MISSING_TEXT for column in form.columns},
+                    **form.pandas_options(names),
+                )
+            except pd.errors.ParserWarning as error:
+                with _rewound(content) as again:
+                    raise DataError(f"{path}: {_surplus(again, form) or error}") from error
     empty = table.isna().all(axis=1).to_numpy() & (len(table.columns) > 1)
     if empty.any():
         warnings.warn(
@@ -66,6 +70,16 @@ def read_delimited(path: Path, text_columns: Sequence[str | None], names: Sequen
         )
         table = table.loc[~empty].reset_index(drop=True)
     return table
+
+
+def _surplus(file: IO[bytes], form: Layout) -> str:
+    """What is wrong with the first line that has more fields than there are columns, which pandas does not name; empty where there is none."""
+    columns = len(form.columns)
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
+        fields = fields_of(line.rstrip("\r\n"), form.separator, form.quoting in ("fields", "spanning"))
+        if len(fields) > columns:
+            return f"line {number} has {len(fields)} fields and the first line {columns}. Quote fields that hold the separator."
+    return ""
 
 
 class Layout(NamedTuple):

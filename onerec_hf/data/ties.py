@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from onerec_hf.data.sequences import UserSequences
 IN_ORDER = 0.9
 # Fewer tied neighbours are in order by chance.
 _FEWEST = 10
+# Share of the test targets from which ties are warned of.
+_MATTER = 0.01
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,17 @@ class Ties:
         targets: users whose last item is a test target.
         tied: of them, those whose last two items have the same time.
         rows: neighbours with equal times.
-        in_order: share of these neighbours with ascending item ids, or with descending ones if that is more.
+        rising: of them, those with ascending item ids.
 
     Example:
-        >>> print(Ties(targets=671, tied=128, rows=21845, in_order=1.0))
+        >>> print(Ties(targets=671, tied=128, rows=21845, rising=21845))
         A tie in time decides 128 of 671 test targets (19.1%); tied rows are sorted by item id (100%), so that "last" means the largest or smallest id.
     """
 
     targets: int
     tied: int
     rows: int
-    in_order: float
+    rising: int
 
     @classmethod
     def of(cls, sequences: UserSequences, min_length: int = 3) -> Ties:
@@ -49,12 +52,27 @@ class Ties:
             >>> Ties.of(UserSequences.from_interactions(table)).tied
             1
         """
-        same = (np.diff(sequences.timestamps) == 0) & (np.diff(sequences.user_rows) == 0)
+        same = sequences.tied
         targets = (sequences.offsets[1:] - 1)[sequences.lengths >= min_length]
-        before, after = sequences.item_ids[:-1][same], sequences.item_ids[1:][same]
-        rising = float((after > before).mean()) if same.any() else 0.0
-        falling = 1 - rising if same.any() else 0.0
-        return cls(len(targets), int(same[targets - 1].sum()), int(same.sum()), max(rising, falling))
+        before, after = sequences.item_ids[:-1][same[1:]], sequences.item_ids[1:][same[1:]]
+        return cls(len(targets), int(same[targets].sum()), int(same.sum()), int((after > before).sum()))
+
+    @classmethod
+    def sum(cls, parts: Iterable[Ties]) -> Ties:
+        """
+        The ties of several sets of users.
+
+        Example:
+            >>> Ties.sum([Ties(3, 1, 4, 4), Ties(2, 0, 0, 0)])
+            Ties(targets=5, tied=1, rows=4, rising=4)
+        """
+        counts = [(part.targets, part.tied, part.rows, part.rising) for part in parts]
+        return cls(*np.sum(counts, axis=0).tolist()) if counts else cls(0, 0, 0, 0)
+
+    @property
+    def in_order(self) -> float:
+        """Share of the neighbours with equal times that have ascending item ids, or descending ones if that is more."""
+        return max(self.rising, self.rows - self.rising) / self.rows if self.rows else 0.0
 
     @property
     def share(self) -> float:
@@ -65,6 +83,11 @@ class Ties:
     def are_sorted(self) -> bool:
         """Whether the table has tied rows in the order of their item ids."""
         return self.in_order >= IN_ORDER and self.rows >= _FEWEST
+
+    @property
+    def matter(self) -> bool:
+        """Whether the order of the table decides more than a few test targets, and means nothing."""
+        return self.are_sorted and self.share >= _MATTER
 
     def __str__(self) -> str:
         if not self.tied:

@@ -16,6 +16,8 @@ from onerec_hf.data.types import plain_column
 # An ISO 8601 date or datetime, as written by pandas, polars, SQL and JSON.
 ISO = r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]+)?)?( ?(Z|UTC|[+-][0-9]{2}(:?[0-9]{2})?))?)?\s*$"
 NUMBER = r"^\s*([+-]?)([0-9]+)(?:\.([0-9]*))?\s*$"
+#: The column of `read_interactions` with what was cut from its times.
+FRACTION = "timestamp_fraction"
 FIX = "Use numbers (seconds since 1970), ISO dates (2024-01-31T12:00:00) or pandas.to_datetime(column)."
 BAD = "timestamps are neither finite numbers nor datetimes"
 
@@ -26,7 +28,7 @@ class Instants(NamedTuple):
 
     Args:
         whole: (N,) int64, rounded down: seconds since 1970 UTC for datetimes, numbers as given.
-        rest: (N,) float64 or int64: what was cut, in the order of time. None where nothing was.
+        rest: (N,) float64 in [0, 1): what was cut. None where nothing was.
     """
 
     whole: np.ndarray
@@ -90,8 +92,9 @@ def _of_datetimes(series: pd.Series) -> Instants:
         series = series.dt.tz_convert(None)
     values = series.to_numpy()
     unit = np.datetime_data(values.dtype)[0]
-    whole, rest = np.divmod(values.astype(np.int64), {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit])
-    return Instants(whole, rest if rest.any() else None)
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    whole, rest = np.divmod(values.astype(np.int64), per_second)
+    return Instants(whole, rest / per_second if rest.any() else None)
 
 
 def _of_numbers(series: pd.Series) -> tuple[Instants | None, np.ndarray]:

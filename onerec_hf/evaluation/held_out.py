@@ -35,14 +35,20 @@ class SeenItems:
     unranked: np.ndarray
     hidden: np.ndarray
 
+    def about_unranked(self) -> str:
+        """The sentence about users without candidates; empty where there are none."""
+        if not (count := int(self.unranked.sum())):
+            return ""
+        return (
+            f"{count:,} of {len(self.user_ids):,} users cannot be ranked, since their histories hold every item "
+            f"({listed(list(map(repr, self.user_ids[self.unranked].tolist())))}): they are left out of the metrics."
+        )
+
     def __str__(self) -> str:
         users, unranked = len(self.user_ids), int(self.unranked.sum())
         hidden, sentences = int((self.hidden & ~self.unranked).sum()), []
         if unranked:
-            sentences.append(
-                f"{unranked:,} of {users:,} users cannot be ranked, since their histories hold every item "
-                f"({listed(list(map(repr, self.user_ids[self.unranked].tolist())))}): they are left out of the metrics."
-            )
+            sentences.append(self.about_unranked())
         if hidden > _WORTH_SAYING * users:
             sentences.append(
                 f"{hidden:,} of {users:,} users have a target that repeats an item of their history: seen items are not ranked, so that it "

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -19,10 +20,10 @@ from .bodies import route_class
 from .docs_page import POLICY, page
 from .gate import Gate
 from .metrics import CONTENT_TYPE
-from .schema import Answer, Problem, Queries, Query, Readiness, Reloaded
+from .schema import Answer, Problem, Queries, Query, Readiness, Reloaded, SimilarAnswer, SimilarQuery
 from .service import RecommendationService, Refused
 
-_ID_LISTS = ("history", "exclude", "allow")
+_ID_LISTS = ("history", "exclude", "allow", "candidates", "similar_to")
 
 
 def create_app(service: RecommendationService, token: str | None = None) -> FastAPI:
@@ -75,6 +76,12 @@ def create_app(service: RecommendationService, token: str | None = None) -> Fast
             names = [f"history of query {number}" for number in range(len(query))]
             content = b"[" + b",".join(await _while_connected(request, service.recommend(query, names))) + b"]"
         return Response(content, media_type="application/json")
+
+    @app.post("/similar", response_model=list[SimilarAnswer], response_model_exclude_none=True, responses=problems)
+    async def similar(request: Request, query: SimilarQuery) -> Response:
+        """Answers with the most similar items of each item, a list in the order of the request."""
+        answers = await _while_connected(request, service.similar(query))
+        return Response(b"[" + b",".join(answers) + b"]", media_type="application/json")
 
     @app.get("/health")
     async def health() -> Response:
@@ -157,12 +164,15 @@ async def _invalid(request: Request, error: Any) -> Response:
         return problem(400, f"the request body is not valid JSON: {first['ctx']['error']}")
     if not request.headers.get("content-type", "").startswith("application/json"):
         return problem(415, "the request is not JSON; send the header Content-Type: application/json")
-    return problem(422, explain(first))
+    return problem(422, explain(first, SimilarQuery if request.url.path == "/similar" else Query))
 
 
-def explain(error: dict[str, Any]) -> str:
+def explain(error: dict[str, Any], model: type[BaseModel] = Query) -> str:
     """
     Formats a pydantic error in one line, without the request's content.
+
+    Args:
+        model: of the request.
 
     Example:
         >>> explain({"type": "int_type", "loc": ("body", "many", 0, "history", 3, "int"), "msg": "Input should be a valid integer"})
@@ -176,11 +186,11 @@ def explain(error: dict[str, Any]) -> str:
     if len(where) > 1 and where[0] in _ID_LISTS:
         entry = ', or an object such as {"item": id, "like": true}' if where[0] == "history" else ""
         return f"{query}{where[0]}[{where[1]}] must be an item id (integer or string){entry}"
+    if not where and model is SimilarQuery:
+        return 'send an object like {"similar_to": [item ids]}'
     if not where:
         return f'{query}send an object like {{"history": [item ids]}}, or a list of them'
     name = ".".join(str(part)[:40] for part in where)
     if error["type"] == "extra_forbidden":
-        from .schema import Query
-
-        return f"{query}unknown key {name!r}; use {', '.join(Query.model_fields)}"
+        return f"{query}unknown key {name!r}; use {', '.join(model.model_fields)}"
     return f"{query}{name}: {error['msg']}"

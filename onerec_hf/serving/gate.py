@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 #: Routes without authentication: health probes, the schema and the page about it, which reveal nothing about the model.
 OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
-KNOWN_PATHS = OPEN_PATHS | {"/recommend", "/metrics", "/reload"}
+#: Routes that the model answers.
+ANSWERED_PATHS = frozenset({"/recommend", "/similar"})
+KNOWN_PATHS = OPEN_PATHS | ANSWERED_PATHS | {"/metrics", "/reload"}
 
 
 class Gate:
@@ -48,7 +50,7 @@ class Gate:
                     message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
 
-        if path == "/recommend":
+        if path in ANSWERED_PATHS:
             self.service.in_flight += 1
             self.service.metrics.in_flight.inc()
         try:
@@ -63,14 +65,14 @@ class Gate:
                     "missing or wrong token; send the header Authorization: Bearer TOKEN",
                     (b"www-authenticate", b"Bearer"),
                 )
-            elif path == "/recommend" and self.service.draining:
+            elif path in ANSWERED_PATHS and self.service.draining:
                 await refuse(watched, 503, STOPPING, (b"retry-after", b"1"))
             elif _length(headers) > self.service.settings.max_body_bytes:
                 await refuse(watched, 413, self._too_large(), (b"connection", b"close"))
             else:
                 await self.app(scope, self._limited(receive), watched)
         finally:
-            if path == "/recommend":
+            if path in ANSWERED_PATHS:
                 self.service.in_flight -= 1
                 self.service.metrics.in_flight.dec()
             self.service.metrics.request(path, status, time.monotonic() - started)

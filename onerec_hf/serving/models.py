@@ -26,11 +26,12 @@ from onerec_hf.modeling.requests import (
     Request,
     RequestError,
     ResolvedRequest,
+    known_indices,
     saved_items,
 )
 
 if TYPE_CHECKING:
-    from .schema import Query
+    from .schema import Query, SimilarQuery
     from .settings import ServingSettings
 
 _FILES = (
@@ -43,6 +44,7 @@ _FILES = (
 )
 #: Takes a model's folder and catalogue, and returns the items' fields by item id.
 LoadItems = Callable[[Path, Any], "Mapping[Any, Mapping] | None"]
+_ITEMS_PER_POSITION = 1_000
 _LIMITS = (("top_k", "max_top_k"), ("num_beams", "max_beams"), ("session_length", "max_session_length"))
 
 
@@ -52,6 +54,39 @@ class BatchKey:
 
     model: ServedModel
     kind: BatchKind
+
+    def cost(self, request: ResolvedRequest) -> float:
+        """In positions that are computed."""
+        return self.model.recommender.cost(request)
+
+    def answer(self, requests: Sequence[ResolvedRequest], step: Callable[[], None]) -> list[dict[str, Any]]:
+        """See [`ServedModel.answer`]."""
+        return self.model.answer(self, requests, step)
+
+
+@dataclass(frozen=True)
+class SimilarKey:
+    """The key of items whose similar items are looked for."""
+
+    model: ServedModel
+
+    def cost(self, item: SimilarItem) -> float:
+        """About that of so many positions of a small model."""
+        return len(self.model.catalogue) / _ITEMS_PER_POSITION
+
+    def answer(self, items: Sequence[SimilarItem], step: Callable[[], None]) -> list[dict[str, Any]]:
+        """See [`ServedModel.similar`]."""
+        return self.model.similar(items, step)
+
+
+@dataclass(frozen=True)
+class SimilarItem:
+    """An item, its row in the catalogue, and how many similar ones are wanted."""
+
+    item: Any
+    row: int
+    top_k: int
+    skipped: int = 0
 
 
 class ServedModel:
@@ -85,6 +120,7 @@ class ServedModel:
     def __init__(self, recommender: Recommender, version: str):
         self.recommender, self.model, self.version = recommender, recommender.model, version
         self.catalogue = recommender.catalogue
+        self._vectors: Any = None  # of all items, made for the first request for similar ones
         self._resources = ExitStack()
         self._resources.enter_context(recommender.held())
         try:
@@ -182,6 +218,42 @@ class ServedModel:
         if problem is not None:
             raise problem
         return BatchKey(self, resolved.kind), resolved
+
+    def prepare_similar(self, query: SimilarQuery, settings: ServingSettings) -> list[tuple[SimilarKey, SimilarItem]]:
+        """
+        Checks a query for similar items against catalogue and limits.
+
+        Raises:
+            RequestError: it goes beyond a limit, or names items that the catalogue does not hold; or the model has no vectors of items.
+        """
+        if not 0 < len(query.similar_to) <= settings.max_histories:
+            raise RequestError(
+                f"this server takes 1 to {settings.max_histories} items of similar_to per request; got {len(query.similar_to)}"
+            )
+        if query.top_k > settings.max_top_k:
+            raise RequestError(f"top_k is at most {settings.max_top_k} on this server; got more")
+        rows, _ = known_indices(self.catalogue, query.similar_to, "similar_to", "error")
+        self.recommender.check_vectors()
+        key = SimilarKey(self)
+        pairs = zip(query.similar_to, rows.tolist(), strict=True)
+        return [(key, SimilarItem(item, row, query.top_k)) for item, row in pairs]
+
+    def similar(self, items: Sequence[SimilarItem], step: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+        """
+        The most similar items of each: `similar_to`, `items`, `scores` (cosines), `fields` where there is an items table, and `model`.
+
+        Args:
+            step: called between items.
+        """
+        if self._vectors is None:
+            self._vectors = self.recommender.unit_vectors()
+        answers, of = [], self.recommender.items
+        for each in items:
+            step()
+            ids, scores = self.recommender.most_similar(each.row, each.top_k, self._vectors)
+            fields = {} if of is None else {"fields": [dict(of.get(item, {})) for item in ids]}
+            answers.append({"similar_to": each.item, "items": ids, "scores": scores, **fields, "model": self.version})
+        return answers
 
     def answer(
         self, key: BatchKey, requests: Sequence[ResolvedRequest], step: Callable[[], None] = lambda: None

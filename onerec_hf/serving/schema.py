@@ -78,6 +78,27 @@ class Answer(BaseModel):
     model: str = Field(description="Version of the model.")
 
 
+class SimilarQuery(BaseModel):
+    """Items whose most similar items are looked for."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"similar_to": [260], "top_k": 5}]})
+
+    similar_to: ItemIds = Field(description="Item ids of the catalogue.")
+    top_k: StrictInt = Field(10, ge=1, description="Similar items to return for each, best first.")
+
+
+class SimilarAnswer(BaseModel):
+    """The most similar items of one item, by the cosine of their vectors."""
+
+    similar_to: int | str = Field(description="The item of the request.")
+    items: list[int | str] = Field(description="Item ids, best first, without the item itself.")
+    scores: list[float] = Field(description="Cosines.")
+    fields: list[dict[str, str | int | float | bool]] | None = Field(
+        None, description="Titles and other fields, an object per item. Only of models with an items table."
+    )
+    model: str = Field(description="Version of the model.")
+
+
 class Problem(BaseModel):
     """Error response."""
 

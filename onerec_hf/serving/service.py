@@ -7,19 +7,19 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from onerec_hf.modeling.requests import RequestError, ResolvedRequest
 
 from .batching import Batcher, QueueFull
 from .metrics import ServingMetrics
-from .models import BatchKey, ServedModel, spell_key
+from .models import BatchKey, ServedModel, SimilarKey, spell_key
 from .turns import Aborted
 
 if TYPE_CHECKING:
-    from .schema import Query
+    from .schema import Query, SimilarQuery
     from .settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,30 @@ class RecommendationService:
                 422,
                 f"this server accepts 1 to {self.settings.max_histories} histories per request; got {len(queries)}",
             )
+        with self._used_model() as model:
+            return await self._answers(await self._prepared(model, queries, names))
+
+    async def similar(self, query: SimilarQuery) -> list[bytes]:
+        """
+        Returns the similar items of each item of the query as JSON.
+
+        Raises:
+            Refused: as [`recommend`].
+        """
+        with self._used_model() as model:
+            try:
+                prepared = model.prepare_similar(query, self.settings)
+            except RequestError as error:
+                raise Refused(422, error.reason) from None
+            return await self._answers([(key, (item, None)) for key, item in prepared])
+
+    @contextmanager
+    def _used_model(self) -> Iterator[ServedModel]:
+        """The current model, which stays open as long as the block lasts."""
         model = self.model
         self._users[model] = self._users.get(model, 0) + 1
         try:
-            prepared = await self._prepared(model, queries, names)
-            return await self._answers(prepared)
+            yield model
         finally:
             self._users[model] -= 1
             self._forget(model)
@@ -147,7 +166,8 @@ class RecommendationService:
         except RequestError as error:
             raise Refused(422, error.message(spell_key)) from None
 
-    async def _answers(self, prepared: list[tuple[BatchKey, tuple[ResolvedRequest, Any]]]) -> list[bytes]:
+    async def _answers(self, prepared: list[tuple[Any, tuple[Any, Any]]]) -> list[bytes]:
+        """Answers of entries: a key, and what it answers with the user's id."""
         try:
             futures = self.batcher.submit(prepared)
         except QueueFull as full:
@@ -266,13 +286,13 @@ class RecommendationService:
         return False
 
 
-def _cost(key: BatchKey, item: tuple[ResolvedRequest, Any]) -> float:
-    return _BASE_COST + key.model.recommender.cost(item[0])
+def _cost(key: BatchKey | SimilarKey, item: tuple[Any, Any]) -> float:
+    return _BASE_COST + key.cost(item[0])
 
 
-def _answer(key: BatchKey, items: list[tuple[ResolvedRequest, Any]], step: Callable[[], None]) -> list[bytes]:
+def _answer(key: BatchKey | SimilarKey, items: list[tuple[Any, Any]], step: Callable[[], None]) -> list[bytes]:
     """Answers as JSON: to encode many of them takes longer than the event loop may stand still."""
-    answers = key.model.answer(key, [request for request, _ in items], step)
+    answers = key.answer([request for request, _ in items], step)
     of_users = [{} if user is None else {"user_id": user} for _, user in items]
     return [
         json.dumps(user | answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -11,7 +11,7 @@ import numpy as np
 
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.settings import FEATURE_OPTIONS, DataSettings, data_options
-from onerec_hf.workflows.splitting import about_ties, split_last, split_table
+from onerec_hf.workflows.splitting import about_ties, split_by_time, split_last, split_table
 
 if TYPE_CHECKING:
     import datasets
@@ -255,19 +255,25 @@ class InMemoryDataset:
 
     def where(self, keep: np.ndarray, note: str) -> InMemoryDataset:
         """
-        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew.
+        The dataset with the rows where `keep`, a mask of the sequences' rows, is true; split anew, by time at the same times.
 
         Args:
             note: sentence for the protocol.
 
         Raises:
             DataError: no user is left with items to hold out.
+            ValueError: a given split, whose tables are not kept.
         """
-        from onerec_hf.data import leave_one_out
-
         settings, sequences = self.settings, self.sequences.where(keep)
+        if settings.holdout == "given":
+            raise ValueError(
+                "--holdout given: leave items that the model does not hold out of the three tables, or pass --new_items add"
+            )
         sequences = sequences.reading(sequences.item_counts()[0])
-        split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)
+        if settings.holdout == "temporal":
+            split = split_by_time(sequences, settings, self.sequences.timestamps)
+        else:
+            split = split_last(sequences, settings)[1]  # codes of features stay
         return replace(
             self,
             sequences=sequences,

@@ -67,6 +67,13 @@ class AddItemsSettings:
     user_column: str | None = field(default=None, metadata={"help": "Name of the user column of --interactions."})
     item_column: str | None = field(default=None, metadata={"help": "Name of the item column of both tables."})
     timestamp_column: str | None = field(default=None, metadata={"help": "Name of the time column of --interactions."})
+    column_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the columns of --interactions, a text file without a header, in order."},
+    )
+    item_column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of --items without a header, in order."}
+    )
     positive: list[str] | None = field(
         default=None, metadata={"help": "Positive feedback, e.g. 'rating>=4' 'like>=1' (any of them)."}
     )
@@ -186,12 +193,16 @@ def _read(
     table = sequences = None
     if interactions is not None:
         rules = how.positive if how.positive is not None else trained.get("positive")
-        rows = PositiveFeedback.parse(rules or ()).apply(read_interactions(interactions, **columns))
+        rows = PositiveFeedback.parse(rules or ()).apply(
+            read_interactions(interactions, **columns, column_names=how.column_names)
+        )
         sequences = UserSequences.from_interactions(rows)
     if items is None:
         assert sequences is not None
         return sequences.item_counts()[0], None, sequences
-    table = read_items(items, item_column=columns["item_column"], embeddings=embeddings)
+    table = read_items(
+        items, item_column=columns["item_column"], embeddings=embeddings, column_names=how.item_column_names
+    )
     with about(items):
         return table.item_ids, with_text(table), sequences
 
@@ -278,8 +289,9 @@ def _without(data: RecommendationDataset, model: str, new: np.ndarray) -> Recomm
     if not known.any():
         raise ValueError(f"--model {model}: none of the {len(data.item_ids):,} items of the data is in its catalogue")
     note = f"{int((~known).sum()):,} rows of {len(new):,} items that the model does not hold are left out."
+    data = data.where(known, note)
     say(f"--model {model}: {note}")
-    return data.where(known, note)
+    return data
 
 
 @dataclass(frozen=True, eq=False)

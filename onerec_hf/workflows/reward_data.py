@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from onerec_hf.workflows.settings import gather
+from onerec_hf.workflows.splitting import time_of
 
 if TYPE_CHECKING:
     from onerec_hf.data import SessionFeedback
@@ -27,14 +28,19 @@ class RewardDataSettings:
     objectives: list[str] | None = field(
         default=None, metadata={"help": "NAME=COLUMN of --impressions, values in [0, 1], e.g. vtr=viewed ltr=liked."}
     )
-    history_end: float | None = field(
-        default=None, metadata={"help": "Timestamp before which impressions are history (--impressions)."}
+    history_end: str | None = field(
+        default=None,
+        metadata={
+            "help": "Timestamp before which impressions are history (--impressions): a number as in the table, or an ISO date (UTC)."
+        },
     )
-    validation_start: float | None = field(
-        default=None, metadata={"help": "First timestamp (kuairand-pure: day, 20220503) of the validation period."}
+    validation_start: str | None = field(
+        default=None,
+        metadata={"help": "Likewise the start of the validation period (kuairand-pure: day, 2022-05-03 or 20220503)."},
     )
-    test_start: float | None = field(
-        default=None, metadata={"help": "First timestamp (kuairand-pure: day, 20220506) of the test period."}
+    test_start: str | None = field(
+        default=None,
+        metadata={"help": "Likewise the start of the test period (kuairand-pure: day, 2022-05-06 or 20220506)."},
     )
     history_objective: str | None = field(
         default=None, metadata={"help": "Only impressions above 0 in this objective enter histories; all by default."}
@@ -93,8 +99,8 @@ def load_feedback(
             )
         return load_kuairand_feedback(
             settings.data_dir,
-            validation_start=int(settings.validation_start or 20220503),
-            test_start=int(settings.test_start or 20220506),
+            validation_start=_day("validation_start", settings.validation_start or "20220503"),
+            test_start=_day("test_start", settings.test_start or "20220506"),
             min_items=settings.min_items,
             max_items=settings.max_items,
         )
@@ -106,17 +112,12 @@ def load_feedback(
     if missing:
         raise ValueError(f"--impressions needs {', '.join(missing)} too")
     assert settings.objectives is not None
-    assert settings.history_end is not None
-    assert settings.validation_start is not None
-    assert settings.test_start is not None
     if settings.embeddings is not None and items is None:
         raise ValueError("--embeddings needs --items: one embedding per row")
     return load_impressions(
         impressions,
         {pair.split("=")[0]: pair.split("=")[-1] for pair in settings.objectives},
-        settings.history_end,
-        settings.validation_start,
-        settings.test_start,
+        *(time_of(name, str(getattr(settings, name))) for name in ("history_end", "validation_start", "test_start")),
         items=None if items is None else read_items(items, embeddings=settings.embeddings),
         history_objective=settings.history_objective,
         min_items=settings.min_items,
@@ -126,3 +127,11 @@ def load_feedback(
         item_column=settings.item_column,
         timestamp_column=settings.timestamp_column,
     )
+
+
+def _day(option: str, text: str) -> int:
+    """A day as KuaiRand writes it: 20220503."""
+    digits = str(text).replace("-", "").removesuffix(".0")
+    if len(digits) != 8 or not digits.isdecimal():
+        raise ValueError(f"--{option} {text}: pass a day such as 2022-05-03")
+    return int(digits)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onerec_hf.trainers.folder_lock import LOCK, locked
 from onerec_hf.workflows.artefact import (
     CODEBOOKS_NAME,
     CONTENT_ENCODER_NAME,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 #: This file marks the folder of a run that is under way or was killed.
 UNFINISHED_RUN = "unfinished.json"
-#: Locked by the process that writes to the folder; the lock ends with the process.
-LOCK = ".lock"
 LAST = ("last", "true")
 
 # What the workflows write: overwrite removes these files of an earlier run, and no others.
@@ -80,33 +79,14 @@ def own_folder(folder: str | os.PathLike) -> Iterator[None]:
         ...     pass
         Traceback (most recent call last):
         ...
-        FileExistsError: ...run holds a run that has not ended: another process writes to it. Wait until it ends, or name another folder
+        FileExistsError: ...run holds a run that has not ended: another process or trainer writes to it. Wait until it ends, or name another folder
     """
     if not is_first():
         yield
         return
-    from filelock import FileLock, Timeout
-
-    folder = Path(folder)
-    _check_place(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"{folder} holds a run that has not ended: another process writes to it. Wait until it ends, or name another folder"
-        ) from None
-    try:
+    _check_place(Path(folder))
+    with locked(folder):
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: a process that has opened it by now starts over
-        lock.release()
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _check_place(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,7 +91,7 @@ def split_table(
     Raises:
         ValueError, DataError: too few interactions of frequent items, or periods outside the data's times.
     """
-    from onerec_hf.data import DataError, given_split, temporal_split
+    from onerec_hf.data import DataError, given_split
     from onerec_hf.data.sequences import concatenated
     from onerec_hf.data.splits import lengths_of, training_rows
 
@@ -105,29 +106,24 @@ def split_table(
         raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
     kept, said = sequences.item_counts()[0], ""
     sizes = (settings.session_length, settings.max_history, settings.stride)
-    if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
+    if (
+        settings.ties == "shuffle" and settings.holdout != "given"
+    ):  # of the rows that are kept, as `with_shuffled_ties` does
         sequences = sequences.shuffled_ties(settings.ties_seed)
     if settings.holdout == "last":
         return SplitTable(*split_last(sequences, settings, features))
     if settings.holdout == "temporal":
-        starts = [
-            np.quantile(sequences.timestamps, share, method="higher") if text is None else _time(option, text)
-            for option, text, share in (
-                ("validation_start", settings.validation_start, BEFORE_VALIDATION),
-                ("test_start", settings.test_start, BEFORE_TEST),
-            )
-        ]
-        validation_start, test_start = map(int, starts)
         if features is not None:
-            early = sequences.timestamps < validation_start
+            start, _ = period_starts(settings, sequences.timestamps)
+            early = sequences.timestamps < start
             lengths = np.bincount(sequences.user_rows[early], minlength=len(sequences))
-            training = training_rows(sequences, lengths) & (features.events.timestamps < validation_start)
+            training = training_rows(sequences, lengths) & (features.events.timestamps < start)
             sequences, said = features.coded(sequences, training)
-        split = temporal_split(sequences, validation_start, test_start, *sizes, targets=_TARGETS)
-        return SplitTable(sequences, split, said)
+        return SplitTable(sequences, split_by_time(sequences, settings, sequences.timestamps), said)
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
+        sequences = concatenated(*tables)
     if features is not None:
         training = training_rows(sequences, lengths_of(tables[0], sequences.user_ids)) & features.of_table(0)
         sequences, said = features.coded(sequences, training)
@@ -140,12 +136,47 @@ def split_table(
     return SplitTable(sequences, split, said)
 
 
-def _time(option: str, text: str) -> int:
-    """A number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given."""
+def split_by_time(sequences: UserSequences, settings: DataSettings, times: np.ndarray) -> Split:
+    """
+    A temporal split.
+
+    Args:
+        times: of which the starts are quantiles, where the settings name none.
+    """
+    from onerec_hf.data import temporal_split
+
+    sizes = (settings.session_length, settings.max_history, settings.stride)
+    return temporal_split(sequences, *period_starts(settings, times), *sizes, targets=_TARGETS)
+
+
+def period_starts(settings: DataSettings, times: np.ndarray) -> tuple[int, int]:
+    """Starts of the validation and the test period: of the settings, or quantiles of the times."""
+    starts = [
+        np.quantile(times, share, method="higher") if text is None else time_of(option, text)
+        for option, text, share in (
+            ("validation_start", settings.validation_start, BEFORE_VALIDATION),
+            ("test_start", settings.test_start, BEFORE_TEST),
+        )
+    ]
+    return int(starts[0]), int(starts[1])
+
+
+def time_of(option: str, text: str) -> int:
+    """
+    The start of a period: a number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given. Fractions are
+    rounded up, as tables hold whole times.
+
+    Raises:
+        ValueError: neither of them.
+
+    Example:
+        >>> time_of("test_start", "2024-01-31"), time_of("test_start", "8.5")
+        (1706659200, 9)
+    """
     from onerec_hf.data.times import seconds_of
 
     try:
-        return int(text) if text.lstrip("-").isdigit() else int(seconds_of(text))
+        return int(text) if text.lstrip("-").isdigit() else math.ceil(seconds_of(text))
     except ValueError:
         raise ValueError(
             f"--{option} {text}: pass a number as in the table's time column, or a date such as 2024-01-31"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.trainers.folder_lock import LOCK
 from onerec_hf.workflows.artefact import (
     SEQUENTIAL,
     catalogue_of,
@@ -25,7 +26,7 @@ from onerec_hf.workflows.artefact import (
 )
 from onerec_hf.workflows.data_options import read_data_options
 from onerec_hf.workflows.evidence import rows_of_items
-from onerec_hf.workflows.run_folder import LOCK, check_folder, own_folder
+from onerec_hf.workflows.run_folder import check_folder, own_folder
 from onerec_hf.workflows.settings import gather
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class UpdateSettings:
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})
     timestamp_column: str = field(default="timestamp", metadata={"help": "Name of the time column."})
+    column_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the columns of --interactions and --history, a text file without a header, in order."
+        },
+    )
     positive: list[str] | None = field(
         default=None, metadata={"help": "Positive feedback, e.g. 'rating>=4' 'like>=1' (any of them)."}
     )
@@ -89,7 +96,7 @@ def update(
         interactions: the new rows, and only these.
         settings: [`UpdateSettings`], optional.
         history: earlier rows of the same users, counted before: pairs of an earlier and a new item count as well. Rows that are among the new
-            ones do not matter.
+            ones do not matter, but in tables without times.
         options: single fields of the settings, e.g. `model="runs/mine"`. Columns and positive feedback that are not given are those that the model
             was trained with.
 
@@ -122,13 +129,16 @@ def update(
                 "onerec-hf train --model"
             )
         new, rows_read = _read(interactions, how)
+        before = None if history is None else _read(history, how)[0]
         digest, earlier = _digest(new), _earlier_updates(source)
+        if before is not None and how.timestamp_column == "none":  # places, which begin at 0 in each table
+            new["timestamp"] += len(before)
         for each in earlier:
             if each["digest"] == digest:
                 raise ValueError(
                     f"these rows were counted into {how.model} on {each['date']}. Pass the rows that are new."
                 )
-        indices, is_new, offsets, told = _sequences(new, None if history is None else _read(history, how)[0], items)
+        indices, is_new, offsets, told = _sequences(new, before, items)
         counts = {
             "rows": rows_read,
             "positive": len(new),
@@ -189,6 +199,7 @@ def _read(table: TableSource, how: UpdateSettings) -> tuple[pd.DataFrame, int]:
         user_column=how.user_column,
         item_column=how.item_column,
         timestamp_column=how.timestamp_column,
+        column_names=how.column_names,
     )
     return PositiveFeedback.parse(how.positive or ()).apply(rows), len(rows)
 

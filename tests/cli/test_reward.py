@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from transformers import AutoModelForSequenceClassification
 
 from onerec_hf.hub_cards.common import plain_text
+from onerec_hf.workflows import load_feedback
 from tests.cli.commands import NUM_ITEMS, contents, onerec, refused, succeeded, write_csv
 from tests.hub_cards.reading import run_snippet
 
@@ -106,6 +108,21 @@ def test_refuses(impressions, tmp_path, more, fragments):
     folder = tmp_path / "judge"
     refused(reward(impressions, folder, *more), *fragments)
     assert not folder.exists()
+
+
+def test_periods_begin_at_iso_dates(impressions, tmp_path):
+    log = pd.read_csv(impressions)
+    log["timestamp"] = pd.to_datetime(log["timestamp"], unit="D", origin="2024-01-01").dt.strftime("%Y-%m-%d")
+    log.to_csv(tmp_path / "dated.csv", index=False)
+    times = {"history_end": "2024-01-11", "validation_start": "2024-01-26", "test_start": "2024-02-02T00:00:00Z"}
+    objectives = ["ltr=liked", "viewed"]
+    dated = load_feedback(impressions=tmp_path / "dated.csv", objectives=objectives, **times)
+    whole = load_feedback(
+        impressions=impressions, objectives=objectives, history_end=10, validation_start=25, test_start=32
+    )
+    for part in ("train", "validation", "test"):
+        assert getattr(dated, part)["session"][:] == getattr(whole, part)["session"][:]
+    refused(reward(impressions, tmp_path / "judge", "--test_start", "soon"), "--test_start soon", "2024-01-31")
 
 
 def test_says_what_is_lacking(impressions, tmp_path):

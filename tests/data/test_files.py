@@ -36,6 +36,12 @@ def test_titles_that_begin_with_a_quote_hide_no_rows(tmp_path, suffix):
     assert items.frame["title"].tolist() == titles
 
 
+@pytest.mark.parametrize(("text", "line"), [("1\ta\tb\n2\tc\n", 2), ("1\ta\n2\tc\n3\td\te\tf\n", 4)])
+def test_a_row_with_too_many_fields_is_named_by_its_line(tmp_path, text, line):
+    with pytest.raises(DataError, match=rf"items\.tsv.*line {line}\b"):
+        read_items(write(tmp_path / "items.tsv", f"item_id\ttitle\n{text}"))
+
+
 def test_ids_that_begin_with_a_quote(tmp_path):
     rows = [(1, each, k) for k, each in enumerate(["a", '"q', "b", "c", "d", '"r', "e"])]
     path = write(tmp_path / "log.tsv", "\t".join(NAMES) + "\n" + "".join(f"{u}\t{i}\t{t}\n" for u, i, t in rows))

@@ -205,7 +205,7 @@ class TestReadInteractions:
             (tmp_path / "rows.xlsx", r"unsupported suffix '.xlsx'. Supported: .csv, .tsv"),
             (write_csv(tmp_path, "", "empty.csv"), "no rows"),
             (write_csv(tmp_path, "user_id,item_id,timestamp\n", "header.csv"), "no rows"),
-            (write_csv(tmp_path, "user_id,item_id,timestamp\n1,2,3,4\n", "wide.csv"), "cannot be read as csv"),
+            (write_csv(tmp_path, "user_id,item_id,timestamp\n1,2,3,4\n", "wide.csv"), "line 2 has 4 fields"),
             (write_csv(tmp_path, "{not json\n", "bad.jsonl"), "cannot be read as jsonl"),
             (write_csv(tmp_path, "PAR?", "bad.parquet"), "cannot be read as parquet"),
             (table().iloc[:0], "no rows"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from onerec_hf.data import DataError, read_interactions, read_items
+from onerec_hf.data import DataError, ExampleSettings, Ties, UserSequences, prepare_log, read_interactions, read_items
 from onerec_hf.data.shards.buckets import tidy
 from onerec_hf.data.shards.logs import Checks, Log
 from onerec_hf.data.sources import with_text
@@ -77,7 +77,7 @@ def prepared(path, **options):
         warnings.simplefilter("ignore")
         batches = list(log.batches(checks))
         log.require_good(checks)
-    return tidy(pl.concat(batches), checks.as_integers).rows()
+    return tidy(pl.concat(batches), checks.as_integers).select("user", "item").rows()
 
 
 def sources(arrow, folder):
@@ -107,6 +107,43 @@ def test_ids_of_every_type(tmp_path, kind):
         assert in_memory(source) == expected, name
         if "Parquet" in name:
             assert prepared(source) == expected, name
+
+
+FRACTIONS = {
+    **{unit: pa.array([3, 1, 1, 2], pa.timestamp(unit)) for unit in ("ms", "us", "ns")},
+    "float64": pa.array([0.75, 0.25, 0.25, 0.5]),
+    "text": pa.array(
+        ["1700000000000000000.75", "1700000000000000000.25", "1700000000000000000.25", "1700000000000000000.5"]
+    ),
+    "ISO": pa.array([f"2024-01-01T00:00:00.00000000{k}" for k in (3, 1, 1, 2)]),
+}
+
+
+@pytest.mark.parametrize("kind", FRACTIONS)
+def test_times_within_a_second_are_no_ties(tmp_path, kind):
+    """Only b and c have the same time; shuffled ties leave d and a behind them."""
+    arrow = table(timestamp=FRACTIONS[kind])
+    for name, source in sources(arrow, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = read_interactions(source)
+        again = read_interactions(rows)  # as `load_dataset` reads a table that was filtered
+        for read in (rows, again):
+            sequences = UserSequences.from_interactions(read.sample(frac=1, random_state=0))
+            assert (Ties.of(sequences).rows, sequences.tied.tolist()) == (1, [False, True, False, False]), name
+            orders = {"".join(sequences.shuffled_ties(seed)[0]) for seed in range(20)}
+            assert orders == {"bcda", "cbda"}, name
+            assert sequences.where(sequences.item_ids != "b").tied.tolist() == [False] * 3
+        if "Parquet" in name:
+            manifest = prepare_log(
+                source, tmp_path / f"{name} prepared", settings=ExampleSettings(min_item_interactions=1)
+            )
+            assert manifest["counts"]["tied"] == 0
+
+
+def test_times_of_a_table_in_memory_are_not_cut():
+    rows = pd.DataFrame({"user_id": [1, 1, 1], "item_id": ["c", "a", "b"], "timestamp": [0.9, 0.1, 0.5]})
+    assert UserSequences.from_interactions(rows)[0].tolist() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("kind", TIME_TYPES)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf.serving.models import load_generator
 from tests.rounding import close
 
 
@@ -179,3 +180,39 @@ def test_the_docs_page_loads_nothing_from_elsewhere(server):
         assert f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" in policy
     for name in ("history", "top_k", "user_id", "diversity", "unknown_items", "/recommend", "/reload", "openapi.json"):
         assert name in page
+
+
+def test_similar_items_are_those_of_the_pipeline(server, folder):
+    found = load_generator(folder).similar_items(["m4", "m17"], top_k=3)
+    response = server.client.post(f"{server.url}/similar", json={"similar_to": ["m4", "m17"], "top_k": 3})
+    assert response.status_code == 200, response.text
+    answers = response.json()
+    assert [answer["similar_to"] for answer in answers] == ["m4", "m17"]
+    for answer, similar in zip(answers, found, strict=True):
+        assert answer["items"] == [each["item"] for each in similar]
+        assert answer["scores"] == close([each["score"] for each in similar])
+        assert answer["model"] == server.service.model.version
+    assert server.metric('onerec_requests_total{path="/similar",status="200"}') >= 1
+    page = server.client.get(f"{server.url}/docs").text
+    assert "POST /similar" in page
+    assert "similar_to" in page
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"similar_to": ["m4", "x9"]}, "similar_to: 1 of 2 items are not in the catalogue"),
+        ({"similar_to": []}, "items of similar_to per request"),
+        ({"similar_to": ["m4"] * 65}, "items of similar_to per request"),
+        ({"similar_to": ["m4"], "top_k": 10**6}, "top_k is at most"),
+        ({"similar_to": [4]}, "similar_to"),
+        ({"similar_to": ["m4", 1.5]}, "similar_to[1] must be an item id"),
+        ({"history": ["m4"]}, "similar_to"),
+        ({"similar_to": ["m4"], "history": ["m4"]}, "unknown key 'history'; use similar_to, top_k"),
+        (["m4"], '{"similar_to": [item ids]}'),
+    ],
+)
+def test_requests_for_similar_items_that_are_refused(server, body, words):
+    response = server.client.post(f"{server.url}/similar", json=body)
+    assert response.status_code == 422
+    assert words in response.json()["detail"]

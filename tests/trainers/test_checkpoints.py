@@ -12,17 +12,63 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from onerec_hf.trainers import CheckpointError, newest_checkpoint
+from onerec_hf.trainers import CheckpointError, RewardTrainer, newest_checkpoint
 from onerec_hf.trainers.checkpoints import is_whole
+from onerec_hf.trainers.folder_lock import LOCK
+from onerec_hf.workflows.run_folder import own_folder
 from tests.mounts import fill, set_read_only, small_disk
 from tests.trainers import preference_runs, test_onerec_dpo
+from tests.trainers import test_reward_trainer as reward_runs
 from tests.trainers.test_onerec_trainer import losses, make_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+
+
+class AtFirstStep(TrainerCallback):
+    """Calls a function in the first step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.function()
+
+
+def test_a_second_training_in_the_same_folder_is_refused_before_it_writes(tmp_path):
+    """Of any trainer, in this process or another; a search's trials have folders of their own."""
+    refused = []
+
+    def second():
+        for other in (make_trainer(tmp_path, **SAVING), reward_trainer(tmp_path)):
+            with pytest.raises(FileExistsError, match="holds a run that has not ended: another process or trainer"):
+                other.train()
+            assert other.state.global_step == 0
+            refused.append(other)
+        with pytest.raises(FileExistsError), own_folder(tmp_path):
+            pass
+        make_trainer(tmp_path / "other", **SAVING).train()
+
+    trainer = make_trainer(tmp_path, **SAVING)
+    (tmp_path / "_unfinished-checkpoint-1").mkdir()
+    trainer.add_callback(AtFirstStep(second))
+    trainer.train()
+    assert len(refused) == 2
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    assert not (tmp_path / LOCK).exists()
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)  # the first one has ended
+    with own_folder(tmp_path), pytest.raises(FileExistsError):
+        trainer.train()
+
+
+def reward_trainer(folder):
+    return RewardTrainer(
+        reward_runs.make_model(), reward_runs.arguments(folder, max_steps=1), reward_runs.synthetic(8, 0)
+    )
 
 
 def test_a_checkpoint_has_its_name_when_all_is_written(tmp_path, monkeypatch):

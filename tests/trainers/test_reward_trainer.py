@@ -72,6 +72,21 @@ def test_a_learnable_signal_is_learned_and_stays_calibrated(tmp_path):
     assert trainer.evaluate(shuffled)["eval_vtr/auc"] < 0.7
 
 
+def test_sessions_without_labels_are_predicted(tmp_path):
+    model, held_out = make_model(), synthetic(50, 3)
+    trainer = RewardTrainer(model, arguments(tmp_path, per_device_eval_batch_size=7), None, held_out)
+    sessions = held_out.remove_columns("labels")
+    found = trainer.predict(sessions)
+    assert found.label_ids is None
+    assert not any("auc" in name or "loss" in name for name in found.metrics)
+    assert_close(torch.as_tensor(found.predictions).sigmoid(), model.predict(sessions["history"], sessions["session"]))
+    assert (found.predictions == trainer.predict(held_out).predictions).all()
+    with pytest.raises(ValueError, match=r"no column 'labels'.* call predict\(\)"):
+        trainer.evaluate(sessions)
+    with pytest.raises(ValueError, match="no column 'session'"):
+        trainer.predict(sessions.remove_columns("session"))
+
+
 def test_evaluation_is_that_of_predict(tmp_path):
     model, held_out = make_model(), synthetic(50, 3)
     with torch.no_grad():

@@ -79,6 +79,33 @@ def test_added_items_are_read_and_recommended(by_text, tables_of, tmp_path):
     assert "40 items" in shown
 
 
+def test_tables_without_a_header(by_text, by_behaviour, tables_of, tables, tmp_path):
+    tables["interactions"].to_csv(tmp_path / "log.csv", index=False, header=False)
+    new = tables["items"][tables["items"]["item_id"].isin(NEW)]
+    new.to_csv(tmp_path / "items.csv", index=False, header=False)
+    log = ["--interactions", tmp_path / "log.csv", "--column_names", *tables["interactions"].columns]
+    items = ["--items", tmp_path / "items.csv", "--item_column_names", *new.columns]
+    for model, given in ((by_text, [*items, *log]), (by_behaviour, log)):
+        done = succeeded(
+            onerec("add-items", "--model", model, *given, "--output_dir", tmp_path / f"of-{model.parent.name}")
+        )
+        assert "2 new items were added" in done.out
+    asked = ["recommend", "--model", by_text, *log, *items, "--new_items", "add", "--users", "u1", "u2", "--top_k", 3]
+    found = [json.loads(line) for line in succeeded(onerec(*asked)).out.splitlines()]
+    assert [answer["user_id"] for answer in found] == ["u1", "u2"]
+    named = [
+        "recommend",
+        "--model",
+        by_text,
+        "--interactions",
+        tables_of / "all.csv",
+        "--items",
+        tables_of / "new_items.csv",
+    ]
+    wanted = succeeded(onerec(*named, "--new_items", "add", "--users", "u1", "u2", "--top_k", 3)).out
+    assert found == [json.loads(line) for line in wanted.splitlines()]
+
+
 def model_codes(processor, items):
     import torch
 

@@ -31,7 +31,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
         first.stdout.close()
-    assert (folder / ".lock").is_file()  # what a kill leaves
+    assert (folder / "_lock").is_file()  # what a kill leaves
     with own_folder(folder):
         check_folder(folder, overwrite=False)  # it counts as empty
 

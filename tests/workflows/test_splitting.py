@@ -44,6 +44,20 @@ def test_periods_are_dates_or_numbers():
     assert "up to 5 target items" not in smaller.protocol
 
 
+def test_rows_that_are_left_out_do_not_change_the_kind_of_split():
+    """Of `--new_items skip`: the periods stay."""
+    data = load_dataset(interactions=table(), holdout="temporal")
+    kept = data.where(data.sequences.item_ids != "m3", "Without m3.")
+    assert "Temporal split" in kept.protocol
+    assert kept.test["session"][:] == [
+        [item for item in session if item != "m3"]
+        for user, session in zip(data.test["user_id"], data.test["session"], strict=True)
+        if user in set(kept.test["user_id"])
+    ]
+    assert len(kept.test) > 30
+    assert max(map(len, kept.test["session"])) > 0
+
+
 def test_given_files_are_the_split(tmp_path):
     frame = table()
     day = frame.timestamp // 86_400

@@ -165,6 +165,21 @@ def test_columns_and_feedback_are_those_that_the_model_was_trained_with(mine, tm
     assert counts["positive"] == 2
 
 
+def test_tables_without_a_header_or_times(mine, split, tmp_path):
+    """Without times the rows of the history come first, also where new rows equal them."""
+    _, parts = split
+    for name in ("old", "new"):
+        parts[name].to_csv(tmp_path / f"{name}.csv", index=False, header=False)
+    tables = ["--interactions", tmp_path / "new.csv", "--history", tmp_path / "old.csv"]
+    names = ["--column_names", *parts["new"].columns]
+    done = succeeded(onerec("update", "--model", mine, *tables, *names, "--output_dir", tmp_path / "timed"))
+    assert f"{len(parts['new']):,} interactions" in done.out
+    old = pd.DataFrame([("u1", "m1"), ("u1", "m2")], columns=["user_id", "item_id"])
+    new = pd.DataFrame([("u1", "m1"), ("u1", "m3")], columns=["user_id", "item_id"])
+    result = update(new, history=old, model=str(mine), timestamp_column="none")
+    assert (result.counts["interactions"], result.counts["pairs"]) == (2, 2)  # m2 m1 and m1 m3
+
+
 def test_sequence_models(tmp_path, split):
     rows, parts = split
     model, wanted = (SequentialRecommender.from_items([f"m{i}" for i in range(40)], hidden_size=8) for _ in range(2))

@@ -59,13 +59,13 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
         integers: whether "user" and "item" contain only integers ("7" or "7.0"), if they are text.
 
     Returns:
-        columns `user` and `item`, int64 or str; with features also `time`, `positive` and the features.
+        columns `user` and `item`, int64 or str, `time` and `rest`; with features also `positive` and the features.
 
     Example:
         >>> import polars as pl
         >>> rows = {"user": ["b", "a", "a", "a"], "item": ["7", "8", "9", "9"], "time": [1, 10, 9, 9], "rest": [0.0] * 4}
         >>> rows |= {"row": [0, 1, 2, 3], "others": [0] * 4}
-        >>> tidy(pl.DataFrame(rows), {"user": False, "item": True}).rows()
+        >>> tidy(pl.DataFrame(rows), {"user": False, "item": True}).select("user", "item").rows()
         [('a', 9), ('a', 8), ('b', 7)]
     """
     pl = import_polars()
@@ -81,17 +81,18 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     if len(compared):
         first = compared.unique(["user", "item", "time", "rest", "others"], keep="first", maintain_order=True)["place"]
         ordered = ordered.filter(~pl.col("compared") | pl.col("place").is_in(first.implode()))
-    read = ["time", "positive", *(name for name in ordered.columns if name.startswith(COLUMN))]
-    return ordered.select("user", "item", *(read if "positive" in ordered.columns else ()))
+    read = ["positive", *(name for name in ordered.columns if name.startswith(COLUMN))]
+    return ordered.select("user", "item", "time", "rest", *(read if "positive" in ordered.columns else ()))
 
 
 def sequences_of(rows: pl.DataFrame) -> UserSequences:
     """
-    The sequences of rows from `tidy`. Their timestamps are set to 0, since they are not needed any more.
+    The sequences of rows from `tidy`.
 
     Example:
         >>> import polars as pl
-        >>> [items.tolist() for items in sequences_of(pl.DataFrame({"user": ["a", "a", "b"], "item": [9, 8, 7]})).lists()]
+        >>> rows = pl.DataFrame({"user": ["a", "a", "b"], "item": [9, 8, 7], "time": [3, 5, 1], "rest": [0.0] * 3})
+        >>> [items.tolist() for items in sequences_of(rows).lists()]
         [[9, 8], [7]]
     """
     users = rows["user"].rle().struct.unnest()
@@ -100,7 +101,7 @@ def sequences_of(rows: pl.DataFrame) -> UserSequences:
         column.to_numpy() if column.dtype.is_integer() else np.asarray(column.to_list(), dtype=object)
         for column in (users["value"], rows["item"])
     )
-    return UserSequences(ids, items, np.zeros(len(items), dtype=np.int64), offsets)
+    return UserSequences(ids, items, rows["time"].to_numpy(), offsets, rows["rest"].to_numpy())
 
 
 class BucketExamples:
@@ -118,7 +119,8 @@ class BucketExamples:
 
     Example:
         >>> import polars as pl
-        >>> bucket = BucketExamples(pl.DataFrame({"user": [1] * 5, "item": [5, 6, 7, 8, 9]}), ExampleSettings(session_length=1), seed=0)
+        >>> rows = pl.DataFrame({"user": [1] * 5, "item": [5, 6, 7, 8, 9], "time": [0, 1, 2, 3, 4], "rest": [0.0] * 5})
+        >>> bucket = BucketExamples(rows, ExampleSettings(session_length=1), seed=0)
         >>> sorted(bucket.train(slice(None)).to_pylist(), key=lambda example: len(example["history"]))
         [{'user_id': 1, 'history': [5], 'session': [6]}, {'user_id': 1, 'history': [5, 6], 'session': [7]}]
         >>> bucket.validation().to_pylist(), bucket.test().num_rows

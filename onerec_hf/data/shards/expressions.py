@@ -76,7 +76,7 @@ def times(name: str, kind: Any) -> tuple[Any, Any, Any]:
     if isinstance(kind, pl.Datetime):
         unit = _PER_SECOND[kind.time_unit]
         ticks = column.to_physical()
-        return ticks.floordiv(unit), (ticks % unit).cast(pl.Float64), pl.lit(True)
+        return ticks.floordiv(unit), (ticks % unit).cast(pl.Float64) / unit, pl.lit(True)
     if kind == pl.Date:
         whole = column.to_physical().cast(pl.Int64) * 86_400
         return whole, pl.when(whole.is_not_null()).then(nothing), pl.lit(True)
@@ -109,7 +109,7 @@ def _of_text(text: Any) -> tuple[Any, Any, Any]:
 
 
 def _of_date(text: Any) -> tuple[Any, Any]:
-    """Seconds since 1970 and nanoseconds of an ISO datetime."""
+    """Seconds since 1970 of an ISO datetime, and the rest."""
     import polars as pl
 
     parts, offset = text.str.extract_groups(_PARTS), text.str.extract_groups(_OFFSET)
@@ -125,7 +125,7 @@ def _of_date(text: Any) -> tuple[Any, Any]:
     valid = (hour < 24) & (minute < 60) & (second < 60)
     seconds = pl.when(valid).then(day * 86_400 + hour * 3600 + minute * 60 + second - east)
     ticks = parts.struct[4].str.slice(0, 9).str.pad_end(9, "0").cast(pl.Float64, strict=False).fill_null(0)
-    return seconds, pl.when(seconds.is_not_null()).then(ticks)
+    return seconds, pl.when(seconds.is_not_null()).then(ticks / 10**9)
 
 
 def without_missing(name: str, text: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from onerec_hf.data.feature_tables import AUTO, POSITIVE, TIME
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards import expressions
 from onerec_hf.data.shards.features import COLUMN, TextKinds
+from onerec_hf.data.shards.numbering import DistinctValues, may_number
 from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
 from onerec_hf.data.tables import is_text
-from onerec_hf.data.times import BAD, warn_narrow
+from onerec_hf.data.times import BAD, FRACTION, warn_narrow
 
 if TYPE_CHECKING:
     import polars as pl
@@ -85,6 +86,7 @@ class Checks:
         highest: the largest value of each feedback column.
         bad: (column, problem) -> number of rows, first row.
         kinds: what the texts of each feature are.
+        numbering: whether columns differ in every row, of those that do in the first ones.
     """
 
     rows: int = 0
@@ -97,6 +99,12 @@ class Checks:
     highest: dict[str, float] = field(default_factory=dict)
     bad: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     kinds: dict[str, TextKinds] = field(default_factory=dict)
+    numbering: dict[str, DistinctValues] = field(default_factory=dict)
+
+    @property
+    def distinct(self) -> dict[str, bool]:
+        """The columns that differ in every row, and those that did in the first ones."""
+        return {name: values.distinct for name, values in self.numbering.items()}
 
     @property
     def as_integers(self) -> dict[str, bool]:
@@ -167,17 +175,22 @@ class Log:
         Returns:
             frames of `user`, `item` (in their type; text in text formats), `time` (int64), `rest` (float64: fractions of times), `row`
             (uint64), `others` (uint64, a hash of all other columns) and `bucket` (uint32, by user); with `features` also `positive` (bool) and
-            "feature NAME" of each.
+            "feature NAME" of each. Where columns may differ in every row (`checks.numbering`): a hash of each (`value 0`, ...), and `alike`, of all
+            other columns without them.
 
         Raises:
             DataError: unreadable files, or columns of unsupported types.
         """
         pl = import_polars()
         kept = ["user", "item", "time", "rest", "row", "others", "bucket"]
-        conditions = self.positive.conditions
+        conditions, numbering = self.positive.conditions, None
         try:
             for part in scan(self.files, self.first_row, self.column_names):
-                query = self._query(part, buckets)
+                if numbering is None:
+                    numbering = self._may_number(part)
+                    checks.numbering = {name: DistinctValues() for name in numbering}
+                    kept += [*(["alike"] if numbering else []), *(f"value {place}" for place in range(len(numbering)))]
+                query = self._query(part, buckets, numbering)
                 for batch in query.collect_batches(chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"):
                     batch = self._check(pl, batch, checks)
                     holds = pl.any_horizontal(f"holds {place}" for place in range(len(conditions)))
@@ -192,7 +205,13 @@ class Log:
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise unreadable(self.files, error) from error
 
-    def _query(self, frame: pl.LazyFrame, buckets: int) -> pl.LazyFrame:
+    def _may_number(self, frame: pl.LazyFrame) -> list[str]:
+        """The columns that may differ in every row; rows without times are no duplicates."""
+        schema = frame.collect_schema()
+        user, item, time = self._columns(schema)
+        return [] if time is None else may_number(frame, (user, item, time), _others(schema, (user, item, time)))
+
+    def _query(self, frame: pl.LazyFrame, buckets: int, numbering: Sequence[str]) -> pl.LazyFrame:
         """The columns of `batches`, and those that `_check` looks at."""
         pl = import_polars()
         schema = frame.collect_schema()
@@ -213,10 +232,11 @@ class Log:
             if (text := expressions.as_text(pl.col(time), schema[time])) is not None:
                 # Nearly all texts are integers; `_check` reads the others, digit by digit.
                 times = (text.cast(pl.Int64, strict=False), pl.lit(0.0), pl.lit(False))
-        named = {"user": user, "item": item} | ({} if time is None else {"time": time})
+            if FRACTION in schema and time != FRACTION:  # `read_interactions` made the table
+                times = (times[0], pl.col(FRACTION).cast(pl.Float64), times[2])
         # Duplicates agree in all columns but the number of the row.
-        others = [n for n in schema if n not in (*OWN, *named.values()) and not ROW_NUMBERS.fullmatch(n)]
-        alike = [expressions.compared(name, schema[name]) for name in others]
+        others = _others(schema, (user, item, *([] if time is None else [time])))
+        alike = {name: expressions.compared(name, schema[name]) for name in others}
         columns = {
             "row": pl.col("__row__").cast(pl.UInt64),
             "user": expressions.ids(user, schema[user]),
@@ -225,11 +245,14 @@ class Log:
             "rest": times[1],
             "date": times[2],
             **({} if time is None or text is None else {"time text": text}),
-            "others": pl.struct(alike).hash(seed=0) if alike else pl.lit(0, dtype=pl.UInt64),
+            "others": _hash(alike.values()),
             "blank": blank,
             "user given": pl.col(user).is_not_null(),
             "item given": pl.col(item).is_not_null(),
         }
+        if numbering:
+            columns["alike"] = _hash(column for name, column in alike.items() if name not in numbering)
+            columns |= {f"value {place}": alike[name].hash(seed=1) for place, name in enumerate(numbering)}
         for place, condition in enumerate(self.positive.conditions):
             name, kind = condition.column, schema[condition.column]
             columns[f"holds {place}"] = expressions.holds(condition, kind, self.is_text).fill_null(False)
@@ -327,6 +350,10 @@ class Log:
                 checks.highest[condition.column] = max(highest, checks.highest.get(condition.column, float("-inf")))
         for name in (name for name in batch.columns if name.startswith(COLUMN) and self.is_text):
             checks.kinds.setdefault(name.removeprefix(COLUMN), TextKinds()).follow(batch[name])
+        if any(checks.distinct.values()):
+            whole = batch.select(pl.struct("user", "item", "time", "rest", "others").hash(seed=0)).to_series()
+            for place, values in enumerate(checks.numbering.values()):
+                values.add(batch[f"value {place}"], whole)
         for name in ("user", "item"):
             if not self.is_text:
                 checks.integers[name] = checks.floats[name] = False
@@ -376,6 +403,17 @@ class Log:
             if len(found):
                 return found.item()
         return None
+
+
+def _others(schema: pl.Schema, named: Sequence[str]) -> list[str]:
+    """The columns beside those that are named: of feedback, say, but not the numbers of rows that pandas writes."""
+    return [name for name in schema if name not in (*OWN, *named) and not ROW_NUMBERS.fullmatch(name)]
+
+
+def _hash(columns: Iterable[pl.Expr]) -> pl.Expr:
+    pl = import_polars()
+    columns = list(columns)
+    return pl.struct(columns).hash(seed=0) if columns else pl.lit(0, dtype=pl.UInt64)
 
 
 def _follow(values: pl.Series, name: str, checks: Checks) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,13 +27,16 @@ import pyarrow.parquet as pq
 
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
+from onerec_hf.data.duplicates import warn_hidden
 from onerec_hf.data.feature_tables import about_features
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards.buckets import BucketExamples, ExampleSettings, tidy
 from onerec_hf.data.shards.features import LogFeatures, typed
 from onerec_hf.data.shards.logs import Checks, Log, find_log_files
+from onerec_hf.data.shards.numbering import hidden_duplicates
 from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import describe_leave_one_out
+from onerec_hf.data.ties import Ties
 
 if TYPE_CHECKING:
     import polars as pl
@@ -61,6 +65,7 @@ class Counts:
         kept, users, items: remaining rows, users and items.
         train, validation, test: number of examples.
         train_only_users: users with fewer than three items.
+        tied: test targets that a tie in time decides.
 
     Example:
         >>> Counts(rows=10, kept=9).rare_items
@@ -78,6 +83,7 @@ class Counts:
     validation: int = 0
     test: int = 0
     train_only_users: int = 0
+    tied: int = 0
 
 
 def prepare_log(
@@ -123,6 +129,10 @@ def prepare_log(
         DataError: unreadable files, invalid rows (with their number), or no rows remain.
         FileExistsError: `output_dir` is not empty, and `overwrite` is false or it is not a prepared folder.
         ImportError: polars is not installed (extra `prepare`).
+
+    Warns:
+        UserWarning: as `read_interactions` and `leave_one_out`: rows that are duplicates but for a column that differs in every row; ties in time that
+            decide test targets of a log that is sorted by item.
 
     Example:
         >>> import os
@@ -225,6 +235,7 @@ class _Run:
     counts: Counts = field(default_factory=Counts)
     shards: list[tuple[str, int]] = field(default_factory=list)
     id_types: tuple[str, str] = ("", "")
+    ties: list[Ties] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         scratch = folder / "buckets"
@@ -259,10 +270,11 @@ class _Run:
             settings.max_history,
             settings.stride,
         )
+        ties = str(Ties.sum(self.ties))
         features = "" if self.features is None else about_features(self.features.schema, self.features.everything)
         return (
             f"Positive feedback: {self.log.positive}; items with fewer than {settings.min_item_interactions} positive interactions are "
-            f"left out. {split}{features}"
+            f"left out. {split}{ties and ' '}{ties}{features}"
         )
 
     def _partition(self, scratch: Path) -> Checks:
@@ -288,6 +300,7 @@ class _Run:
         """Second pass: sorts and deduplicates every bucket. Returns `item` and `interactions` of all items."""
         pl = import_polars()
         totals: list[pl.DataFrame] = []
+        hidden, distinct = 0, checks.distinct
         for bucket in range(self.num_buckets):
             path = scratch / f"{bucket}.raw"
             if not path.exists():
@@ -295,6 +308,7 @@ class _Run:
             rows = _read(path)
             ordered = tidy(rows, checks.as_integers)
             self.counts.repeated += _positives(rows) - _positives(ordered)
+            hidden += hidden_duplicates(rows, list(distinct.values()))
             path.unlink()
             if self.features is not None:
                 ordered = typed(ordered, checks.kinds)
@@ -302,6 +316,7 @@ class _Run:
                     ordered = ordered.with_columns(time=pl.int_range(pl.len()).over("user"))
             ordered.write_ipc(scratch / f"{bucket}.rows", compression="lz4")
             totals = _counted(totals, ordered.filter("positive") if "positive" in ordered.columns else ordered)
+        warn_hidden(hidden, checks.positive, [name for name, apart in distinct.items() if apart])
         return _summed(totals)
 
     def _write_examples(self, scratch: Path, folder: Path, items: pl.DataFrame) -> None:
@@ -333,8 +348,15 @@ class _Run:
                 counts.users += len(examples.sequences)
                 counts.train += examples.num_train
                 counts.test += int(examples.held_out.sum())
+                self.ties.append(Ties.of(examples.sequences))
                 trained = _counted(trained, pl.DataFrame({"item": examples.train_sequences.item_ids}))
             counts.validation, counts.train_only_users = counts.test, counts.users - counts.test
+            ties = Ties.sum(self.ties)
+            counts.tied = ties.tied
+            if ties.matter:
+                warnings.warn(
+                    f"{ties} Sort the log by another column, or train from it with --interactions and --ties shuffle."
+                )
             if not counts.test:
                 raise DataError(
                     f"leave-one-out: none of {counts.users:,} users has 3 items. Add data, or lower min_item_interactions."

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.trainers.folder_lock import LOCK
 from onerec_hf.workflows.artefact import write_bytes
 from onerec_hf.workflows.compare.analysis import Quality, share_of_repeats
 from onerec_hf.workflows.compare.families import Family
 from onerec_hf.workflows.compare.processes import POLL, Processes, Run
-from onerec_hf.workflows.compare.ranking import METRIC, measure, sample
+from onerec_hf.workflows.compare.ranking import METRIC, measure, rankable, sample
 from onerec_hf.workflows.compare.settings import CompareSettings
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.run_folder import LOCK
 from onerec_hf.workflows.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -75,15 +75,20 @@ class Bench:
     """
 
     def __init__(self, data: DataSettings, dataset: InMemoryDataset, how: CompareSettings, began: float):
-        self.data, self.dataset, self.how, self.folder = data, dataset, how, how.folder
-        self.validation = sample(dataset, how.validation_users)
-        self.repeats = share_of_repeats(self.validation)
+        self.data, self.how, self.folder = data, how, how.folder
+        self.repeats = share_of_repeats(sample(dataset, how.validation_users))
         self.exclude_seen = self.repeats <= MOST_REPEATS if how.exclude_seen is None else how.exclude_seen
+        self.dataset, seen = rankable(dataset, self.exclude_seen, how.validation_users)
+        self.validation = self.dataset.validation
+        if len(self.dataset.test) < 2:
+            raise ValueError(
+                "the table leaves one test user: a difference between models has no standard error. Add users"
+            )
         seconds = how.seconds()
         self.until = None if seconds is None else began + seconds
         self.trials = 0
         self.seeds: list[int] = []
-        self.notes: list[str] = []
+        self.notes = [f"{split.capitalize()}: {text}" for split, of in seen.items() if (text := of.about_unranked())]
 
     def open_folder(self, families: list[Family]) -> None:
         """

@@ -78,11 +78,9 @@ def compare_models(
     quiet_optuna()
     began, families = time.monotonic(), load_families(how.families, how.spaces)
     table, dataset = _chosen(table, None if data is not None else given_options((DataSettings,), [], options))
-    if len(dataset.test) < 2:
-        raise ValueError(
-            "the table leaves one test user: a difference between models has no standard error. Add users"
-        )
     bench = Bench(table, dataset, how, began)
+    for note in bench.notes:
+        say(note)
     with own_folder(how.folder):
         bench.open_folder(families)
         with Processes(how.jobs) as processes:

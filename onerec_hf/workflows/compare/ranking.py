@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onerec_hf.workflows.artefact import recommender_of
 from onerec_hf.workflows.dataset import InMemoryDataset
+
+if TYPE_CHECKING:
+    from onerec_hf.evaluation.held_out import SeenItems
 
 TOP_K = 10
 METRIC = "ndcg@10"  # on validation users: chooses checkpoints, settings and the best family
@@ -19,6 +23,33 @@ def sample(data: InMemoryDataset, users: int) -> Any:
     """The same random validation users in every run, in their order."""
     rows = np.random.default_rng(0).permutation(len(data.validation))[:users]
     return data.validation.select(np.sort(rows))
+
+
+def rankable(data: InMemoryDataset, exclude_seen: bool, users: int) -> tuple[InMemoryDataset, dict[str, SeenItems]]:
+    """
+    The dataset with a sample of its validation users (see [`sample`]), without those who have no candidates since their histories hold every item;
+    and what is said of them by split.
+
+    Args:
+        exclude_seen: whether items of the history are not ranked.
+        users: of the sample.
+
+    Raises:
+        ValueError: nobody is left.
+    """
+    from onerec_hf.baselines import ItemIndex
+    from onerec_hf.evaluation.held_out import seen_items
+
+    parts, found = {"validation": sample(data, users), "test": data.test}, {}
+    if exclude_seen:
+        for split, examples in parts.items():
+            found[split] = seen_items(examples, ItemIndex(data.item_ids))
+            parts[split] = examples.select(np.flatnonzero(~found[split].unranked))
+            if not len(parts[split]):
+                raise ValueError(
+                    f"all {len(examples):,} {split} users have every item in their history, so that nothing is left to rank. Pass --no_exclude_seen"
+                )
+    return replace(data, split=replace(data.split, **parts)), found
 
 
 def parameters(recommender: Any) -> int:
@@ -46,16 +77,18 @@ def rankings(
 
 
 def per_user(ranked: np.ndarray, examples: Any, data: InMemoryDataset) -> dict[str, np.ndarray]:
-    """(users,) recall@10 and NDCG@10 of rankings."""
+    """(users,) recall@10 and NDCG@10 of rankings, of all items of the held-out sessions."""
+    from onerec_hf.baselines import ItemIndex
     from onerec_hf.evaluation.metrics import ndcg_at_k, recall_at_k
+    from onerec_hf.workflows.evaluation import item_indices
 
-    target = targets(examples, data)[:, None]
+    relevant = item_indices(examples, ItemIndex(data.item_ids))[1]
     metrics = {"recall@10": recall_at_k, METRIC: ndcg_at_k}
-    return {name: np.asarray(metric(ranked, target, TOP_K, per_row=True)) for name, metric in metrics.items()}
+    return {name: np.asarray(metric(ranked, relevant, TOP_K, per_row=True)) for name, metric in metrics.items()}
 
 
 def targets(examples: Any, data: InMemoryDataset) -> np.ndarray:
-    """(users,) index of each user's held-out item."""
+    """(users,) index of each user's held-out item, of several the first."""
     return np.searchsorted(data.item_ids, [session[0] for session in examples["session"]])
 
 

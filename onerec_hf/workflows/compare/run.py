@@ -24,7 +24,7 @@ import numpy as np
 from onerec_hf.modeling.files import short
 from onerec_hf.workflows.artefact import recommender_of, write_bytes
 from onerec_hf.workflows.compare.families import Family
-from onerec_hf.workflows.compare.ranking import METRIC, TOP_K, parameters, per_user, rankings, sample
+from onerec_hf.workflows.compare.ranking import METRIC, TOP_K, parameters, per_user, rankable, rankings
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.loading import load_in_memory
 from onerec_hf.workflows.settings import DataSettings
@@ -57,10 +57,10 @@ def train_and_rank(spec: dict[str, Any]) -> dict[str, Any]:
     family, folder = Family(**spec["family"]), Path(spec["folder"])
     began = time.perf_counter()
     data = load_in_memory(DataSettings(**{**spec["data"], **family.data}))
-    validation = sample(data, spec["validation_users"])
-    trial = spec["split"] == "validation"
-    test = validation.select(range(min(FEW, len(validation)))) if trial else data.test
-    data = replace(data, split=replace(data.split, validation=validation, test=test))
+    data, _ = rankable(data, spec["exclude_seen"], spec["validation_users"])
+    validation, trial = data.validation, spec["split"] == "validation"
+    if trial:
+        data = replace(data, split=replace(data.split, test=validation.select(range(min(FEW, len(validation))))))
     from onerec_hf.workflows.compare.progress import Progress
 
     progress = Progress(Path(spec["progress"]))

@@ -244,3 +244,24 @@ def test_the_command_resumes_a_comparison(compared):
         name: f"{compared.found.metrics[f'{name}/ndcg@10']:.4f}" for name in ("popularity", "item_knn", "sasrec")
     }
     assert "best on validation" not in refused(onerec("compare", *options, "--families", "bert"), "unknown family")
+
+
+@pytest.mark.parametrize("holdout", ["last", "temporal"])
+def test_users_without_candidates_are_named_and_left_out_and_all_targets_count(tmp_path, spaces, capsys, holdout):
+    """As `evaluate` does with the same artefact."""
+    path = write_table(tmp_path, users=30, items=12)
+    late = {"last": [12, 13, 14], "temporal": [8, 9, 9]}[holdout]  # the whale has everything before its held-out items
+    times = [*([0] * 12), *late]
+    with open(path, "a", newline="") as file:
+        file.writelines(f"whale,i{item % 12},{time}\n" for item, time in enumerate(times))
+    data = DataSettings(interactions=str(path), min_item_interactions=1, holdout=holdout)
+    options = {"trials": 1, "seeds": [0], "families": ["popularity"], "spaces": str(spaces)}
+    found = compare_models(data, output_dir=str(tmp_path / "out"), exclude_seen=True, **options)
+    report = (found.folder / "report.md").read_text(encoding="utf-8")
+    note = "Test: 1 of 31 users cannot be ranked, since their histories hold every item ('whale'): they are left out of the metrics."
+    assert note in capsys.readouterr().err
+    assert note in report
+    evaluated = evaluate(data, model=str(found.model), exclude_seen=True).metrics
+    assert evaluated["unranked_users"] == 1
+    for metric in ("popularity/recall@10", "popularity/ndcg@10"):
+        assert found.metrics[metric] == close(evaluated[metric])
