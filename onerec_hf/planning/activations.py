@@ -177,7 +177,7 @@ class _Counter:
         several = sum(slots > 1 for _, _, slots in own.all)
         inputs = self.inputs(len(own.all) * own.dim) + networks * self.inputs(self.width)
         states = networks * self.precision.matrix * (self.width + 1)
-        return places * (8 * own.slots + inputs + states + several * 4)
+        return places * (8 * own.slots + inputs + states + several * self.precision.residual)
 
     def feed_forward(self) -> int:
         """Gate, its activation, up, and their product."""
