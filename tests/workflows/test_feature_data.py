@@ -4,9 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from onerec_hf.data import DataError, positive_histories
+from onerec_hf import ItemCatalogue, OneRecProcessor
+from onerec_hf.data import DataError, OneRecDataCollator, positive_histories
+from onerec_hf.data.packing import EXAMPLE_COLUMNS
+from onerec_hf.evaluation.held_out import seen_items
 from onerec_hf.modeling.features import MISSING, UNKNOWN
-from onerec_hf.workflows import load_dataset
+from onerec_hf.workflows import increment, load_dataset
 from onerec_hf.workflows.refit import everything
 from tests.cli.commands import onerec, refused, succeeded
 
@@ -354,13 +357,6 @@ def test_a_saved_schema_encodes_newer_rows(capsys):
         )
 
 
-def test_the_last_of_a_million_items_is_hashed():
-    tables = made(9)
-    tables["interactions"]["url"] = [f"u{i % 450}" for i in range(len(tables["interactions"]))]
-    data = load_dataset(**tables, **{**ALL, "interaction_features": ["url"]})
-    assert data.features.schema.interaction[0].values is not None
-
-
 def test_prepare_takes_the_options(tmp_path):
     tables = made()
     for name, table in tables.items():
@@ -379,3 +375,42 @@ def test_prepare_takes_the_options(tmp_path):
         ValueError, match="--interaction_features goes with --interactions; what a prepared folder holds was chosen"
     ):
         load_dataset(prepared=str(tmp_path / "ready"), interaction_features=["like"])
+
+
+def test_an_increment_reads_the_features_of_all_rows_before(monkeypatch):
+    tables = made(10)
+    data = load_dataset(**tables, **ALL, history_feedback="all")
+    until = int(np.quantile(data.sequences.timestamps, 0.5))
+    trained_on = {"until": until, "interactions": 10, "users": 30, "held_out": 2}
+    catalogue = ItemCatalogue(data.item_ids[:-1], [[i % 4, i // 4] for i in range(len(data.item_ids) - 1)], [4, 4])
+    monkeypatch.setattr(increment, "_read", lambda model: trained_on)
+    monkeypatch.setattr(increment, "load_processor", lambda option, model: OneRecProcessor.from_catalogue(catalogue))
+    monkeypatch.setattr(increment, "check_catalogue", lambda *args, **kwargs: None)
+    newer = increment.newer(data, "model")
+    # Rows of an item that the catalogue lacks are no history either, positive or not.
+    assert data.item_ids[-1] not in newer.item_ids
+    known = {**tables, "interactions": tables["interactions"].query(f"item_id != {data.item_ids[-1]}")}
+    assert 0 < len(newer.train) < len(data.train)
+    for examples in (newer.train, newer.validation, newer.test):
+        check(newer, known, examples, everything=True)
+    assert newer.features.schema == data.features.schema
+    assert len(newer.features.items) == len(newer.item_ids)
+
+
+def test_only_positive_items_are_left_out_of_rankings():
+    data = load_dataset(**made(11), **ALL, history_feedback="all")
+    codes = [[i % 4, i // 4] for i in range(len(data.item_ids))]
+    catalogue = ItemCatalogue(data.item_ids, codes, [4, 4])
+    features = data.features
+    processor = OneRecProcessor.from_catalogue(catalogue, features=features.schema, item_features=features.items)
+    rows = list(data.test)[:5]
+    batch = OneRecDataCollator(processor, with_seen=True)(rows)
+    for row, excluded in zip(rows, batch["exclude"].tolist(), strict=True):
+        liked = {item for item, flag in zip(row["history"], row["history_positive"], strict=True) if flag}
+        assert set(catalogue.ids([place for place in excluded if place >= 0])) == liked
+    seen = seen_items(data.test, catalogue)
+    assert seen.unranked.tolist() == [
+        len(set(history)) == len(data.item_ids) for history in positive_histories(data.test)
+    ]
+    # The trainer keeps the column that says so.
+    assert "history_positive" in EXAMPLE_COLUMNS
