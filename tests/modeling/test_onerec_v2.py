@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecProcessor, OneRecV2Config, OneRecV2ForConditionalGeneration, OneRecV2Model
 from onerec_hf.data import PackedDataCollator, PackedDataset
+from onerec_hf.modeling.beam_search import beam_search
+from onerec_hf.modeling.modeling_onerec_v2 import LazyBeamDecoder
 from tests.conftest import make_catalogue
 from tests.rounding import BACKWARD, assert_close, close
 
@@ -327,6 +329,26 @@ def test_beams_share_the_context():
     assert context.shape == (3, 3, 2 * 2 * 2 * 8)
     decoder = model._beam_decoder(model.get_decoder(), context, None, 50, 7)
     assert [tuple(part.shape) for pair in decoder._cross for part in pair] == [(3, 2, 3, 8)] * 4
+
+
+def test_static_shapes_and_wrapped_heads_answer_alike():
+    model = make_lazy(**VARIANTS["all options"])
+    inputs, constraint = PROCESSOR(HISTORIES), model._constraint(None, None, True)
+    mask = inputs["attention_mask"][:, ::4]
+    with torch.no_grad():
+        context = model.get_encoder()(**inputs).last_hidden_state
+        found = [
+            beam_search(LazyBeamDecoder(model.get_decoder(), context, mask, 6, 7, static), head, constraint, 6, 2)
+            for static in (False, True)
+            for head in (model.lm_head, torch.nn.Sequential(model.lm_head))
+        ]
+        for other in found[1:]:
+            assert torch.equal(other.leaves, found[0].leaves)
+            assert_close(other.scores, found[0].scores)
+        wanted = model(**PROCESSOR(HISTORIES, sessions=TARGETS))
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+        again = model(**PROCESSOR(HISTORIES, sessions=TARGETS))
+    assert_close(again.logits, wanted.logits)
 
 
 def test_files_and_auto_classes(tmp_path):
