@@ -85,7 +85,11 @@ class OneRecV2CrossAttention(OneRecAttention):
         query = self.q_proj(hidden_states).view(users, -1, self.context_groups, self.head_dim).transpose(1, 2)
         if query_positions is not None:
             query = apply_rotary(query, query_positions)
-        return self._attend(query, *keys_values, attention_mask, hidden_states.shape[:-1], **kwargs)
+        out, weights = self._attend(query, *keys_values, attention_mask, hidden_states.shape[:-1], **kwargs)
+        if weights is not None:  # eager: (users, groups, queries, places) as (users, heads, tokens, places)
+            heads_of_group = self.config.num_attention_heads // self.context_groups
+            weights = weights.unflatten(2, (-1, heads_of_group)).permute(0, 3, 1, 2, 4).flatten(1, 2)
+        return out, weights
 
 
 class OneRecV2MoeBlock(OneRecSparseMoeBlock):

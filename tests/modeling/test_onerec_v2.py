@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from onerec_hf import OneRecProcessor, OneRecV2Config, OneRecV2ForConditionalGeneration, OneRecV2Model
 from onerec_hf.data import PackedDataCollator, PackedDataset
 from onerec_hf.modeling.beam_search import beam_search
+from onerec_hf.modeling.layers_onerec import rotate
 from onerec_hf.modeling.modeling_onerec_v2 import LazyBeamDecoder
 from tests.conftest import make_catalogue
 from tests.rounding import BACKWARD, assert_close, close
@@ -320,6 +321,28 @@ def test_gradient_checkpointing_and_label_smoothing():
     levels = [out.logits[:, level][out.logits[:, level].isfinite()].view(3, -1) for level in range(3)]
     spread = -torch.stack([level.log_softmax(-1).mean() for level in levels]).mean()
     assert_close(smoothed, 0.7 * out.loss + 0.3 * spread)
+
+
+def test_attentions_are_those_of_heads():
+    model, batch = make_lazy(**VARIANTS["all options"]), PROCESSOR(HISTORIES, sessions=TARGETS)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**batch, output_attentions=True)
+    for weights in out.cross_attentions:
+        assert weights.shape == (3, 4, 3, 3)
+        assert_close(weights.sum(-1), torch.ones(3, 4, 3))
+    weights = out.cross_attentions[0]
+    # Heads 0 and 2 read the same group of keys; the first query of the first user recomputed from the projections.
+    decoder, context = model.get_decoder(), out.encoder_last_hidden_state[:1]
+    layer, places = decoder.layers[0], torch.arange(3)[None]
+    rope = decoder.rotary_emb(context, places)
+    key = decoder.keys_values(context, tuple(part.unsqueeze(-2) for part in rope))[0][0][0]
+    hidden = layer.cross_attn_layernorm(decoder.embed_tokens(torch.tensor([[1]])))
+    query = layer.cross_attn.q_proj(hidden).view(4, 8)
+    cos, sin = (part[0] for part in decoder.rotary_emb(context, torch.tensor([[3]])))
+    for head in range(4):
+        scores = key[head % 2] @ rotate(query[head : head + 1], cos, sin)[0] * 8**-0.5
+        assert_close(weights[0, head, 0], scores.softmax(-1))
 
 
 def test_beams_share_the_context():
