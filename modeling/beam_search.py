@@ -313,6 +313,11 @@ def beam_search(
     return Beams(leaves, scores, perturbed, sampled_from)
 
 
+def has_rows(lm_head: nn.Module) -> bool:
+    """Whether logits of some tokens are products with rows of a head's weight: not with an adapter around it, nor with a quantised or sharded weight."""
+    return type(lm_head) is nn.Linear and type(lm_head.weight) in (torch.Tensor, nn.Parameter)
+
+
 def _child_logits(hidden, lm_head, among, level_tokens, codes):
     """
     float32 logits of a level's `codes`, (rows, children) or one row for all, and the log of the softmax's denominator over the tokens `among`
@@ -320,13 +325,12 @@ def _child_logits(hidden, lm_head, among, level_tokens, codes):
     """
     at_once = max(1, _LOGITS_AT_ONCE // (among.stop - among.start))
     own = slice(level_tokens.start - among.start, level_tokens.stop - among.start)
-    plain = type(lm_head) is nn.Linear  # and not an adapter around one
-    # A quantised weight has no slices.
-    weight = lm_head.weight if not plain or among == slice(0, lm_head.out_features) else lm_head.weight[among]
+    weight = lm_head.weight[among] if has_rows(lm_head) else None
     logits, normalizers = [], []
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)
-        part = (product(hidden[rows], weight) if plain else lm_head(hidden[rows])[:, among]).float()
+        part = lm_head(hidden[rows])[:, among] if weight is None else product(hidden[rows], weight)
+        part = part.float()
         of_level = part[:, own]
         logits.append(of_level.index_select(1, codes[0]) if len(codes) == 1 else of_level.gather(1, codes[rows]))
         normalizers.append(part.logsumexp(-1))

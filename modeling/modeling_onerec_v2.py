@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .beam_search import BeamDecoder
+from .beam_search import BeamDecoder, has_rows
 from .configuration_onerec_v2 import OneRecV2Config
 from .feature_embedding import FeatureEmbedding, with_features
 from .item_head import ItemHead
@@ -87,7 +87,11 @@ class OneRecV2CrossAttention(OneRecAttention):
         query = self.q_proj(hidden_states).view(users, -1, self.context_groups, self.head_dim).transpose(1, 2)
         if query_positions is not None:
             query = apply_rotary(query, query_positions)
-        return self._attend(query, *keys_values, attention_mask, hidden_states.shape[:-1], **kwargs)
+        out, weights = self._attend(query, *keys_values, attention_mask, hidden_states.shape[:-1], **kwargs)
+        if weights is not None:  # eager: (users, groups, queries, places) as (users, heads, tokens, places)
+            heads_of_group = self.config.num_attention_heads // self.context_groups
+            weights = weights.unflatten(2, (-1, heads_of_group)).permute(0, 3, 1, 2, 4).flatten(1, 2)
+        return out, weights
 
 
 class OneRecV2MoeBlock(OneRecSparseMoeBlock):
@@ -518,12 +522,12 @@ class OneRecV2ForConditionalGeneration(OneRecV2PreTrainedModel, OneRecForConditi
 
     def _level_logits(self, states: torch.Tensor, columns: list[list[int]]) -> list[torch.Tensor]:
         """Logits (rows, columns, codes) of each level's columns: products with the rows of the level's codes alone."""
-        plain, parts = type(self.lm_head) is nn.Linear, []  # and not an adapter around one
+        rows, parts = has_rows(self.lm_head), []
         for of_level, size, offset in zip(
             columns, self.config.codebook_sizes, self.config.level_offsets, strict=False
         ):
             some, tokens = states[:, of_level], slice(offset, offset + size)
-            parts.append(F.linear(some, self.lm_head.weight[tokens]) if plain else self.lm_head(some)[..., tokens])
+            parts.append(F.linear(some, self.lm_head.weight[tokens]) if rows else self.lm_head(some)[..., tokens])
         return parts
 
     def _vocabulary_logits(self, parts: list[torch.Tensor], columns: list[list[int]]) -> torch.Tensor:

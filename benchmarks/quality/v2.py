@@ -2,7 +2,8 @@
 The loss of OneRec-V2's lazy decoder against that of an encoder-decoder of as many layers (half of them in the encoder), trained on the same targets
 for the same steps: the losses of table 2 of arXiv 2508.20900, at a size for a CPU.
 
-    python benchmarks/quality/v2.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --json benchmarks/results/v2_loss.json
+    python benchmarks/quality/v2.py --dataset amazon-beauty --data_dir ../shared/data/amazon_beauty --steps 600 \\
+        --add benchmarks/results/v2.json --json benchmarks/results/v2.json
 
 Both are dense, read one position per history item, and train on windows with one target. `loss` is nats per code of a validation user's next item,
 each code scored among those of its level; mean over users, then over seeds. Rows: `KIND/loss`, `KIND/flops` (forward and backward pass of a target
@@ -13,6 +14,7 @@ losses (spread: the smallest and the largest difference of a seed).
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import sys
 import tempfile
@@ -34,6 +36,7 @@ def arguments():
     options.add_argument("--steps", type=int, default=1000, help="of 128 examples")
     options.add_argument("--learning_rate", type=float, default=3e-3)
     options.add_argument("--users", type=int, default=4000, help="validation users")
+    options.add_argument("--add", help="file of benchmarks/speed/v2.py, whose rows are written, too")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return options.parse_args()
 
@@ -149,6 +152,9 @@ def main() -> None:
     differences = [lazy["loss"] - other["loss"] for other, lazy in zip(*(runs[kind] for kind in KINDS), strict=True)]
     mean, spread = statistics.mean(differences), [min(differences), max(differences)]
     rows.append(result_row("lazy_loss_minus_encoder_decoder", mean, "nats", against="encoder_decoder", spread=spread))
+    if options.add:
+        kept = json.loads(Path(options.add).read_text())["rows"]
+        rows = [row for row in kept if row["name"] not in {mine["name"] for mine in rows}] + rows
     finish(rows, options.json, steps=options.steps, width=options.width, layers=options.layers, seeds=options.seeds)
 
 

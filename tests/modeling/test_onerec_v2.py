@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecProcessor, OneRecV2Config, OneRecV2ForConditionalGeneration, OneRecV2Model
 from onerec_hf.data import PackedDataCollator, PackedDataset
+from onerec_hf.modeling.beam_search import beam_search
+from onerec_hf.modeling.layers_onerec import rotate
+from onerec_hf.modeling.modeling_onerec_v2 import LazyBeamDecoder
 from tests.conftest import make_catalogue
 from tests.rounding import BACKWARD, assert_close, close
 
@@ -320,6 +323,28 @@ def test_gradient_checkpointing_and_label_smoothing():
     assert_close(smoothed, 0.7 * out.loss + 0.3 * spread)
 
 
+def test_attentions_are_those_of_heads():
+    model, batch = make_lazy(**VARIANTS["all options"]), PROCESSOR(HISTORIES, sessions=TARGETS)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**batch, output_attentions=True)
+    for weights in out.cross_attentions:
+        assert weights.shape == (3, 4, 3, 3)
+        assert_close(weights.sum(-1), torch.ones(3, 4, 3))
+    weights = out.cross_attentions[0]
+    # Heads 0 and 2 read the same group of keys; the first query of the first user recomputed from the projections.
+    decoder, context = model.get_decoder(), out.encoder_last_hidden_state[:1]
+    layer, places = decoder.layers[0], torch.arange(3)[None]
+    rope = decoder.rotary_emb(context, places)
+    key = decoder.keys_values(context, tuple(part.unsqueeze(-2) for part in rope))[0][0][0]
+    hidden = layer.cross_attn_layernorm(decoder.embed_tokens(torch.tensor([[1]])))
+    query = layer.cross_attn.q_proj(hidden).view(4, 8)
+    cos, sin = (part[0] for part in decoder.rotary_emb(context, torch.tensor([[3]])))
+    for head in range(4):
+        scores = key[head % 2] @ rotate(query[head : head + 1], cos, sin)[0] * 8**-0.5
+        assert_close(weights[0, head, 0], scores.softmax(-1))
+
+
 def test_beams_share_the_context():
     """Keys and values exist once per set and user, whatever the number of layers and beams."""
     model = make_lazy(**VARIANTS["all options"])
@@ -327,6 +352,26 @@ def test_beams_share_the_context():
     assert context.shape == (3, 3, 2 * 2 * 2 * 8)
     decoder = model._beam_decoder(model.get_decoder(), context, None, 50, 7)
     assert [tuple(part.shape) for pair in decoder._cross for part in pair] == [(3, 2, 3, 8)] * 4
+
+
+def test_static_shapes_and_wrapped_heads_answer_alike():
+    model = make_lazy(**VARIANTS["all options"])
+    inputs, constraint = PROCESSOR(HISTORIES), model._constraint(None, None, True)
+    mask = inputs["attention_mask"][:, ::4]
+    with torch.no_grad():
+        context = model.get_encoder()(**inputs).last_hidden_state
+        found = [
+            beam_search(LazyBeamDecoder(model.get_decoder(), context, mask, 6, 7, static), head, constraint, 6, 2)
+            for static in (False, True)
+            for head in (model.lm_head, torch.nn.Sequential(model.lm_head))
+        ]
+        for other in found[1:]:
+            assert torch.equal(other.leaves, found[0].leaves)
+            assert_close(other.scores, found[0].scores)
+        wanted = model(**PROCESSOR(HISTORIES, sessions=TARGETS))
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+        again = model(**PROCESSOR(HISTORIES, sessions=TARGETS))
+    assert_close(again.logits, wanted.logits)
 
 
 def test_files_and_auto_classes(tmp_path):

@@ -1,8 +1,10 @@
 """OneRec-V2 behind the server and on its card: both take it as they take OneRec."""
 
+import pytest
 import torch
 
 from onerec_hf import OneRecV2Config, OneRecV2ForConditionalGeneration
+from onerec_hf.cli.export import export_onnx
 from onerec_hf.hub_cards import write_generator_card
 from onerec_hf.modeling.requests import Request
 from onerec_hf.serving.models import load_generator
@@ -24,6 +26,8 @@ def test_the_server_and_the_card_know_it(catalogue, processor, tmp_path):
     wanted = model.recommend(**processor([["m1", "m2"]]), num_return_sequences=3)
     assert answer.columns()["items"] == [item for (item,) in processor.batch_decode(wanted)]
     assert type(load_model("--model", str(tmp_path))) is OneRecV2ForConditionalGeneration
+    with pytest.raises(ValueError, match="export writes graphs of OneRec only"):
+        export_onnx(model, processor, tmp_path)
 
     write_generator_card(tmp_path, processor, model)
     card = (tmp_path / "README.md").read_text()
