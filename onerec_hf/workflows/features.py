@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import datasets
 
+    from onerec_hf.data import DatasetFeatures
+    from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
@@ -28,12 +30,18 @@ WORTH_USERS = 1000
 
 def set_features(processor: OneRecProcessor, data: RecommendationDataset) -> None:
     """Gives a processor the features of a dataset; items of its catalogue that the data does not hold have missing values."""
+    if (found := of_catalogue(data, catalogue_of(processor))) is not None:
+        processor.set_features(found.schema, found.items)
+
+
+def of_catalogue(data: RecommendationDataset, catalogue: ItemCatalogue) -> DatasetFeatures | None:
+    """A dataset's features with its items in the order of a catalogue; None where it has none."""
     if data.features is None:
-        return
-    schema, catalogue = data.features.schema, catalogue_of(processor)
+        return None
+    schema = data.features.schema
     codes = np.repeat(schema.encode_items([{}]), len(catalogue), axis=0)
     codes[catalogue.indices(data.item_ids)] = data.features.items
-    processor.set_features(schema, codes)
+    return replace(data.features, items=codes)
 
 
 @dataclass(frozen=True)

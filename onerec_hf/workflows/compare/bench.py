@@ -75,6 +75,11 @@ class Bench:
     """
 
     def __init__(self, data: DataSettings, dataset: InMemoryDataset, how: CompareSettings, began: float):
+        if dataset.features is not None:
+            raise ValueError(
+                "compare ranks by requests of item ids, without features; leave out the options of features and history_feedback, or evaluate "
+                "models that read them with onerec-hf evaluate"
+            )
         self.data, self.dataset, self.how, self.folder = data, dataset, how, how.folder
         self.validation = sample(dataset, how.validation_users)
         self.repeats = share_of_repeats(self.validation)
