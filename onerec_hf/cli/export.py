@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, float]:
     """
-    Writes `encoder.onnx` (`input_ids`, `attention_mask` to `encoder_hidden_states`), `decoder.onnx` (`decoder_input_ids`, the sequence written so far,
+    Writes `encoder.onnx` (`input_ids`, `attention_mask`, and `feature_ids` of a model with features, to `encoder_hidden_states`), `decoder.onnx` (`decoder_input_ids`, the sequence written so far,
     `encoder_hidden_states`, `attention_mask` to `logits` of every position), each with its weights beside it, and the processor with its catalogue.
     With an item head that scores items, `encoder.onnx` has a second output `item_log_probs` (users, items), in the order of the catalogue.
     Numbers of users, history tokens and session tokens are free. Through transformers' ONNX exporter.
@@ -104,7 +104,8 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def _inputs(model, name: str, batch) -> dict[str, torch.Tensor]:
     import torch
 
-    encoder = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    names = ("input_ids", "attention_mask", "feature_ids")
+    encoder = {name: batch[name] for name in names if name in batch}
     if name == "encoder":
         return encoder
     with torch.no_grad():
@@ -144,8 +145,9 @@ def encoder_graph(model) -> Any:
                 trie = model.catalogue.trie
                 self.scorer, self.leaves = model.item_scorer(trie), trie.index_to_leaf
 
-        def forward(self, input_ids, attention_mask):
-            out = {"encoder_hidden_states": self.encoder(input_ids, attention_mask).last_hidden_state}
+        def forward(self, input_ids, attention_mask, feature_ids=None):
+            states = self.encoder(input_ids, attention_mask, feature_ids=feature_ids).last_hidden_state
+            out = {"encoder_hidden_states": states}
             if self.scorer is not None:
                 mask = at_places(attention_mask, model.config.encoder_stride)
                 rows = self.encoder.item_head.history_rows(input_ids) if self.scorer.evidence is not None else None

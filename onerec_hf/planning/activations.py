@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onerec_hf.planning.parameters import attention_widths, is_pointwise, item_head, scored_items
+from onerec_hf.planning.parameters import (
+    attention_widths,
+    feature_networks,
+    features,
+    is_pointwise,
+    item_head,
+    scored_items,
+    static_places,
+)
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
@@ -30,8 +38,9 @@ class Batch:
     session: int = 5
 
     def lengths(self, config: OneRecConfig) -> tuple[int, int]:
-        """Positions of a history (its tokens, or its items with `encoder_pools_items`) and tokens of a session."""
-        return self.history * config.tokens_per_item // config.encoder_stride, self.session * config.tokens_per_item
+        """Positions of a history (its tokens, or its items with `encoder_pools_items`), and of user features, and tokens of a session."""
+        places = self.history + static_places(config)
+        return places * config.tokens_per_item // config.encoder_stride, self.session * config.tokens_per_item
 
     def tokens(self, config: OneRecConfig) -> tuple[int, int]:
         """Positions of the encoder and tokens of the decoder, all users together."""
@@ -156,6 +165,20 @@ class _Counter:
             of_item += 8 * (self.config.num_codebooks + 3)
         return read + loss + items * of_item
 
+    def features(self, places: int) -> int:
+        """
+        Rows of the table and which slots are filled; the concatenated embeddings of each network, its inner states before and after the activation,
+        and whether a place has such features.
+        """
+        own = features(self.config)
+        if own is None:
+            return 0
+        networks = len(feature_networks(self.config)) // 2
+        several = sum(slots > 1 for _, _, slots in own.all)
+        inputs = self.inputs(len(own.all) * own.dim) + networks * self.inputs(self.width)
+        states = networks * self.precision.matrix * (self.width + 1)
+        return places * (8 * own.slots + inputs + states + several * self.precision.residual)
+
     def feed_forward(self) -> int:
         """Gate, its activation, up, and their product."""
         return self.inputs(self.width, 2) + 4 * self.config.intermediate_size * self.precision.matrix
@@ -221,7 +244,8 @@ def activations(
         tables += [encoder_tokens, decoder_tokens]
     shared = (encoder_tokens + decoder_tokens) * (count.dropout(residual) + count.norm()) + angles * sum(tables)
     shared += 8 * (encoder_tokens * config.encoder_stride + decoder_tokens)  # token ids
-    shared += count.item_head(batch.users, batch.history)
+    shared += count.item_head(batch.users, batch.history + static_places(config))
+    shared += count.features(batch.users * (batch.history + static_places(config)))
     # The head's input, the targets, and their number, kept by the cross-entropy and by the division.
     shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:

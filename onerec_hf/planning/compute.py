@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from onerec_hf.planning.parameters import (
     attention_widths,
     content_dim,
+    feature_networks,
     is_pointwise,
     matrix_parameters,
     scored_items,
+    static_places,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +45,14 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     # Scores and weighted values.
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
-    return 2 * (products + batch.users * scored_items(config) * width) + content_flops(config, batch)
+    products += batch.users * scored_items(config) * width
+    return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
+
+
+def feature_flops(config: OneRecConfig, batch: Batch) -> int:
+    """FLOPs of the networks of features, both at every place of a history."""
+    places = batch.users * (batch.history + static_places(config))
+    return 2 * places * sum(rows * columns for rows, columns in feature_networks(config))
 
 
 def content_flops(config: OneRecConfig, batch: Batch) -> int:
@@ -55,6 +64,7 @@ def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) 
     """FLOPs of the forward pass, the backward pass (twice as many) and, with checkpointing, the recomputed layers."""
     forward = forward_flops(config, batch)
     logits = batch.tokens(config)[1] * (config.vocab_size or 0) + batch.users * scored_items(config)
-    again = forward - content_flops(config, batch) - 2 * logits * config.hidden_size
+    embedding = content_flops(config, batch) + feature_flops(config, batch)
+    again = forward - embedding - 2 * logits * config.hidden_size
     # Content vectors are fixed: their projection has one gradient, that of its weight.
     return 3 * forward - content_flops(config, batch) + (again if checkpointing else 0)

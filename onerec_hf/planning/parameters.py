@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.configuration_features import FeaturesConfig
     from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
     from onerec_hf.modeling.configuration_onerec import OneRecConfig
 
@@ -89,6 +90,36 @@ def content_dim(config: OneRecConfig) -> int:
     return 0 if head is None else head.content_dim
 
 
+def features(config: OneRecConfig) -> FeaturesConfig | None:
+    return cast("FeaturesConfig | None", config.features)
+
+
+def static_places(config: OneRecConfig) -> int:
+    """Places of a history before its first item: one for user features."""
+    own = features(config)
+    return int(own is not None and bool(own.user))
+
+
+def feature_networks(config: OneRecConfig) -> list[Shape]:
+    """Weights of the two dense layers of user features, and of the two of interaction and item features."""
+    own, width = features(config), config.hidden_size
+    if own is None:
+        return []
+    users = len(own.user or ())
+    counts = [count for count in (users, len(own.all) - users) if count]
+    return [shape for count in counts for shape in ((width, count * own.dim), (width, width))]
+
+
+def feature_shapes(config: OneRecConfig) -> list[Shape]:
+    """All weights of features: the table, whose row 0 all features share, and the networks with their biases."""
+    own = features(config)
+    if own is None:
+        return []
+    networks = feature_networks(config)
+    table = (1 + sum(size - 1 for _, size, _ in own.all), own.dim)
+    return [table, *networks, *[(config.hidden_size,)] * len(networks)]
+
+
 def _feed_forward(config: OneRecConfig) -> list[Shape]:
     width, inner = config.hidden_size, config.intermediate_size
     return [(inner, width), (inner, width), (width, inner)]
@@ -122,7 +153,7 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     items += [(width, content_dim(config))] if content_dim(config) else []
     groups = [
         Unit("root", (vocabulary, vocabulary, norm), regathered=False),
-        Unit("encoder", (vocabulary, *items, norm)),
+        Unit("encoder", (vocabulary, *items, *feature_shapes(config), norm)),
         Unit("encoder layer", tuple(encoder), config.encoder_layers),
         Unit("decoder layer", (*decoder, *(() if separate else experts)), config.decoder_layers),
     ]
@@ -169,7 +200,7 @@ def active_parameters(config: OneRecConfig) -> int:
 
 
 def matrix_parameters(config: OneRecConfig) -> int:
-    """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings and the item head)."""
+    """Weights of the `nn.Linear` layers and the router (not the packed experts, the embeddings, the item head and features)."""
     layers = [unit for unit in units(config, expert_parallel=True) if unit.name.endswith("layer")]
     inside = sum(unit.copies * sum(math.prod(shape) for shape in unit.shapes if len(shape) == 2) for unit in layers)
     return inside + (config.vocab_size or 0) * config.hidden_size
@@ -179,18 +210,21 @@ def autocast_parameters(config: OneRecConfig) -> int:
     """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
     head = item_head(config)
     direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim) else 0
-    return matrix_parameters(config) + direct * config.hidden_size
+    of_features = sum(map(math.prod, feature_networks(config)))
+    return matrix_parameters(config) + direct * config.hidden_size + of_features
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice, in both stacks), all float32; the item head's 64-bit
     keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
-    counts and seven weights.
+    counts and seven weights; three 64-bit numbers per slot of features.
     """
+    own = features(config)
     biases = config.decoder_layers * config.num_experts if config.num_experts > 1 else 0
     head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
     of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
     if head is not None and head.evidence:
         of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7
-    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + of_head
+    of_slots = 0 if own is None else 3 * 8 * own.slots
+    return 4 * (biases + 2 * 2 * (config.head_dim or 0) // 2) + of_head + of_slots

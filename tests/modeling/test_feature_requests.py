@@ -155,7 +155,7 @@ def test_over_http(folder):
             items, scores = expected(body["history"], body["user"])
             assert (response.json()["items"], response.json()["scores"]) == (items, scores)
         many = [{"item": f"m{i % 40}", "time": i, "like": True, "note": "x"} for i in range(50)]
-        assert server.post([{"history": many}] * 4).status_code == 200
+        assert server.post([{"history": many, "exclude_seen": False}] * 4).status_code == 200
         for body, message in (
             ({"history": ["m1"], "user": {"age": "old"}}, "history: feature 'age' is a number; got 'old'"),
             ({"history": ["m1"], "user": {"age": {"a": 1}}}, "user.age"),

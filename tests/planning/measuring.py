@@ -30,6 +30,7 @@ VARIANTS = {
     "item head": {"item_head": {"num_items": 56, "dropout": 0.2}},
     "item head with codes": {"item_head": {"num_items": 56, "score_codes": True}, "encoder_pools_items": True},
     "content": {"item_head": {"num_items": 56, "content_dim": 6, "evidence": True}, "encoder_pools_items": True},
+    "features": {"features": {"user": [["age", 9, 1], ["tags", 7, 2]], "item": [["year", 6, 1]], "dim": 5}},
     "vectors only": {"item_head": {"num_items": 56, "loss_weight": 0.0}},
 }
 
@@ -59,7 +60,16 @@ def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, t
     if padded:
         masks["attention_mask"][0, :levels] = 0
         masks["decoder_attention_mask"][0, -levels:] = 0
-    return {"input_ids": histories, "labels": labels, **masks}
+    if config.features is None:
+        return {"input_ids": histories, "labels": labels, **masks}
+    codes = torch.stack([torch.randint(1, size, histories[:, ::levels].shape) for size in (9, 7, 7, 6)], -1)
+    static = torch.tensor([[3] + [2] * (levels - 1)]).expand(batch.users, -1)
+    codes, masks["attention_mask"] = (
+        torch.cat([codes[:, :1], codes], 1),
+        torch.cat([static * 0 + 1, masks["attention_mask"]], 1),
+    )
+    codes[:, 0, 3:], codes[:, 1:, :3] = 0, 0
+    return {"input_ids": torch.cat([static, histories], 1), "labels": labels, "feature_ids": codes, **masks}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

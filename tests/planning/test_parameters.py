@@ -25,6 +25,11 @@ def configs(draw):
         evidence=st.booleans(),
         neighbours=st.integers(1, 60),
     )
+    sides = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), max_size=3)
+    of_features = {
+        side: [[f"{side}{place}", *sizes] for place, sizes in enumerate(draw(sides))]
+        for side in ("user", "interaction", "item")
+    }
     return OneRecConfig(
         codebook_sizes=draw(st.lists(st.integers(1, 300), min_size=1, max_size=4)),
         hidden_size=draw(st.integers(1, 12)) * 8 * heads,
@@ -42,6 +47,7 @@ def configs(draw):
         encoder_pools_items=draw(st.booleans()),
         encoder_scales_embeddings=draw(st.booleans()),
         item_head=draw(st.none() | item_head),
+        features={**of_features, "dim": draw(st.integers(1, 9))} if any(of_features.values()) else None,
     )
 
 

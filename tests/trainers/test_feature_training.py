@@ -70,7 +70,7 @@ def test_packed_training_equals_padded_training(tmp_path):
     ]
     first, second = (trainer.model.state_dict() for trainer in losses)
     for name, value in first.items():
-        assert_close(value, second[name], **BACKWARD)
+        assert_close(value, second[name], BACKWARD)
     table = first["model.encoder.features.table.weight"]
     assert not torch.equal(table, make().state_dict()["model.encoder.features.table.weight"])
     assert not table[0].any()
