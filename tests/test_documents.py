@@ -91,7 +91,9 @@ def workplace(tmp_path, monkeypatch):
     pd.DataFrame({"item_id": films, "title": titles, "genres": [kinds[i % 4] for i in range(len(films))]}).to_csv(
         "items.csv", index=False
     )
-    pd.DataFrame({"user_id": range(60), "age": [20 + user % 40 for user in range(60)]}).to_csv("users.csv", index=False)
+    pd.DataFrame({"user_id": range(60), "age": [20 + user % 40 for user in range(60)]}).to_csv(
+        "users.csv", index=False
+    )
     Path("histories.jsonl").write_text('{"user_id": 1, "history": [1, 2, 999]}\n[260, 1196]\n')
     return tmp_path
 

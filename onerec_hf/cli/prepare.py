@@ -3,10 +3,70 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import FEATURE_OPTIONS, OutputSettings, WindowSettings
+from onerec_hf.workflows.settings import OutputSettings, WindowSettings
+
+if TYPE_CHECKING:
+    from onerec_hf.data.shards.features import LogFeatures
+
+
+@dataclass
+class PreparedFeatures:
+    """Features: columns that the model reads."""
+
+    users: str | None = field(
+        default=None,
+        metadata={"help": "Your users, which are read into memory: user_id and the columns of --user_features."},
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "Your items, which are read into memory: item_id and the columns of --item_features."},
+    )
+    user_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --users that the model reads; auto guesses them."}
+    )
+    item_features: list[str] | None = field(
+        default=None, metadata={"help": "Columns of --items that the model reads; auto guesses them."}
+    )
+    interaction_features: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of the log that the model reads of a history, and time; auto guesses them."},
+    )
+    history_feedback: str = field(
+        default="positive",
+        metadata={"help": "Interactions of a history: positive, or all, also those that are no targets."},
+    )
+
+    def read(self, user_column: str, item_column: str) -> LogFeatures | None:
+        """
+        The features of a log; None without any.
+
+        Raises:
+            ValueError: a table without features of it, or the other way round; DataError: what is wrong with a table.
+        """
+        from onerec_hf.data import read_items, read_users
+        from onerec_hf.data.shards.features import LogFeatures
+
+        if self.history_feedback not in ("positive", "all"):
+            raise ValueError(f"--history_feedback {self.history_feedback}: choose positive or all")
+        for option, table, names in (
+            ("user", self.users, self.user_features),
+            ("item", self.items, self.item_features),
+        ):
+            if (table is None) != (names is None):
+                raise ValueError(f"--{option}s goes with --{option}_features; pass both or neither")
+        names = {"user": self.user_features, "interaction": self.interaction_features, "item": self.item_features}
+        if not any(names.values()) and self.history_feedback == "positive":
+            return None
+        return LogFeatures(
+            {side: value or () for side, value in names.items()},
+            None if self.users is None else read_users(self.users, user_column=user_column),
+            None if self.items is None else read_items(self.items, item_column=item_column),
+            self.history_feedback == "all",
+        )
 
 
 @dataclass
@@ -37,14 +97,8 @@ class PrepareOptions(OutputSettings):
 
 
 def main(argv: list[str]) -> None:
-    for option in (word.partition("=")[0] for word in argv):
-        if option.removeprefix("--") in ("users", *FEATURE_OPTIONS):
-            raise ValueError(
-                f"{option}: a prepared folder holds no features; train with --interactions, which reads the table into memory"
-            )
-    args, windows = parse(
-        (PrepareOptions, WindowSettings), argv, "prepare", required=["--interactions", "--output_dir"]
-    )
+    kinds = (PrepareOptions, WindowSettings, PreparedFeatures)
+    args, windows, features = parse(kinds, argv, "prepare", required=["--interactions", "--output_dir"])
     from onerec_hf.data import ExampleSettings, PositiveFeedback, prepare_log
 
     settings = ExampleSettings(
@@ -67,7 +121,10 @@ def main(argv: list[str]) -> None:
         rows_per_bucket=args.rows_per_bucket,
         seed=args.seed,
         overwrite=args.overwrite,
+        features=(read := features.read(windows.user_column, windows.item_column)),
     )
+    for line in [] if read is None else read.said:
+        say(line)
     counts = manifest["counts"]
     width = max(map(len, counts))
     print("\n".join(f"{name.replace('_', ' '):<{width}}  {count:>15,}" for name, count in counts.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, column_of, require_columns
+from onerec_hf.data.duplicates import ROW_NUMBERS
 from onerec_hf.data.events import Events
 from onerec_hf.data.features import Learned, encode_column, learn_feature, learn_features, raw_values
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.modeling.features import MISSING, UNKNOWN, Feature, FeatureSchema
+from onerec_hf.modeling.features import DERIVED, MISSING, UNKNOWN, Feature, FeatureSchema
 
 if TYPE_CHECKING:
     from onerec_hf.data.interactions import ItemTable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 #: The feature of interactions that says whether one is positive, where histories hold others too; and the one of their times.
 POSITIVE, TIME = "positive", "time"
+#: Training rows that a schema is learned from; of more, those of a share of the users.
+MOST_ROWS = 2_000_000
 _SIDES = ("user", "interaction", "item")
 _IDS = {
     "user": ("user_id", "item_id"),
@@ -48,6 +52,21 @@ class DatasetFeatures:
 
     schema: FeatureSchema
     items: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """
+    Training rows of some users.
+
+    Args:
+        user_ids, item_ids: that occur in them, each once.
+        columns: of the rows, by name; those that are derived of times by ("time", "gap") and so on.
+    """
+
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    columns: Mapping[Any, pd.Series]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,78 +175,114 @@ class FeatureTables:
         Raises:
             ValueError: two features of one name, or no feature of a kind that columns are of.
         """
-        assert sequences.events is not None
-        schema, said = self.schema, self._lacking(sequences)
+        schema, said = self.schema, []
+        if self.users is not None and self.names.get("user"):
+            said = told_lacking(int((self.users.rows_of(sequences.user_ids) < 0).sum()), len(sequences))
         if schema is None:
-            learned = self.learn(sequences, training)
-            said += [_told(side, columns) for side, columns in learned.items() if columns]
-            if not any(each.feature for columns in learned.values() for each in columns.values()):
+            learned = self.learn([self.training_rows(sequences, training, len(sequences.item_ids))])
+            said += told(learned)
+            if (schema := schema_of(learned)) is None:
                 return sequences, "\n".join(said)
-            schema = _schema(learned)
+        coded = self.encoded(sequences, schema, self.user_codes(schema))
+        if self.schema is not None:
+            said += _counted(schema, coded)
+        return coded, "\n".join(said)
+
+    def encoded(
+        self, sequences: UserSequences, schema: FeatureSchema, users: tuple[np.ndarray, np.ndarray] | None
+    ) -> UserSequences:
+        """
+        The sequences with the codes of a schema.
+
+        Args:
+            users: from `user_codes`.
+        """
+        assert sequences.events is not None
         codes, slot = np.zeros((len(sequences.events.order), schema.interaction_slots), np.int32), 0
         for feature in schema.interaction:
             if feature.derive is None:
                 column = raw_values(feature.name, self._joined(feature.name))
                 codes[:, slot : slot + feature.slots] = encode_column(feature, column)
             slot += feature.slots
-        users = None
-        if self.users is not None and schema.user:
-            users = (self.users.user_ids, _table_codes(schema.user, self.users.frame))
+        return replace(sequences, events=replace(sequences.events, schema=schema, codes=codes, users=users))
 
-        coded = replace(sequences, events=replace(sequences.events, schema=schema, codes=codes, users=users))
-        if self.schema is not None:
-            said += _counted(schema, coded)
-        return coded, "\n".join(said)
+    def user_codes(self, schema: FeatureSchema) -> tuple[np.ndarray, np.ndarray] | None:
+        """(U,) ids of the users table and (U, user slots) int32 codes; None without features of users."""
+        if self.users is None or not schema.user:
+            return None
+        return self.users.user_ids, _table_codes(schema.user, self.users.frame)
 
-    def _lacking(self, sequences: UserSequences) -> list[str]:
-        """What is said of users without a row."""
-        if self.users is None or not self.names.get("user"):
-            return []
-        lacking = np.setdiff1d(sequences.user_ids, self.users.user_ids)
-        if len(lacking) == len(sequences):
-            raise DataError(
-                f"--users: none of {len(sequences):,} users of the interactions has a row (first: {lacking[0]!r}). Pass the table of these users."
-            )
-        return [
-            f"{len(lacking):,} of {len(sequences):,} users have no row in --users: their features are missing."
-        ] * bool(len(lacking))
+    def training_rows(self, sequences: UserSequences, training: np.ndarray, kept: int) -> TrainingRows:
+        """
+        What a schema is learned from: the training rows that histories hold, beyond `MOST_ROWS` of them those of a share of the users.
 
-    def learn(self, sequences: UserSequences, training: np.ndarray) -> dict[str, dict[str, Learned]]:
-        """What each column becomes, by side and name; the features of the time are named `time_gap`, `time_hour` and `time_weekday`."""
+        Args:
+            sequences, training: as of `coded`.
+            kept: number of all positive interactions that are kept.
+        """
         read = sequences.histories
         assert read.rows is not None
         assert sequences.events is not None
         within = training[read.rows]
+        if (parts := -(-kept // MOST_ROWS)) > 1:
+            chosen = np.array(
+                [zlib.crc32(str(user).encode()) % parts == 0 for user in sequences.user_ids.tolist()], bool
+            )
+            within &= np.repeat(chosen, np.diff(read.offsets))
         rows = read.rows[within]
+        columns: dict[Any, pd.Series] = {
+            name: self._joined(name).iloc[rows].reset_index(drop=True)
+            for name in self._names("interaction")[0]
+            if name != TIME
+        }
+        if TIME in self._names("interaction")[0]:
+            times = read.time_columns(sequences.events.seconds).items()
+            columns |= {(TIME, name): pd.Series(values[within]) for name, values in times}
+        return TrainingRows(
+            pd.unique(sequences.events.user_ids[rows]), pd.unique(sequences.events.item_ids[rows]), columns
+        )
+
+    def _names(self, side: str) -> tuple[list[str], bool]:
+        """The columns of a side, and whether they are guessed; the time last."""
+        names, table = list(self.names.get(side) or ()), self._table(side)
+        guess = names == [AUTO]
+        if guess and table is not None:
+            others = {*_IDS[side], TIME, POSITIVE} if side == "interaction" else {*_IDS[side]}
+            others |= {"text"} if side == "item" else set()
+            names = [
+                str(name) for name in table.columns if name not in others and not ROW_NUMBERS.fullmatch(str(name))
+            ]
+            names += [TIME] if side == "interaction" else []
+        if side == "interaction" and self.everything:
+            names.append(POSITIVE)
+        return [
+            *(name for name in names if side != "interaction" or name != TIME),
+            *([TIME] if side == "interaction" and TIME in names else []),
+        ], guess
+
+    def learn(self, parts: Sequence[TrainingRows]) -> dict[str, dict[str, Learned]]:
+        """What each column becomes, by side and name; the features of the time are named `time_gap`, `time_hour` and `time_weekday`."""
         found: dict[str, dict[str, Learned]] = {}
-        users = (
-            None
-            if self.users is None
-            else self.users.frame[_among(self.users.user_ids, sequences.events.user_ids[rows])]
-        )
-        items = (
-            None
-            if self.items is None
-            else self.items.frame[_among(self.items.item_ids, sequences.events.item_ids[rows])]
-        )
-        for side, table in (("user", users), ("interaction", self.interactions[0]), ("item", items)):
-            names = list(self.names.get(side) or ())
-            guess = names == [AUTO]
-            if guess and table is not None:
-                taken = {*_IDS[side], *([POSITIVE] if self.everything and side == "interaction" else [])}
-                names = [str(name) for name in table.columns if name not in taken and (side, name) != ("item", "text")]
-                names = [*(name for name in names if name != TIME), TIME] if side == "interaction" else names
-            timed = side == "interaction" and TIME in names
-            names = [name for name in names if not timed or name != TIME]
-            names += [POSITIVE] if side == "interaction" and self.everything else []
+        users, items = (_unique_ids([getattr(part, name) for part in parts]) for name in ("user_ids", "item_ids"))
+        for side in _SIDES:
+            names, guess = self._names(side)
+            columns: dict[str, pd.Series] = {}
             if side == "interaction":
-                columns = {name: self._joined(name).iloc[rows] for name in names}
-            else:
-                columns = {name: column_of(table, name) for name in names} if table is not None else {}
+                columns = {
+                    name: pd.concat([part.columns[name] for part in parts], ignore_index=True)
+                    for name in names
+                    if name != TIME
+                }
+            elif names:
+                table = self.users if side == "user" else self.items
+                assert table is not None
+                rows = table.rows_of(users if side == "user" else items)
+                columns = {name: column_of(table.frame, name).iloc[rows[rows >= 0]] for name in names}
             found[side] = learn_features(columns, columns if guess else ())
-            if timed:
-                for name, values in read.time_columns(sequences.events.seconds).items():
-                    found[side][f"{TIME}_{name}"] = learn_feature(TIME, pd.Series(values[within]), derive=name)
+            if side == "interaction" and TIME in names:
+                for name in DERIVED:
+                    values = pd.concat([part.columns[TIME, name] for part in parts], ignore_index=True)
+                    found[side][f"{TIME}_{name}"] = learn_feature(TIME, values, derive=name)
             _unique(found, side, guess)
         return found
 
@@ -251,9 +306,8 @@ def columns_of(schema: FeatureSchema, side: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if (side, name) != ("interaction", POSITIVE)]
 
 
-def _among(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(rows,) bool, the ids that occur among others."""
-    return pd.Index(pd.unique(wanted)).get_indexer(pd.Index(ids)) >= 0
+def _unique_ids(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else pd.unique(np.concatenate(parts))
 
 
 def _table_codes(features: Sequence[Feature], frame: pd.DataFrame) -> np.ndarray:
@@ -263,12 +317,49 @@ def _table_codes(features: Sequence[Feature], frame: pd.DataFrame) -> np.ndarray
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(frame), 0), np.int32)
 
 
-def _schema(learned: Mapping[str, Mapping[str, Learned]]) -> FeatureSchema:
+def schema_of(learned: Mapping[str, Mapping[str, Learned]]) -> FeatureSchema | None:
+    """The schema of what `FeatureTables.learn` found; None where every column is left out."""
     sides: dict[str, Any] = {
         side: tuple(each.feature for each in columns.values() if each.feature is not None)
         for side, columns in learned.items()
     }
-    return FeatureSchema(**sides)
+    return FeatureSchema(**sides) if any(sides.values()) else None
+
+
+def told(learned: Mapping[str, Mapping[str, Learned]]) -> list[str]:
+    """A line for each side: how its columns are read, and which are left out, and why."""
+    return [_told(side, columns) for side, columns in learned.items() if columns]
+
+
+def about_features(schema: FeatureSchema | None, everything: bool) -> str:
+    """
+    What the protocol says about features; empty without any.
+
+    Example:
+        >>> about_features(FeatureSchema(user=(Feature("age", edges=(30.0,)),)), everything=False)
+        ' Features, learned from training rows: of users age.'
+    """
+    if schema is None:
+        return ""
+    named = {side: columns_of(schema, side) for side in ("user", "item", "interaction")}
+    parts = [f"of {side}s {', '.join(names)}" for side, names in named.items() if names]
+    if everything:
+        parts.append("histories hold all interactions, which a feature tells from the positive ones")
+    return f" Features, learned from training rows: {'; '.join(parts)}."
+
+
+def told_lacking(lacking: int, users: int) -> list[str]:
+    """
+    What is said of users without a row in the users table.
+
+    Raises:
+        DataError: none has one.
+    """
+    if lacking == users:
+        raise DataError(
+            f"--users: none of {users:,} users of the interactions has a row. Pass the table of these users."
+        )
+    return [f"{lacking:,} of {users:,} users have no row in --users: their features are missing."] if lacking else []
 
 
 def _unique(found: dict[str, dict[str, Learned]], side: str, guess: bool) -> None:

@@ -289,6 +289,23 @@ def given_split(
     return GivenSplit(windows, parts["validation"], parts["test"], train, description)
 
 
+def training_rows(sequences: UserSequences, lengths: np.ndarray) -> np.ndarray:
+    """
+    (N,) bool, the interactions among all of the table that are read before the first held-out item of their user.
+
+    Args:
+        lengths: (U,) number of each user's items for training, the first ones.
+    """
+    assert sequences.events is not None
+    read, first = sequences.histories, sequences.offsets[:-1] + lengths
+    assert read.rows is not None
+    held_out = first < sequences.offsets[1:]
+    stops = np.where(held_out, read.places[np.minimum(first, len(read.places) - 1)], read.offsets[1:])
+    training = np.zeros(len(sequences.events.order), dtype=bool)
+    training[read.rows[np.arange(len(read.rows)) < np.repeat(stops, np.diff(read.offsets))]] = True
+    return training
+
+
 def lengths_of(sequences: UserSequences, user_ids: np.ndarray) -> np.ndarray:
     """
     (U,) number of each user's items; 0 for users without any.

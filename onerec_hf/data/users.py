@@ -39,6 +39,10 @@ class UserTable:
     def __len__(self) -> int:
         return len(self.user_ids)
 
+    def rows_of(self, user_ids: np.ndarray) -> np.ndarray:
+        """The rows of users; -1 where there is none."""
+        return pd.Index(self.user_ids).get_indexer(pd.Index(user_ids))
+
     def with_ids_like(self, user_ids: np.ndarray) -> UserTable:
         """
         The table with ids of the other type, where its own differ from `user_ids` in type only: "7" and 7.

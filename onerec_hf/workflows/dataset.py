@@ -154,17 +154,6 @@ class InMemoryDataset:
         events = self.sequences.events
         return None if events is None or events.schema is None or not events.schema.slots else events.schema
 
-    def about_features(self) -> str:
-        """What the protocol says about features; empty without any."""
-        if self._schema is None:
-            return ""
-        named = {name.removesuffix("_features"): each for name, each in named_features(self._schema).items() if each}
-        text = "; ".join(f"of {side}s {', '.join(names)}" for side, names in named.items())
-        if self.settings.history_feedback == "all":
-            text = f"{text}; " if text else ""
-            text += "histories hold all interactions, which a feature tells from the positive ones"
-        return f" Features, learned from training rows: {text}."
-
     def with_schema(self, schema: FeatureSchema) -> InMemoryDataset:
         """
         The dataset with features as a saved model has them, in place of those that were learned from its rows.
@@ -338,15 +327,16 @@ class ShardedDataset:
         from onerec_hf.data import PositiveFeedback
 
         decided = {each.name: self.folder.settings.get(each.name, each.default) for each in data_options()}
-        return with_features(decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}, None)
+        schema = None if self.features is None else self.features.schema
+        return with_features(decided | {"positive": PositiveFeedback(decided["positive"]).rules or None}, schema)
 
     @property
     def item_ids(self) -> np.ndarray:
         return self.folder.item_ids
 
     @property
-    def features(self) -> None:
-        return None
+    def features(self) -> DatasetFeatures | None:
+        return self.folder.features
 
     @property
     def session_length(self) -> int:

@@ -180,6 +180,7 @@ def _split(
 ) -> InMemoryDataset:
     """Positive feedback on frequent enough items as examples."""
     from onerec_hf.data import PositiveFeedback, UserSequences
+    from onerec_hf.data.feature_tables import about_features
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
     features = _features(source, parts, positive, settings, schema)
@@ -206,7 +207,11 @@ def _split(
         say(said)
     settings = replace(settings, positive=positive.rules or None)
     dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
-    return replace(dataset, protocol=f"{protocol}{dataset.about_features()}")
+    if dataset.features is None:
+        return dataset
+    return replace(
+        dataset, protocol=protocol + about_features(dataset.features.schema, settings.history_feedback == "all")
+    )
 
 
 def _features(
@@ -268,7 +273,9 @@ def _open_shards(
             )
     for name in ("users", *FEATURE_OPTIONS):
         if getattr(settings, name) != defaults[name]:
-            raise ValueError(f"--{name} goes with --interactions: the examples of a prepared folder hold no features")
+            raise ValueError(
+                f"--{name} goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare`"
+            )
     if items is None and embeddings is not None:
         raise ValueError("--embeddings goes with --items; pass both or neither")
     if settings.missing_items != "error":
@@ -345,6 +352,10 @@ def as_dataset(
                 if schema is None
                 else "the model reads features, and the data has none; load it with the features"
             )
+        )
+    if schema is not None and dataset.features is not None and dataset.features.schema != schema:
+        raise ValueError(
+            f"{option} {model}: the folder of --prepared has features of its own; train a new model on it, or read the log with --interactions"
         )
     say_differences(dataset, trained)
     return dataset

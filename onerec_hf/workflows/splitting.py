@@ -92,7 +92,7 @@ def split_table(
     """
     from onerec_hf.data import DataError, given_split, temporal_split
     from onerec_hf.data.sequences import concatenated
-    from onerec_hf.data.splits import lengths_of
+    from onerec_hf.data.splits import lengths_of, training_rows
 
     for name in ("user_ids", "item_ids"):
         if len({getattr(part, name).dtype for part in tables}) > 1:
@@ -140,23 +140,6 @@ def split_table(
     return SplitTable(sequences, split, said)
 
 
-def training_rows(sequences: UserSequences, lengths: np.ndarray) -> np.ndarray:
-    """
-    (N,) bool, the interactions among all of the table that are read before the first held-out item of their user.
-
-    Args:
-        lengths: (U,) number of each user's items for training, the first ones.
-    """
-    assert sequences.events is not None
-    read, first = sequences.histories, sequences.offsets[:-1] + lengths
-    assert read.rows is not None
-    held_out = first < sequences.offsets[1:]
-    stops = np.where(held_out, read.places[np.minimum(first, len(read.places) - 1)], read.offsets[1:])
-    training = np.zeros(len(sequences.events.order), dtype=bool)
-    training[read.rows[np.arange(len(read.rows)) < np.repeat(stops, np.diff(read.offsets))]] = True
-    return training
-
-
 def _time(option: str, text: str) -> int:
     """A number as in the table, or the seconds since 1970 of an ISO date or datetime, UTC where no zone is given."""
     from onerec_hf.data.times import seconds_of
@@ -177,7 +160,7 @@ def split_last(
     stands in its description.
     """
     from onerec_hf.data import leave_one_out
-    from onerec_hf.data.splits import hold_out_last_two
+    from onerec_hf.data.splits import hold_out_last_two, training_rows
 
     said = ""
     if features is not None:

@@ -4,11 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from onerec_hf.data import DataError, positive_histories
+from onerec_hf import ItemCatalogue, OneRecProcessor
+from onerec_hf.data import DataError, OneRecDataCollator, positive_histories
+from onerec_hf.data.packing import EXAMPLE_COLUMNS
+from onerec_hf.evaluation.held_out import seen_items
 from onerec_hf.modeling.features import MISSING, UNKNOWN
-from onerec_hf.workflows import load_dataset
+from onerec_hf.workflows import increment, load_dataset
 from onerec_hf.workflows.refit import everything
-from tests.cli.commands import onerec, refused
+from tests.cli.commands import onerec, refused, succeeded
 
 ALL = {
     "positive": ["like>=1"],
@@ -361,9 +364,60 @@ def test_the_last_of_a_million_items_is_hashed():
     assert data.features.schema.interaction[0].values is not None
 
 
-def test_prepare_refuses_features(tmp_path):
-    path = tmp_path / "log.csv"
-    made()["interactions"].to_csv(path, index=False)
-    for options in (["--interaction_features", "like"], ["--history_feedback", "all"]):
-        run = onerec("prepare", "--interactions", path, "--output_dir", tmp_path / "out", *options)
-        refused(run, "features")
+def test_prepare_takes_the_options(tmp_path):
+    tables = made()
+    for name, table in tables.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    log, out = ["--interactions", tmp_path / "interactions.csv"], ["--output_dir", tmp_path / "ready"]
+    users = ["--users", tmp_path / "users.csv", "--user_features", "age"]
+    run = succeeded(
+        onerec("prepare", *log, *out, *users, "--interaction_features", "like", "time", "--history_feedback", "all")
+    )
+    assert "Features of users: age" in run.err
+    data = load_dataset(prepared=str(tmp_path / "ready"))
+    assert data.features.schema.config()["user"] == [["age", data.features.schema.user[0].size, 1]]
+    assert {"history_features", "user_features", "history_positive"} <= set(data.test.column_names)
+    refused(onerec("prepare", *log, *out, "--overwrite", *users[:2]), "--users goes with --user_features")
+    with pytest.raises(
+        ValueError, match="--interaction_features goes with --interactions; what a prepared folder holds was chosen"
+    ):
+        load_dataset(prepared=str(tmp_path / "ready"), interaction_features=["like"])
+
+
+def test_an_increment_reads_the_features_of_all_rows_before(monkeypatch):
+    tables = made(10)
+    data = load_dataset(**tables, **ALL, history_feedback="all")
+    until = int(np.quantile(data.sequences.timestamps, 0.5))
+    trained_on = {"until": until, "interactions": 10, "users": 30, "held_out": 2}
+    catalogue = ItemCatalogue(data.item_ids[:-1], [[i % 4, i // 4] for i in range(len(data.item_ids) - 1)], [4, 4])
+    monkeypatch.setattr(increment, "_read", lambda model: trained_on)
+    monkeypatch.setattr(increment, "load_processor", lambda option, model: OneRecProcessor.from_catalogue(catalogue))
+    monkeypatch.setattr(increment, "check_catalogue", lambda *args, **kwargs: None)
+    newer = increment.newer(data, "model")
+    # Rows of an item that the catalogue lacks are no history either, positive or not.
+    assert data.item_ids[-1] not in newer.item_ids
+    known = {**tables, "interactions": tables["interactions"].query(f"item_id != {data.item_ids[-1]}")}
+    assert 0 < len(newer.train) < len(data.train)
+    for examples in (newer.train, newer.validation, newer.test):
+        check(newer, known, examples, everything=True)
+    assert newer.features.schema == data.features.schema
+    assert len(newer.features.items) == len(newer.item_ids)
+
+
+def test_only_positive_items_are_left_out_of_rankings():
+    data = load_dataset(**made(11), **ALL, history_feedback="all")
+    codes = [[i % 4, i // 4] for i in range(len(data.item_ids))]
+    catalogue = ItemCatalogue(data.item_ids, codes, [4, 4])
+    features = data.features
+    processor = OneRecProcessor.from_catalogue(catalogue, features=features.schema, item_features=features.items)
+    rows = list(data.test)[:5]
+    batch = OneRecDataCollator(processor, with_seen=True)(rows)
+    for row, excluded in zip(rows, batch["exclude"].tolist(), strict=True):
+        liked = {item for item, flag in zip(row["history"], row["history_positive"], strict=True) if flag}
+        assert set(catalogue.ids([place for place in excluded if place >= 0])) == liked
+    seen = seen_items(data.test, catalogue)
+    assert seen.unranked.tolist() == [
+        len(set(history)) == len(data.item_ids) for history in positive_histories(data.test)
+    ]
+    # The trainer keeps the column that says so.
+    assert "history_positive" in EXAMPLE_COLUMNS

@@ -12,6 +12,7 @@ import pyarrow as pa
 from onerec_hf.data.lists import list_slices
 from onerec_hf.data.prefixes import prefix_examples
 from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.shards.features import COLUMN
 from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import hold_out_last_two, last_items
 from onerec_hf.data.windows import cut, window_bounds
@@ -58,7 +59,7 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
         integers: whether "user" and "item" contain only integers ("7" or "7.0"), if they are text.
 
     Returns:
-        columns `user` and `item`, int64 or str.
+        columns `user` and `item`, int64 or str; with features also `time`, `positive` and the features.
 
     Example:
         >>> import polars as pl
@@ -80,7 +81,8 @@ def tidy(bucket: pl.DataFrame, integers: Mapping[str, bool]) -> pl.DataFrame:
     if len(compared):
         first = compared.unique(["user", "item", "time", "rest", "others"], keep="first", maintain_order=True)["place"]
         ordered = ordered.filter(~pl.col("compared") | pl.col("place").is_in(first.implode()))
-    return ordered.select("user", "item")
+    read = ["time", "positive", *(name for name in ordered.columns if name.startswith(COLUMN))]
+    return ordered.select("user", "item", *(read if "positive" in ordered.columns else ()))
 
 
 def sequences_of(rows: pl.DataFrame) -> UserSequences:
@@ -106,7 +108,7 @@ class BucketExamples:
     The examples of a bucket: training examples in random order, validation and test examples, training sequences.
 
     Args:
-        rows: rows from `tidy`, without rare items.
+        rows: rows from `tidy`, without rare items; or their sequences.
         settings: how they become examples.
         seed: seed of the order of the training examples.
 
@@ -123,8 +125,9 @@ class BucketExamples:
         ([{'user_id': 1, 'history': [5, 6, 7], 'session': [8]}], 1)
     """
 
-    def __init__(self, rows: pl.DataFrame, settings: ExampleSettings, seed: Any):
-        self.settings, self.sequences = settings, sequences_of(rows)
+    def __init__(self, rows: pl.DataFrame | UserSequences, settings: ExampleSettings, seed: Any):
+        self.settings = settings
+        self.sequences = rows if isinstance(rows, UserSequences) else sequences_of(rows)
         self.train_sequences, self.held_out = hold_out_last_two(self.sequences)
         length, stride = settings.session_length, settings.stride
         if settings.train_on == "prefixes":

@@ -14,8 +14,10 @@ from onerec_hf.data.aliases import ALIASES, find_column, usual_column
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
 from onerec_hf.data.duplicates import ROW_NUMBERS
+from onerec_hf.data.feature_tables import AUTO, POSITIVE, TIME
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards import expressions
+from onerec_hf.data.shards.features import COLUMN, TextKinds
 from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
 from onerec_hf.data.tables import is_text
 from onerec_hf.data.times import BAD, warn_narrow
@@ -82,6 +84,7 @@ class Checks:
         latest: the largest absolute time.
         highest: the largest value of each feedback column.
         bad: (column, problem) -> number of rows, first row.
+        kinds: what the texts of each feature are.
     """
 
     rows: int = 0
@@ -93,6 +96,7 @@ class Checks:
     latest: int = 0
     highest: dict[str, float] = field(default_factory=dict)
     bad: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    kinds: dict[str, TextKinds] = field(default_factory=dict)
 
     @property
     def as_integers(self) -> dict[str, bool]:
@@ -124,6 +128,8 @@ class Log:
         positive: rule for positive rows.
         first_row: number of the first row, if other files precede these.
         column_names: the columns of text files without a header.
+        features: columns that are read too, ["auto"] for all others; None for none. Then all rows are read, with `positive`, if `everything`.
+        everything: read the rows that are not positive.
 
     Example:
         >>> import os, tempfile
@@ -143,6 +149,8 @@ class Log:
     positive: PositiveFeedback = field(default_factory=PositiveFeedback)
     first_row: int = 0
     column_names: Sequence[str] | None = None
+    features: Sequence[str] | None = None
+    everything: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -158,7 +166,8 @@ class Log:
 
         Returns:
             frames of `user`, `item` (in their type; text in text formats), `time` (int64), `rest` (float64: fractions of times), `row`
-            (uint64), `others` (uint64, a hash of all other columns) and `bucket` (uint32, by user).
+            (uint64), `others` (uint64, a hash of all other columns) and `bucket` (uint32, by user); with `features` also `positive` (bool) and
+            "feature NAME" of each.
 
         Raises:
             DataError: unreadable files, or columns of unsupported types.
@@ -171,10 +180,15 @@ class Log:
                 query = self._query(part, buckets)
                 for batch in query.collect_batches(chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"):
                     batch = self._check(pl, batch, checks)
-                    if conditions:
-                        batch = batch.filter(pl.any_horizontal(f"holds {place}" for place in range(len(conditions))))
-                    checks.positive += len(batch)
-                    yield batch.select(kept)
+                    holds = pl.any_horizontal(f"holds {place}" for place in range(len(conditions)))
+                    batch = batch.with_columns(positive=holds if conditions else pl.lit(True))
+                    checks.positive += int(batch["positive"].sum())
+                    if not self.everything:
+                        batch = batch.filter("positive")
+                    if self.features is None:
+                        yield batch.select(kept)
+                    else:
+                        yield batch.select(*kept, "positive", *(n for n in batch.columns if n.startswith(COLUMN)))
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise unreadable(self.files, error) from error
 
@@ -223,11 +237,31 @@ class Log:
                 columns[f"feedback {place}"] = expressions.numbers(name, kind, self.is_text)
                 if kind == pl.String:
                     columns[f"given {place}"] = expressions.without_missing(name, self.is_text).is_not_null()
+        for name in self._features(others):
+            columns[f"{COLUMN}{name}"] = expressions.without_missing(name, self.is_text and schema[name] == pl.String)
         self._narrow = (
             str(schema[time]).lower() if time is not None and schema[time] in (pl.Float16, pl.Float32) else ""
         )
         query = frame.select(**columns)
         return query.with_columns(bucket=(pl.col("user").hash(seed=0) % buckets).cast(pl.UInt32))
+
+    def _features(self, others: Sequence[str]) -> list[str]:
+        """
+        The columns of features.
+
+        Raises:
+            DataError: a missing column.
+        """
+        named = list(self.features or ())
+        if named == [AUTO]:
+            return [name for name in others if name not in (*DEFAULTS, "session_id", TIME, POSITIVE)]
+        wanted = [name for name in named if name != TIME]
+        if missing := [name for name in wanted if name not in others]:
+            raise DataError(
+                f"{self.files[0]}: --interaction_features: no column {', '.join(map(repr, missing))} among: {', '.join(others)}. Name the right one, "
+                "or rename it."
+            )
+        return wanted
 
     def _columns(self, schema: pl.Schema) -> tuple[str, str, str | None]:
         """
@@ -291,6 +325,8 @@ class Log:
             highest: Any = values.max()
             if highest is not None:
                 checks.highest[condition.column] = max(highest, checks.highest.get(condition.column, float("-inf")))
+        for name in (name for name in batch.columns if name.startswith(COLUMN) and self.is_text):
+            checks.kinds.setdefault(name.removeprefix(COLUMN), TextKinds()).follow(batch[name])
         for name in ("user", "item"):
             if not self.is_text:
                 checks.integers[name] = checks.floats[name] = False

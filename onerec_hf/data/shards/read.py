@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from onerec_hf.data.columns import DataError
+from onerec_hf.data.feature_tables import DatasetFeatures
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.shards.write import FORMAT, MANIFEST_NAME
+from onerec_hf.data.shards.write import FEATURES_NAME, FORMAT, MANIFEST_NAME, column_ids
+from onerec_hf.modeling.features import FeatureSchema
 
 if TYPE_CHECKING:
     import datasets
@@ -111,19 +113,34 @@ class PreparedFolder:
     @cached_property
     def item_ids(self) -> np.ndarray:
         """(items,) int64 or object array of `str`, sorted."""
-        return _ids(pq.read_table(self.path / "items.parquet", columns=["item_id"])["item_id"])
+        return column_ids(pq.read_table(self.path / "items.parquet", columns=["item_id"])["item_id"])
+
+    @cached_property
+    def features(self) -> DatasetFeatures | None:
+        """
+        The schema and the items' codes; None where the log was prepared without features.
+
+        Raises:
+            DataError: a damaged file.
+        """
+        path = self.path / FEATURES_NAME
+        if not path.is_file():
+            return None
+        try:
+            schema = FeatureSchema.from_json(path.read_text(encoding="utf-8"))
+            codes = np.zeros((len(self.item_ids), 0), np.int32)
+            if schema.item:
+                lists = pq.read_table(self.path / "items.parquet", columns=["features"])["features"]
+                codes = pc.call_function("list_flatten", [lists]).to_numpy().reshape(len(codes), schema.item_slots)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise DataError(f"{path}: damaged ({error}). Prepare the log again.") from error
+        return DatasetFeatures(schema, codes)
 
     @cached_property
     def train_sequences(self) -> UserSequences:
         """The training sequences, in memory: users in bucket order, without timestamps."""
         table = pq.read_table(self.path / "sequences.parquet")
         lengths = pc.call_function("list_value_length", [table["items"]]).to_numpy()
-        items = _ids(pc.call_function("list_flatten", [table["items"]]))
+        items = column_ids(pc.call_function("list_flatten", [table["items"]]))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return UserSequences(_ids(table["user_id"]), items, np.zeros(len(items), dtype=np.int64), offsets)
-
-
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_integer(column.type):
-        return column.to_numpy()
-    return np.asarray(column.to_pandas(deduplicate_objects=True), dtype=object)
+        return UserSequences(column_ids(table["user_id"]), items, np.zeros(len(items), dtype=np.int64), offsets)

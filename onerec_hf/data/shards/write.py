@@ -19,14 +19,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
+from onerec_hf.data.feature_tables import about_features
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards.buckets import BucketExamples, ExampleSettings, tidy
+from onerec_hf.data.shards.features import LogFeatures, typed
 from onerec_hf.data.shards.logs import Checks, Log, find_log_files
 from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import describe_leave_one_out
@@ -34,7 +37,7 @@ from onerec_hf.data.splits import describe_leave_one_out
 if TYPE_CHECKING:
     import polars as pl
 
-MANIFEST_NAME = "prepared.json"
+MANIFEST_NAME, FEATURES_NAME = "prepared.json", "features.json"
 FORMAT = 1
 # One open file per bucket during the first pass; the usual limit is 1,024.
 _MAX_BUCKETS = 512
@@ -91,6 +94,7 @@ def prepare_log(
     rows_per_bucket: int = 2_000_000,
     seed: int = 0,
     overwrite: bool = False,
+    features: LogFeatures | None = None,
 ) -> dict[str, Any]:
     """
     Writes the examples of `leave_one_out` as Parquet. Training, validation and test examples equal those of the in-memory function.
@@ -109,6 +113,8 @@ def prepare_log(
         rows_per_bucket: approximate number of log rows in memory at a time. All rows of a user share one bucket.
         seed: seed of the order of the training examples.
         overwrite: replace a folder written by an earlier call.
+        features: columns of users, items and interactions that models read; they are learned from training rows, as in memory. The schema is written
+            to `features.json`, and `items.parquet` holds the items' codes (`features`).
 
     Returns:
         the manifest.
@@ -134,7 +140,9 @@ def prepare_log(
     check_output(output_dir, overwrite)
     positive, settings = positive or PositiveFeedback(), settings or ExampleSettings()
     log = Log(find_log_files(source), user_column, item_column, timestamp_column, positive, 0, column_names)
-    run = _Run(log, settings, num_shards, _number_of_buckets(log, rows_per_bucket), seed)
+    if features is not None:
+        log.features, log.everything = list(features.names.get("interaction") or ()), features.everything
+    run = _Run(log, settings, num_shards, _number_of_buckets(log, rows_per_bucket), seed, features)
     with _new_folder(Path(output_dir)) as folder:
         run.write(folder)
         manifest = {
@@ -213,6 +221,7 @@ class _Run:
     num_shards: int
     num_buckets: int
     seed: int
+    features: LogFeatures | None = None
     counts: Counts = field(default_factory=Counts)
     shards: list[tuple[str, int]] = field(default_factory=list)
     id_types: tuple[str, str] = ("", "")
@@ -237,6 +246,7 @@ class _Run:
             "num_shards": self.num_shards,
             "num_buckets": self.num_buckets,
             "seed": self.seed,
+            **({} if self.features is None else self.features.options()),
         }
 
     def protocol(self) -> str:
@@ -249,9 +259,10 @@ class _Run:
             settings.max_history,
             settings.stride,
         )
+        features = "" if self.features is None else about_features(self.features.schema, self.features.everything)
         return (
             f"Positive feedback: {self.log.positive}; items with fewer than {settings.min_item_interactions} positive interactions are "
-            f"left out. {split}"
+            f"left out. {split}{features}"
         )
 
     def _partition(self, scratch: Path) -> Checks:
@@ -275,6 +286,7 @@ class _Run:
 
     def _order_and_count(self, scratch: Path, checks: Checks) -> pl.DataFrame:
         """Second pass: sorts and deduplicates every bucket. Returns `item` and `interactions` of all items."""
+        pl = import_polars()
         totals: list[pl.DataFrame] = []
         for bucket in range(self.num_buckets):
             path = scratch / f"{bucket}.raw"
@@ -282,10 +294,14 @@ class _Run:
                 continue
             rows = _read(path)
             ordered = tidy(rows, checks.as_integers)
-            self.counts.repeated += len(rows) - len(ordered)
+            self.counts.repeated += _positives(rows) - _positives(ordered)
             path.unlink()
+            if self.features is not None:
+                ordered = typed(ordered, checks.kinds)
+                if self.log.timestamp_column in (None, "none"):  # places in the order of a user's rows
+                    ordered = ordered.with_columns(time=pl.int_range(pl.len()).over("user"))
             ordered.write_ipc(scratch / f"{bucket}.rows", compression="lz4")
-            totals = _counted(totals, ordered)
+            totals = _counted(totals, ordered.filter("positive") if "positive" in ordered.columns else ordered)
         return _summed(totals)
 
     def _write_examples(self, scratch: Path, folder: Path, items: pl.DataFrame) -> None:
@@ -299,20 +315,20 @@ class _Run:
                 f"min_item_interactions={self.settings.min_item_interactions}: none of {len(items):,} items has that many positive "
                 f"interactions (at most {items['interactions'].max():,}). Lower it."
             )
-        few = self.settings.min_item_interactions > 1
+        if self.features is not None:
+            self._learn(scratch, frequent)
         trained: list[pl.DataFrame] = []
         with _Writers(folder, self.num_shards) as writers:
             for bucket in range(self.num_buckets):
                 path = scratch / f"{bucket}.rows"
                 if not path.exists():
                     continue
-                rows = pl.read_ipc(path)
+                rows = self._frequent(path, frequent)
                 path.unlink()
-                if few:
-                    rows = rows.join(frequent, on="item", how="semi", maintain_order="left")
-                if not len(rows):
+                if not _positives(rows):
                     continue
-                examples = BucketExamples(rows, self.settings, seed=[self.seed, bucket])
+                sequences = rows if self.features is None else self.features.coded(rows)
+                examples = BucketExamples(sequences, self.settings, seed=[self.seed, bucket])
                 writers.write(examples, counts.train)
                 counts.users += len(examples.sequences)
                 counts.train += examples.num_train
@@ -329,13 +345,59 @@ class _Run:
                 )
         learned = _summed(trained).rename({"interactions": "train_interactions"})
         table = frequent.join(learned, on="item", how="left").with_columns(pl.col("train_interactions").fill_null(0))
-        pq.write_table(
-            table.sort("item").rename({"item": "item_id"}).to_arrow(compat_level=pl.CompatLevel.oldest()),
-            folder / "items.parquet",
-            compression="zstd",
-        )
+        table = table.sort("item").rename({"item": "item_id"}).to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self.features is not None:
+            table = self._with_features(table, folder)
+        pq.write_table(table, folder / "items.parquet", compression="zstd")
         self.shards = list(zip(writers.names, writers.rows, strict=True))
-        self.id_types = writers.user_type, "int64" if table.schema["item"].is_integer() else "string"
+        self.id_types = writers.user_type, "int64" if frequent.schema["item"].is_integer() else "string"
+
+    def _frequent(self, path: Path, frequent: pl.DataFrame) -> pl.DataFrame:
+        """A bucket's rows without rare items."""
+        pl = import_polars()
+        rows = pl.read_ipc(path)
+        # Items that have no positive row are not counted.
+        few = self.settings.min_item_interactions > 1 or "positive" in rows.columns
+        return rows.join(frequent, on="item", how="semi", maintain_order="left") if few else rows
+
+    def _learn(self, scratch: Path, frequent: pl.DataFrame) -> None:
+        """Between the second and the third pass: the schema, from training rows of every bucket."""
+        assert self.features is not None
+        users = 0
+        for bucket in range(self.num_buckets):
+            path = scratch / f"{bucket}.rows"
+            rows = self._frequent(path, frequent) if path.exists() else None
+            if rows is not None and _positives(rows):
+                if not users:
+                    self.features.match_ids(rows)
+                    if self.features.items is not None:  # raises where an item has no row
+                        self.features.items.select(frequent["item"].to_list())
+                users += rows.filter("positive")["user"].n_unique()
+                self.features.read(rows, self.counts.kept)
+        self.features.learn(users)
+
+    def _with_features(self, items: pa.Table, folder: Path) -> pa.Table:
+        """The table of items with their codes; the schema goes into the folder."""
+        assert self.features is not None
+        if self.features.schema is None:
+            return items
+        (folder / FEATURES_NAME).write_text(self.features.schema.to_json() + "\n", encoding="utf-8")
+        codes = self.features.item_codes(column_ids(items["item_id"]))
+        if codes is None:
+            return items
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])
+        return items.append_column("features", lists)
+
+
+def column_ids(column: pa.ChunkedArray) -> np.ndarray:
+    """Ids of an Arrow column: int64, or an object array of `str`."""
+    if pa.types.is_integer(column.type):
+        return column.to_numpy()
+    return np.asarray(column.to_pandas(deduplicate_objects=True), dtype=object)
+
+
+def _positives(rows: pl.DataFrame) -> int:
+    return int(rows["positive"].sum()) if "positive" in rows.columns else len(rows)
 
 
 def _read(path: Path) -> pl.DataFrame:
