@@ -20,6 +20,7 @@ from onerec_hf.workflows.distributed import all_ranks, is_first, say
 from onerec_hf.workflows.new_items import check_choice, with_new_items
 
 if TYPE_CHECKING:
+    from onerec_hf.modeling.features import FeatureSchema
     from onerec_hf.modeling.requests import AnswerCounts, Recommender, ResolvedRequest
 
 _LISTS = ("history", "exclude", "allow", "candidates")
@@ -201,7 +202,7 @@ def _recommend(recommender: Recommender, args: RecommendArguments, columns: dict
 
     ranks, counts = all_ranks(), AnswerCounts()
     shared = _shared_lists(recommender, args, columns)
-    for numbered in _batches(args, columns, 1 if ranks is None else ranks.size):
+    for numbered in _batches(args, columns, 1 if ranks is None else ranks.size, recommender.schema):
         parts = []
         if ranks is None:
             parts = [answer_lines(recommender, numbered, args, shared)]
@@ -284,14 +285,17 @@ def _similar_lines(recommender: Recommender, args: RecommendArguments) -> Iterat
 
 
 def _batches(
-    args: RecommendArguments, columns: dict[str, str], batches: int
+    args: RecommendArguments, columns: dict[str, str], batches: int, schema: FeatureSchema | None = None
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """Numbered requests, `batches` batches at a time, and an empty list at the end; on other ranks than the first nothing but such lists."""
     while not is_first():
         yield []
     with contextlib.ExitStack() as stack:
         if args.interactions is not None:
-            requests = table_requests(args.interactions, args.users, columns, args.positive or (), args.exclude_seen)
+            whole = read_data_options("--model", args.model or "").get("history_feedback") == "all"
+            requests = table_requests(
+                args.interactions, args.users, columns, args.positive or (), args.exclude_seen, schema, whole
+            )
         elif args.histories == "-":
             requests = read_requests(sys.stdin)
         else:

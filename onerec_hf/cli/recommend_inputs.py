@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.workflows.distributed import say
+
 if TYPE_CHECKING:
     import pandas as pd
+
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 def typed_ids(values: Sequence, id_type: str, option: str) -> list:
@@ -126,6 +130,8 @@ def table_requests(
     columns: dict[str, str],
     positive: Sequence[str],
     exclude_seen: bool,
+    schema: FeatureSchema | None = None,
+    whole: bool = False,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     Requests of the users of a table: a number, and a dictionary with `user_id`, `history` (the positive rows in the order of time) and, with
@@ -135,6 +141,8 @@ def table_requests(
         users: only these, in this order; all in the order of their ids by default.
         columns: names of the columns, as for [`~onerec_hf.data.read_interactions`].
         positive: rules of positive feedback.
+        schema: the features that the model reads; entries of the history are then objects with the table's values.
+        whole: histories hold all rows, also those that are not positive.
 
     Raises:
         ValueError: a user that the table does not hold; DataError: what is wrong with the table.
@@ -146,16 +154,43 @@ def table_requests(
     chosen = list(of_user) if users is None else [_find_user(user, of_user, interactions) for user in users]
     liked: dict[Any, np.ndarray] = {}
     kept = PositiveFeedback.parse(positive).apply(rows) if positive else rows
-    if len(kept):
-        sequences = UserSequences.from_interactions(kept)
+    read = rows if whole else kept
+    if len(read):
+        sequences = UserSequences.from_interactions(read)
         liked = dict(zip(sequences.user_ids.tolist(), sequences.lists(), strict=True))
+    values = {} if schema is None else _values(read, read.index.isin(kept.index), schema)
     items = rows["item_id"].to_numpy()
     for number, user in enumerate(chosen, start=1):
         history = liked.get(user, items[:0]).tolist()
-        request = {"user_id": user, "history": history}
+        request: dict[str, Any] = {"user_id": user, "history": history}
+        if user in values:
+            entries = [{"item": item, **entry} for item, entry in zip(history, values[user], strict=True)]
+            request["history"] = entries
         if exclude_seen and len(history) < len(of_user[user]):
             request["exclude"] = sorted(set(items[of_user[user]].tolist()) - set(history))
         yield number, request
+
+
+def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> dict[Any, list[dict[str, Any]]]:
+    """Values of each user's interactions, in the order of `UserSequences`."""
+    from onerec_hf.data.positives import LATEST_SECONDS
+
+    named = dict.fromkeys(feature.name for feature in schema.interaction if feature.derive is None)
+    columns = {name: rows[name].astype(object).where(rows[name].notna(), None) for name in named if name in rows}
+    if "positive" in named and "positive" not in rows:
+        columns["positive"] = positive
+    seconds = rows["timestamp"].to_numpy(np.float64)
+    while len(seconds) and seconds.max() > LATEST_SECONDS:  # milliseconds, or finer
+        seconds = seconds / 1000
+    columns[schema.time] = seconds
+    lacking = [name for name in named if name not in columns]
+    asked = [f"interactions ({', '.join(lacking)})"] if lacking else []
+    asked += [f"users ({', '.join(feature.name for feature in schema.user)})"] if schema.user else []
+    if asked:
+        say(f"missing values, which the table does not hold: features of {' and of '.join(asked)}; JSON lines may")
+    entries = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    order = rows.assign(_row=np.arange(len(rows))).sort_values("timestamp", kind="stable")
+    return {user: [entries[row] for row in places] for user, places in order.groupby("user_id", sort=False)["_row"]}
 
 
 def _places(rows: pd.DataFrame) -> dict[Any, np.ndarray]:

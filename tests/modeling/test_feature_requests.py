@@ -12,6 +12,8 @@ from transformers import pipeline
 from onerec_hf import OneRecProcessor
 from onerec_hf.cli.demo_app import DemoRecommender
 from onerec_hf.cli.recommend import RecommendArguments, answer_lines, read_requests
+from onerec_hf.cli.recommend_inputs import table_requests
+from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.modeling.requests import Recommender, Request, RequestError
 from onerec_hf.serving.bodies import check_structure
 from onerec_hf.serving.models import ServedModel
@@ -198,3 +200,24 @@ def test_the_number_of_users_does_not_matter(recommender):
     for request, answer in zip(requests, together, strict=True):
         (alone,) = recommender.recommend([request])
         assert (alone.sessions, alone.scores) == (answer.sessions, close(answer.scores))
+
+
+def test_users_of_a_table_have_its_values(tmp_path, capsys):
+    rows = ["user_id,item_id,timestamp,like", "u1,m1,1000,1", "u1,m3,9000,0", "u2,m5,5,", "u1,m2,1030,"]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(rows))
+    names = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
+    found = [request for _, request in table_requests(str(path), None, names, (), True, SCHEMA)]
+    assert "features of users (age, city, tags)" in capsys.readouterr().err
+    assert [[entry["item"] for entry in request["history"]] for request in found] == [["m1", "m2", "m3"], ["m5"]]
+    codes = [SCHEMA.encode_interactions(request["history"]) for request in found]
+    assert np.array_equal(codes[0], SCHEMA.encode_interactions(HISTORIES[0]))
+    assert codes[1].tolist() == [[1, 1, 3]]
+    liked = [request for _, request in table_requests(str(path), ["u1"], names, ["like>0"], True, SCHEMA)]
+    assert [entry["item"] for entry in liked[0]["history"]] == ["m1"]
+    assert liked[0]["exclude"] == ["m2", "m3"]
+    read = [request for _, request in table_requests(str(path), ["u1"], names, ["like>0"], True, SCHEMA, whole=True)]
+    assert [entry["item"] for entry in read[0]["history"]] == ["m1", "m2", "m3"]
+    schema = FeatureSchema(interaction=(Feature("positive", values=("0", "1")),))
+    (flagged,) = [each for _, each in table_requests(str(path), ["u1"], names, ["like>0"], True, schema, whole=True)]
+    assert schema.encode_interactions(flagged["history"]).tolist() == [[4], [3], [3]]
