@@ -357,13 +357,6 @@ def test_a_saved_schema_encodes_newer_rows(capsys):
         )
 
 
-def test_the_last_of_a_million_items_is_hashed():
-    tables = made(9)
-    tables["interactions"]["url"] = [f"u{i % 450}" for i in range(len(tables["interactions"]))]
-    data = load_dataset(**tables, **{**ALL, "interaction_features": ["url"]})
-    assert data.features.schema.interaction[0].values is not None
-
-
 def test_prepare_takes_the_options(tmp_path):
     tables = made()
     for name, table in tables.items():

@@ -180,8 +180,8 @@ class Log:
                 query = self._query(part, buckets)
                 for batch in query.collect_batches(chunk_size=BATCH_ROWS, maintain_order=False, engine="streaming"):
                     batch = self._check(pl, batch, checks)
-                    holds = pl.any_horizontal(f"holds {place}" for place in range(len(conditions)))
-                    batch = batch.with_columns(positive=holds if conditions else pl.lit(True))
+                    holds = [f"holds {place}" for place in range(len(conditions))]
+                    batch = batch.with_columns(positive=pl.any_horizontal(holds) if holds else pl.lit(True))
                     checks.positive += int(batch["positive"].sum())
                     if not self.everything:
                         batch = batch.filter("positive")

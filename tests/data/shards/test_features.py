@@ -121,4 +121,4 @@ def test_bad_features(tmp_path):
     prepare({"interaction": ["like"]})
     (tmp_path / "ready" / "features.json").write_text("{")
     with pytest.raises(DataError, match=r"features.json: damaged"):
-        load_dataset(prepared=str(tmp_path / "ready"))
+        _ = PreparedFolder(tmp_path / "ready").features
