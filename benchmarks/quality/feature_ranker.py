@@ -4,11 +4,11 @@ without features, on the targets of `onerec-hf train --dataset kuairand-pure`.
 
     python benchmarks/quality/feature_ranker.py --model FOLDER --json benchmarks/results/feature_ranker.json
 
-FOLDER is a saved OneRec with an item head; without it a SASRec is trained here. The ranker learns on the validation targets of four fifths of the users and is
-evaluated on the test targets of the others, five times. Rows `FEATURES/ndcg@10` and `recall@10`: `model` (the candidates in their own order), `ids` (a ranker
-on scores, popularity and item-kNN), `ids+GROUP`, `all`, `all-GROUP`; `FEATURES/gain` over `ids`, with `standard_error` paired over users. All features are
-counted from training rows; those about time use rows before the request only. The request's time is that of the user's last row before the target
-(`history`), or the target's own time (`request`), which a service knows.
+FOLDER is a saved OneRec with an item head; without it a SASRec is trained here. The ranker starts from the model's scores, learns on the validation targets of
+two thirds of the users and is evaluated on the test targets of the others, three times. Rows `NOW/FEATURES/METRIC`: `model` (the candidates in their own
+order), each group of features alone, `all`; `gain` over `model`, with `standard_error` paired over users. All features are counted from training rows; those
+about time use rows before the request only. NOW, the request's time, is that of the user's last row before the target (`history`), or the target's own
+time (`request`), which a service knows when it answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.harness import dataset_options, finish, one_thread, parser, say
 
 GROUPS = ("user", "video", "feedback", "time")
 DAY = 86_400
-FOLDS = 5
+FOLDS = 3
 PRIOR = 5.0  # rows that a rate is drawn to its mean by
 
 
@@ -60,9 +60,9 @@ def main() -> None:
     reached = float((found["test"][0] == sides["test"].target[:, None]).any(1).mean())
     rows.append(result_row("candidates/recall", reached, "share"))
     for now in options.now:
-        tables = {side: log.features(sides[side], *found[side], now) for side in sides}
-        chosen = {"ids": ()} | {f"ids+{group}": (group,) for group in GROUPS} | {"all": GROUPS}
-        chosen |= {f"all-{group}": tuple(each for each in GROUPS if each != group) for group in GROUPS}
+        tables = {side: log.features(sides[side], found[side][0], now) for side in sides}
+        groups = GROUPS if now == "history" else ("time",)  # the others do not depend on it, but for the age of videos
+        chosen = {group: (group,) for group in groups} | {"all": GROUPS}
         model = gains_of(-np.arange(found["test"][0].shape[1], dtype=float)[None], found["test"][0], sides["test"])
         values = {"model": model}
         for name, groups in chosen.items():
@@ -74,8 +74,10 @@ def main() -> None:
             )
         for name, metrics in values.items():
             rows.extend(result_row(f"{now}/{name}/{metric}", of.mean(), "share") for metric, of in metrics.items())
-            gain = metrics["ndcg@10"] - values["ids"]["ndcg@10"]
-            rows.append(result_row(f"{now}/{name}/gain", gain.mean(), "ndcg@10", against=f"{now}/ids"))
+            gain = metrics["ndcg@10"] - values["model"]["ndcg@10"]
+            if name == "model":
+                continue
+            rows.append(result_row(f"{now}/{name}/gain", gain.mean(), "ndcg@10", against=f"{now}/model"))
             error = gain.std(ddof=1) / len(gain) ** 0.5
             rows.append(result_row(f"{now}/{name}/standard_error", error, "ndcg@10"))
     finish(rows, options.json, protocol=data.protocol, users=len(users), candidates=options.candidates)
@@ -194,14 +196,13 @@ class Log:
         others = ~self.rows["user_id"].isin(data.sequences.user_ids).to_numpy()  # without a positive row
         self.train = self.rows[before | others]
 
-    def features(self, requests: Requests, found: np.ndarray, scores: np.ndarray, now: str) -> dict[str, pd.DataFrame]:
+    def features(self, requests: Requests, found: np.ndarray, now: str) -> dict[str, pd.DataFrame]:
         """By group the features of all candidates, (users * candidates) rows."""
         users, width = found.shape
         who, item = np.repeat(np.arange(users), width), found.ravel()
         past = self._past(requests)
         times = past["time"] if now == "history" else requests.time
         return {
-            "ids": self._ids(requests, found, scores, who, item),
             "user": self._user(requests, who, item),
             "video": self._video(requests, who, item, times),
             "feedback": self._feedback(past, who, item),
@@ -220,24 +221,6 @@ class Log:
             "stop": stop,
             "time": np.where(stop > first, rows["timestamp"].to_numpy()[stop - 1], requests.time),
         }
-
-    def _ids(self, requests, found, scores, who, item) -> pd.DataFrame:
-        positive = self.train[self.train["positive"]]
-        popularity = np.bincount(positive["item"], minlength=self.items)
-        lists = [group.to_numpy() for _, group in positive.groupby("user_id")["item"]]
-        pairs = _neighbours(lists, self.items)
-        lengths = np.array([len(history) for history in requests.histories])
-        near = np.zeros(len(item))
-        width = found.shape[1]
-        for user, history in enumerate(requests.histories):
-            weights = 0.8 ** np.arange(len(history) - 1, -1, -1)
-            near[user * width : (user + 1) * width] = np.asarray(weights @ pairs[history][:, found[user]]).ravel()
-        return pd.DataFrame(
-            {
-                "score": scores.ravel(), "rank": np.tile(np.arange(width), len(found)), "popularity": popularity[item],
-                "near": near, "length": lengths[who],
-            }
-        )  # fmt: skip
 
     def _user(self, requests, who, item) -> pd.DataFrame:
         """The user's columns as codes, and how much more popular a video is among users with the same value."""
@@ -346,19 +329,6 @@ def _codes(column: pd.Series) -> np.ndarray:
     return pd.factorize(column, sort=True, use_na_sentinel=False)[0]
 
 
-def _neighbours(lists: list[np.ndarray], items: int):
-    """(items, items) co-occurrence, normalised by popularity on both sides."""
-    import scipy.sparse as sparse
-
-    owners = np.repeat(np.arange(len(lists)), [len(each) for each in lists])
-    table = sparse.csr_matrix((np.ones(len(owners)), (owners, np.concatenate(lists))), (len(lists), items))
-    pairs = (table.T @ table).tolil()
-    pairs.setdiag(0)
-    pairs = pairs.tocsr()
-    scale = sparse.diags(1 / np.sqrt(np.maximum(np.asarray(pairs.sum(1)).ravel(), 1)))
-    return (scale @ pairs @ scale).toarray()
-
-
 def _shares(requests: Requests, codes: np.ndarray, who: np.ndarray, item: np.ndarray) -> np.ndarray:
     """How many items of the history have the candidate's value."""
     counts = np.zeros((len(requests.histories), codes.max() + 1), np.float32)
@@ -371,16 +341,14 @@ def ranked(tables, groups, sides, found, rounds) -> tuple[np.ndarray, str]:
     """(users, candidates) scores of rankers that were trained on the validation targets of other users, and the features with the largest gain."""
     import lightgbm
 
-    matrices = {
-        side: pd.concat([tables[side]["ids"], *(tables[side][group] for group in groups)], axis=1) for side in tables
-    }
+    matrices = {side: pd.concat([tables[side][group] for group in groups], axis=1) for side in tables}
     values = {side: matrix.to_numpy(np.float32) for side, matrix in matrices.items()}
-    users, width = found["test"].__getitem__(0).shape
+    users, width = found["test"][0].shape
     fold = np.random.default_rng(0).permutation(users) % FOLDS
     scores, gains = np.zeros((users, width)), 0.0
     hits = found["validation"][0] == sides["validation"].target[:, None]
     settings = {
-        "objective": "rank_xendcg", "learning_rate": 0.05, "num_leaves": 8, "min_data_in_leaf": 500, "feature_fraction": 0.5,
+        "objective": "lambdarank", "learning_rate": 0.05, "num_leaves": 8, "min_data_in_leaf": 500, "feature_fraction": 0.5,
         "bagging_fraction": 0.8, "bagging_freq": 1, "lambda_l2": 10.0, "num_threads": 1, "verbosity": -1, "seed": 0,
     }  # fmt: skip
     for number in range(FOLDS):

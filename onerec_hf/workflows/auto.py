@@ -22,6 +22,7 @@ SMALL_WIDTH, WIDTH = 64, 128
 HEAD_ITEMS, HEAD_MEMORY = 1_000_000, 0.25  # most items of an item head, and its largest share of the memory
 DENSE = 50  # interactions per item from which the data counts as dense
 DROPOUT, DENSE_DROPOUT = 0.45, 0.2
+FEATURE_DROPOUT = 0.2
 SMOOTHING, DENSE_SMOOTHING = 0.2, 0.0
 ROW = 64  # items of a packed row; more where histories are longer than half of it
 TOKENS, STEPS_OF_AN_EPOCH = 512, 40  # items of a step; fewer where an epoch would have fewer steps
@@ -58,6 +59,7 @@ class Statistics:
         ties_in_order: share of neighbours of equal time with ascending item ids, or with descending ones if that is more.
         texts: distinct texts of the items.
         embeddings: whether the items have given embeddings.
+        features: how many features of users, interactions and items the examples have.
         accelerator: whether training runs on one.
         memory: bytes of the accelerator, or of this machine.
         in_memory: whether the training examples can still be cut otherwise.
@@ -74,6 +76,7 @@ class Statistics:
     ties_in_order: float = 0.0
     texts: int = 0
     embeddings: bool = False
+    features: int = 0
     accelerator: bool = False
     memory: int = 16 * 2**30
     in_memory: bool = True
@@ -93,6 +96,9 @@ class Statistics:
         if data.items is not None:
             texts = set(data.items.select(data.item_ids).frame["text"]) - {""}
             found |= {"texts": len(texts), "embeddings": data.items.embeddings is not None}
+        if data.features is not None:
+            schema = data.features.schema
+            found["features"] = len(schema.user) + len(schema.interaction) + len(schema.item)
         if not isinstance(data, InMemoryDataset):
             return cls(**found, in_memory=False)
         rows = data.train_rows()
@@ -262,6 +268,10 @@ def _model(found: Statistics, table: Table) -> None:
         f"{found.interactions / found.items:,.0f} interactions per item",
     )
     table.add("dropout_rate", DENSE_DROPOUT if dense else DROPOUT, per_item)
+    if found.features:
+        several = f"{found.features} feature{'s' if found.features > 1 else ''}"
+        table.add("feature_dim", max(8, width // 2), f"half the width of {width}, for {several}")
+        table.add("feature_dropout", FEATURE_DROPOUT, "a value that is missing costs less")
     _item_head(found, table, width)
 
 

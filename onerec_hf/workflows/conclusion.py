@@ -83,7 +83,7 @@ def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ra
         sasrec = fit_small_sasrec(data, catalogue, args, *time)
     except (FloatingPointError, MemoryError) as error:
         return f"No SASRec is beside it: its training failed ({short(error)})."
-    ks, histories = tuple(args.eval_top_k), ranking.histories(data.test, catalogue)
-    ranked = sasrec.model.rank(histories, max(ks), args.eval_exclude_seen, active=catalogue.active)
+    ks, users = tuple(args.eval_top_k), data.test.select(np.flatnonzero(ranking.kept))
+    ranked = sasrec.model.rank_examples(users, max(ks), args.eval_exclude_seen, active=catalogue.active)
     ranking.add("sasrec", ranked, ks, catalogue.num_active)
     return sasrec.note

@@ -166,10 +166,11 @@ def _sequential_rows(
     assert model.items is not None
     if torch.accelerator.is_available():
         model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
+    examples = held_out(data, how.split)
     return _item_rows(
         model.config.architecture,
         model.items,
-        lambda histories, k: model.rank(histories, k, how.exclude_seen, how.batch_size),
+        lambda _, k: model.rank_examples(examples, k, how.exclude_seen, how.batch_size),
         data,
         how,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import datasets
 
+    from onerec_hf.data import DatasetFeatures
+    from onerec_hf.modeling.catalogue import ItemCatalogue
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
@@ -28,12 +30,18 @@ WORTH_USERS = 1000
 
 def set_features(processor: OneRecProcessor, data: RecommendationDataset) -> None:
     """Gives a processor the features of a dataset; items of its catalogue that the data does not hold have missing values."""
+    if (found := of_catalogue(data, catalogue_of(processor))) is not None:
+        processor.set_features(found.schema, found.items)
+
+
+def of_catalogue(data: RecommendationDataset, catalogue: ItemCatalogue) -> DatasetFeatures | None:
+    """A dataset's features with its items in the order of a catalogue; None where it has none."""
     if data.features is None:
-        return
-    schema, catalogue = data.features.schema, catalogue_of(processor)
+        return None
+    schema = data.features.schema
     codes = np.repeat(schema.encode_items([{}]), len(catalogue), axis=0)
     codes[catalogue.indices(data.item_ids)] = data.features.items
-    processor.set_features(schema, codes)
+    return replace(data.features, items=codes)
 
 
 @dataclass(frozen=True)
@@ -131,25 +139,39 @@ def _shuffled_column(
 
 
 def _gains(trainer: OneRecTrainer, examples: datasets.Dataset) -> np.ndarray:
-    """(users,) NDCG at 10, or at the largest k of the evaluation; 0 for users who cannot be ranked."""
-    from onerec_hf.evaluation import ndcg_at_k
-
+    """(users,) NDCG at 10, or at the largest k of the evaluation."""
     args = cast("OneRecTrainingArguments", trainer.args)
+    return per_user(trainer, examples)[f"ndcg@{worth_k(args.eval_top_k)}"]
+
+
+def per_user(trainer: OneRecTrainer, examples: datasets.Dataset) -> dict[str, np.ndarray]:
+    """
+    NDCG and recall of a trainer's model on each user of examples, at 10 or at the largest k of the evaluation; 0 for users who cannot be ranked.
+
+    Example:
+        >>> per_user(result.trainer, dataset.test)["ndcg@10"].mean()  # doctest: +SKIP
+        0.0402
+    """
+    from onerec_hf.evaluation import ndcg_at_k, recall_at_k
+
+    args, before = cast("OneRecTrainingArguments", trainer.args), trainer.compute_metrics
     kept: list[Any] = []
-    before = trainer.compute_metrics
 
     def keep(prediction) -> dict[str, float]:
         kept.append(prediction)
         return {}
 
+    args.predict_with_generate, args.prediction_loss_only = True, False  # whatever evaluations during training did
+    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"  # it would shuffle users
     trainer.compute_metrics = keep
     try:
         with contextlib.redirect_stdout(sys.stderr):
             trainer.evaluate(cast("Any", examples), metric_key_prefix="worth")
     finally:
-        trainer.compute_metrics = before
-    ranked, relevant = kept[0].predictions, np.maximum(kept[0].label_ids, -1)
-    return np.asarray(ndcg_at_k(ranked, relevant, worth_k(args.eval_top_k), per_row=True))
+        trainer.compute_metrics, args.train_sampling_strategy = before, strategy
+    ranked, relevant, k = kept[0].predictions, np.maximum(kept[0].label_ids, -1), worth_k(args.eval_top_k)
+    metrics = {"ndcg": ndcg_at_k, "recall": recall_at_k}
+    return {f"{name}@{k}": np.asarray(metric(ranked, relevant, k, per_row=True)) for name, metric in metrics.items()}
 
 
 def worth_k(ks: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from onerec_hf.workflows.dataset import RecommendationDataset, sample
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.features import of_catalogue
 
 if TYPE_CHECKING:
     from onerec_hf.baselines import SequentialRecommender
@@ -72,9 +73,10 @@ def fit_small_sasrec(
     batch_size = int(np.clip(len(sequences) // 50, 16, 128))
     targets = batch_size * min(sequences.lengths.mean(), data.max_history)
     model = fit_sequential(
-        cast("Any", sequences.lists()),
+        cast("Any", sequences if data.features is not None else sequences.lists()),
         sample(data.validation, _VALIDATION_USERS),
         item_ids=catalogue.item_ids,
+        coded=of_catalogue(data, catalogue),
         architecture="sasrec",
         hidden_size=HIDDEN_SIZE,
         dropout_rate=0.3,

@@ -75,6 +75,11 @@ class Bench:
     """
 
     def __init__(self, data: DataSettings, dataset: InMemoryDataset, how: CompareSettings, began: float):
+        if dataset.features is not None:
+            raise ValueError(
+                "compare ranks by requests of item ids, without features; leave out the options of features and history_feedback, or evaluate "
+                "models that read them with onerec-hf evaluate"
+            )
         self.data, self.how, self.folder = data, how, how.folder
         self.repeats = share_of_repeats(sample(dataset, how.validation_users))
         self.exclude_seen = self.repeats <= MOST_REPEATS if how.exclude_seen is None else how.exclude_seen

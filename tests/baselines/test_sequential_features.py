@@ -1,0 +1,124 @@
+"""Sequence models with features: the embedding by hand, padding, users apart, what is a target and what is excluded, training, files."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from onerec_hf.baselines import NextItemCollator, NextItemDataset, SequentialRecommender
+from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.read_histories import ReadHistories
+from onerec_hf.data import DatasetFeatures
+from onerec_hf.modeling.features import Feature, FeatureSchema
+from onerec_hf.trainers import fit_sequential
+from onerec_hf.workflows import load_dataset
+
+SCHEMA = FeatureSchema(
+    user=(Feature("age", edges=(30.0,)),),
+    interaction=(Feature("like", values=("0", "1")),),
+    item=(Feature("genre", values=("a", "b"), slots=2),),
+)
+IDS = list(range(12))
+ITEMS = DatasetFeatures(SCHEMA, np.array([[3 + item % 2, 0] for item in IDS], np.int32))
+
+
+def make(architecture="sasrec", **config) -> SequentialRecommender:
+    """A small model whose features weigh as much as its items."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "max_history": 6, "dropout_rate": 0.0, "initializer_range": 0.5, **config}
+    return SequentialRecommender.from_items(IDS, coded=ITEMS, architecture=architecture, **settings).eval()
+
+
+def codes(random, length):
+    """(length, 2) codes of a user and of each interaction."""
+    return np.stack([np.full(length, random.integers(3, 5)), random.integers(3, 5, length)], axis=1)
+
+
+@pytest.mark.parametrize("architecture", ["sasrec", "hstu", "gru4rec"])
+def test_features_are_added_to_the_items_of_a_history(architecture):
+    model = make(architecture)
+    ids, of_user = pad_left([np.array([3, 1, 4])]), codes(np.random.default_rng(0), 3)
+    of_items = np.concatenate([of_user, ITEMS.items[[3, 1, 4]]], axis=1)
+    added = model.features(torch.from_numpy(of_items)[None])
+    scale = 4.0 if model.config.scale_embeddings else 1.0
+    expected = model.encoder(scale * (model.item_embedding(ids) + added), ids != 0)
+    torch.testing.assert_close(model.encode(ids, torch.from_numpy(of_user)[None]), expected)
+
+
+def test_without_codes_the_values_are_missing():
+    model, ids = make(), pad_left([np.array([3, 1]), np.array([4])])
+    missing = torch.ones(2, 2, 2, dtype=torch.long)
+    missing[1, 0] = 0  # padding
+    torch.testing.assert_close(model.encode(ids), model.encode(ids, missing))
+
+
+def test_users_are_ranked_alike_in_any_order_and_beside_anyone():
+    random, model = np.random.default_rng(1), make()
+    lengths = random.integers(1, 6, 20)
+    items, of_users = [random.integers(0, 12, n) for n in lengths], [codes(random, n) for n in lengths]
+    order = random.permutation(20)
+
+    def ranked(rows):
+        read = ReadHistories([items[row] for row in rows], [of_users[row] for row in rows])
+        return np.concatenate([found for found, _ in model._ranked(read, 5, True, batch_size=7)])
+
+    assert (ranked(order) == ranked(range(20))[order]).all()
+    assert (np.concatenate([ranked([row]) for row in range(20)]) == ranked(range(20))).all()
+
+
+def test_other_interactions_are_read_but_neither_targets_nor_excluded():
+    sequence, of_user = np.array([5, 2, 7]), codes(np.random.default_rng(0), 3)
+    positive = np.array([True, False, True])
+    batch = NextItemCollator(with_seen=True)([NextItemDataset([sequence], 6, [of_user], [positive])[0]])
+    assert batch["input_ids"].tolist() == [[6, 3]]
+    assert batch["labels"].tolist() == [[-100, 8]]
+    assert batch["seen_ids"].tolist() == [[6, 8]]
+    assert batch["feature_ids"].tolist() == [of_user[:2].tolist()]
+    columns = {"history": [[5, 2, 7]], "history_positive": [[True, False, True]], "session": [[1]]}
+    columns |= {"user_features": [[3]], "history_features": [[3, 4, 3]]}
+    model = make()
+    ranked = model.rank_examples(Dataset.from_dict(columns), k=12)[0]
+    assert 2 in ranked
+    assert not {5, 7} & set(ranked.tolist())
+    without = {name: column for name, column in columns.items() if not name.endswith("_features")}
+    assert (model.rank_examples(Dataset.from_dict(without), k=12)[0] != ranked).any()
+
+
+def hinted(users=80, length=8, seed=0):
+    """Interactions whose `hint` says which half of the items the next one is of, whatever was before; and one that says nothing."""
+    import pandas as pd
+
+    random = np.random.default_rng(seed)
+    items = random.integers(0, 24, (users, length))
+    halves = np.roll(items >= 12, -1, axis=1).astype(int)
+    columns = {"user_id": np.repeat(np.arange(users), length), "item_id": items.ravel(), "hint": halves.ravel()}
+    columns["noise"] = random.integers(0, 4, users * length)
+    return pd.DataFrame({**columns, "timestamp": np.tile(np.arange(length), users) * 7200 + 10**9})
+
+
+def test_a_model_that_reads_a_planted_hint_ranks_better(tmp_path):
+    found = {}
+    for names in (["hint", "noise"], ["noise"]):
+        data = load_dataset(interactions=hinted(), interaction_features=names, max_history=10)
+        model = fit_sequential(
+            data.train_sequences, item_ids=data.item_ids.tolist(), coded=data.features, hidden_size=16, num_train_epochs=20,
+            learning_rate=0.01, use_cpu=True, max_history=10, feature_dim=8,
+        )  # fmt: skip
+        ranked = model.rank_examples(data.test, 12, exclude_seen=False)
+        targets = np.searchsorted(data.item_ids, [session[0] for session in data.test["session"]])
+        found[len(names)] = ((ranked >= 12) == (targets >= 12)[:, None]).mean()
+        model.save_pretrained(tmp_path / names[0])
+        loaded = SequentialRecommender.from_pretrained(tmp_path / names[0])
+        assert (loaded.rank_examples(data.test, 12, exclude_seen=False) == ranked).all()
+    assert found[2] > 0.9 > 0.65 > found[1]  # the share of the target's half among the twelve best
+
+
+def test_wrong_features_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"\(rows, places, 4\)"):
+        model.encode(pad_left([np.array([1])]), torch.full((1, 1, 5), 3))
+    with pytest.raises(ValueError, match="features of 12 items, and item_ids has 3"):
+        SequentialRecommender.from_items([1, 2, 3], coded=ITEMS)
+    plain = SequentialRecommender.from_items(IDS, hidden_size=8)
+    with pytest.raises(ValueError, match="no features"):
+        plain.encode(pad_left([np.array([1])]), torch.full((1, 1, 2), 3))
