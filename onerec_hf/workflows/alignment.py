@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.alignment_report import alignment_panels, recommended_sessions, watch
 from onerec_hf.workflows.artefact import (
     catalogue_of,
     find_origin,
@@ -37,6 +38,7 @@ from onerec_hf.workflows.resuming import as_before, of_data, record_of
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
 from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
+from onerec_hf.workflows.training_report import write_training_report
 
 if TYPE_CHECKING:
     import datasets
@@ -149,6 +151,8 @@ def align(
         examples = _drawn(dataset.train if preferences is None else preferences, how.max_examples, args.seed)
         trainer = make_trainer(sharding.shard(model), rewards, args, processor, examples)
         trainer.add_callback(record.callback())
+        if how.evaluate:
+            watch(trainer, judges, dataset, exclude_seen)
         if rewards:
             keep_pairs(trainer)
         origin = find_origin(how.model, how.save_items)
@@ -211,7 +215,7 @@ def report(
     resumed: list[dict[str, Any]],
 ) -> None:
     """
-    Writes pairs, `results.json` and card into the folder of the aligned model.
+    Writes pairs, `results.json`, card and pictures into the folder of the aligned model.
 
     Args:
         drawn: whether the trainer drew its pairs.
@@ -244,6 +248,8 @@ def report(
         alignment=alignment,
         command=command,
     )
+    about = [f"Aligned on {data.name}.", data.protocol]
+    write_training_report(folder, alignment_panels(trainer.state.log_history), about)
     recorded_in(folder, trainer.model, trainer.processing_class)
 
 
@@ -258,12 +264,7 @@ def session_reward(model, processor: OneRecProcessor, histories: list[list], rew
 
 def _session_rewards(model, processor: OneRecProcessor, histories: list[list], rewards: list) -> np.ndarray:
     """(users,) float64."""
-    with model.eval().packed_experts():
-        parts = [
-            processor.batch_decode(model.recommend(**processor(some), num_beams=10, exclude=some))
-            for some in (histories[start : start + 64] for start in range(0, len(histories), 64))
-        ]
-    sessions = [session for part in parts for session in part]
+    sessions = recommended_sessions(model, processor, histories)
     return np.sum([reward.reward(histories, sessions) for reward in rewards], axis=0) if histories else np.zeros(0)
 
 
