@@ -134,12 +134,6 @@ class AtomicCheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _issue_warnings_after_load(self, load_result):
-        # Tied weights are saved under one name, and the library would report the others as missing.
-        tied, missing = self.accelerator.unwrap_model(self.model).all_tied_weights_keys, set(load_result.missing_keys)
-        lost = [name for name in load_result.missing_keys if tied.get(name, name) in missing]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
-
     def _get_output_dir(self, trial):
         return self._unfinished or super()._get_output_dir(trial)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -12,10 +14,10 @@ import torch
 from onerec_hf.modeling.catalogue import ItemCatalogue
 from onerec_hf.semantic_ids.balanced_assignment import ROWS, nearest
 from onerec_hf.semantic_ids.balanced_kmeans import check_enough
-from onerec_hf.semantic_ids.crowded_prefixes import spill_crowded
+from onerec_hf.semantic_ids.crowded_prefixes import spill
 from onerec_hf.semantic_ids.embeddings import embedding_fingerprint, fingerprint_of
 from onerec_hf.semantic_ids.item_encoder import ItemEncoder
-from onerec_hf.semantic_ids.new_codes import numbered, spill
+from onerec_hf.semantic_ids.new_codes import numbered
 from onerec_hf.semantic_ids.process_group import Ranks
 from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
 from onerec_hf.semantic_ids.report import SemanticIDReport, describe_ids
@@ -90,7 +92,10 @@ def fit_semantic_ids(
     quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
-        codes, spilt = spill_crowded(codes, points, sizes, quantizer.decode)
+        spilt = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+        if len(codes) <= prod(sizes):  # of more items `make_unique` says what is wrong
+            apart = partial(_distances, quantizer, points)
+            codes, spilt = spill(codes, sizes, lambda prefixes: torch.full((len(prefixes),), sizes[-1]), apart)
         residuals, codebook = quantizer.last_level(points, codes)
         if spilt.any():
             codes[spilt, -1] = nearest(residuals[spilt], codebook)
@@ -194,7 +199,12 @@ def extend_catalogue(
             f"the quantiser has codebook sizes {sizes}, the catalogue {catalogue.codebook_sizes}; pass the catalogue and the quantiser of one fit"
         )
     codes = quantizer.encode(points)
-    codes, moved = spill(codes, catalogue, lambda rows, prefixes: _distances(quantizer, points[rows], prefixes))
+    codes, moved = spill(
+        codes,
+        catalogue.codebook_sizes,
+        lambda prefixes: torch.from_numpy(catalogue.free_last_codes(prefixes.cpu().numpy()).sum(1)),
+        partial(_distances, quantizer, points),
+    )
     if len(sizes) < levels:  # the last level numbers items of equal codes
         return catalogue.add(item_ids, numbered(codes, catalogue).numpy(), popularity=popularity)
     residuals, codebook = quantizer.last_level(points, codes)
@@ -205,9 +215,9 @@ def extend_catalogue(
     return catalogue.add(item_ids, unique.codes.cpu().numpy(), popularity=popularity)
 
 
-def _distances(quantizer: Quantizer, points: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-    """(n, prefixes) distances of points to the reconstructions of prefixes."""
-    return torch.cdist(points, quantizer.decode(prefixes.to(points.device)).to(points.device))
+def _distances(quantizer: Quantizer, points: torch.Tensor, rows: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
+    """(rows, prefixes) distances of points to the reconstructions of prefixes."""
+    return torch.cdist(points[rows], quantizer.decode(prefixes.to(points.device)).to(points.device))
 
 
 def _check_embeddings(item_ids: Sequence | np.ndarray, embeddings: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
+from onerec_hf.workflows.alignment_report import alignment_panels, recommended_sessions, watch
 from onerec_hf.workflows.artefact import (
     catalogue_of,
     find_origin,
@@ -37,6 +38,7 @@ from onerec_hf.workflows.resuming import as_before, of_data, record_of
 from onerec_hf.workflows.run_folder import begin, finish, open_folder, own_folder, resumable
 from onerec_hf.workflows.settings import DataSettings, ModelOutputSettings, gather
 from onerec_hf.workflows.sharding import ShardingSettings
+from onerec_hf.workflows.training_report import write_training_report
 
 if TYPE_CHECKING:
     import datasets
@@ -191,6 +193,8 @@ def align(
             sharding.shard(model), rewards, args, processor, examples, None if logged is None else dataset.train
         )
         trainer.add_callback(record.callback())
+        if how.evaluate:
+            watch(trainer, judges, dataset, exclude_seen)
         if rewards and how.method == "dpo":
             keep_pairs(trainer)
         origin = find_origin(how.model, how.save_items)
@@ -320,7 +324,7 @@ def report(
     resumed: list[dict[str, Any]],
 ) -> None:
     """
-    Writes pairs, `results.json` and card into the folder of the aligned model.
+    Writes pairs, `results.json`, card and pictures into the folder of the aligned model.
 
     Args:
         how: the method and its source of preferences.
@@ -358,6 +362,8 @@ def report(
         alignment=alignment,
         command=command,
     )
+    about = [f"Aligned on {data.name}.", data.protocol]
+    write_training_report(folder, alignment_panels(trainer.state.log_history), about)
     recorded_in(folder, trainer.model, trainer.processing_class)
 
 
@@ -372,15 +378,12 @@ def session_reward(model, processor: OneRecProcessor, examples: list[dict[str, A
 
 def _session_rewards(model, processor: OneRecProcessor, examples: list[dict[str, Any]], rewards: list) -> np.ndarray:
     """(users,) float64."""
-    from onerec_hf.data.collators import feature_columns, positive_items
+    from onerec_hf.data.collators import positive_items
 
-    sessions, seen = [], [positive_items(example) for example in examples]
-    with model.eval().packed_experts():
-        for start in range(0, len(examples), 64):
-            some = examples[start : start + 64]
-            inputs = processor([example["history"] for example in some], **feature_columns(processor, some))
-            found = model.recommend(**inputs, num_beams=10, exclude=seen[start : start + 64])
-            sessions += processor.batch_decode(found)
+    sessions, seen = (
+        recommended_sessions(model, processor, examples),
+        [positive_items(example) for example in examples],
+    )
     return np.sum([reward.reward(seen, sessions) for reward in rewards], axis=0) if examples else np.zeros(0)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf.semantic_ids import add_digit, fit_semantic_ids, make_unique
-from onerec_hf.semantic_ids.crowded_prefixes import spill_crowded
+from onerec_hf.semantic_ids.crowded_prefixes import spill
+from onerec_hf.semantic_ids.unique_codes import CrowdedPrefixError
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +85,12 @@ def test_a_crowded_prefix_spills_into_the_nearest_ones(seed, count, last, used):
     flat = torch.randint(0, used, (count,), generator=generator)
     codes = torch.stack([flat // 2, flat % 2, torch.randint(0, last, (count,), generator=generator)], 1)
     points = centres[codes[:, 0], codes[:, 1]] + 0.1 * torch.randn(count, 3, generator=generator)
-    spilt, moved = spill_crowded(codes, points, sizes, lambda prefixes: centres[prefixes[:, 0], prefixes[:, 1]])
+    spilt, moved = spill(
+        codes,
+        sizes,
+        lambda prefixes: torch.full((len(prefixes),), last),
+        lambda rows, prefixes: torch.cdist(points[rows], centres[prefixes[:, 0], prefixes[:, 1]]),
+    )
     groups = torch.unique(spilt[:, :-1], dim=0, return_counts=True)[1]
     assert groups.max() <= last
     assert torch.equal(spilt[~moved], codes[~moved])
@@ -95,10 +101,10 @@ def test_a_crowded_prefix_spills_into_the_nearest_ones(seed, count, last, used):
 
 
 def test_more_items_than_ids_stay_an_error():
-    codes = torch.zeros(9, 2, dtype=torch.long)
-    assert torch.equal(spill_crowded(codes, torch.randn(9, 1), [2, 4], lambda prefixes: prefixes.float())[0], codes)
-    codes = torch.zeros(3, 1, dtype=torch.long)  # a single level has no other prefix
-    assert torch.equal(spill_crowded(codes, torch.randn(3, 1), [2], lambda prefixes: prefixes.float())[0], codes)
+    vectors = np.random.default_rng(0).normal(size=(9, 3))
+    for sizes in ([2, 4], [8]):  # a single level has no other prefix
+        with pytest.raises(CrowdedPrefixError, match="items share the prefix"):
+            fit_semantic_ids(range(9), vectors, sizes)
 
 
 def test_a_fit_of_crowded_items_does_not_fail():

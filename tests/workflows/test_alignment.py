@@ -87,6 +87,12 @@ def test_an_alignment_is_that_of_the_command(files, tables, reward, tmp_path):
     metrics = aligned.metrics
     assert metrics["before/onerec/recall@10"] == trained.metrics["onerec/recall@10"]
     assert f"{metrics['reward/before']:.4f} -> {metrics['reward/after']:.4f}" in done.out
+    logs = [row for row in aligned.trainer.state.log_history if "watched/reward" in row]
+    assert [row["step"] for row in logs] == [0, 1, 2, 3]
+    assert all(0 < row["watched/variety"] <= 1 and 0 <= row["watched/recall@10"] <= 1 for row in logs)
+    page = (aligned.folder / "training_report.html").read_text(encoding="utf-8")
+    for title in ("Loss", "Margin of the pairs", "Reward", "Recall and variety"):
+        assert f"<h2>{title}</h2>" in page
     history = [["m1", "m2"]]
     assert aligned.model.recommend(**aligned.processor(history), num_beams=4).shape[0] == 1
 
