@@ -152,10 +152,13 @@ def main() -> None:
     differences = [lazy["loss"] - other["loss"] for other, lazy in zip(*(runs[kind] for kind in KINDS), strict=True)]
     mean, spread = statistics.mean(differences), [min(differences), max(differences)]
     rows.append(result_row("lazy_loss_minus_encoder_decoder", mean, "nats", against="encoder_decoder", spread=spread))
+    others: dict[str, Any] = {}
     if options.add:
-        kept = json.loads(Path(options.add).read_text())["rows"]
-        rows = [row for row in kept if row["name"] not in {mine["name"] for mine in rows}] + rows
-    finish(rows, options.json, steps=options.steps, width=options.width, layers=options.layers, seeds=options.seeds)
+        kept = json.loads(Path(options.add).read_text())
+        rows = [row for row in kept["rows"] if row["name"] not in {mine["name"] for mine in rows}] + rows
+        others = {name: value for name, value in kept.items() if name in ("width", "layers")}
+    mine = {name: getattr(options, name) for name in ("steps", "width", "layers", "seeds")}
+    finish(rows, options.json, **others, loss=mine)
 
 
 if __name__ == "__main__":
