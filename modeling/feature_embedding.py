@@ -71,38 +71,50 @@ class FeatureEmbedding(nn.Module):
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
                 init.zeros_(layer.bias)
 
-    def forward(self, feature_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_ids: torch.Tensor, packed: bool = False) -> torch.Tensor:
         """
         (rows, places, slots) codes to (rows, places, width), zeros where a place has no feature.
+
+        Args:
+            packed: rows hold several histories, so that several places may have user features.
 
         Raises:
             ValueError: codes of another schema.
         """
-        feature, begins, _ = self.slots
         codes = self._checked(feature_ids)
         if self.training and self.dropout > 0:
             hidden = torch.rand(*codes.shape[:-1], len(self.config.all), device=codes.device) < self.dropout
-            codes = torch.where(hidden[..., feature] & (codes > 0), MISSING, codes)
-        filled = codes > 0
+            codes = torch.where(hidden[..., self.slots[0]] & (codes > 0), MISSING, codes)
+        users = self.config.user_slots
+        of_users, added = codes[..., :users], None
+        if self.item is not None:
+            added = self._states(self.item, codes[..., users:], self.config.all[len(self.config.user) :], users)
+        if self.user is None:
+            return added
+        if packed:
+            states = self._states(self.user, of_users, self.config.user, 0)
+            return states if added is None else added + states
+        # One place per row: the network runs there alone.
+        place = of_users.any(-1).int().argmax(1)[:, None, None]
+        states = self._states(self.user, of_users.gather(1, place.expand(-1, 1, users)), self.config.user, 0)
+        if added is None:
+            added = states.new_zeros(*codes.shape[:2], states.shape[-1])
+        return added.scatter_add(1, place.expand(-1, 1, states.shape[-1]), states)
+
+    def _states(self, network: nn.Module, codes: torch.Tensor, features: list[list], begin: int) -> torch.Tensor:
+        """(..., width) of the codes (..., slots) of a network's features, whose slots begin at `begin`."""
+        begins, filled = self.slots[1, begin : begin + codes.shape[-1]], codes > 0
         embedded = self.table(torch.where(filled, codes + begins, 0))
         parts, slot = [], 0
-        for _, _, slots in self.config.all:
+        for _, _, slots in features:
             part = embedded[..., slot : slot + slots, :]
             if slots > 1:
                 count = filled[..., slot : slot + slots].sum(-1, keepdim=True).clamp(min=1)
                 part = part.sum(-2, keepdim=True) / count.unsqueeze(-1).to(part.dtype)
             parts.append(part.squeeze(-2))
             slot += slots
-        users, added = self.config.user_slots, 0
-        sides = (
-            (self.user, parts[: len(self.config.user)], filled[..., :users]),
-            (self.item, parts[len(self.config.user) :], filled[..., users:]),
-        )
-        for network, side, present in sides:
-            if network is not None:
-                states = network(torch.cat(side, dim=-1))
-                added = added + states * present.any(-1, keepdim=True).to(states.dtype)
-        return added
+        states = network(torch.cat(parts, dim=-1))
+        return states * filled.any(-1, keepdim=True).to(states.dtype)
 
     def _checked(self, feature_ids: torch.Tensor) -> torch.Tensor:
         if feature_ids.ndim != 3 or feature_ids.shape[-1] != self.config.slots:
@@ -129,10 +141,15 @@ def positive_places(config, feature_ids: torch.Tensor | None) -> torch.Tensor | 
 
 
 def with_features(
-    embedding: FeatureEmbedding | None, embeddings: torch.Tensor, feature_ids: torch.Tensor | None, stride: int
+    embedding: FeatureEmbedding | None,
+    embeddings: torch.Tensor,
+    feature_ids: torch.Tensor | None,
+    stride: int,
+    packed: bool = False,
 ) -> torch.Tensor:
     """
-    A history's embeddings (rows, t, width), with those of features added to the first token of each place of `stride` tokens.
+    A history's embeddings (rows, t, width), with those of features added to the first token of each place of `stride` tokens. Rows that are `packed`
+    hold several histories.
 
     Raises:
         ValueError: features for a model without, none for a model with features, or another number of places.
@@ -145,7 +162,7 @@ def with_features(
         raise ValueError(
             "this model reads features: pass feature_ids beside input_ids, as the processor that was saved with it makes them"
         )
-    added = embedding(feature_ids.to(embeddings.device))
+    added = embedding(feature_ids.to(embeddings.device), packed)
     if (added.shape[0], added.shape[1] * stride) != tuple(embeddings.shape[:2]):
         raise ValueError(
             f"feature_ids have {added.shape[0]} rows of {added.shape[1]} places, input_ids {embeddings.shape[0]} rows of {embeddings.shape[1]} tokens, "

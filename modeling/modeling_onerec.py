@@ -188,7 +188,10 @@ class OneRecEncoder(OneRecPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_head is not None:
                 inputs_embeds = inputs_embeds + self.item_head(input_ids)
-            inputs_embeds = with_features(self.features, inputs_embeds, feature_ids, self.config.tokens_per_item)
+            packed = segment_ids is not None
+            inputs_embeds = with_features(
+                self.features, inputs_embeds, feature_ids, self.config.tokens_per_item, packed
+            )
             if self.config.encoder_scales_embeddings:
                 inputs_embeds = inputs_embeds * self.config.hidden_size**0.5
         stride = self.config.encoder_stride

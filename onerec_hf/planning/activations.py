@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from onerec_hf.planning.parameters import (
     attention_widths,
-    feature_networks,
     features,
     is_pointwise,
     item_head,
@@ -165,7 +164,7 @@ class _Counter:
             of_item += 8 * (self.config.num_codebooks + 3)
         return read + loss + items * of_item
 
-    def features(self, places: int) -> int:
+    def features(self, users: int, places: int) -> int:
         """
         Rows of the table and which slots are filled; the concatenated embeddings of each network, its inner states before and after the activation,
         and whether a place has such features.
@@ -173,11 +172,16 @@ class _Counter:
         own = features(self.config)
         if own is None:
             return 0
-        networks = len(feature_networks(self.config)) // 2
-        several = sum(slots > 1 for _, _, slots in own.all)
-        inputs = self.inputs(len(own.all) * own.dim) + networks * self.inputs(self.width)
-        states = networks * self.precision.matrix * (self.width + 1)
-        return places * (8 * own.slots + inputs + states + several * self.precision.residual)
+        total = users * 8 * bool(own.user)  # where the states of users are added
+        for side, rows in ((own.user or [], users), (own.all[len(own.user or ()) :], places)):
+            if not side:
+                continue
+            several = sum(slots > 1 for _, _, slots in side)
+            inputs = self.inputs(len(side) * own.dim) + self.inputs(self.width)
+            states = self.precision.matrix * (self.width + 1)
+            slots = sum(slots for _, _, slots in side)
+            total += rows * (8 * slots + inputs + states + several * self.precision.residual)
+        return total
 
     def feed_forward(self) -> int:
         """Gate, its activation, up, and their product."""
@@ -245,7 +249,7 @@ def activations(
     shared = (encoder_tokens + decoder_tokens) * (count.dropout(residual) + count.norm()) + angles * sum(tables)
     shared += 8 * (encoder_tokens * config.encoder_stride + decoder_tokens)  # token ids
     shared += count.item_head(batch.users, batch.history + static_places(config))
-    shared += count.features(batch.users * (batch.history + static_places(config)))
+    shared += count.features(batch.users, batch.users * (batch.history + static_places(config)))
     # The head's input, the targets, and their number, kept by the cross-entropy and by the division.
     shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:

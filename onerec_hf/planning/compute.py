@@ -50,9 +50,10 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
 
 
 def feature_flops(config: OneRecConfig, batch: Batch) -> int:
-    """FLOPs of the networks of features, both at every place of a history."""
-    places = batch.users * (batch.history + static_places(config))
-    return 2 * places * sum(rows * columns for rows, columns in feature_networks(config))
+    """FLOPs of the networks of features: that of users runs once a history, the other one at every place."""
+    sizes = [rows * columns for rows, columns in feature_networks(config)]
+    once, each = (sizes[:2], sizes[2:]) if static_places(config) else ([], sizes)
+    return 2 * batch.users * (sum(once) + (batch.history + static_places(config)) * sum(each))
 
 
 def content_flops(config: OneRecConfig, batch: Batch) -> int:

@@ -4,6 +4,7 @@ import copy
 import json
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf import OneRecConfig, OneRecProcessor
+from onerec_hf.cli.export import TOLERANCE, export_onnx
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.modeling.feature_embedding import FeatureEmbedding
 from onerec_hf.modeling.features import MISSING, UNKNOWN, FeatureSchema
@@ -137,9 +139,8 @@ def test_missing_and_unknown_values_begin_at_zero_and_nothing_stays_zero():
         rows = embedding.table.weight[begin + 1 : begin + size].any(-1)
         assert rows.tolist() == [False, False] + [True] * (size - 3)
         begin += size - 1
-    codes = torch.full((1, 2, SCHEMA.slots), MISSING)
-    codes[0, 1] = UNKNOWN
-    codes[0, 0, 3:] = 0
+    codes = torch.full((2, 1, SCHEMA.slots), MISSING)
+    codes[1] = UNKNOWN
     optimizer = torch.optim.SGD(embedding.parameters(), lr=1.0)
     embedding(codes).square().sum().backward()
     (embedding(codes) - 1).square().sum().backward()
@@ -475,3 +476,10 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         OneRecProcessor.from_pretrained(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_an_exported_encoder_reads_features(tmp_path):
+    differences = export_onnx(make(), PROCESSOR, tmp_path)
+    assert max(differences.values()) < TOLERANCE
+    inputs = onnxruntime.InferenceSession(tmp_path / "encoder.onnx").get_inputs()
+    assert [each.name for each in inputs] == ["input_ids", "attention_mask", "feature_ids"]
