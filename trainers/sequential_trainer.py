@@ -272,7 +272,7 @@ def fit_sequential(
     sequences = [np.asarray(sequence) for sequence in train_sequences]
     if item_ids is None:
         if features is not None or coded is not None:
-            raise ValueError("features need item_ids: the item of each row")
+            raise ValueError("features needs item_ids: the item of each row")
         held_out = [] if validation is None else [*validation["history"], *validation["session"]]
         item_ids = np.unique(np.concatenate([*sequences, *map(np.asarray, held_out)])).tolist()
     names = {field.name for field in dataclasses.fields(SequentialConfig)} - {"evidence", "content_dim", "features"}

@@ -228,7 +228,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         if self.config.score_features and self.features is not None and self.item_codes is not None:
             others = self.config.features.slots - self.item_codes.shape[1]
             codes = F.pad(self.item_codes[1:].long(), (others, 0))
-            vectors = vectors + self.features(codes.unsqueeze(1)).squeeze(1)
+            vectors = vectors + self.features(codes.unsqueeze(1), packed=True).squeeze(1)
         return vectors
 
     def _of_features(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None) -> torch.Tensor | float:
@@ -242,7 +242,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             feature_ids = (input_ids != 0).long().unsqueeze(-1).expand(-1, -1, slots) * MISSING
         if self.item_codes is not None:
             feature_ids = torch.cat([feature_ids, self.item_codes[input_ids].long()], dim=-1)
-        return self.features(feature_ids)
+        return self.features(feature_ids, packed=True)  # the user's features are at each item
 
     def encode(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None = None) -> torch.Tensor:
         """(users, t) input ids to (users, t, hidden_size) states; a state depends on its position and those before it."""

@@ -39,7 +39,10 @@ def test_features_are_added_to_the_items_of_a_history(architecture):
     model = make(architecture)
     ids, of_user = pad_left([np.array([3, 1, 4])]), codes(np.random.default_rng(0), 3)
     of_items = np.concatenate([of_user, ITEMS.items[[3, 1, 4]]], axis=1)
-    added = model.features(torch.from_numpy(of_items)[None])
+    added = model.features(torch.from_numpy(of_items)[None], packed=True)
+    assert (added - model.features(torch.from_numpy(of_items)[None]))[
+        0, 1:
+    ].abs().amin() > 0  # the user's are at each item
     scale = 4.0 if model.config.scale_embeddings else 1.0
     expected = model.encoder(scale * (model.item_embedding(ids) + added), ids != 0)
     torch.testing.assert_close(model.encode(ids, torch.from_numpy(of_user)[None]), expected)
