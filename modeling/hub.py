@@ -225,7 +225,7 @@ class CarriesCode:
 
         Args:
             repo_id: "name" or "owner/name"; made where there is none.
-            include_code: upload the code as well (440 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
+            include_code: upload the code as well (500 kB), so that the repository loads with `trust_remote_code=True` where onerec_hf
                 is not installed. The attribute [`include_code`], `True` unless changed, when not given.
             kwargs: as for `transformers.PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, `create_pr`, `commit_message`,
                 `max_shard_size`, `tags`.
