@@ -8,7 +8,8 @@ for the same steps: the losses of table 2 of arXiv 2508.20900, at a size for a C
 Both are dense, read one position per history item, and train on windows with one target. `loss` is nats per code of a validation user's next item,
 each code scored among those of its level; mean over users, then over seeds. Rows: `KIND/loss`, `KIND/flops` (forward and backward pass of a target
 with a full history, as `plan` computes them), `KIND/cpu_seconds` of the training, and `lazy_loss_minus_encoder_decoder`, the difference of the
-losses (spread: the smallest and the largest difference of a seed).
+losses (spread: the smallest and the largest difference of a seed). With `--equal_flops` also `lazy_equal_flops/...`: a lazy decoder that trains
+for as many FLOPs, in more steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benc
 from benchmarks.harness import cpu_seconds, dataset_options, finish, one_thread, parser, say, train_options
 
 KINDS = ("encoder_decoder", "lazy")
+EQUAL = "lazy_equal_flops"
 
 
 def arguments():
@@ -36,6 +38,7 @@ def arguments():
     options.add_argument("--steps", type=int, default=1000, help="of 128 examples")
     options.add_argument("--learning_rate", type=float, default=3e-3)
     options.add_argument("--users", type=int, default=4000, help="validation users")
+    options.add_argument("--equal_flops", action="store_true", help="train a lazy one for the other's FLOPs, too")
     options.add_argument("--add", help="file of benchmarks/speed/v2.py, whose rows are written, too")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return options.parse_args()
@@ -84,24 +87,25 @@ def code_loss(model, processor, examples) -> float:
     return total / codes
 
 
-def trained(kind: str, options, data, processor, users, seed: int) -> dict[str, float]:
-    """The loss of one training, and its CPU seconds."""
+def trained(kind: str, options, data, processor, users, seed: int, steps: int | None = None) -> dict[str, float]:
+    """The loss of one training, and its CPU seconds; `options.steps` long unless `steps` are given."""
     from transformers import set_seed
 
     from onerec_hf.planning import Batch
     from onerec_hf.planning.compute import step_flops
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
+    steps = options.steps if steps is None else steps
     set_seed(seed)
     model = make(kind, processor.catalogue.codebook_sizes, options.width, options.layers)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         args = OneRecTrainingArguments(
             scratch,
-            max_steps=options.steps,
+            max_steps=steps,
             per_device_train_batch_size=128,
             learning_rate=options.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=min(100, options.steps // 4),
+            warmup_steps=min(100, steps // 4),
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
             seed=seed,
@@ -142,6 +146,11 @@ def main() -> None:
         for kind in KINDS:
             runs[kind].append(trained(kind, options, data, processor, users, seed))
             say(f"{kind}, seed {seed}: {runs[kind][-1]}")
+        if options.equal_flops:
+            other, lazy = (runs[kind][-1]["flops"] for kind in KINDS)
+            steps = int(options.steps * other / lazy)
+            runs.setdefault(EQUAL, []).append(trained("lazy", options, data, processor, users, seed, steps))
+            say(f"{EQUAL}, {steps} steps, seed {seed}: {runs[EQUAL][-1]}")
     rows = []
     for kind, found in runs.items():
         for metric, unit in {"loss": "nats", "flops": "FLOP", "cpu_seconds": "s"}.items():
