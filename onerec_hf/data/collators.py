@@ -138,7 +138,7 @@ class PackedDataCollator:
         `decoder_attention_mask` and `labels` (B * slots, session_items * (levels + 1) - 1).
 
     Raises:
-        ValueError: prefixes with a fully visible encoder, or examples that exceed the batch shape.
+        ValueError: prefixes with a fully visible encoder, examples that exceed the batch shape, or a processor with a lifelong pathway.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -160,6 +160,10 @@ class PackedDataCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.processor.lifelong is not None:
+            raise ValueError(
+                "a lifelong pathway reads one history per row: train on windows with OneRecDataCollator, without packing and prefixes"
+            )
         packs = [feature.get("examples", [feature]) for feature in features]
         segments = [example for pack in packs for example in pack]
         sessions = [example.get("sessions") or [example["session"]] for example in segments]

@@ -37,6 +37,7 @@ _WRITTEN = (
     "config.json",
     "catalogue.safetensors",
     "features.safetensors",
+    "lifelong.safetensors",
     "README.md",
     "expert_load.png",
     "training_report.html",

@@ -3,13 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+from onerec_hf import (
+    ItemCatalogue,
+    OneRecConfig,
+    OneRecForConditionalGeneration,
+    OneRecProcessor,
+    OneRecV2Config,
+    OneRecV2ForConditionalGeneration,
+)
+from onerec_hf.data import OneRecDataCollator, PackedDataCollator
+from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.modeling.lifelong import LifelongPathway
 from onerec_hf.modeling.lifelong_history import LIFELONG_NAME, LifelongHistory, compress_history
+from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 from tests.rounding import assert_close
 
 ITEMS = 40
@@ -194,6 +205,56 @@ def free_codes(own: ItemCatalogue) -> list[int]:
     return next([a, b, c] for a in range(4) for b in range(4) for c in range(4) if (a, b, c) not in taken)
 
 
+def test_it_trains_on_windows_and_pads_like_other_models(tmp_path):
+    model, processor = made(clusters=4)
+    examples = Dataset.from_dict({"history": HISTORIES * 4, "session": [[9], [7], [12]] * 4})
+    collator = OneRecDataCollator(processor, pad_to_multiple_of=8)
+    assert collator(examples.select([1]).to_list())["input_ids"].shape[1] % 32 == 0
+    before = model.model.encoder.lifelong.queries.detach().clone()
+    arguments = OneRecTrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True
+    )
+    OneRecTrainer(model, arguments, train_dataset=examples, processing_class=processor).train()
+    assert not torch.equal(model.model.encoder.lifelong.queries, before)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_lazy_decoder_reads_features_and_lifelong_histories(features):
+    torch.manual_seed(0)
+    schema = FeatureSchema(user=(Feature("age", edges=(30.0,)),), interaction=(Feature("like", values=("0", "1")),))
+    lifelong = LifelongHistory(
+        np.random.default_rng(1).normal(size=(ITEMS, 5)).astype(np.float16), 3, 8, pools_items=True
+    )
+    own = {"features": schema.config()} if features else {}
+    config = OneRecV2Config(
+        codebook_sizes=[4, 4, 4],
+        hidden_size=16,
+        num_attention_heads=2,
+        decoder_layers=2,
+        lifelong={"items": 3, "queries": 8},
+        **own,
+    )
+    model = OneRecV2ForConditionalGeneration(config).eval()
+    model.set_catalogue(catalogue())
+    processor = OneRecProcessor.from_catalogue(
+        model.catalogue, max_history=4, features=schema if features else None, lifelong=lifelong
+    )
+    given = {"users": [{"age": age} for age in (20, 50, None)]} if features else {}
+    inputs = processor(HISTORIES, **given)
+    asked = {"session_length": 1, "num_beams": 4, "return_dict_in_generate": True}
+    together = model.recommend(**inputs, **asked)
+    parts = [
+        model.recommend(**processor([history], **{name: [value[place]] for name, value in given.items()}), **asked)
+        for place, history in enumerate(HISTORIES)
+    ]
+    assert together.sequences.tolist() == [part.sequences[0].tolist() for part in parts]
+    assert_close(together.sequences_scores, torch.cat([part.sequences_scores for part in parts]))
+    other = processor([[39, 38, *HISTORIES[0][2:]], *HISTORIES[1:]], **given)
+    assert not torch.equal(model.recommend(**other, **asked).sequences_scores[:1], together.sequences_scores[:1])
+    with pytest.raises(ValueError, match="pass lifelong_ids"):
+        model.recommend(**{name: value for name, value in inputs.items() if name != "lifelong_ids"}, **asked)
+
+
 def test_what_does_not_belong_together_is_refused():
     model, processor = made()
     inputs = processor(HISTORIES)
@@ -205,6 +266,8 @@ def test_what_does_not_belong_together_is_refused():
     packed = {"segment_ids": inputs["attention_mask"], "history_ranges": torch.tensor([[[0, 4]]] * 3)}
     with pytest.raises(ValueError, match="without packing"):
         model(inputs["input_ids"], lifelong_ids=inputs["lifelong_ids"], **packed, labels=labels)
+    with pytest.raises(ValueError, match="train on windows"):
+        PackedDataCollator(processor, encoder_is_causal=True)([{"history": [1, 2], "session": [3]}])
     plain = OneRecForConditionalGeneration(OneRecConfig(**TINY))
     with pytest.raises(ValueError, match="no lifelong pathway"):
         plain(**inputs, labels=labels)
