@@ -273,11 +273,13 @@ def new_model(
     import torch
 
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
+    from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration
 
     assert processor.catalogue is not None
     catalogue, width = processor.catalogue, 0 if content is None else content.shape[1]
     config = settings.config(catalogue.codebook_sizes, session_length, len(catalogue), width, processor.features)
-    model = OneRecForConditionalGeneration._from_config(config, attn_implementation=settings.attn_implementation)
+    kind = OneRecV2ForConditionalGeneration if settings.architecture == "onerec_v2" else OneRecForConditionalGeneration
+    model = kind._from_config(config, attn_implementation=settings.attn_implementation)
     model.set_catalogue(catalogue)
     if content is not None:
         codes, vectors = torch.tensor(catalogue.codes, dtype=torch.long), torch.from_numpy(content)

@@ -9,7 +9,7 @@ from onerec_hf.workflows.artefact import saved_sizes
 from onerec_hf.workflows.auto import Choice, Statistics, choose, codebook_size
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 
-PRESETS = ("auto", "paper", "tiger", "small")
+PRESETS = ("auto", "paper", "tiger", "small", "v2")
 #: Options of the data that a preset may set after reading it.
 CUT = ("max_history", "session_length", "ties")
 
@@ -49,6 +49,39 @@ _SMALL_TRAINING = {
     "save_strategy": "no",
     "eval_num_beams": 30,
 }
+# OneRec-V2 (arXiv 2508.20900): a lazy dense decoder of eight blocks that reads item vectors beside codes and trains on every prefix of a history.
+_V2 = {
+    "architecture": "onerec_v2",
+    "session_length": 1,
+    "max_history": 50,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "decoder_layers": 8,
+    "num_experts": 1,
+    "dropout_rate": 0.2,
+    "encoder_is_causal": True,  # no layer reads the history, so no prefix sees what follows it
+    "item_head": True,
+    "item_head_dropout": 0.2,
+    "item_head_loss_weight": 0.0,
+    "train_on": "prefixes",
+}
+_V2_TRAINING = {
+    "num_train_epochs": 20,
+    "packing": True,
+    "packing_length": 256,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 128,
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.05,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "ndcg@10",
+    "eval_num_beams": 30,
+}
 
 
 def choices_of(
@@ -79,11 +112,13 @@ def choices_of(
         fixed = dict(_TIGER)
         if data.items is not None:
             fixed["embedding"] = "text" if data.items.embeddings is None else "given"
-    elif preset == "small" and saved is None:
-        fixed = {**_SMALL, "codebook_sizes": [codebook_size(len(data.item_ids))] * 3}
-    if not isinstance(data, InMemoryDataset):  # its examples are cut already
-        fixed = {name: value for name, value in fixed.items() if name not in CUT}
-    fixed |= {"tiger": _TIGER_TRAINING, "small": _SMALL_TRAINING}.get(preset, {})
+    elif preset in ("small", "v2") and saved is None:
+        fixed = {**(_SMALL if preset == "small" else _V2), "codebook_sizes": [codebook_size(len(data.item_ids))] * 3}
+    fixed |= {"tiger": _TIGER_TRAINING, "small": _SMALL_TRAINING, "v2": _V2_TRAINING}.get(preset, {})
+    if not isinstance(data, InMemoryDataset):  # its examples are cut already, and a stream is not packed
+        fixed = {
+            name: value for name, value in fixed.items() if name not in (*CUT, "train_on", "packing", "packing_length")
+        }
     return [
         Choice(name, given[name], "given") if name in given else Choice(name, value, f"preset {preset}")
         for name, value in fixed.items()

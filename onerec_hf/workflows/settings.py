@@ -204,6 +204,12 @@ class ModelSettings:
             "help": "A saved OneRec (folder or Hub id) to start from, with its catalogue; a new one by default."
         },
     )
+    architecture: str = field(
+        default="onerec",
+        metadata={
+            "help": "onerec, or onerec_v2: the lazy decoder, whose history has no encoder layers (options of the encoder are left out)."
+        },
+    )
     hidden_size: int = field(default=128, metadata={"help": "Width of both stacks."})
     encoder_layers: int = field(default=2, metadata={"help": "Encoder layers."})
     decoder_layers: int = field(default=2, metadata={"help": "Decoder layers."})
@@ -303,8 +309,14 @@ class ModelSettings:
         from huggingface_hub.errors import StrictDataclassError
 
         from onerec_hf.modeling.configuration_onerec import OneRecConfig
+        from onerec_hf.modeling.configuration_onerec_v2 import OneRecV2Config
 
-        others = ("model", "attn_implementation", "item_score_weight", "decoder_weight")
+        kinds = {"onerec": OneRecConfig, "onerec_v2": OneRecV2Config}
+        if self.architecture not in kinds:
+            raise ValueError(f"--architecture {self.architecture}: choose one of {', '.join(kinds)}")
+        others = ("architecture", "model", "attn_implementation", "item_score_weight", "decoder_weight")
+        if self.architecture == "onerec_v2":
+            others += tuple(name for name in asdict(self) if name.startswith("encoder_"))
         sizes = {
             name: value
             for name, value in asdict(self).items()
@@ -336,7 +348,9 @@ class ModelSettings:
                 f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"
             )
         try:
-            return OneRecConfig(codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes)
+            return kinds[self.architecture](
+                codebook_sizes=list(codebook_sizes), session_length=session_length, **sizes
+            )
         except StrictDataclassError as error:
             raise ValueError(f"model options: {error.__cause__ or error}") from error
 

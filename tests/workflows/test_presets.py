@@ -1,7 +1,9 @@
 """Presets of `train`: fixed sets of options below what the caller gives."""
 
 import pytest
+from transformers import AutoModelForSeq2SeqLM
 
+from onerec_hf import OneRecV2ForConditionalGeneration
 from onerec_hf.workflows import chosen_settings, load_dataset, train
 from onerec_hf.workflows.presets import PRESETS
 from tests.workflows.conftest import TINY
@@ -29,6 +31,32 @@ def test_small_takes_its_codebooks_from_the_data(tables):
     assert (rows["codebook_sizes"], rows["max_history"], rows["max_steps"]) == ([16] * 3, 10, 1200)
 
 
+def test_v2_trains_a_lazy_decoder_on_prefixes(tables, tmp_path):
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "decoder_layers": 2,
+        "packing_length": 64,
+    }
+    result = train(**tables, preset="v2", output_dir=tmp_path / "out", **small, **QUICK)
+    config = result.model.config
+    assert isinstance(result.model, OneRecV2ForConditionalGeneration)
+    assert (config.decoder_layers, config.session_length, config.item_head.loss_weight) == (2, 1, 0)
+    assert config.encoder_pools_items
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(result.folder)
+    assert type(loaded) is OneRecV2ForConditionalGeneration
+    again = train(
+        load_dataset(**tables), model=str(result.folder), output_dir=tmp_path / "more", **{**QUICK, "max_steps": 1}
+    )
+    assert isinstance(again.model, OneRecV2ForConditionalGeneration)
+
+
+def test_an_unknown_architecture_is_refused(tables, tmp_path):
+    with pytest.raises(ValueError, match="--architecture onerec_v3: choose one of onerec, onerec_v2"):
+        train(**tables, architecture="onerec_v3", output_dir=tmp_path / "out", **QUICK)
+
+
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "auto"])
 def test_a_saved_model_keeps_its_sizes(preset, tables, tmp_path):
     first = train(**tables, output_dir=tmp_path / "first", **TINY)
@@ -49,6 +77,6 @@ def test_auto_goes_on_from_a_saved_model(tables, tmp_path):
 
 
 def test_an_unknown_preset_is_refused(tables, tmp_path):
-    with pytest.raises(ValueError, match="--preset best: choose one of auto, paper, tiger, small"):
+    with pytest.raises(ValueError, match="--preset best: choose one of auto, paper, tiger, small, v2"):
         train(**tables, preset="best", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
