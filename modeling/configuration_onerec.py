@@ -203,6 +203,10 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
                 f"lifelong: queries={self.lifelong.queries} must be a multiple of the {self.tokens_per_item} tokens of an item, or set "
                 "encoder_pools_items=True"
             )
+        if self.lifelong is not None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"lifelong: hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary positions turn pairs of channels)")
 

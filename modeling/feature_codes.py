@@ -13,6 +13,7 @@ from .files import listed, short
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
+    from .lifelong_history import LifelongHistory
 
 
 def check_schema(config, schema: FeatureSchema | None) -> None:
@@ -44,6 +45,25 @@ def check_schema(config, schema: FeatureSchema | None) -> None:
         f"model and processor have different features (only the model: {only_model}; only the processor: {only_processor}): take the processor "
         "that was saved with the model"
     )
+
+
+def check_lifelong(config, lifelong: LifelongHistory | None) -> None:
+    """
+    Raises:
+        ValueError: a model's config and a processor have different lifelong pathways.
+    """
+    own = getattr(config, "lifelong", None)
+    of_model = None if own is None else (own.queries, bool(config.encoder_pools_items))
+    of_processor = None if lifelong is None else (lifelong.queries, lifelong.pools_items)
+    if of_model != of_processor:
+        model, processor = (
+            "none" if of is None else f"{of[0]} queries, encoder_pools_items={of[1]}"
+            for of in (of_model, of_processor)
+        )
+        raise ValueError(
+            f"model and processor have different lifelong pathways (the model: {model}; the processor: {processor}): take the processor that was "
+            "saved with the model"
+        )
 
 
 def split_history(history: Any, name: str = "the history") -> tuple[Any, list[dict] | None]:
@@ -215,14 +235,14 @@ class RequestFeatures:
         ids: Any,
         objects: list[dict] | None,
         catalogue: ItemCatalogue,
-        keep: int,
+        keep: int | None,
     ) -> RequestFeatures:
         """
         The codes of raw values.
 
         Args:
             ids, objects: the history, of [`split_history`].
-            keep: items that the model reads, the latest ones that the catalogue holds.
+            keep: items that the model reads, the latest ones that the catalogue holds; None for all.
 
         Raises:
             ValueError: values of the wrong type.
@@ -231,7 +251,7 @@ class RequestFeatures:
             raise ValueError(f"user must be an object with values of features; got {user!r:.60}")
         codes = interaction_codes(schema, [len(ids)], None if objects is None else [objects])
         known = codes[catalogue.indices(ids, unknown="mask") >= 0] if len(codes) else codes
-        return cls(schema.encode_users([user])[0], known[-keep:])
+        return cls(schema.encode_users([user])[0], known if keep is None else known[-keep:])
 
     @staticmethod
     def columns(features: Sequence[RequestFeatures | None]) -> dict[str, list]:
@@ -247,6 +267,7 @@ class RequestFeatures:
 
 __all__ = [
     "RequestFeatures",
+    "check_lifelong",
     "check_schema",
     "interaction_codes",
     "place_codes",

@@ -22,6 +22,8 @@ NOTHING, MISSING, UNKNOWN, FIRST = 0, 1, 2, 3
 POSITIVE = "positive"
 #: What a time says: seconds since the user's interaction before it, hour and weekday (UTC).
 DERIVED = ("gap", "hour", "weekday")
+#: Numbers beyond are times in milliseconds, or finer.
+LATEST_SECONDS = 1e11
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ def time_values(seconds: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]
 
 def seconds_of(time) -> float:
     """
-    Seconds since 1970 of a number of seconds, an ISO 8601 text (UTC where it names no zone) or a datetime; NaN for None, NaN and infinity.
+    Seconds since 1970 of a number of seconds (milliseconds or finer beyond 10^11, as in tables), an ISO 8601 text (UTC where it names no zone) or a datetime; NaN for None, NaN and infinity.
 
     Raises:
         ValueError: something else.
@@ -335,7 +337,11 @@ def seconds_of(time) -> float:
         if isinstance(time, datetime):
             return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
         seconds = float(time)
-        return seconds if math.isfinite(seconds) else math.nan
+        if not math.isfinite(seconds):
+            return math.nan
+        while seconds > LATEST_SECONDS:
+            seconds /= 1000
+        return seconds
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a time is seconds since 1970 or ISO 8601 text; got {time!r:.80}") from None
 

@@ -198,7 +198,10 @@ class OneRecV2ContextProcessor(OneRecV2PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
             if self.item_head is not None:
                 inputs_embeds = inputs_embeds + self.item_head(input_ids)
-            inputs_embeds = with_features(self.features, inputs_embeds, feature_ids, self.config.tokens_per_item)
+            packed = segment_ids is not None
+            inputs_embeds = with_features(
+                self.features, inputs_embeds, feature_ids, self.config.tokens_per_item, packed
+            )
         if self.config.encoder_pools_items:
             inputs_embeds = pooled_embeddings(inputs_embeds, self.config.encoder_stride)
         if input_ids is not None:

@@ -12,16 +12,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
-from .requests import (
-    Answer,
-    AnswerCounts,
-    Recommender,
-    Request,
-    ResolvedRequest,
-    item_metadata,
-    known_indices,
-    read_items,
-)
+from .items_file import read_items
+from .requests import Answer, AnswerCounts, Recommender, Request, ResolvedRequest, item_metadata, known_indices
 
 
 @dataclass

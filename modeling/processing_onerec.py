@@ -21,8 +21,8 @@ from .features import FeatureSchema, check_codes
 from .features_file import FEATURES_NAME, find_features, save_features
 from .files import find_file, pinned, refusing, replacing_files
 from .hub import CarriesCode, in_code
+from .items_file import ITEMS_NAME, find_items
 from .lifelong_history import LIFELONG_NAME, LifelongHistory
-from .requests import ITEMS_NAME, find_items
 from .tokenization_onerec import OneRecTokenizer
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
         self.max_history = max_history
         self.catalogue, self.features, self.item_features, self.lifelong = None, None, None, lifelong
+        if lifelong is not None and max_history is None:
+            raise ValueError("a lifelong history is what is older than max_history items: pass max_history too")
         if lifelong is not None and (catalogue is None or len(lifelong.vectors) != len(catalogue)):
             raise ValueError(
                 f"lifelong has vectors of {len(lifelong.vectors)} items: make the processor with the catalogue of these items"

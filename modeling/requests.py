@@ -6,20 +6,17 @@ an [`Answer`] with ids, scores and the items' fields. The pipeline, `onerec-hf r
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from .feature_codes import RequestFeatures, check_schema, split_history
-from .files import find_file
+from .feature_codes import RequestFeatures, check_lifelong, check_schema, split_history
 from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-#: Titles and other columns of the items, next to the catalogue.
-ITEMS_NAME = "items.parquet"
 DEFAULT_BEAMS = 50
 _COUNTS = ("top_k", "num_beams", "session_length", "max_history")
 _NO_ITEMS = np.empty(0, dtype=np.int64)
@@ -340,6 +335,7 @@ class Recommender:
                 "model.set_catalogue(processor.catalogue)"
             )
         check_schema(model.config, processor.features)
+        check_lifelong(model.config, processor.lifelong)
         self.model, self.processor, self.items = model, processor, items
         self.catalogue: ItemCatalogue = processor.catalogue
 
@@ -354,6 +350,11 @@ class Recommender:
         config = self.model.config
         positions = config.max_position_embeddings // config.tokens_per_item - self.processor.static_places
         return self.processor.max_history or positions
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the model reads what is older than its latest items too: it has a lifelong pathway."""
+        return self.processor.lifelong is not None
 
     def cost(self, request: ResolvedRequest) -> int:
         """What the answer costs, in positions that are computed: of each beam's items, and of the history."""
@@ -388,12 +389,14 @@ class Recommender:
                 catalogue's; with `unknown="error"` [`UnknownItemError`].
         """
         catalogue, name = self.catalogue, request.name
+        if self.reads_all and request.max_history:
+            raise RequestError("max_history: a model with a lifelong pathway reads its own; leave it out")
+        keep = None if self.reads_all else request.max_history or self.max_history
         features = None
         try:
             ids, objects = split_history(request.history, name)
             history, skipped = known_indices(catalogue, ids, name, request.unknown)
             if self.schema is not None:
-                keep = request.max_history or self.max_history
                 features = RequestFeatures.of(self.schema, request.user, ids, objects, catalogue, keep)
         except ValueError as error:
             raise error if isinstance(error, RequestError) else RequestError(f"{name}: {error}") from None
@@ -417,7 +420,7 @@ class Recommender:
         else:
             allow, exclude = np.setdiff1d(allow, exclude), _NO_ITEMS
             left = int(catalogue.active[allow].sum())
-        latest = catalogue.ids(history[-(request.max_history or self.max_history) :])
+        latest = catalogue.ids(history if keep is None else history[-keep:])
         cut = len(latest) < len(history)
         return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks, features)
 
@@ -526,10 +529,10 @@ class Recommender:
     def search(self, kind: BatchKind, requests: Sequence[ResolvedRequest]) -> list[Answer]:
         """As [`answer`], for requests of one kind that are answerable: one batch."""
         most = max(resolved.count for resolved in requests)
-        histories = [resolved.history for resolved in requests]  # cut already
+        histories = [resolved.history for resolved in requests]  # cut already, but for what a lifelong pathway reads
         features = RequestFeatures.columns([resolved.features for resolved in requests])
         output: Any = self.model.recommend(
-            **self.processor(histories, max_history=max(map(len, histories)), **features),
+            **self.processor(histories, max_history=None if self.reads_all else max(map(len, histories)), **features),
             session_length=kind.session_length,
             num_beams=kind.num_beams,
             num_return_sequences=most,
@@ -655,47 +658,8 @@ def _is_empty(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def find_items(repo: str | os.PathLike, **kwargs) -> str | None:
-    """
-    Path of the `items.parquet` in a local folder or Hub repository; None where it holds none, or the Hub is out of reach.
-
-    Args:
-        kwargs: `from_pretrained`'s hub arguments.
-    """
-    try:
-        return find_file(repo, ITEMS_NAME, **kwargs)
-    except OSError as error:  # titles are optional: an unreachable Hub does not stop a model that is loaded
-        logger.warning_once(
-            f"cannot look for {ITEMS_NAME} in {os.fspath(repo)}, answers show no titles: {error!s:.200}"
-        )
-        return None
-
-
-def read_items(path: str | os.PathLike | None, catalogue: ItemCatalogue) -> Mapping[Any, Mapping] | None:
-    """
-    The fields of an `items.parquet` by item id; None for no path. The package onerec_hf reads it: code that was loaded with
-    `trust_remote_code=True`, without the package, returns None and logs it.
-
-    Raises:
-        ValueError: the file is damaged, or belongs to another catalogue.
-    """
-    if path is None:
-        return None
-    # Parquet needs pyarrow, which transformers does not install. The package has it, and its checks of untrusted files.
-    if __name__ != "onerec_hf.modeling.requests":
-        logger.warning_once(f"{ITEMS_NAME} is not read: pip install onerec-hf to show titles, or pass items=...")
-        return None
-    return import_module("onerec_hf.data.item_fields").read_items_file(path, catalogue)
-
-
-def saved_items(repo: str | os.PathLike, catalogue: ItemCatalogue) -> Mapping[Any, Mapping] | None:
-    """The fields of the `items.parquet` in a local folder or Hub repository; see [`find_items`] and [`read_items`]."""
-    return read_items(find_items(repo), catalogue)
-
-
 __all__ = [
     "DEFAULT_BEAMS",
-    "ITEMS_NAME",
     "RESERVED_FIELDS",
     "Answer",
     "AnswerCounts",
@@ -706,10 +670,7 @@ __all__ = [
     "RequestError",
     "ResolvedRequest",
     "UnknownItemError",
-    "find_items",
     "item_metadata",
     "known_indices",
-    "read_items",
-    "saved_items",
     "spell_argument",
 ]

@@ -298,7 +298,11 @@ def batch_examples(batch: dict[str, Any], processing_class: Any = None, items: A
 def _histories(tokens: torch.Tensor, processor: OneRecProcessor) -> list[list]:
     """Item ids of `SEP a b c` rows: like sessions, with SEP instead of BOS before each item."""
     tokenizer = processor.tokenizer
-    return processor.batch_decode(tokens.masked_fill(tokens == tokenizer.sep_token_id, tokenizer.bos_token_id))
+    # Places of the user's features and of the lifelong pathway hold EOS: they are no items.
+    tokens = tokens.masked_fill(tokens == tokenizer.eos_token_id, tokenizer.pad_token_id)
+    tokens = tokens.masked_fill(tokens == tokenizer.sep_token_id, tokenizer.bos_token_id)
+    tokens[:, 0] = tokenizer.bos_token_id
+    return processor.batch_decode(tokens)
 
 
 def _ids(rows: list[int], items) -> list:

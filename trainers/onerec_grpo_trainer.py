@@ -33,7 +33,7 @@ from onerec_hf.trainers.policy_losses import ecpo_old_logps, gbpo_old_logps
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.rewards import RewardFunction, as_function, check_reward_items, reward_values
 from onerec_hf.trainers.rollouts import code_places, right_padded, roll_out, token_log_probs
-from onerec_hf.trainers.seq2seq_dpo_trainer import check_adapter, load_generator
+from onerec_hf.trainers.seq2seq_dpo_trainer import check_adapter, disable_plain_dropout, load_generator
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy, unsharded_model
 
 logger = logging.get_logger(__name__)
@@ -113,6 +113,15 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             raise ValueError("OneRecGRPOTrainer needs processing_class: pass the OneRecProcessor with the catalogue")
         check_adapter(peft_config, model)
         generator: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+        if generator.config.features is not None or generator.config.lifelong is not None:
+            raise ValueError(
+                "OneRecGRPOTrainer draws and scores sessions of item ids alone: this model reads features or lifelong histories. Align it with "
+                "OneRecDPOTrainer, or train one without"
+            )
+        if not args.constrained and generator.config.model_type == "onerec_v2":
+            raise ValueError(
+                "constrained=False draws from the full vocabulary, but the softmax of a OneRec-V2 is over a code's level; leave it out"
+            )
         generator.set_catalogue(processing_class.catalogue)
         self._generator, self._pad = generator, processing_class.tokenizer.pad_token_id
         self._rollout_length = args.rollout_length or generator.config.session_length
@@ -153,6 +162,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             **kwargs,
         )
         self.processing_class = self.callback_handler.processing_class = processing_class
+        if args.disable_dropout:  # TRL's covers modules alone
+            disable_plain_dropout(generator)
         del generator.forward  # TRL's fused head, which scores the full vocabulary of decoder-only models
         self.reward_func_names = _distinct_names(self.reward_funcs)
         if own_reference:
@@ -432,7 +443,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             legal = SemanticIDLogitsProcessor(constraint, config.level_offsets, config.bos_token_id)
         scores = token_log_probs(out.logits, sequences, places, self.temperature, legal)
         logps, entropies = (
-            torch.nn.functional.pad(part * (sequences[:, 1:] != self._pad), (1, 0))[order.argsort()] for part in scores
+            torch.nn.functional.pad(part.masked_fill(sequences[:, 1:] == self._pad, 0.0), (1, 0))[order.argsort()]
+            for part in scores
         )
         if self._whole_sessions:
             logps = logps.sum(1, keepdim=True)
@@ -497,7 +509,13 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        kept = load_file(self._rollouts_file(checkpoint), device=str(self.accelerator.device))
+        path = self._rollouts_file(checkpoint)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{checkpoint} holds no {os.path.basename(path)}: it was saved with save_only_model, by fewer ranks or by another trainer; resume "
+                "from a complete checkpoint, or load its model and begin anew"
+            )
+        kept = load_file(path, device=str(self.accelerator.device))
         self._step, batches = int(kept.pop("step")), {}
         for name, value in kept.items():
             index, _, name = name.partition("/")

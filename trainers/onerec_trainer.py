@@ -29,7 +29,7 @@ from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.feature_codes import check_schema
+from onerec_hf.modeling.feature_codes import check_lifelong, check_schema
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
@@ -149,6 +149,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
         """A model with the processor's catalogue, and the adapter to train."""
         _generator_of(model).set_catalogue(self.processing_class.catalogue)  # type: ignore[union-attr]
         check_schema(_generator_of(model).config, self.processing_class.features)  # type: ignore[union-attr]
+        check_lifelong(_generator_of(model).config, self.processing_class.lifelong)  # type: ignore[union-attr]
         if self._peft_config is None:
             return model
         if is_peft_model(model):
@@ -339,6 +340,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
             inputs["input_ids"],
             inputs["attention_mask"],
             feature_ids=inputs.get("feature_ids"),
+            lifelong_ids=inputs.get("lifelong_ids"),
             session_length=1,
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,

@@ -127,6 +127,5 @@ class OneRecPreferenceCollator:
             "encoder_input_ids": history["input_ids"],
             "encoder_attention_mask": history["attention_mask"],
         }
-        if "feature_ids" in history:
-            batch["feature_ids"] = history["feature_ids"]
+        batch |= {name: history[name] for name in ("feature_ids", "lifelong_ids") if name in history}
         return _with_reference(batch, examples)

@@ -21,7 +21,7 @@ from trl.trainer.utils import global_then_local_main_first
 from onerec_hf.data.collators import FEATURE_COLUMNS
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.feature_codes import check_schema
+from onerec_hf.modeling.feature_codes import check_lifelong, check_schema
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
@@ -119,6 +119,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
         if isinstance(processing_class, OneRecProcessor):
             generator.set_catalogue(processing_class.catalogue)
             check_schema(generator.config, processing_class.features)
+            check_lifelong(generator.config, processing_class.lifelong)
             # TRL assumes a vision model for a processor and allows unused parameters; here all parameters are used.
             if args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = False
@@ -147,7 +148,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
         if args.disable_dropout:
             for each in (self.model, self.ref_model):
                 if each is not None:
-                    _disable_plain_dropout(each)
+                    disable_plain_dropout(each)
         # OneRec's config always has a coefficient, which alone would make TRL add the auxiliary loss.
         if args.router_aux_loss_coef is None and not getattr(generator.config, "output_router_logits", False):
             self.aux_loss_enabled = False
@@ -249,7 +250,8 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
     def _outputs(self, model, inputs):
         """The model's outputs of all decoder rows, with logits."""
         repeats = inputs["input_ids"].shape[0] // inputs["encoder_input_ids"].shape[0]
-        features = {name: inputs[name].repeat(repeats, 1, 1) for name in ("feature_ids",) if name in inputs}
+        beside = ("feature_ids", "lifelong_ids")
+        features = {name: inputs[name].repeat(repeats, 1, 1) for name in beside if name in inputs}
         return model(
             **features,
             input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
@@ -365,7 +367,7 @@ def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 
 
-def _disable_plain_dropout(model: torch.nn.Module) -> None:
+def disable_plain_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):

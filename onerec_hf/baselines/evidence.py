@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.read_histories import ReadHistories
 from onerec_hf.data.evidence_counts import count_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, ItemEvidence, fit_weights
 
@@ -78,17 +79,19 @@ def _fitted(model: SequentialRecommender, items: ItemIndex, validation: Dataset,
     assert model.evidence is not None
     if len(validation) > _USERS:
         validation = validation.select(np.sort(np.random.default_rng(0).permutation(len(validation))[:_USERS]))
-    histories, sessions = validation["history"], validation["session"]
+    read, sessions = ReadHistories.of_examples(validation, items, model.features is not None), validation["session"]
     training = model.training
     model.eval()
     try:
         vectors, parts = model.item_vectors(), []
         for start in range(0, len(validation), _BATCH):
-            batch = [items.indices(history) for history in histories[start : start + _BATCH]]
-            input_ids = pad_left(batch, model.config.max_history).to(model.device)
-            excluded = pad_left(batch).to(model.device) if exclude_seen else None
-            scores = (model.encode(input_ids)[:, -1] @ vectors.T).float()
-            parts.append(model.evidence.features(scores, input_ids, model.content, excluded))
+            batch = read[start : start + _BATCH]
+            inputs = {name: ids.to(model.device) for name, ids in batch.inputs(model.config.max_history).items()}
+            input_ids = inputs["input_ids"]
+            excluded = pad_left(batch.seen).to(model.device) if exclude_seen else None
+            scores = (model.encode(input_ids, inputs.get("feature_ids"))[:, -1] @ vectors.T).float()
+            positive = inputs.get("positive_ids", input_ids)
+            parts.append(model.evidence.features(scores, positive, model.content, excluded))
     finally:
         model.train(training)
     features, rows = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -19,6 +19,7 @@ from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.saved import RANKING_TYPES, load_ranking
 from onerec_hf.modeling.files import read_json_object
+from onerec_hf.modeling.items_file import saved_items
 from onerec_hf.modeling.requests import (
     DEFAULT_BEAMS,
     Answer,
@@ -27,7 +28,6 @@ from onerec_hf.modeling.requests import (
     Request,
     RequestError,
     ResolvedRequest,
-    saved_items,
 )
 
 #: The `model_type` of the artefacts that [`load_item_recommender`] reads.
@@ -69,6 +69,10 @@ class ItemRecommender(Recommender):
     @property
     def schema(self) -> None:
         return None  # values of features are left out
+
+    @property
+    def reads_all(self) -> bool:
+        return False
 
     @property
     def max_history(self) -> int:

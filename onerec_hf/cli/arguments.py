@@ -116,7 +116,7 @@ class ShownItemArguments:
         from onerec_hf.data import canonical_ids, read_items
         from onerec_hf.data.columns import about
         from onerec_hf.data.item_fields import ItemFields
-        from onerec_hf.modeling.requests import saved_items
+        from onerec_hf.modeling.items_file import saved_items
         from onerec_hf.workflows.data_options import saved_data_options
 
         if not self.show_fields:

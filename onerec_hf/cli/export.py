@@ -72,6 +72,8 @@ def export_onnx(model, processor: OneRecProcessor, folder: Path) -> dict[str, fl
         raise ValueError(
             "the model is a OneRec-V2, whose heads depend on a token's place: export writes graphs of OneRec only"
         )
+    if model.config.lifelong is not None:
+        raise ValueError("the model has a lifelong pathway: export writes graphs of models without one only")
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
@@ -138,6 +140,7 @@ def encoder_graph(model) -> Any:
     """The encoder as a module whose outputs have names."""
     import torch
 
+    from onerec_hf.modeling.feature_embedding import positive_places
     from onerec_hf.modeling.item_head import history_states
     from onerec_hf.modeling.layers_onerec import at_places
 
@@ -154,7 +157,10 @@ def encoder_graph(model) -> Any:
             out = {"encoder_hidden_states": states}
             if self.scorer is not None:
                 mask = at_places(attention_mask, model.config.encoder_stride)
-                rows = self.encoder.item_head.history_rows(input_ids) if self.scorer.evidence is not None else None
+                rows = None
+                if self.scorer.evidence is not None:
+                    rows = self.encoder.item_head.history_rows(input_ids)
+                    rows = rows * positive_places(model.config.features, feature_ids)
                 scores = self.scorer.log_probs(history_states(out["encoder_hidden_states"], mask), rows)
                 scores = scores[:, self.leaves.clamp(min=0)]
                 out["item_log_probs"] = scores.masked_fill(self.leaves < 0, float("-inf"))  # retired items

@@ -153,12 +153,12 @@ def table_requests(
     of_user = _places(rows)
     chosen = list(of_user) if users is None else [_find_user(user, of_user, interactions) for user in users]
     liked: dict[Any, np.ndarray] = {}
-    kept = PositiveFeedback.parse(positive).apply(rows) if positive else rows
-    read = rows if whole else kept
+    holds = PositiveFeedback.parse(positive).holds(rows) if positive else np.ones(len(rows), dtype=bool)
+    read = rows if whole else rows.loc[holds].reset_index(drop=True)
     if len(read):
         sequences = UserSequences.from_interactions(read)
         liked = dict(zip(sequences.user_ids.tolist(), sequences.lists(), strict=True))
-    values = {} if schema is None else _values(read, read.index.isin(kept.index), schema)
+    values = {} if schema is None else _values(read, holds if whole else np.ones(len(read), dtype=bool), schema)
     items = rows["item_id"].to_numpy()
     for number, user in enumerate(chosen, start=1):
         history = liked.get(user, items[:0]).tolist()
@@ -173,11 +173,13 @@ def table_requests(
 
 def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> dict[Any, list[dict[str, Any]]]:
     """Values of each user's interactions, in the order of `UserSequences`."""
+    from onerec_hf.data.features import raw_values
     from onerec_hf.data.positives import LATEST_SECONDS
 
     named = dict.fromkeys(feature.name for feature in schema.interaction if feature.derive is None)
-    columns = {name: rows[name].astype(object).where(rows[name].notna(), None) for name in named if name in rows}
-    if "positive" in named and "positive" not in rows:
+    raw = {name: raw_values(name, rows[name]) for name in named if name in rows}  # as training has them
+    columns: dict[str, Any] = {name: of.astype(object).where(of.notna(), None) for name, of in raw.items()}
+    if "positive" in named:
         columns["positive"] = positive
     seconds = rows["timestamp"].to_numpy(np.float64)
     while len(seconds) and seconds.max() > LATEST_SECONDS:  # milliseconds, or finer

@@ -33,6 +33,7 @@ class Events:
         schema: the features; None before they are learned.
         codes: (N, interaction slots) int32; 0 in the slots that are derived of times, whose values depend on the interactions in between.
         users: (U,) ids and (U, user slots) int32 codes of the users table, for any users.
+        ties: (N,) int64, the same number for rows of one table with equal user and time, fractions included.
     """
 
     user_ids: np.ndarray
@@ -43,6 +44,7 @@ class Events:
     schema: FeatureSchema | None = None
     codes: np.ndarray | None = None
     users: tuple[np.ndarray, np.ndarray] | None = None
+    ties: np.ndarray | None = None
 
     @cached_property
     def seconds(self) -> np.ndarray:
@@ -54,9 +56,9 @@ class Events:
 
     def shuffled(self, seed: int) -> Events:
         """The interactions with those of equal user and time in random order."""
-        users = pd.factorize(self.user_ids)[0]
-        rows = np.lexsort((self.order, users))
-        ties = np.cumsum((np.diff(users[rows], prepend=-1) != 0) | (np.diff(self.timestamps[rows], prepend=0) != 0))
+        assert self.ties is not None
+        rows = np.lexsort((self.order, pd.factorize(self.user_ids)[0]))
+        ties = np.cumsum(np.diff(self.ties[rows], prepend=-1) != 0)
         order = np.empty_like(self.order)
         order[rows[np.lexsort((np.random.default_rng(seed).random(len(rows)), ties))]] = self.order[rows]
         return replace(self, order=order)

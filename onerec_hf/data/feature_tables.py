@@ -16,6 +16,7 @@ from onerec_hf.data.duplicates import ROW_NUMBERS
 from onerec_hf.data.events import Events
 from onerec_hf.data.features import Learned, encode_column, learn_feature, learn_features, raw_values
 from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.times import FRACTION
 from onerec_hf.modeling.features import DERIVED, MISSING, UNKNOWN, Feature, FeatureSchema
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class FeatureTables:
                         f"--{side}_features {name}: "
                         + ("write time for the times" if name == "timestamp" else "an id is no feature; leave it out")
                     )
-                if side == "interaction" and name == POSITIVE and self.everything:
+                if side == "interaction" and name == POSITIVE:
                     raise ValueError(f"--interaction_features {name}: this name is taken; rename the column")
             if len(set(names)) < len(names):
                 raise ValueError(f"--{side}_features {' '.join(names)}: name each column once")
@@ -150,7 +151,8 @@ class FeatureTables:
         }
         times = np.concatenate([table["timestamp"].to_numpy(np.int64) for table in self.interactions])
         read = ~np.concatenate(self.positive) if self.everything else None
-        return Events(ids["user_id"], ids["item_id"], times, np.arange(len(times)), read)
+        ties = np.cumsum(~np.concatenate([_tied(table) for table in self.interactions]))
+        return Events(ids["user_id"], ids["item_id"], times, np.arange(len(times)), read, ties=ties)
 
     def sequences(self) -> list[UserSequences]:
         """The positive interactions of each table."""
@@ -247,7 +249,7 @@ class FeatureTables:
         names, table = list(self.names.get(side) or ()), self._table(side)
         guess = names == [AUTO]
         if guess and table is not None:
-            others = {*_IDS[side], TIME, POSITIVE} if side == "interaction" else {*_IDS[side]}
+            others = {*_IDS[side], TIME, POSITIVE, FRACTION} if side == "interaction" else {*_IDS[side]}
             others |= {"text"} if side == "item" else set()
             names = [
                 str(name) for name in table.columns if name not in others and not ROW_NUMBERS.fullmatch(str(name))
@@ -292,6 +294,12 @@ class FeatureTables:
             return schema.encode_items([None] * len(item_ids))
         codes = _table_codes(schema.item, self.items.frame)
         return np.concatenate([codes, schema.encode_items([None])])[self.items.rows_of(item_ids)]
+
+
+def _tied(table: pd.DataFrame) -> np.ndarray:
+    """(rows,) bool: whether a row of a sorted table has the user and the time of the one before it, fractions included."""
+    names = [name for name in ("user_id", "timestamp", FRACTION) if name in table.columns]
+    return np.logical_and.reduce([table[name].eq(table[name].shift()).to_numpy(dtype=bool) for name in names])
 
 
 def columns_of(schema: FeatureSchema, side: str) -> list[str]:

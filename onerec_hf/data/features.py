@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError
-from onerec_hf.data.lists import is_listed
+from onerec_hf.data.lists import is_listed, list_lengths
 from onerec_hf.data.types import plain_column
 from onerec_hf.modeling.features import Feature, value_text
 
@@ -110,9 +110,14 @@ def raw_values(name: str, column: pd.Series) -> pd.Series:
         moments: Any = column.dt.tz_convert(None) if getattr(column.dtype, "tz", None) is not None else column
         return (moments - pd.Timestamp(0)) / pd.Timedelta(seconds=1)
     if column.dtype == object:
+        lengths = list_lengths(column)
+        if (lengths >= 0).any() and (lengths[column.notna().to_numpy()] < 0).any():
+            raise DataError(f"column {name!r}: lists beside single values. Write a list in each row, or leave it out.")
         for value in column.dropna():
             parts = value if isinstance(value, list | tuple | np.ndarray) else [value]
-            if isinstance(value, dict) or any(isinstance(part, dict | list | tuple | np.ndarray) for part in parts):
+            if isinstance(value, dict | set) or any(
+                isinstance(part, dict | list | tuple | np.ndarray) for part in parts
+            ):
                 raise DataError(f"column {name!r}: nested values, e.g. {value!r:.80}, are no feature. Leave it out.")
             if any(isinstance(part, float | np.floating) and part % 1 != 0 for part in parts) and parts is value:
                 raise DataError(

@@ -14,7 +14,8 @@ from onerec_hf.data.columns import DataError, column_of
 from onerec_hf.data.interactions import ItemTable, read_items
 from onerec_hf.data.lists import is_listed
 from onerec_hf.data.types import text_of
-from onerec_hf.modeling.requests import ITEMS_NAME, RESERVED_FIELDS
+from onerec_hf.modeling.items_file import ITEMS_NAME
+from onerec_hf.modeling.requests import RESERVED_FIELDS
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource

@@ -311,7 +311,13 @@ def _lazy_activations(config: Any, batch: Batch, count: _Counter, masked: bool) 
     # Keys are the values unless they are rotated or have channels of their own.
     history += matrix * of_layer * config.context_layers * (2 if rotated or config.context_split == 2 else 1)
     angles = 2 * count.head_dim * residual * (steps + (places + tokens * queries if rotated else 0))
-    shared = places * history + angles + count.item_head(batch.users, batch.history)
+    read = batch.history + static_places(config)
+    shared = (
+        places * history
+        + angles
+        + count.item_head(batch.users, read)
+        + count.features(batch.users, batch.users * read)
+    )
     shared += tokens * (8 + count.dropout(residual) + count.norm())
     scored = batch.session * levels
     shared += batch.users * scored * (count.inputs(width) + 8)  # inputs and targets of the heads

@@ -18,16 +18,15 @@ import numpy as np
 from onerec_hf.modeling.beam_search import between_steps
 from onerec_hf.modeling.catalogue import CATALOGUE_NAME, ItemCatalogue
 from onerec_hf.modeling.files import read_json_object
+from onerec_hf.modeling.items_file import ITEMS_NAME, saved_items
 from onerec_hf.modeling.requests import (
     DEFAULT_BEAMS,
-    ITEMS_NAME,
     BatchKind,
     Recommender,
     Request,
     RequestError,
     ResolvedRequest,
     known_indices,
-    saved_items,
 )
 
 if TYPE_CHECKING:

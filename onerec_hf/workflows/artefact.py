@@ -228,7 +228,7 @@ def recommender_of(folder: Path, load_items: LoadItems | None = None) -> Recomme
         ValueError, OSError: it is absent, damaged or of an unknown kind.
     """
     from onerec_hf.baselines.requests import ITEM_MODEL_TYPES, load_item_recommender
-    from onerec_hf.modeling.requests import saved_items
+    from onerec_hf.modeling.items_file import saved_items
     from onerec_hf.serving.models import load_generator, model_type
 
     of_items = model_type(folder) in ITEM_MODEL_TYPES

@@ -111,7 +111,12 @@ def candidate_features(
             batch = {key: value.to(model.device) for key, value in collator(some.to_list()).items()}
             mask = at_places(batch["attention_mask"], model.config.encoder_stride)
             features = batch.get("feature_ids")
-            states = encoder(batch["input_ids"], batch["attention_mask"], feature_ids=features).last_hidden_state
+            states = encoder(
+                batch["input_ids"],
+                batch["attention_mask"],
+                feature_ids=features,
+                lifelong_ids=batch.get("lifelong_ids"),
+            ).last_hidden_state
             scores = (history_states(states, mask) @ vectors.T).float()
             excluded = None
             if exclude_seen:

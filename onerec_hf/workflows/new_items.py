@@ -313,7 +313,7 @@ class _Grown:
     def save(self, target: Path | None) -> Path:
         """Writes the model with its source's other files into a folder, by default its own; `config.json` comes last."""
         from onerec_hf.data.item_fields import save_items_table
-        from onerec_hf.modeling.requests import saved_items
+        from onerec_hf.modeling.items_file import saved_items
 
         target = target or self.source
         with replacing_model(self.model, self.source, target, "config.json") as folder:
@@ -390,8 +390,23 @@ def _grown(
             some = None if rows is None else rows.select(added)
             of_added = _encoded(content, some, len(added), repo)
         _set_catalogue(model, grown, added, of_added, for_training)
-        processor.set_catalogue(grown)
+        processor.set_catalogue(grown, _item_values(processor, rows, added))
     return _Grown(source, model, processor, table, added.tolist(), new[~placed].tolist(), len(ids) - len(new))
+
+
+def _item_values(processor: OneRecProcessor, rows: ItemTable | None, added: np.ndarray) -> dict[Any, dict] | None:
+    """Values of the features of new items in the columns of their table."""
+    from onerec_hf.data.features import raw_values
+
+    if processor.features is None or rows is None:
+        return None
+    frame = rows.select(added).frame
+    named = [feature.name for feature in processor.features.item if feature.name in frame]
+    raw = {name: raw_values(name, frame[name]) for name in named}
+    columns = {name: of.astype(object).where(of.notna(), None).tolist() for name, of in raw.items()}
+    return {
+        item: {name: values[place] for name, values in columns.items()} for place, item in enumerate(added.tolist())
+    }
 
 
 def _encoded(encoder: Any, rows: ItemTable | None, items: int, repo: str) -> np.ndarray:

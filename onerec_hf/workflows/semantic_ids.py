@@ -58,8 +58,8 @@ def fit_semantic_ids(
         dataset = as_dataset(data)
         fitted = fit_catalogue(dataset, ids)
 
+        from onerec_hf.modeling.items_file import saved_items
         from onerec_hf.modeling.processing_onerec import OneRecProcessor
-        from onerec_hf.modeling.requests import saved_items
 
         begin(folder, command)
         write_origin(folder, fitted)

@@ -123,7 +123,7 @@ def split_table(
     tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
     if settings.ties == "shuffle":
         tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
-        sequences = concatenated(*tables)
+        sequences = concatenated(*tables).reading(kept)
     if features is not None:
         training = training_rows(sequences, lengths_of(tables[0], sequences.user_ids)) & features.of_table(0)
         sequences, said = features.coded(sequences, training)

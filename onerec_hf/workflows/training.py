@@ -582,7 +582,7 @@ def report(
     from huggingface_hub import HfApi
 
     from onerec_hf.hub_cards import Training, write_generator_card
-    from onerec_hf.modeling.requests import saved_items
+    from onerec_hf.modeling.items_file import saved_items
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
     about = {} if verdict is None else {"verdict": str(verdict), "differences": verdict.as_json()}

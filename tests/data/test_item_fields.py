@@ -9,7 +9,7 @@ from onerec_hf import ItemCatalogue
 from onerec_hf.data import DataError, read_items
 from onerec_hf.data.item_fields import ItemFields, read_items_file, save_items_table
 from onerec_hf.data.sources import with_text
-from onerec_hf.modeling.requests import saved_items
+from onerec_hf.modeling.items_file import saved_items
 
 CODES = [[0, 1], [1, 0], [1, 1]]
 

@@ -17,6 +17,7 @@ from onerec_hf.cli.demo import DemoArguments
 from onerec_hf.cli.demo_app import DemoRecommender
 from onerec_hf.cli.recommend import RecommendArguments, answer_lines
 from onerec_hf.data.item_fields import save_items_table
+from onerec_hf.modeling.items_file import saved_items
 from onerec_hf.modeling.requests import (
     AnswerCounts,
     ItemIdTypeError,
@@ -25,7 +26,6 @@ from onerec_hf.modeling.requests import (
     RequestError,
     UnknownItemError,
     known_indices,
-    saved_items,
 )
 from onerec_hf.serving.models import ServedModel, spell_key
 from onerec_hf.serving.schema import Answer as AnswerSchema

@@ -18,6 +18,7 @@ from onerec_hf.data.feature_tables import FeatureTables, TrainingRows, schema_of
 from onerec_hf.data.sequences import UserSequences
 from onerec_hf.data.shards.scans import import_polars
 from onerec_hf.data.splits import hold_out_last_two, training_rows
+from onerec_hf.data.times import FRACTION
 from onerec_hf.data.types import table_from_arrow
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _frame(rows: pl.DataFrame) -> pd.DataFrame:
     """As `read_interactions` has them, with `__positive__`."""
     pl = import_polars()
     names = {name: name.removeprefix(COLUMN) for name in rows.columns if name.startswith(COLUMN)}
-    names |= {"user": "user_id", "item": "item_id", "time": "timestamp", "positive": "__positive__"}
+    names |= {"user": "user_id", "item": "item_id", "time": "timestamp", "rest": FRACTION, "positive": "__positive__"}
     return table_from_arrow(rows.select(*names).to_arrow(compat_level=pl.CompatLevel.oldest())).rename(columns=names)
 
 

@@ -277,7 +277,7 @@ class Log:
         """
         named = list(self.features or ())
         if named == [AUTO]:
-            return [name for name in others if name not in (*DEFAULTS, "session_id", TIME, POSITIVE)]
+            return [name for name in others if name not in (*DEFAULTS, "session_id", TIME, POSITIVE, FRACTION)]
         wanted = [name for name in named if name != TIME]
         if missing := [name for name in wanted if name not in others]:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -123,11 +124,14 @@ class PreparedFolder:
         Raises:
             DataError: a damaged file.
         """
-        path = self.path / FEATURES_NAME
-        if not path.is_file():
+        path, wanted = self.path / FEATURES_NAME, self.manifest.get("features_sha256")
+        if wanted is None and not path.is_file():
             return None
         try:
-            schema = FeatureSchema.from_json(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            if wanted is not None and hashlib.sha256(content).hexdigest() != wanted:
+                raise ValueError("it is of another folder")
+            schema = FeatureSchema.from_json(content.decode())
             codes = np.zeros((len(self.item_ids), 0), np.int32)
             if schema.item:
                 lists = pq.read_table(self.path / "items.parquet", columns=["features"])["features"]

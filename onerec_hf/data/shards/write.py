@@ -165,6 +165,8 @@ def prepare_log(
             "train": [{"file": name, "rows": rows} for name, rows in run.shards],
             "protocol": run.protocol(),
         }
+        if (schema := folder / FEATURES_NAME).is_file():
+            manifest["features_sha256"] = hashlib.sha256(schema.read_bytes()).hexdigest()
         (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
