@@ -249,9 +249,11 @@ class RequestFeatures:
         """
         if not isinstance(user, Mapping | None):
             raise ValueError(f"user must be an object with values of features; got {user!r:.60}")
-        codes = interaction_codes(schema, [len(ids)], None if objects is None else [objects])
-        known = codes[catalogue.indices(ids, unknown="mask") >= 0] if len(codes) else codes
-        return cls(schema.encode_users([user])[0], known if keep is None else known[-keep:])
+        known = np.flatnonzero(catalogue.indices(ids, unknown="mask") >= 0) if len(ids) else np.zeros(0, np.int64)
+        # As in training, the gap is to the interaction before with an item that the catalogue holds.
+        read = None if objects is None else [[objects[place] for place in known.tolist()]]
+        codes = interaction_codes(schema, [len(known)], read)
+        return cls(schema.encode_users([user])[0], codes if keep is None else codes[-keep:])
 
     @staticmethod
     def columns(features: Sequence[RequestFeatures | None]) -> dict[str, list]:

@@ -235,11 +235,14 @@ class FeatureSchema:
 
     def encode_interactions(self, history: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """
-        (interactions, slots) int32 codes of one user's history, oldest first. Times are seconds since 1970 or ISO 8601 text.
+        (interactions, slots) int32 codes of one user's history, oldest first. Times are seconds since 1970 or ISO 8601 text. Where histories hold
+        other interactions too, one that does not say whether it was `positive` was.
 
         Raises:
             ValueError: a time that is neither.
         """
+        if self.not_positive is not None:
+            history = [{POSITIVE: True, **event} for event in history]
         if not any(feature.derive for feature in self.interaction):
             return _encoded(self.interaction, history)
         times = np.array([seconds_of(event.get(self.time)) for event in history], np.float64)

@@ -211,6 +211,16 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         histories, objects = split_histories(histories)
         keep = max_history if max_history is not None else self.max_history
         rows, lengths, places = self._rows(histories, unknown, "history")
+        if (
+            objects is not None
+        ):  # as in training, the gap is to the interaction before with an item that the catalogue holds
+            flat = [entry for history in objects for entry in history]
+            starts = np.cumsum(lengths) - lengths
+            objects = [
+                [flat[place] for place in places[start : start + length]]
+                for start, length in zip(starts, lengths, strict=True)
+            ]
+            places = np.arange(len(rows))
         tokenizer, earlier = self.tokenizer, None
         if keep is not None:
             latest = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) <= keep

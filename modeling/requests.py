@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from .feature_codes import RequestFeatures, check_lifelong, check_schema, split_history
+from .features import POSITIVE, value_text
 from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
@@ -414,7 +415,9 @@ class Recommender:
             skipped += unknown
         if ranks := candidates is not None:
             allow = candidates
-        exclude = np.unique(np.concatenate([exclude, history]) if request.exclude_seen and not ranks else exclude)
+        if request.exclude_seen and not ranks:
+            exclude = np.concatenate([exclude, self._seen(ids, objects, history)])
+        exclude = np.unique(exclude)
         if allow is None:
             left = catalogue.num_left(exclude)
         else:
@@ -423,6 +426,14 @@ class Recommender:
         latest = catalogue.ids(history if keep is None else history[-keep:])
         cut = len(latest) < len(history)
         return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks, features)
+
+    def _seen(self, ids: Any, objects: list[dict] | None, history: np.ndarray) -> np.ndarray:
+        """The items that the user has had: those of a history without interactions that were not positive, as in evaluation."""
+        if objects is None or self.schema is None or self.schema.not_positive is None:
+            return history
+        rows = self.catalogue.indices(ids, unknown="mask")
+        had = np.array([value_text(entry.get(POSITIVE)) != "0" for entry in objects], dtype=bool)
+        return rows[had & (rows >= 0)]
 
     def problem(self, resolved: ResolvedRequest) -> RequestError | None:
         """Why the answer is empty; None where it need not be."""

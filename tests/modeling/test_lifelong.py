@@ -274,4 +274,6 @@ def test_what_does_not_belong_together_is_refused():
     with pytest.raises(StrictDataclassError, match="multiple of the 4 tokens"):
         OneRecConfig(**TINY, lifelong={"queries": 6})
     with pytest.raises(ValueError, match="vectors of 3 items"):
-        OneRecProcessor.from_catalogue(catalogue(), lifelong=LifelongHistory(np.zeros((3, 2), np.float16)))
+        OneRecProcessor.from_catalogue(catalogue(), 4, lifelong=LifelongHistory(np.zeros((3, 2), np.float16)))
+    with pytest.raises(ValueError, match="pass max_history too"):
+        OneRecProcessor.from_catalogue(catalogue(), lifelong=processor.lifelong)

@@ -56,7 +56,7 @@ REFUSED = [
     (GOOD | {"session_length": 11}, 422, "session_length is at most 10"),
     (GOOD | {"exclude_seen": "no"}, 422, "exclude_seen: Input should be a valid boolean"),
     (GOOD | {"unknown": "ignore"}, 422, "unknown:"),
-    (GOOD | {"topk": 3}, 422, "unknown key 'topk'; use history, top_k"),
+    (GOOD | {"topk": 3}, 422, "unknown key 'topk'; use history, user, top_k"),
     (GOOD | {"k" * 500: 3}, 422, "unknown key"),
 ]
 
@@ -99,7 +99,7 @@ def test_probes_and_schema(server):
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/ready").json() == {"status": "ready", "model": server.service.model.version}
     schema = server.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/recommend", "/health", "/ready", "/metrics", "/reload"}
+    assert set(schema["paths"]) == {"/recommend", "/similar", "/health", "/ready", "/metrics", "/reload"}
     assert set(schema["components"]["schemas"]["Query"]["properties"]) >= {"history", "exclude", "allow", "top_k"}
     assert set(schema["paths"]["/recommend"]["post"]["responses"]) >= {"200", "401", "413", "422", "503", "504"}
 
