@@ -177,7 +177,7 @@ class Log:
 
     def __init__(self, data, folder: Path):
         self.items = len(data.item_ids)
-        rows = pd.read_parquet(folder / "log_standard_4_25_to_5_08_pure.parquet").drop_duplicates()
+        rows: Any = pd.read_parquet(folder / "log_standard_4_25_to_5_08_pure.parquet").drop_duplicates()
         rows = rows.rename(columns=lambda name: name.removeprefix("is_")).rename(columns={"video_id": "item_id"})
         rows["timestamp"] = rows["time_ms"] // 1000
         rows = rows.assign(item=np.searchsorted(data.item_ids, rows["item_id"]).clip(max=self.items - 1))
@@ -229,10 +229,11 @@ class Log:
         popularity = np.bincount(positive["item"], minlength=self.items)
         share, columns = popularity / popularity.sum(), {}
         for name in values.columns:
-            both = pd.concat([self.users[name], values[name]])
+            both: Any = pd.concat([self.users[name], values[name]])
             codes = _codes(both)
             if codes.max() > 60:  # numbers and large vocabularies as quantiles
-                codes = _codes(pd.qcut(pd.Series(codes), 20, labels=False, duplicates="drop"))
+                buckets: Any = pd.qcut(pd.Series(codes), 20, labels=False, duplicates="drop")
+                codes = _codes(buckets)
             of_user = pd.Series(codes[: len(self.users)], index=self.users.index)
             code = codes[len(self.users) :]
             columns[name] = code[who]
@@ -300,7 +301,7 @@ class Log:
         columns = {"hour": (times // 3600 % 24)[who], "weekday": ((times // DAY + 3) % 7)[who]}
         if now == "request":
             columns["gap"] = (times - past["time"])[who]
-        train = self.train
+        train: Any = self.train
         for what, some in (("positive", train[train["positive"]]), ("shown", train)):
             stamps = some["timestamp"].to_numpy()
             key = np.sort(some["item"].to_numpy().astype(np.int64) * 10**10 + stamps)

@@ -74,9 +74,11 @@ class Bench:
         if key not in self.loaded:
             plain = load_in_memory(**self.named)
             has = {"user": plain.source.users is not None, "item": plain.source.items is not None, "interaction": True}
-            names = {GROUPS[group]: AUTO for group in groups if has[group]}
+            names: dict[str, Any] = {GROUPS[group]: AUTO for group in groups if has[group]}
             length = 20 if everything else 10
-            feedback = {"history_feedback": "all"} if everything and plain.source.positive.rules else {}
+            feedback: dict[str, Any] = (
+                {"history_feedback": "all"} if everything and plain.source.positive.rules else {}
+            )
             self.loaded[key] = load_in_memory(**self.named, **names, **feedback, max_history=length)
         return self.loaded[key]
 
@@ -97,7 +99,7 @@ class Bench:
         ]
         means = {kind: np.mean([each["ndcg@10"].mean() for each in some]) for kind, some in found.items()}
         ratio = result_row(
-            f"{self.name}/ndcg@10_with_over_without", means["with"] / means["without"], "ratio",
+            f"{self.name}/ndcg@10_with_over_without", float(means["with"] / means["without"]), "ratio",
             against=f"{self.name}/onerec/without/ndcg@10", spread=[min(ratios), max(ratios)],
         )  # fmt: skip
         return [ratio, *self._rows("onerec", found, "without")]
@@ -179,7 +181,9 @@ class Bench:
                 values = [each[metric].mean() for each in seeds]
                 spread = [min(values), max(values)]
                 rows.append(
-                    result_row(f"{self.name}/{model}/{variant}/{metric}", np.mean(values), "share", spread=spread)
+                    result_row(
+                        f"{self.name}/{model}/{variant}/{metric}", float(np.mean(values)), "share", spread=spread
+                    )
                 )
             if variant != base:
                 gains = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(seeds, found[base], strict=True)], axis=0)

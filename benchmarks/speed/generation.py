@@ -179,7 +179,7 @@ def ablation(setting: Setting, users: int, beams: int, items: int, repetitions: 
         def reorder(self, origin):
             self.buffer = self.buffer.index_select(0, origin)
 
-    def without(name, value, where=generation_onerec):
+    def without(name, value, where: Any = generation_onerec):
         def run():
             with patch.object(where, name, value):
                 setting.recommend(beams, items)

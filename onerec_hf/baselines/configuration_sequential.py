@@ -1,5 +1,7 @@
 """Configuration of the sequence models SASRec, HSTU and GRU4Rec."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -63,7 +65,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     """
 
     model_type = "onerec_baseline"
-    sub_configs = {"features": FeaturesConfig}
+    sub_configs = {"features": FeaturesConfig}  # pyright: ignore[reportAssignmentType]
 
     architecture: str = "sasrec"
     num_items: int = 1
@@ -108,7 +110,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history neighbours",
             layers="num_hidden_layers",
         )
-        if self.score_features and not (self.features and self.features.item_slots):
+        features: Any = self.features
+        if self.score_features and not (features and features.item_slots):
             raise ValueError("score_features=True needs features of items")
         widths = {"item_feature_dim": 2**31, "content_dim": 2**31, "item_id_bytes": 2**20}
         for name, most in widths.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -81,7 +81,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, features)) if features else None
         self.feature_proj = nn.Linear(features, width, bias=False) if features else None
         self.features = FeatureEmbedding(config) if config.features is not None else None
-        codes = config.features.item_slots if config.features is not None else 0
+        own: Any = config.features
+        codes = own.item_slots if own is not None else 0
         # Of input ids; without the values of an item they are missing ones, which begin at zero.
         self.item_codes = nn.Buffer(torch.zeros(config.num_items + 1, codes, dtype=torch.int32)) if codes else None
         self.encoder = ENCODERS[config.architecture](config)
@@ -226,7 +227,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         if self.feature_proj is not None and self.item_features is not None:
             vectors = vectors + self.feature_proj(self.item_features[1:].to(vectors.dtype))
         if self.config.score_features and self.features is not None and self.item_codes is not None:
-            others = self.config.features.slots - self.item_codes.shape[1]
+            own: Any = self.config.features
+            others = own.slots - self.item_codes.shape[1]
             codes = F.pad(self.item_codes[1:].long(), (others, 0))
             vectors = vectors + self.features(codes.unsqueeze(1), packed=True).squeeze(1)
         return vectors
@@ -238,7 +240,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
                 raise ValueError("this model has no features: leave feature_ids out")
             return 0.0
         if feature_ids is None:
-            slots = self.config.features.slots - (0 if self.item_codes is None else self.item_codes.shape[1])
+            own: Any = self.config.features
+            slots = own.slots - (0 if self.item_codes is None else self.item_codes.shape[1])
             feature_ids = (input_ids != 0).long().unsqueeze(-1).expand(-1, -1, slots) * MISSING
         if self.item_codes is not None:
             feature_ids = torch.cat([feature_ids, self.item_codes[input_ids].long()], dim=-1)

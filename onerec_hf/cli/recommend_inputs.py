@@ -173,11 +173,12 @@ def table_requests(
 
 def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> dict[Any, list[dict[str, Any]]]:
     """Values of each user's interactions, in the order of `UserSequences`."""
+    from onerec_hf.data.columns import column_of
     from onerec_hf.data.features import raw_values
     from onerec_hf.data.positives import LATEST_SECONDS
 
     named = dict.fromkeys(feature.name for feature in schema.interaction if feature.derive is None)
-    raw = {name: raw_values(name, rows[name]) for name in named if name in rows}  # as training has them
+    raw = {name: raw_values(name, column_of(rows, name)) for name in named if name in rows}  # as training has them
     columns: dict[str, Any] = {name: of.astype(object).where(of.notna(), None) for name, of in raw.items()}
     if "positive" in named:
         columns["positive"] = positive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import ceil
@@ -75,7 +76,7 @@ class OneRecDataCollator:
         return torch.from_numpy(seen)
 
 
-def positive_items(example: dict[str, Any]) -> list:
+def positive_items(example: Mapping[str, Any]) -> list:
     """The items that the user has had: the history without interactions that are not positive."""
     flags = example.get("history_positive")
     return example["history"] if flags is None else list(compress(example["history"], flags))
@@ -85,7 +86,7 @@ def positive_items(example: dict[str, Any]) -> list:
 FEATURE_COLUMNS = ("user_features", "history_features")
 
 
-def feature_columns(processor: OneRecProcessor, examples: list[dict[str, Any]]) -> dict[str, list]:
+def feature_columns(processor: OneRecProcessor, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     What the processor's features need of examples: the column `user_features` where its schema has user features, and `history_features` where it has
     features of interactions. Empty for a processor without features.
@@ -202,14 +203,14 @@ class PackedDataCollator:
         reads = np.minimum(np.concatenate(read) + static, np.repeat(lengths, counts))
         ranges = torch.tensor([0, 1]).repeat(batch * slots, 1)
         ranges[slot] = torch.from_numpy(np.repeat(begins, counts)[:, None] + np.stack([0 * reads, reads], 1)) * width
-        features = {}
+        codes_of: dict[str, torch.Tensor] = {}
         if "feature_ids" in inputs:
             codes = torch.zeros(batch * items, inputs["feature_ids"].shape[2], dtype=torch.int64)
             codes[flat] = inputs["feature_ids"][inputs["attention_mask"][:, ::width].bool()]
-            features = {"feature_ids": codes.view(batch, items, -1)}
+            codes_of["feature_ids"] = codes.view(batch, items, -1)
         return {
             "input_ids": tokens.view(batch, -1),
-            **features,
+            **codes_of,
             "segment_ids": segment_ids.repeat_interleave(width).view(batch, -1),
             "history_ranges": ranges.view(batch, slots, 2),
             **self._decoder([session for group in sessions for session in group], slot, batch * slots),

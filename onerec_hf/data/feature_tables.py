@@ -105,8 +105,8 @@ class FeatureTables:
 
     def __post_init__(self):
         if self.schema is not None:
-            names: dict[str, Any] = {side: columns_of(self.schema, side) for side in _SIDES}
-            object.__setattr__(self, "names", names)
+            of_schema = {side: columns_of(self.schema, side) for side in _SIDES}
+            object.__setattr__(self, "names", of_schema)
         for side in _SIDES:
             names, table = list(self.names.get(side) or ()), self._table(side)
             if names and table is None:
@@ -394,6 +394,8 @@ def _counted(schema: FeatureSchema, sequences: UserSequences) -> list[str]:
     read, said = sequences.histories, []
     for side, codes in (("user", read.users), ("interaction", read.codes)):
         counts, slot = [], 0
+        if codes is None:
+            continue
         for feature in getattr(schema, side):
             mine, slot = codes[:, slot : slot + feature.slots], slot + feature.slots
             if feature.derive is not None:

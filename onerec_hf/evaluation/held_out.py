@@ -80,7 +80,7 @@ def seen_items(examples: datasets.Dataset, items: Any, active: np.ndarray | None
         >>> found.unranked.tolist(), found.hidden.tolist()
         ([False, True], [False, True])
     """
-    table = examples.with_format("arrow")[:]
+    table: Any = examples.with_format("arrow")[:]  # an Arrow table
     keys = {}
     for column in ("history", "session"):
         lists = table[column].combine_chunks()

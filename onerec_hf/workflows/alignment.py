@@ -189,8 +189,9 @@ def align(
         logged = None if how.impressions is None else _logged_samples(how, args, dataset, processor)
         rows_given = preferences if logged is None else logged
         examples = _drawn(dataset.train if rows_given is None else rows_given, how.max_examples, args.seed)
+        real: Any = dataset.train
         trainer = make_trainer(
-            sharding.shard(model), rewards, args, processor, examples, None if logged is None else dataset.train
+            sharding.shard(model), rewards, args, processor, examples, None if logged is None else real
         )
         trainer.add_callback(record.callback())
         if how.evaluate:

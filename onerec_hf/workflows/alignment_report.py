@@ -79,7 +79,7 @@ def _has_values(row: Mapping[str, Any]) -> bool:
 def measured(
     model: Any,
     processor: OneRecProcessor,
-    examples: Sequence[Mapping[str, list]],
+    examples: Sequence[Mapping[str, Any]],
     judges: Mapping[str, list],
     exclude_seen: bool,
 ) -> dict[str, float]:

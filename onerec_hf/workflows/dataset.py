@@ -141,8 +141,12 @@ class InMemoryDataset:
         options = {each.name: getattr(self.settings, each.name) for each in data_options()}
         return with_features(options, self._schema)
 
-    @cached_property
+    @property
     def features(self) -> DatasetFeatures | None:
+        return self._features
+
+    @cached_property
+    def _features(self) -> DatasetFeatures | None:
         from onerec_hf.data import DatasetFeatures
 
         if self.tables is None or self._schema is None:

@@ -396,13 +396,14 @@ def _grown(
 
 def _item_values(processor: OneRecProcessor, rows: ItemTable | None, added: np.ndarray) -> dict[Any, dict] | None:
     """Values of the features of new items in the columns of their table."""
+    from onerec_hf.data.columns import column_of
     from onerec_hf.data.features import raw_values
 
     if processor.features is None or rows is None:
         return None
     frame = rows.select(added).frame
     named = [feature.name for feature in processor.features.item if feature.name in frame]
-    raw = {name: raw_values(name, frame[name]) for name in named}
+    raw = {name: raw_values(name, column_of(frame, name)) for name in named}
     columns = {name: of.astype(object).where(of.notna(), None).tolist() for name, of in raw.items()}
     return {
         item: {name: values[place] for name, values in columns.items()} for place, item in enumerate(added.tolist())

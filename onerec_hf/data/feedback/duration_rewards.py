@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.columns import DataError, names_source
+from onerec_hf.data.columns import DataError, column_of, names_source
 from onerec_hf.data.feedback.watch_time import duration_bucket, milliseconds
 from onerec_hf.data.interactions import read_interactions
 
@@ -110,10 +110,8 @@ def logged_samples(
             "Write them in the same form."
         )
     for column in wanted:
-        if log[column].isna().any():
-            raise DataError(
-                f"impressions: column {column!r} has {int(log[column].isna().sum())} missing values. Drop or fill them."
-            )
+        if missing := int(column_of(log, column).isna().sum()):
+            raise DataError(f"impressions: column {column!r} has {missing} missing values. Drop or fill them.")
     disliked = None if dislike_column is None else log[dislike_column].to_numpy() > 0
     rewards = duration_rewards(users, log[play_time_column], log[duration_column], disliked)
     rows = np.searchsorted(sequences.user_ids, users).clip(max=len(sequences) - 1)
