@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
-from onerec_hf import OneRecConfig, OneRecProcessor
-from onerec_hf.cli.export import TOLERANCE, export_onnx
+from onerec_hf import OneRecConfig, OneRecProcessor, OneRecV2Config, OneRecV2ForConditionalGeneration
+from onerec_hf.cli.export import TOLERANCE, encoder_graph, export_onnx
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.modeling.feature_embedding import FeatureEmbedding
-from onerec_hf.modeling.features import MISSING, UNKNOWN, FeatureSchema
+from onerec_hf.modeling.features import MISSING, POSITIVE, UNKNOWN, Feature, FeatureSchema
 from onerec_hf.modeling.features_file import FEATURES_NAME
 from onerec_hf.modeling.files import read_safetensors
+from onerec_hf.modeling.item_evidence import LISTS
 from tests.conftest import make_model
 from tests.modeling.feature_models import (
     CATALOGUE,
@@ -183,6 +184,20 @@ def test_packed_equals_unpacked(schema, pools):
     packed = PackedDataCollator(processor, encoder_is_causal=False, pad_to_multiple_of=4)(rows)
     assert packed["feature_ids"].shape[:2] == (2, packed["input_ids"].shape[1] // 4)
     assert_close(model(**packed).loss, model(**padded).loss)
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_packed_rows_of_a_lazy_decoder_equal_unpacked_ones(pools):
+    """Each of a row's users has features of its own, at a place of its own."""
+    config = {"codebook_sizes": CATALOGUE.codebook_sizes, "hidden_size": 32, "decoder_layers": 2, "dropout_rate": 0.0}
+    torch.manual_seed(0)
+    model = OneRecV2ForConditionalGeneration(
+        OneRecV2Config(**config, initializer_range=0.2, features=SCHEMA.config(), encoder_pools_items=pools)
+    ).eval()
+    model.model.encoder.features.table.weight.data[1:].normal_(std=0.5)
+    examples = [{**example, "session": [f"m{i}"]} for i, example in enumerate(columns(*random_examples(5)))]
+    packed = PackedDataCollator(PROCESSOR, True)([{"examples": examples[:3]}, {"examples": examples[3:]}])
+    assert_close(model(**packed).loss, model(**OneRecDataCollator(PROCESSOR)(examples)).loss)
 
 
 @pytest.mark.parametrize("pools", [False, True])
@@ -476,6 +491,34 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         OneRecProcessor.from_pretrained(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_an_exported_encoder_counts_positive_interactions_alone_as_evidence():
+    schema = FeatureSchema(interaction=(Feature(POSITIVE, values=("0", "1")),))
+    head = {"num_items": len(CATALOGUE), "loss_weight": 1.0, "evidence": True, "neighbours": 4}
+    model = make(schema, {"not_positive": schema.not_positive}, item_head=head)
+    evidence = model.get_encoder().item_head.evidence
+    torch.manual_seed(2)
+    for name in LISTS:
+        rows = torch.stack([torch.randperm(len(CATALOGUE))[:4] + 1 for _ in CATALOGUE.item_ids])
+        evidence.set_list(name, rows, torch.rand(rows.shape) * 9)
+    evidence.set_weights(torch.rand(len(evidence.weights)) + 0.5)
+    history = [{"item": "m1", POSITIVE: True}, {"item": "m2", POSITIVE: False}]
+    inputs = OneRecProcessor.from_catalogue(CATALOGUE, 8, schema)([history])
+    count = len(CATALOGUE)
+    ranked = model.recommend(
+        **inputs,
+        session_length=1,
+        num_beams=count,
+        num_return_sequences=count,
+        item_score_weight=1.0,
+        decoder_weight=0.0,
+        return_dict_in_generate=True,
+    )
+    items = PROCESSOR.batch_decode(ranked.sequences)
+    with torch.no_grad():
+        scores = encoder_graph(model)(**inputs)["item_log_probs"][0]
+    assert_close(scores[CATALOGUE.indices([item for (item,) in items])], ranked.sequences_scores)
 
 
 def test_an_exported_encoder_reads_features(tmp_path):

@@ -16,10 +16,12 @@ from onerec_hf import (
     OneRecV2Config,
     OneRecV2ForConditionalGeneration,
 )
+from onerec_hf.cli.export import export_onnx
 from onerec_hf.data import OneRecDataCollator, PackedDataCollator
 from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.modeling.lifelong import LifelongPathway
 from onerec_hf.modeling.lifelong_history import LIFELONG_NAME, LifelongHistory, compress_history
+from onerec_hf.modeling.requests import Recommender, Request, RequestError
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 from tests.rounding import assert_close
 
@@ -277,3 +279,40 @@ def test_what_does_not_belong_together_is_refused():
         OneRecProcessor.from_catalogue(catalogue(), 4, lifelong=LifelongHistory(np.zeros((3, 2), np.float16)))
     with pytest.raises(ValueError, match="pass max_history too"):
         OneRecProcessor.from_catalogue(catalogue(), lifelong=processor.lifelong)
+
+
+def test_requests_refuse_a_processor_with_another_pathway():
+    model, processor = made()
+    vectors = processor.lifelong.vectors
+    for lifelong in (None, LifelongHistory(vectors, 3, 4), LifelongHistory(vectors, 3, 8, pools_items=True)):
+        other = OneRecProcessor.from_catalogue(model.catalogue, max_history=4, lifelong=lifelong)
+        with pytest.raises(ValueError, match="different lifelong pathways"):
+            Recommender(model, other)
+    assert Recommender(model, processor).recommend([Request(HISTORIES[0], top_k=2)])
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    own = {**TINY, "hidden_size": 18, "num_attention_heads": 4, "head_dim": 4}
+    OneRecConfig(**own)
+    with pytest.raises(StrictDataclassError, match="hidden_size=18 must be a multiple of num_attention_heads=4"):
+        OneRecConfig(**own, lifelong={"queries": 4})
+
+
+def test_export_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the model has a lifelong pathway"):
+        export_onnx(*made(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_requests_read_whole_histories():
+    model, processor = made()
+    for weight in model.parameters():
+        weight.data.mul_(5)  # so that what is older matters
+    recommender = Recommender(model, processor)
+    answers = recommender.recommend([Request(history, top_k=1, exclude_seen=False) for history in HISTORIES])
+    asked = {"session_length": 1, "num_beams": 10, "return_dict_in_generate": True}
+    found = model.recommend(**processor(HISTORIES), **asked)
+    assert [answer.sessions for answer in answers] == [[session] for session in processor.batch_decode(found)]
+    assert_close(torch.tensor([answer.scores[0] for answer in answers]), found.sequences_scores)
+    with pytest.raises(RequestError, match="max_history: a model with a lifelong pathway reads its own"):
+        recommender.recommend([Request(HISTORIES[0], max_history=2)])

@@ -30,6 +30,7 @@ SIZES = {
     "experts": {"num_experts": 8, "first_dense_layers": 1},
     "experts, none of them shared": {"num_experts": 8, "num_shared_experts": 0},
     "vectors": {"item_head": {"num_items": 50, "content_dim": 5, "loss_weight": 0}},
+    "features": {"features": {"user": [["age", 9, 1], ["tags", 7, 2]], "item": [["year", 6, 1]], "dim": 5}},
 }
 each_size = pytest.mark.parametrize("size", SIZES)
 

@@ -13,9 +13,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from onerec_hf.data.collators import PackedDataCollator
+from onerec_hf import OneRecProcessor
+from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
+from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.trainers import BatchOutOfMemoryError, NonFiniteError, newest_checkpoint
 from onerec_hf.trainers.faults import batch_examples
+from tests.modeling.test_lifelong import HISTORIES, made
 from tests.trainers import preference_runs, test_onerec_dpo, test_reward_trainer
 from tests.trainers.test_onerec_trainer import PROCESSOR, examples, make_trainer
 
@@ -128,6 +131,17 @@ def test_examples_of_packed_rows():
     batch = collator([{"examples": rows[:5]}, {"examples": rows[5:]}])
     found = batch_examples(batch, PROCESSOR)
     assert found == [{"history": row["history"][-5:], "session": row["session"]} for row in rows]
+
+
+@pytest.mark.parametrize("reads", ["lifelong", "features"])
+def test_examples_hold_items_alone_where_rows_begin_with_other_places(reads):
+    _, processor = made()
+    if reads == "features":
+        schema = FeatureSchema(user=(Feature("age", edges=(30.0,)),))
+        processor = OneRecProcessor.from_catalogue(processor.catalogue, max_history=4, features=schema)
+    rows = [{"history": history, "session": [9], "user_features": [3]} for history in HISTORIES]
+    batch = OneRecDataCollator(processor)(rows)
+    assert batch_examples(batch, processor) == [{"history": history[-4:], "session": [9]} for history in HISTORIES]
 
 
 class Greedy:

@@ -1,5 +1,6 @@
 """Policy optimisation: the policy is what draws, ECPO and GBPO have the papers' gradients, ranks and resumes change nothing, rewards rise."""
 
+import functools
 import json
 import logging
 import math
@@ -11,7 +12,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from onerec_hf import OneRecForSessionReward, OneRecProcessor, OneRecRewardConfig, RewardItems
+from onerec_hf import (
+    OneRecForSessionReward,
+    OneRecProcessor,
+    OneRecRewardConfig,
+    OneRecV2Config,
+    OneRecV2ForConditionalGeneration,
+    RewardItems,
+)
+from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.trainers import NonFiniteError, OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.onerec_grpo_config import LOSSES
 from onerec_hf.trainers.policy_losses import gbpo_old_logps
@@ -360,6 +369,14 @@ def run_on_rank(folder, settings):
     return one_step(folder, per_device_train_batch_size=8, ntp_batch_size=2, **settings)
 
 
+def test_a_checkpoint_without_the_rollouts_is_refused(tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, save_only_model=True, **settings).train()
+    trainer = make_trainer(tmp_path, **{**settings, "max_steps": 2})
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds no .* it was saved with save_only_model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_models_with_an_item_head_train_with_recomputed_layers(tmp_path):
     head = {"num_items": 20, "loss_weight": 1.0}
     model = make_model(CATALOGUE, seed=1, item_head=head, encoder_pools_items=True, encoder_is_causal=True)
@@ -390,6 +407,20 @@ def test_evaluation_draws_the_same_sessions_each_time(tmp_path):
     metrics = [trainer.evaluate() for _ in range(2)]
     assert metrics[0]["eval_reward"] == metrics[1]["eval_reward"]
     assert metrics[0]["eval_rollouts/legal"] == 1
+
+
+@pytest.mark.parametrize("head", [{"dropout": 0.5}, {"dropout": 0.5, "loss_weight": 1.0}])
+def test_disabled_dropout_is_that_of_the_item_head_too(tmp_path, head):
+    model = make_model(CATALOGUE, seed=1, item_head={"num_items": 20, **head})
+    trainer = make_trainer(tmp_path, model=model, ntp_weight=0.0)
+    batch = rollouts_of(trainer)
+    parts = [
+        torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], -1).flatten(0, 1) for name in ("ids", "mask")
+    ]
+    length = batch["completion_ids"].shape[-1]
+    assert trainer.model.training
+    first, second = (trainer._get_per_token_logps_and_entropies(trainer.model, *parts, length)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 # -- free decoding ---------------------------------------------------------------------------------------------------------------------
@@ -479,6 +510,28 @@ def test_logged_samples_that_the_policy_cannot_draw_are_counted(tmp_path):
     batch = rollouts_of(trainer, rows)
     assert batch["tool_mask"].sum(-1).flatten().tolist() == [0, 0, 6]
     assert trainer._metrics["train"]["rollouts/left_out"] == close([2 / 3])
+
+
+def make_lazy(**config):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "decoder_layers": 2}
+    model = OneRecV2ForConditionalGeneration(
+        OneRecV2Config(codebook_sizes=CATALOGUE.codebook_sizes, session_length=2, **sizes, **config)
+    )
+    model.set_catalogue(CATALOGUE)
+    return model
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_logged_samples_of_unequal_length_have_a_finite_loss_on_a_lazy_decoder(tmp_path, constrained):
+    rows = [{"history": ["m1"], "session": ["m2", "m3"][: 1 + place % 2], "advantage": 1.0} for place in range(4)]
+    settings = {"per_device_train_batch_size": 4, "num_generations": 2, "ntp_weight": 0.0, "loss_type": "gbpo"}
+    trainer = make_trainer(tmp_path, None, Dataset.from_list(rows * 4), make_lazy(), **settings)
+    trainer.args.constrained = constrained  # which is refused by name: a padding has no probability in any level
+    loss = trainer._compute_loss(trainer.model, rollouts_of(trainer, rows[:2]))
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert all(bool(each.grad.isfinite().all()) for each in trainer.model.parameters() if each.grad is not None)
 
 
 def test_a_nonfinite_loss_stops_with_its_sessions(tmp_path):
@@ -616,3 +669,23 @@ def test_fewer_legal_sessions_than_asked_for_are_left_out(tmp_path):
     loss = trainer._compute_loss(trainer.model, batch)
     loss.backward()
     assert all(bool(each.grad.isfinite().all()) for each in trainer.model.parameters() if each.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "settings", "message"),
+    [
+        (
+            functools.partial(make_model, CATALOGUE),
+            {"features": FeatureSchema(user=(Feature("age", edges=(30.0,)),)).config()},
+            {},
+            "reads features or lifelong histories",
+        ),
+        (functools.partial(make_model, CATALOGUE), {"lifelong": {"queries": 4}}, {}, "reads features or lifelong"),
+        (make_lazy, {"lifelong": {"queries": 4}}, {}, "reads features or lifelong histories"),
+        (make_lazy, {}, {"constrained": False, "rollouts": "sample"}, "the softmax of a OneRec-V2"),
+    ],
+    ids=["features", "lifelong", "lazy lifelong", "lazy free"],
+)
+def test_models_that_it_does_not_align_are_refused(tmp_path, make, config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=make(**config), **settings)

@@ -6,14 +6,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
 from onerec_hf.data.evidence_counts import count_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
 from onerec_hf.workflows import evaluate, load_dataset, load_model, load_processor, train
 from onerec_hf.workflows.artefact import new_model
-from onerec_hf.workflows.evidence import content_of_catalogue, content_vectors, fit_evidence, rows_of_items
+from onerec_hf.workflows.evidence import (
+    candidate_features,
+    content_of_catalogue,
+    content_vectors,
+    fit_evidence,
+    rows_of_items,
+)
 from onerec_hf.workflows.semantic_ids import fit_catalogue
 from onerec_hf.workflows.settings import ModelSettings, SemanticIDSettings
+from tests.modeling.test_lifelong import HISTORIES, ITEMS, made
+from tests.modeling.test_lifelong import TINY as LIFELONG_TINY
 from tests.rounding import assert_close
 from tests.workflows.conftest import TINY
 
@@ -139,3 +149,22 @@ def test_items_without_content_are_said(tables, capsys, tmp_path):
     train(dataset, output_dir=tmp_path / "model", **TINY, **HEAD, **RANKED)
     assert "the item head has no content vectors" in capsys.readouterr().err
     assert load_model("--model", str(tmp_path / "model")).config.item_head.content_dim == 0
+
+
+def test_weights_are_fitted_with_a_lifelong_pathway():
+    """Candidates are scored by the states of whole histories."""
+    _, processor = made()
+    torch.manual_seed(0)
+    head = {"num_items": ITEMS, "loss_weight": 1.0, "evidence": True, "neighbours": 4}
+    model = OneRecForConditionalGeneration(
+        OneRecConfig(**LIFELONG_TINY, lifelong={"items": 3, "queries": 8}, item_head=head)
+    )
+    model.set_catalogue(processor.catalogue)
+    features = []
+    for history in (HISTORIES[0], [39, 38, *HISTORIES[0][2:]]):
+        users = Dataset.from_dict({"history": [history], "session": [[9]]})
+        found, rows, targets = candidate_features(model, processor, users, exclude_seen=False)
+        assert found.isfinite().all()
+        assert int(targets[0]) in rows[0].tolist()
+        features.append(found[0, rows[0].argsort()])
+    assert not torch.equal(*features)
