@@ -521,6 +521,7 @@ def test_an_exported_encoder_counts_positive_interactions_alone_as_evidence():
     assert_close(scores[CATALOGUE.indices([item for (item,) in items])], ranked.sequences_scores)
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_reads_features(tmp_path):
     differences = export_onnx(make(), PROCESSOR, tmp_path)
     assert max(differences.values()) < TOLERANCE

@@ -61,7 +61,11 @@ def make_lazy(**config):
 
 @pytest.mark.parametrize(
     ("train_dataset", "settings"),
-    [(WINDOWS, {}), (PREFIXES, {}), (PREFIXES, {"packing": True, "packing_length": 12, "session_share": 0.7})],
+    [
+        pytest.param(WINDOWS, {}, marks=pytest.mark.slow),
+        (PREFIXES, {}),
+        (PREFIXES, {"packing": True, "packing_length": 12, "session_share": 0.7}),
+    ],
     ids=["windows", "prefixes", "packed prefixes, some of them"],
 )
 def test_it_learns_the_next_item(train_dataset, settings, tmp_path):
