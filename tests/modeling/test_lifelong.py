@@ -7,6 +7,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import pipeline
 
 from onerec_hf import (
     ItemCatalogue,
@@ -20,8 +21,9 @@ from onerec_hf.data import OneRecDataCollator, PackedDataCollator
 from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.modeling.lifelong import LifelongPathway
 from onerec_hf.modeling.lifelong_history import LIFELONG_NAME, LifelongHistory, compress_history
+from onerec_hf.modeling.requests import Recommender, Request, RequestError
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
-from tests.rounding import assert_close
+from tests.rounding import assert_close, close
 
 ITEMS = 40
 TINY = {
@@ -277,3 +279,25 @@ def test_what_does_not_belong_together_is_refused():
         OneRecProcessor.from_catalogue(catalogue(), 4, lifelong=LifelongHistory(np.zeros((3, 2), np.float16)))
     with pytest.raises(ValueError, match="pass max_history too"):
         OneRecProcessor.from_catalogue(catalogue(), lifelong=processor.lifelong)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_requests_read_what_is_older_than_the_latest_items(features):
+    schema = FeatureSchema(interaction=(Feature("like", values=("0", "1")),)) if features else None
+    model, processor = made(**({"features": schema.config()} if features else {}))
+    processor = OneRecProcessor.from_catalogue(model.catalogue, 4, schema, lifelong=processor.lifelong)
+    asked = {"session_length": 1, "num_beams": 8, "num_return_sequences": 3}
+    recommend = pipeline("generative-recommendation", model=model, processor=processor, device="cpu")
+    for items in HISTORIES:
+        history = [{"item": item, "like": item % 2} for item in items] if features else items
+        found = model.recommend(**processor([history]), **asked, exclude=[items], return_dict_in_generate=True)
+        (answer,) = Recommender(model, processor).recommend([Request(history, top_k=3, num_beams=8)])
+        assert answer.sessions == processor.batch_decode(found)
+        assert answer.scores == close(found.sequences_scores.tolist())
+        piped = recommend(history, top_k=3, num_beams=8)
+        assert [each["item"] for each in piped] == [item for (item,) in answer.sessions]
+        assert [each["score"] for each in piped] == close(answer.scores)
+    with pytest.raises(RequestError, match="max_history: a model with a lifelong pathway reads its own"):
+        Recommender(model, processor).resolve(Request([1, 2], max_history=3))
+    with pytest.raises(ValueError, match="different lifelong pathways"):
+        Recommender(model, OneRecProcessor.from_catalogue(model.catalogue, 4, schema))
