@@ -242,7 +242,10 @@ class FeatureSchema:
             ValueError: a time that is neither.
         """
         if self.not_positive is not None:
-            history = [{POSITIVE: True, **event} for event in history]
+            history = [
+                event if value_text(event.get(POSITIVE)) is not None else {**event, POSITIVE: True}
+                for event in history
+            ]
         if not any(feature.derive for feature in self.interaction):
             return _encoded(self.interaction, history)
         times = np.array([seconds_of(event.get(self.time)) for event in history], np.float64)

@@ -5,13 +5,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from onerec_hf.baselines import NextItemCollator, NextItemDataset, SequentialRecommender
+from onerec_hf.baselines import NextItemCollator, NextItemDataset, SequentialRecommender, add_evidence
 from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
 from onerec_hf.data import DatasetFeatures
 from onerec_hf.modeling.features import Feature, FeatureSchema
+from onerec_hf.modeling.item_evidence import ItemEvidence
 from onerec_hf.trainers import fit_sequential
-from onerec_hf.workflows import load_dataset
+from onerec_hf.workflows import evaluate, load_dataset
 
 SCHEMA = FeatureSchema(
     user=(Feature("age", edges=(30.0,)),),
@@ -125,3 +126,48 @@ def test_wrong_features_are_refused():
     plain = SequentialRecommender.from_items(IDS, hidden_size=8)
     with pytest.raises(ValueError, match="no features"):
         plain.encode(pad_left([np.array([1])]), torch.full((1, 1, 2), 3))
+
+
+def test_evidence_is_fitted_on_what_ranking_reads(monkeypatch):
+    """Features of the histories, and evidence about positive interactions only."""
+    random, model = np.random.default_rng(3), make()
+    columns = {name: [] for name in ("history", "history_positive", "user_features", "history_features", "session")}
+    for user in range(20):
+        history = random.permutation(12)[:5]
+        columns["history"].append(history[:4].tolist())
+        columns["history_positive"].append([True, False, True, user % 2 == 0])
+        columns["user_features"].append([3 + user % 2])
+        columns["history_features"].append(random.integers(3, 5, 4).tolist())
+        columns["session"].append([int(history[4])])
+    validation, read = Dataset.from_dict(columns), []
+    encode, evidence = model.encode, ItemEvidence._from_lists
+
+    def encoded(input_ids, feature_ids=None):
+        read.append((input_ids, feature_ids))
+        return encode(input_ids, feature_ids)
+
+    def counted(self, history, *args):
+        read.append((history,))
+        return evidence(self, history, *args)
+
+    monkeypatch.setattr(model, "encode", encoded)
+    monkeypatch.setattr(ItemEvidence, "_from_lists", counted)
+    add_evidence(model, [[1, 2, 3], [4, 5]], validation)
+    fitted = read.copy()
+    read.clear()
+    model.rank_examples(validation, 3)
+    (states, positive) = read
+    assert fitted[0][1] is not None
+    assert all(map(torch.equal, fitted[0], states))
+    assert len(fitted) > 1
+    assert all(torch.equal(about, *positive) for (about,) in fitted[1:])
+
+
+def test_evaluation_of_a_saved_model_needs_its_features(tmp_path):
+    log = hinted()
+    options = {"interactions": log, "min_item_interactions": 1, "session_length": 1}
+    data = load_dataset(**options, interaction_features=["hint"])
+    model = SequentialRecommender.from_items(data.item_ids.tolist(), coded=data.features, hidden_size=8)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reads features, whose schema is not saved with it.*rank_examples"):
+        evaluate(load_dataset(**options), model=str(tmp_path))

@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import pipeline
@@ -222,3 +223,36 @@ def test_users_of_a_table_have_its_values(tmp_path, capsys):
     schema = FeatureSchema(interaction=(Feature("positive", values=("0", "1")),))
     (flagged,) = [each for _, each in table_requests(str(path), ["u1"], names, ["like>0"], True, schema, whole=True)]
     assert schema.encode_interactions(flagged["history"]).tolist() == [[4], [3], [3]]
+
+
+def test_flags_and_dates_of_a_table_are_those_of_its_rows(tmp_path):
+    dates = pd.date_range("2024-01-01", periods=4, freq="D")
+    log = pd.DataFrame({"user_id": "u1", "item_id": ["m1", "m2", "m3", "m4"], "timestamp": range(4), "start": dates})
+    log.assign(like=[0, 1, 0, 1]).to_parquet(tmp_path / "log.parquet")
+    names = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
+
+    def coded(feature, whole):
+        schema = FeatureSchema(interaction=(feature,))
+        path = str(tmp_path / "log.parquet")
+        ((_, request),) = table_requests(path, None, names, ["like>0"], True, schema, whole=whole)
+        return schema.encode_interactions(request["history"]).flatten().tolist()
+
+    flag, start = Feature("positive", values=("0", "1")), Feature("start", edges=(dates[2].timestamp(),))
+    assert coded(flag, whole=True) == [3, 4, 3, 4]
+    assert coded(flag, whole=False) == [4, 4]
+    assert coded(start, whole=True) == [3, 3, 4, 4]
+    assert coded(start, whole=False) == [3, 4]
+
+
+def test_what_was_seen_is_what_was_positive():
+    schema = FeatureSchema(interaction=(Feature("positive", values=("0", "1")),))
+    recommender = Recommender(make(schema), OneRecProcessor.from_catalogue(CATALOGUE, 8, schema))
+    history = [{"item": "m1", "positive": False}, {"item": "m2", "positive": True}, "m3", {"item": "gone"}]
+
+    def excluded(history, by=recommender):
+        return CATALOGUE.ids(by.resolve(Request(history)).exclude)
+
+    assert excluded(history) == ["m2", "m3"]
+    assert excluded([*history, "m1"]) == ["m1", "m2", "m3"]  # once positive is seen
+    assert excluded(["m1", "m2"]) == ["m1", "m2"]
+    assert excluded(history, Recommender(MODEL, PROCESSOR)) == ["m1", "m2", "m3"]  # histories of positives only

@@ -527,3 +527,29 @@ def test_an_exported_encoder_reads_features(tmp_path):
     assert max(differences.values()) < TOLERANCE
     inputs = onnxruntime.InferenceSession(tmp_path / "encoder.onnx").get_inputs()
     assert [each.name for each in inputs] == ["input_ids", "attention_mask", "feature_ids"]
+
+
+def test_times_in_milliseconds_are_those_in_seconds():
+    seconds = [1_700_000_000, 1_700_000_030, 1_700_009_000]
+
+    def coded(unit):
+        return SCHEMA.encode_interactions([{"time": time * unit} for time in seconds]).tolist()
+
+    assert coded(1000) == coded(10**6) == coded(10**9) == coded(1)
+
+
+def test_plain_ids_are_positive_where_histories_hold_other_interactions():
+    schema = FeatureSchema(interaction=(Feature("positive", values=("1", "0")), Feature("like", values=("0", "1"))))
+    processor = OneRecProcessor.from_catalogue(CATALOGUE, 8, schema)
+    said = processor([[{"item": "m1", "positive": True}, {"item": "m2", "positive": 1}]])["feature_ids"]
+    for history in (["m1", "m2"], [{"item": "m1"}, "m2"], [{"item": "m1", "positive": None}, "m2"]):
+        assert torch.equal(processor([history])["feature_ids"], said)
+    other = processor([["m1", {"item": "m2", "positive": False}]])["feature_ids"]
+    assert (other != said).nonzero().tolist() == [[0, 1, 0]]
+
+
+def test_a_gap_is_to_the_interaction_before_that_the_catalogue_holds():
+    history = [{"item": "m1", "time": 0}, {"item": "gone", "time": 4990}, {"item": "m2", "time": 5000}]
+    with pytest.warns(UserWarning, match="left out 1 of 3 history items"):
+        found = PROCESSOR([history], unknown="skip")["feature_ids"]
+    assert torch.equal(found, PROCESSOR([[history[0], history[2]]])["feature_ids"])

@@ -7,6 +7,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import pipeline
 
 from onerec_hf import (
     ItemCatalogue,
@@ -23,7 +24,7 @@ from onerec_hf.modeling.lifelong import LifelongPathway
 from onerec_hf.modeling.lifelong_history import LIFELONG_NAME, LifelongHistory, compress_history
 from onerec_hf.modeling.requests import Recommender, Request, RequestError
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
-from tests.rounding import assert_close
+from tests.rounding import assert_close, close
 
 ITEMS = 40
 TINY = {
@@ -316,3 +317,25 @@ def test_requests_read_whole_histories():
     assert_close(torch.tensor([answer.scores[0] for answer in answers]), found.sequences_scores)
     with pytest.raises(RequestError, match="max_history: a model with a lifelong pathway reads its own"):
         recommender.recommend([Request(HISTORIES[0], max_history=2)])
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_requests_read_what_is_older_than_the_latest_items(features):
+    schema = FeatureSchema(interaction=(Feature("like", values=("0", "1")),)) if features else None
+    model, processor = made(**({"features": schema.config()} if features else {}))
+    processor = OneRecProcessor.from_catalogue(model.catalogue, 4, schema, lifelong=processor.lifelong)
+    asked = {"session_length": 1, "num_beams": 8, "num_return_sequences": 3}
+    recommend = pipeline("generative-recommendation", model=model, processor=processor, device="cpu")
+    for items in HISTORIES:
+        history = [{"item": item, "like": item % 2} for item in items] if features else items
+        found = model.recommend(**processor([history]), **asked, exclude=[items], return_dict_in_generate=True)
+        (answer,) = Recommender(model, processor).recommend([Request(history, top_k=3, num_beams=8)])
+        assert answer.sessions == processor.batch_decode(found)
+        assert answer.scores == close(found.sequences_scores.tolist())
+        piped = recommend(history, top_k=3, num_beams=8)
+        assert [each["item"] for each in piped] == [item for (item,) in answer.sessions]
+        assert [each["score"] for each in piped] == close(answer.scores)
+    with pytest.raises(RequestError, match="max_history: a model with a lifelong pathway reads its own"):
+        Recommender(model, processor).resolve(Request([1, 2], max_history=3))
+    with pytest.raises(ValueError, match="different lifelong pathways"):
+        Recommender(model, OneRecProcessor.from_catalogue(model.catalogue, 4, schema))

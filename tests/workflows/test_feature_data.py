@@ -414,3 +414,75 @@ def test_only_positive_items_are_left_out_of_rankings():
     ]
     # The trainer keeps the column that says so.
     assert "history_positive" in EXAMPLE_COLUMNS
+
+
+ONE_BY_ONE = {
+    "positive": ["like>=1"],
+    "history_feedback": "all",
+    "min_item_interactions": 1,
+    "session_length": 1,
+    "holdout": "last",
+}
+
+
+def test_shuffling_ties_moves_no_row_of_another_fraction():
+    rows = [(user, place // 2 % 5, 5 + place / 10, place % 2) for user in range(20) for place in range(10)]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "like"])
+    in_file, shuffled = (load_dataset(interactions=log, ties=ties, **ONE_BY_ONE) for ties in ("file", "shuffle"))
+    for name in ("train", "validation", "test"):
+        assert getattr(shuffled, name).to_list() == getattr(in_file, name).to_list()
+
+
+def given_tables(folder, *tables):
+    """Tables of the same rows for each user, the first one in memory: (item, time, like)."""
+    logs = [
+        pd.DataFrame(
+            [(user, *row) for user in range(30) for row in rows], columns=["user_id", "item_id", "timestamp", "like"]
+        )
+        for rows in tables
+    ]
+    for name, log in zip(("validation", "test"), logs[1:], strict=True):
+        log.to_csv(folder / f"{name}.csv", index=False)
+    files = {f"{name}_interactions": str(folder / f"{name}.csv") for name in ("validation", "test")}
+    return {"interactions": logs[0], **files, **ONE_BY_ONE, "holdout": "given"}
+
+
+def test_shuffling_ties_moves_no_row_of_another_given_table(tmp_path):
+    # Item 4 of the validation table has the time of item 3 of training.
+    options = given_tables(tmp_path, [(1, 1, 1), (2, 2, 1), (3, 5, 1)], [(4, 5, 0), (5, 6, 1)], [(4, 7, 1), (6, 8, 1)])
+    in_file, shuffled = (load_dataset(**options, ties=ties, stride=1) for ties in ("file", "shuffle"))
+    assert not any(4 in history for history in shuffled.train["history"])
+    for name in ("train", "validation", "test"):
+        assert getattr(shuffled, name).to_list() == getattr(in_file, name).to_list()
+
+
+@pytest.mark.parametrize("ties", ["file", "shuffle"])
+def test_rare_items_of_given_tables_are_in_no_history(tmp_path, ties):
+    options = given_tables(tmp_path, [(1, 1, 1), (9, 2, 0), (2, 3, 1), (1, 4, 1)], [(2, 5, 1)], [(9, 6, 0), (1, 7, 1)])
+    data = load_dataset(**{**options, "min_item_interactions": 2}, ties=ties)
+    assert 9 not in data.item_ids
+    assert not any(9 in history for part in (data.train, data.validation, data.test) for history in part["history"])
+
+
+@pytest.mark.parametrize("feedback", ["positive", "all"])
+def test_a_column_named_positive_is_no_feature(feedback, capsys):
+    # Its schema would be read again as one whose histories hold other interactions too.
+    tables = made()
+    tables["interactions"]["positive"] = tables["interactions"].like
+    options = {**ALL, "history_feedback": feedback}
+    with pytest.raises(ValueError, match="--interaction_features positive: this name is taken; rename the column"):
+        load_dataset(**tables, **{**options, "interaction_features": ["positive"]})
+    data = load_dataset(**tables, **{**options, "interaction_features": ["auto"]})
+    schema = data.features.schema
+    assert data.options["interaction_features"] == (["like"] if feedback == "all" else []) + ["ratio", "time"]
+    assert (schema.not_positive is None) == (feedback == "positive")
+    again = load_dataset(**tables, **{**options, "interaction_features": ["auto"]}, schema=schema)
+    for name in ("train", "validation", "test"):
+        assert getattr(again, name).to_list() == getattr(data, name).to_list()
+
+
+def test_auto_leaves_out_the_fractions_of_times():
+    tables = made()
+    tables["interactions"]["timestamp"] += np.arange(900) % 4 / 4
+    data = load_dataset(**tables, **{**ALL, "interaction_features": ["auto"]})
+    assert data.options["interaction_features"] == ["ratio", "time"]  # like is constant among positives

@@ -258,3 +258,15 @@ def test_new_items_are_recommended_without_a_copy(by_text, tables_of):
     refused(onerec("recommend", *options, stdin=history), "1 of 2 items are not in the catalogue")
     skipped = json.loads(succeeded(onerec("recommend", *options, "--new_items", "skip", stdin=history)).out)
     assert "m39" not in skipped["items"]
+
+
+def test_new_items_have_the_features_of_their_table(tables, tables_of, tmp_path):
+    data = {"interactions": tables_of / "old.csv", "items": tables_of / "old_items.csv", "item_features": ["genre"]}
+    train(**data, output_dir=tmp_path / "mine", baselines=False, **{**TINY, "max_steps": 1})
+    new = tables["items"].query("item_id in @NEW").assign(genre=["garden", None])
+    new.to_csv(tmp_path / "new.csv", index=False)
+    add_items(model=tmp_path / "mine", items=tmp_path / "new.csv", output_dir=tmp_path / "grown")
+    _, processor = loaded(tmp_path / "grown")
+    genres = dict(zip(tables["items"].item_id, tables["items"].genre, strict=True)) | {"m38": "garden", "m39": None}
+    values = [{"genre": genres[item]} for item in processor.catalogue.item_ids]
+    assert processor.item_features.tolist() == processor.features.encode_items(values).tolist()

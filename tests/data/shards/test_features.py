@@ -102,6 +102,36 @@ def test_streamed_equals_in_memory(tmp_path, monkeypatch, suffix, names, feedbac
     assert prepared.protocol.split(" Features,")[1] in data.protocol
 
 
+def test_fractions_of_times_are_no_feature_and_part_no_ties(tmp_path):
+    rows = np.arange(900)
+    log = pd.DataFrame({"user_id": rows // 30, "item_id": rows * 7 % 12, "like": rows % 5 % 2})
+    log["timestamp"] = 10 + np.where(log.user_id < 4, 0.5, rows % 30 / 40)  # equal for four users only
+    log.to_csv(tmp_path / "log.csv", index=False)
+    cut = log.assign(timestamp=10, timestamp_fraction=log.timestamp - 10)  # as `read_interactions` has them
+    cut.to_csv(tmp_path / "cut.csv", index=False)
+    named, every = LogFeatures({"interaction": ["like"]}), LogFeatures({"interaction": ["auto"]})
+    tied = [
+        prepare_log(tmp_path / f"{file}.csv", tmp_path / name, features=features)["counts"]["tied"]
+        for file, name, features in (("log", "plain", None), ("log", "named", named), ("cut", "auto", every))
+    ]
+    assert tied == [4, 4, 4]
+    assert {feature.name for feature in every.schema.interaction} == {"like", "time"}
+
+
+def test_the_schema_of_another_folder_is_refused(tmp_path):
+    log = table()["interactions"]
+    for name, values in (("mine", [0, 1]), ("other", ["no", "yes"])):
+        log.assign(like=np.array(values)[log.like]).to_csv(tmp_path / f"{name}.csv", index=False)
+        prepare_log(tmp_path / f"{name}.csv", tmp_path / name, features=LogFeatures({"interaction": ["like"]}))
+    schema = tmp_path / "mine" / "features.json"
+    schema.write_bytes((tmp_path / "other" / "features.json").read_bytes())
+    with pytest.raises(DataError, match=r"features.json: damaged.*of another folder"):
+        _ = PreparedFolder(tmp_path / "mine").features
+    schema.unlink()
+    with pytest.raises(DataError, match=r"features.json: damaged"):
+        _ = load_dataset(prepared=str(tmp_path / "mine")).features
+
+
 def test_bad_features(tmp_path):
     tables = table()
     tables["interactions"].to_csv(tmp_path / "log.csv", index=False)
