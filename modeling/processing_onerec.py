@@ -211,9 +211,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         histories, objects = split_histories(histories)
         keep = max_history if max_history is not None else self.max_history
         rows, lengths, places = self._rows(histories, unknown, "history")
-        if (
-            objects is not None
-        ):  # as in training, the gap is to the interaction before with an item that the catalogue holds
+        if objects is not None:
+            # As in training, the gap is to the interaction before with an item that the catalogue holds.
             flat = [entry for history in objects for entry in history]
             starts = np.cumsum(lengths) - lengths
             objects = [
