@@ -1,5 +1,6 @@
 """`onerec-hf demo`: what the page shows is what the model recommends, and what stands in titles stays text; once in a real browser."""
 
+import contextlib
 import os
 import re
 import runpy
@@ -212,8 +213,13 @@ def test_in_a_browser(trained, tmp_path):
             expect(page.locator("#sessions .onerec-session").first.locator("li")).to_have_count(5)
             assert " lamp " in page.locator("#sessions").inner_text()
             page.locator("#typed textarea, #typed input").first.fill("m1, x9")
-            page.locator("#recommend").click()
-            expect(page.locator("#sessions [role=alert]")).to_contain_text("x9", timeout=60_000)
+            alert = page.locator("#sessions [role=alert]")
+            for _ in range(12):  # a click while the answer before it is still computed is ignored
+                page.locator("#recommend").click()
+                with contextlib.suppress(AssertionError):
+                    expect(alert).to_contain_text("x9", timeout=5_000)
+                    break
+            assert "x9" in alert.inner_text()
             browser.close()
     finally:
         server.terminate()

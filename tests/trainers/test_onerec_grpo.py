@@ -329,7 +329,7 @@ def test_training_raises_the_reward(tmp_path, loss_type):
     trainer.train()
     assert mean_reward(trainer.model) > before + 0.5
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    assert rewards[-1] > rewards[0] + 0.5
+    assert rewards[-1] > rewards[0] + 0.25  # a step of a few users, while `before` is of all
 
 
 # In the middle of a rollout, also in a later epoch.
