@@ -8,6 +8,7 @@ from tests.cli.commands import contents, onerec, refused, succeeded
 from tests.rounding import assert_close
 
 
+@pytest.mark.slow
 def test_graphs_are_the_model(trained, tmp_path):
     folder = tmp_path / "onnx"
     done = succeeded(onerec("export", "--model", trained.folder, "--output_dir", folder))

@@ -20,6 +20,7 @@ def checked(*options):
     sharding.check(args)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_train_and_save_the_model_of_one_process(data, tmp_path):
     options = ["train", *data.options, *CODES, *TINY, *RUN]
     batch = "--per_device_train_batch_size"

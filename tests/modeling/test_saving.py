@@ -42,7 +42,8 @@ ALONE = pytest.mark.filterwarnings("ignore:.* holds a catalogue but no processor
 
 
 @ALONE
-@pytest.mark.parametrize("shards", [None, pytest.param("20KB", marks=pytest.mark.slow)], ids=["whole", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [None, "20KB"], ids=["whole", "sharded"])
 def test_a_kill_at_every_file_operation_leaves_the_old_or_the_new_or_nothing(tmp_path, shards):
     (old, _), (new, _) = make(0), make(1)
     folder, seen = tmp_path / "model", []
@@ -70,6 +71,7 @@ def test_a_kill_at_every_file_operation_leaves_the_old_or_the_new_or_nothing(tmp
     assert "nothing" in seen
 
 
+@pytest.mark.slow
 def test_a_killed_processor(tmp_path):
     (_, old), (_, new) = make(0), make(1)
     folder, seen = tmp_path / "processor", set()

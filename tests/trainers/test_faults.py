@@ -185,6 +185,7 @@ def test_an_evaluation_within_training_speaks_of_evaluation(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_still_found_automatically(tmp_path):
     """accelerate halves the batch on the library's own error, before ours is made of it."""
     trainer = make_trainer(tmp_path, auto_find_batch_size=True)

@@ -63,7 +63,7 @@ def make_lazy(**config):
     ("train_dataset", "settings"),
     [
         pytest.param(WINDOWS, {}, marks=pytest.mark.slow),
-        (PREFIXES, {}),
+        pytest.param(PREFIXES, {}, marks=pytest.mark.slow),
         (PREFIXES, {"packing": True, "packing_length": 12, "session_share": 0.7}),
     ],
     ids=["windows", "prefixes", "packed prefixes, some of them"],
