@@ -1,6 +1,7 @@
 """`onerec-hf export`: the graphs compute what the model does, for sizes that they were not traced with."""
 
 import onnxruntime
+import pytest
 import torch
 from transformers import AutoProcessor
 
