@@ -6,10 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from .features import FeatureSchema, check_codes
-from .files import find_file, read_safetensors, replacing, short, sort_header
+from .files import find_file, read_of_catalogue, save_of_catalogue, short
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
@@ -28,12 +27,9 @@ def save_features(
         item_features: (items, item slots) int32 codes, in the order of item indices.
         catalogue_hash: of the catalogue that has these items.
     """
-    metadata = {"format": FORMAT, "version": VERSION, "schema": schema.to_json(), "catalogue_hash": catalogue_hash}
     # A tensor without any value: safetensors keeps its shape.
     tensors = {"item_features": np.ascontiguousarray(item_features, np.int32)}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-        sort_header(temporary)
+    save_of_catalogue(path, tensors, FORMAT, VERSION, catalogue_hash, schema=schema.to_json())
 
 
 def load_features(path: str | os.PathLike, catalogue: ItemCatalogue) -> tuple[FeatureSchema, np.ndarray]:
@@ -43,18 +39,7 @@ def load_features(path: str | os.PathLike, catalogue: ItemCatalogue) -> tuple[Fe
     Raises:
         ValueError: the file is damaged, is of another version, or belongs to another catalogue.
     """
-    tensors, metadata = read_safetensors(path, framework="np")
-    name = os.fspath(path)
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{name} is no feature schema of version {VERSION} (format {metadata.get('format')!s:.40}, version {metadata.get('version')!s:.40}); "
-            "upgrade onerec-hf, or copy the file again"
-        )
-    if metadata.get("catalogue_hash") != catalogue.hash:
-        raise ValueError(
-            f"{name} was saved with the catalogue {short(metadata.get('catalogue_hash'), 12)}, the catalogue beside it is {catalogue.hash[:12]}...; "
-            "call processor.set_catalogue() with the new one and save the processor too"
-        )
+    tensors, metadata = read_of_catalogue(path, "feature schema", FORMAT, VERSION, catalogue.hash)
     try:
         schema = FeatureSchema.from_json(metadata.get("schema", ""))
         codes = tensors["item_features"]
@@ -62,7 +47,7 @@ def load_features(path: str | os.PathLike, catalogue: ItemCatalogue) -> tuple[Fe
             raise ValueError(f"item_features are {codes.dtype} of shape {codes.shape}")
         check_codes(codes, schema.item, "item_features")
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{name} is damaged ({short(error)}); copy or download it again") from error
+        raise ValueError(f"{os.fspath(path)} is damaged ({short(error)}); copy or download it again") from error
     return schema, codes
 
 

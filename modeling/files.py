@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 # What library readers raise on unexpected content, in addition to their own errors.
 UNEXPECTED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
@@ -114,6 +115,48 @@ def read_safetensors(path: str | os.PathLike, framework: str = "pt") -> tuple[di
             return tensors, file.metadata() or {}
     except (SafetensorError, *UNEXPECTED) as error:
         raise ValueError(f"{path} is damaged or cut short ({short(error)}); copy or download it again") from error
+
+
+def save_of_catalogue(
+    path: str | os.PathLike, tensors: dict[str, Any], kind: str, version: str, catalogue_hash: str, **metadata: str
+) -> None:
+    """
+    Writes arrays that belong to the items of a catalogue as safetensors: to a temporary name first, then renamed.
+
+    Args:
+        kind, version: of the file's format.
+        metadata: more of it.
+    """
+    about = {"format": kind, "version": version, "catalogue_hash": catalogue_hash, **metadata}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=about)
+        sort_header(temporary)
+
+
+def read_of_catalogue(
+    path: str | os.PathLike, what: str, kind: str, version: str, catalogue_hash: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    The arrays and the metadata of a file that [`save_of_catalogue`] wrote.
+
+    Args:
+        what: of messages, what the file should be.
+
+    Raises:
+        ValueError: the file is damaged, is of another format or version, or belongs to another catalogue.
+    """
+    tensors, metadata = read_safetensors(path, framework="np")
+    name, found = os.fspath(path), [metadata.get(each) for each in ("format", "version", "catalogue_hash")]
+    if found[:2] != [kind, version]:
+        raise ValueError(
+            f"{name} is no {what} of version {version} (format {found[0]!s:.40}, version {found[1]!s:.40}); upgrade onerec-hf, or copy the file again"
+        )
+    if found[2] != catalogue_hash:
+        raise ValueError(
+            f"{name} was saved with the catalogue {short(found[2], 12)}, the catalogue beside it is {catalogue_hash[:12]}...; "
+            "call processor.set_catalogue() with the new one and save the processor too"
+        )
+    return tensors, metadata
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from .files import find_file, read_safetensors, replacing, short, sort_header
+from .files import find_file, read_of_catalogue, save_of_catalogue, short
 
 if TYPE_CHECKING:
     from .catalogue import ItemCatalogue
@@ -135,13 +134,9 @@ class LifelongHistory:
 
     def save(self, path: str | os.PathLike, catalogue_hash: str) -> None:
         """Writes the vectors and sizes: to a temporary name first, then renamed."""
-        metadata = {"format": FORMAT, "version": VERSION, "catalogue_hash": catalogue_hash}
-        metadata |= {name: str(getattr(self, name)) for name in ("items", "queries", "longest")} | {
-            "pools_items": str(int(self.pools_items))
-        }
-        with replacing(path) as temporary:
-            save_file({"vectors": np.ascontiguousarray(self.vectors, np.float16)}, temporary, metadata=metadata)
-            sort_header(temporary)
+        sizes = {name: str(int(getattr(self, name))) for name in ("items", "queries", "longest", "pools_items")}
+        tensors = {"vectors": np.ascontiguousarray(self.vectors, np.float16)}
+        save_of_catalogue(path, tensors, FORMAT, VERSION, catalogue_hash, **sizes)
 
     @classmethod
     def load(cls, path: str | os.PathLike, catalogue: ItemCatalogue) -> LifelongHistory:
@@ -149,17 +144,7 @@ class LifelongHistory:
         Raises:
             ValueError: the file is damaged, is of another version, or belongs to another catalogue.
         """
-        tensors, metadata = read_safetensors(path, framework="np")
-        name = os.fspath(path)
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise ValueError(
-                f"{name} is no lifelong history of version {VERSION}; upgrade onerec-hf, or copy the file again"
-            )
-        if metadata.get("catalogue_hash") != catalogue.hash:
-            raise ValueError(
-                f"{name} was saved with the catalogue {short(metadata.get('catalogue_hash'), 12)}, the catalogue beside it is {catalogue.hash[:12]}...; "
-                "call processor.set_catalogue() with the new one and save the processor too"
-            )
+        tensors, metadata = read_of_catalogue(path, "lifelong history", FORMAT, VERSION, catalogue.hash)
         try:
             items, queries, longest = (int(metadata[name]) for name in ("items", "queries", "longest"))
             vectors = tensors["vectors"]
@@ -168,7 +153,7 @@ class LifelongHistory:
             if min(items, queries, longest) < 1 or not np.isfinite(vectors).all():
                 raise ValueError("sizes below 1, or vectors that are not finite")
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{name} is damaged ({short(error)}); copy or download it again") from error
+            raise ValueError(f"{os.fspath(path)} is damaged ({short(error)}); copy or download it again") from error
         return cls(vectors, items, queries, longest, metadata.get("pools_items") == "1")
 
     @classmethod
