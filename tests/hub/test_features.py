@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 
 from onerec_hf.modeling.features_file import FEATURES_NAME
-from tests.hub.hub_server import WRITE
+from tests.hub.strangers import stranger
 from tests.modeling.feature_models import HISTORIES, ITEM_FEATURES, PROCESSOR, SCHEMA, USERS, make
 from tests.rounding import close
 
@@ -47,27 +45,9 @@ def test_push_and_load(hub, pushed):
 
 
 def test_a_process_without_the_package_reads_features(hub, pushed, tmp_path):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "stranger"),
-        "HF_TOKEN": WRITE,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    environment.pop("HF_HUB_CACHE", None)
     asked = [os.path.dirname(__file__), REPO, json.dumps(HISTORIES), json.dumps(USERS)]
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *asked],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    for rows, history, user in zip(json.loads(done.stdout.splitlines()[-1]), HISTORIES, USERS, strict=True):
+    printed, _ = stranger(hub, tmp_path, "-c", STRANGER, *asked)
+    for rows, history, user in zip(printed, HISTORIES, USERS, strict=True):
         seen = [[entry["item"] if isinstance(entry, dict) else entry for entry in history]]
         out = pushed.recommend(
             **PROCESSOR([history], users=[user]), session_length=1, num_beams=8, num_return_sequences=4, exclude=seen,

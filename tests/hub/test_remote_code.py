@@ -1,8 +1,6 @@
 """A repository's own code: it is all there, it does the same, and where the package is installed it is left alone."""
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +17,7 @@ from transformers import (
 )
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from tests.hub.hub_server import WRITE
+from tests.hub.strangers import stranger
 
 REPO, REWARD, PLAIN = "tester/onerec-movies", "tester/onerec-reward", "tester/onerec-plain"
 HISTORY, SESSIONS = ["m1", "m2", "m3"], [["m2", "m3"], ["m5"]]
@@ -44,21 +42,7 @@ def sessions(model, processor):
 
 def without_the_package(hub, tmp_path, **asked):
     """What `remote_code.py` prints, in a process with empty caches of its own."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "stranger"),
-        "HF_TOKEN": WRITE,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    environment.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, str(Path(__file__).parent / "remote_code.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    return stranger(hub, tmp_path, str(Path(__file__).parent / "remote_code.py"), json.dumps(asked))
 
 
 def test_a_process_without_the_package_does_the_same(hub, model, processor, reward, tmp_path):

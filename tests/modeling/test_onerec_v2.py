@@ -14,6 +14,7 @@ from onerec_hf.modeling.beam_search import beam_search
 from onerec_hf.modeling.layers_onerec import rotate
 from onerec_hf.modeling.modeling_onerec_v2 import LazyBeamDecoder
 from tests.conftest import make_catalogue
+from tests.modeling.reference import Reference
 from tests.rounding import BACKWARD, assert_close, close
 
 CATALOGUE = make_catalogue(14, (3, 3, 4), seed=1)
@@ -65,23 +66,11 @@ def make_lazy(seed=0, **config) -> OneRecV2ForConditionalGeneration:
     return model.eval()
 
 
-class Lazy:
+class Lazy(Reference):
     """The formulas of arXiv 2508.20900, section 2, in float64: one user, no padding, no cache, no shared code with the model."""
-
-    def __init__(self, model):
-        self.config = model.config
-        self.weights = {name: value.double() for name, value in model.state_dict().items()}
 
     def norm(self, weight, x):
         return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
-
-    def rotate(self, x, positions):
-        half = x.shape[-1] // 2
-        theta = self.config.rope_parameters["rope_theta"]
-        angles = positions[:, None].double() / theta ** (torch.arange(half).double() * 2 / x.shape[-1])
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def swiglu(self, name, x):
         gate, up, down = (self.weights[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down"))
@@ -139,15 +128,15 @@ class Lazy:
             k, v = (slices[shared * config.context_split + i] for i in (0, config.context_split - 1))
             q = (h @ weights[f"{name}.cross_attn.q_proj.weight"].T).view(-1, heads, size)
             if config.cross_attention_rope:
-                q, k = self.rotate(q, at + len(context)), self.rotate(k, keys)
+                q, k = self._rotate(q, at + len(context)), self._rotate(k, keys)
             every = torch.ones(len(at), len(keys), dtype=torch.bool)
             out = self.attend(q, k, v, lambda head: head % groups, every)
             x = x + out @ weights[f"{name}.cross_attn.o_proj.weight"].T
             h = self.norm(weights[f"{name}.input_layernorm.weight"], x)
             q, k, v = ((h @ weights[f"{name}.self_attn.{p}_proj.weight"].T).view(len(at), -1, size) for p in "qkv")
             repeats = heads // config.num_key_value_heads
-            k, v = (part.repeat_interleave(repeats, 1) for part in (self.rotate(k, at), v))
-            out = self.attend(self.rotate(q, at), k, v, lambda head: head, causal)
+            k, v = (part.repeat_interleave(repeats, 1) for part in (self._rotate(k, at), v))
+            out = self.attend(self._rotate(q, at), k, v, lambda head: head, causal)
             x = x + out @ weights[f"{name}.self_attn.o_proj.weight"].T
             x = x + self.feed_forward(f"{name}.mlp", self.norm(weights[f"{name}.post_attention_layernorm.weight"], x))
         found = []
