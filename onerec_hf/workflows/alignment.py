@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
-from onerec_hf.workflows.alignment_report import alignment_panels, recommended_sessions, watch
+from onerec_hf.workflows.alignment_report import alignment_panels, recommended_sessions, watch, with_items_left
 from onerec_hf.workflows.artefact import (
     catalogue_of,
     find_origin,
@@ -392,14 +392,8 @@ def reward_rows(
     model, processor: OneRecProcessor, judges: dict[str, list], data: RecommendationDataset, when: str
 ) -> list[dict[str, Any]]:
     """Result rows `NAME/before` or `NAME/after`: the mean reward of sessions for test users, without those who have too few items left for one."""
-    from onerec_hf.data.collators import positive_items
-
-    catalogue, length = catalogue_of(processor), model.config.session_length
-    examples = [
-        example
-        for example in data.test.select(range(min(REWARDED_USERS, len(data.test)))).to_list()
-        if catalogue.num_left(catalogue.indices(positive_items(example))) >= length
-    ]
+    some = data.test.select(range(min(REWARDED_USERS, len(data.test)))).to_list()
+    examples = with_items_left(some, processor, model.config.session_length)
     return [
         result_row(f"{name}/{when}", session_reward(model, processor, examples, rewards), "reward")
         for name, rewards in judges.items()

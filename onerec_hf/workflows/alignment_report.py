@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.workflows.artefact import catalogue_of
+from onerec_hf.workflows.dataset import sample
 from onerec_hf.workflows.distributed import is_first
 from onerec_hf.workflows.pictures import Panel
 from onerec_hf.workflows.training_report import log_panels
@@ -35,14 +36,8 @@ def watch(trainer: Any, judges: Mapping[str, list], data: RecommendationDataset,
     """
     from transformers import TrainerCallback
 
-    catalogue = catalogue_of(trainer.processing_class)
-    needed = max(trainer.model.config.session_length, _TOP_K)
-    rows = np.random.default_rng(0).permutation(len(data.validation))[:WATCHED_USERS]
-    examples = [
-        row
-        for row in data.validation.select(np.sort(rows)).to_list()
-        if catalogue.num_left(catalogue.indices(row["history"])) >= needed
-    ]
+    some = sample(data.validation, WATCHED_USERS).to_list()
+    examples = with_items_left(some, trainer.processing_class, max(trainer.model.config.session_length, _TOP_K))
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -54,6 +49,14 @@ def watch(trainer: Any, judges: Mapping[str, list], data: RecommendationDataset,
                 _measure(trainer, state, examples, judges, exclude_seen)
 
     trainer.add_callback(Watch())
+
+
+def with_items_left(examples: list[dict[str, Any]], processor: OneRecProcessor, count: int) -> list[dict[str, Any]]:
+    """The examples of users who have this many items left to recommend."""
+    from onerec_hf.data.collators import positive_items
+
+    catalogue = catalogue_of(processor)
+    return [row for row in examples if catalogue.num_left(catalogue.indices(positive_items(row))) >= count]
 
 
 def _measure(trainer: Any, state: Any, examples: list, judges: Mapping[str, list], exclude_seen: bool) -> None:

@@ -94,6 +94,7 @@ def candidate_features(
     import torch
 
     from onerec_hf.data import OneRecDataCollator
+    from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES
     from onerec_hf.modeling.feature_embedding import positive_places
     from onerec_hf.modeling.item_head import history_states
     from onerec_hf.modeling.layers_onerec import at_places
@@ -114,8 +115,7 @@ def candidate_features(
             states = encoder(
                 batch["input_ids"],
                 batch["attention_mask"],
-                feature_ids=features,
-                lifelong_ids=batch.get("lifelong_ids"),
+                **{name: batch.get(name) for name in BESIDE_HISTORIES},
             ).last_hidden_state
             scores = (history_states(states, mask) @ vectors.T).float()
             excluded = None
