@@ -324,6 +324,20 @@ def time_values(seconds: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
+def in_seconds(times: np.ndarray) -> np.ndarray:
+    """
+    (n,) float64 seconds of times in one unit, which is seconds, milliseconds or finer.
+
+    Example:
+        >>> in_seconds(np.array([0, 1_700_000_000_000])).tolist()
+        [0.0, 1700000000.0]
+    """
+    seconds = times.astype(np.float64)
+    while len(seconds) and seconds.max() > LATEST_SECONDS:
+        seconds = seconds / 1000
+    return seconds
+
+
 def seconds_of(time) -> float:
     """
     Seconds since 1970 of a number of seconds (milliseconds or finer beyond 10^11, as in tables), an ISO 8601 text (UTC where it names no zone) or a datetime; NaN for None, NaN and infinity.
@@ -343,11 +357,7 @@ def seconds_of(time) -> float:
         if isinstance(time, datetime):
             return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
         seconds = float(time)
-        if not math.isfinite(seconds):
-            return math.nan
-        while seconds > LATEST_SECONDS:
-            seconds /= 1000
-        return seconds
+        return float(in_seconds(np.array([seconds]))[0]) if math.isfinite(seconds) else math.nan
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a time is seconds since 1970 or ISO 8601 text; got {time!r:.80}") from None
 

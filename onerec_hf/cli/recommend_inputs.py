@@ -175,17 +175,14 @@ def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> 
     """Values of each user's interactions, in the order of `UserSequences`."""
     from onerec_hf.data.columns import column_of
     from onerec_hf.data.features import raw_values
-    from onerec_hf.data.positives import LATEST_SECONDS
+    from onerec_hf.modeling.features import in_seconds
 
     named = dict.fromkeys(feature.name for feature in schema.interaction if feature.derive is None)
     raw = {name: raw_values(name, column_of(rows, name)) for name in named if name in rows}  # as training has them
     columns: dict[str, Any] = {name: of.astype(object).where(of.notna(), None) for name, of in raw.items()}
     if "positive" in named:
         columns["positive"] = positive
-    seconds = rows["timestamp"].to_numpy(np.float64)
-    while len(seconds) and seconds.max() > LATEST_SECONDS:  # milliseconds, or finer
-        seconds = seconds / 1000
-    columns[schema.time] = seconds
+    columns[schema.time] = in_seconds(rows["timestamp"].to_numpy())
     lacking = [name for name in named if name not in columns]
     asked = [f"interactions ({', '.join(lacking)})"] if lacking else []
     asked += [f"users ({', '.join(feature.name for feature in schema.user)})"] if schema.user else []

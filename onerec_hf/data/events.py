@@ -16,8 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from onerec_hf.data.lists import list_slices
-from onerec_hf.data.positives import LATEST_SECONDS
-from onerec_hf.modeling.features import FeatureSchema, time_values
+from onerec_hf.modeling.features import FeatureSchema, in_seconds, time_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +48,7 @@ class Events:
     @cached_property
     def seconds(self) -> np.ndarray:
         """(N,) float64 seconds since 1970 of times that may be milliseconds, or finer."""
-        seconds = self.timestamps.astype(np.float64)
-        while len(seconds) and seconds.max() > LATEST_SECONDS:
-            seconds = seconds / 1000
-        return seconds
+        return in_seconds(self.timestamps)
 
     def shuffled(self, seed: int) -> Events:
         """The interactions with those of equal user and time in random order."""

@@ -17,7 +17,7 @@ from onerec_hf.data.events import Events
 from onerec_hf.data.features import Learned, encode_column, learn_feature, learn_features, raw_values
 from onerec_hf.data.sequences import UserSequences
 from onerec_hf.data.times import FRACTION
-from onerec_hf.modeling.features import DERIVED, MISSING, UNKNOWN, Feature, FeatureSchema
+from onerec_hf.modeling.features import DERIVED, MISSING, POSITIVE, UNKNOWN, Feature, FeatureSchema
 
 if TYPE_CHECKING:
     from onerec_hf.data.interactions import ItemTable
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 #: In place of column names: guess them from the data.
 AUTO = "auto"
-#: The feature of interactions that says whether one is positive, where histories hold others too; and the one of their times.
-POSITIVE, TIME = "positive", "time"
+#: The feature of interactions that stands for their times.
+TIME = "time"
 #: Training rows that a schema is learned from; of more, those of a share of the users.
 MOST_ROWS = 2_000_000
 _SIDES = ("user", "interaction", "item")

@@ -16,6 +16,7 @@ import pandas as pd
 from onerec_hf.data.columns import DataError, column_of, require_columns, to_numbers
 from onerec_hf.data.times import ISO, instants, seconds_of
 from onerec_hf.data.types import plain_column
+from onerec_hf.modeling.features import LATEST_SECONDS
 from onerec_hf.modeling.files import short
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -27,8 +28,6 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
 }
 _RULE = re.compile(r"\s*([^<>=!]*[^<>=!\s])\s*(>=|<=|!=|==|>|<|=)\s*([^<>=!\s][^<>=!]*?)\s*")
-# Later than any time in seconds since 1970: such numbers are milliseconds or finer.
-LATEST_SECONDS = 1e11
 
 
 class Condition(NamedTuple):

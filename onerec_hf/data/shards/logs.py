@@ -14,7 +14,7 @@ from onerec_hf.data.aliases import ALIASES, find_column, usual_column
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
 from onerec_hf.data.duplicates import ROW_NUMBERS
-from onerec_hf.data.feature_tables import AUTO, POSITIVE, TIME
+from onerec_hf.data.feature_tables import AUTO, TIME
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards import expressions
 from onerec_hf.data.shards.features import COLUMN, TextKinds
@@ -22,6 +22,7 @@ from onerec_hf.data.shards.numbering import DistinctValues, may_number
 from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
 from onerec_hf.data.tables import is_text
 from onerec_hf.data.times import BAD, FRACTION, warn_narrow
+from onerec_hf.modeling.features import POSITIVE
 
 if TYPE_CHECKING:
     import polars as pl
