@@ -24,6 +24,7 @@ from .catalogue import ItemCatalogue
 from .constraint import CatalogueConstraint
 from .cpu_experts import packed
 from .diversity import SessionDiversity
+from .feature_codes import BESIDE_HISTORIES
 from .feature_embedding import positive_places
 from .files import find_file, read_json_object
 from .item_head import history_states
@@ -43,8 +44,7 @@ _FAST_INPUTS = {
     "use_cache",
     "synced_gpus",
     "streamer",
-    "feature_ids",
-    "lifelong_ids",
+    *BESIDE_HISTORIES,
 }
 
 
@@ -400,8 +400,9 @@ class OneRecGenerationMixin(GenerationMixin):
             distinct,
         )
         with _without_dropout(self):
-            beside = {"feature_ids": feature_ids, "lifelong_ids": lifelong_ids}
-            history = self.get_encoder()(input_ids, attention_mask, **beside).last_hidden_state
+            encoder = self.get_encoder()
+            states = encoder(input_ids, attention_mask, feature_ids=feature_ids, lifelong_ids=lifelong_ids)
+            history = states.last_hidden_state
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
@@ -580,8 +581,7 @@ class OneRecGenerationMixin(GenerationMixin):
                     None if embeds is not None else input_ids.to(self.device),
                     None if mask is None else mask.to(self.device),
                     None if embeds is None else embeds.to(self.device),
-                    feature_ids=kwargs.get("feature_ids"),
-                    lifelong_ids=kwargs.get("lifelong_ids"),
+                    **{name: kwargs.get(name) for name in BESIDE_HISTORIES},
                 )
         mask = None if mask is None else mask.to(self.device)
         input_ids = None if input_ids is None else input_ids.to(self.device)
@@ -638,7 +638,7 @@ class OneRecGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The history is the same for all beams of a user: encoder states and their mask stay one row per user, and cross-attention folds
         # the beams into the query length. Copies per beam cost more than the whole decoder.
-        names = ("encoder_outputs", "attention_mask", "feature_ids", "lifelong_ids")
+        names = ("encoder_outputs", "attention_mask", *BESIDE_HISTORIES)
         shared = {name: model_kwargs.pop(name) for name in names if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs

@@ -464,6 +464,14 @@ class OneRecEncoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+def fed_forward(layer, hidden_states, token_mask):
+    """A decoder layer's states after its feed-forward layer or experts, and how many tokens chose each of these."""
+    update = layer.post_attention_layernorm(hidden_states)
+    # The counts leave the layer as an output: a counter inside it would count twice under gradient checkpointing.
+    update, counts = layer.mlp(update, token_mask) if layer.is_sparse else (layer.mlp(update), None)
+    return hidden_states + layer.dropout(update), counts
+
+
 class OneRecDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -508,10 +516,4 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(update)
-        update, counts = self.post_attention_layernorm(hidden_states), None
-        if self.is_sparse:
-            # The counts leave the layer as an output: a counter inside it would count twice under gradient checkpointing.
-            update, counts = self.mlp(update, token_mask)
-        else:
-            update = self.mlp(update)
-        return hidden_states + self.dropout(update), counts
+        return fed_forward(self, hidden_states, token_mask)

@@ -105,6 +105,29 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         elif isinstance(module, FeatureEmbedding | LifelongPathway):
             module.initialize(self.config.initializer_range)
 
+    def session_inputs(
+        self, input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, packed: bool
+    ):
+        """What a decoder reads of sessions: embeddings, positions, the cache, and the mask of self-attention."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            # Packed sessions are padded on the right, where causality hides the padding; an unused slot would have nothing to see.
+            attention_mask=None if packed else attention_mask,
+            position_ids=None if packed else position_ids,
+            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+        )
+        return inputs_embeds, position_ids, past_key_values, mask
+
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """Refuses a tied embedding that torch 2.13 would train incorrectly from the second step on, without a message, also in models of transformers."""
@@ -289,23 +312,9 @@ class OneRecDecoder(OneRecPreTrainedModel):
         history_ranges=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecDecoderOutput:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         packed = history_ranges is not None
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            # Packed sessions are padded on the right, where causality hides the padding; an unused slot would have nothing to see.
-            attention_mask=None if packed else attention_mask,
-            position_ids=None if packed else position_ids,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+        inputs_embeds, position_ids, past_key_values, mask = self.session_inputs(
+            input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, packed
         )
         users = encoder_hidden_states.shape[0]
         cross_mask = create_bidirectional_mask(

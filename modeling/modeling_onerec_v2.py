@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -37,6 +37,7 @@ from .layers_onerec import (
     OneRecSparseMoeBlock,
     OneRecTopKRouter,
     apply_rotary,
+    fed_forward,
     history_positions,
     pooled_embeddings,
     positions_behind,
@@ -144,12 +145,7 @@ class OneRecV2DecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + self.dropout(update)
-        update, counts = self.post_attention_layernorm(hidden_states), None
-        if self.is_sparse:
-            update, counts = self.mlp(update, token_mask)
-        else:
-            update = self.mlp(update)
-        return hidden_states + self.dropout(update), counts
+        return fed_forward(self, hidden_states, token_mask)
 
 
 @auto_docstring
@@ -274,25 +270,12 @@ class OneRecV2Decoder(OneRecV2PreTrainedModel):
         history_ranges=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecDecoderOutput:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        packed, context = history_ranges is not None, encoder_hidden_states
+        inputs_embeds, position_ids, past_key_values, mask = self.session_inputs(
+            input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, packed
+        )
         # The context's keys and values are not cached: they cost two norms.
         session_cache = past_key_values.self_attention_cache if past_key_values is not None else None
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        packed, context = history_ranges is not None, encoder_hidden_states
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=None if packed else attention_mask,  # as in OneRecDecoder
-            position_ids=None if packed else position_ids,
-            past_key_values=session_cache,
-        )
         users, (rows, steps, width) = context.shape[0], inputs_embeds.shape
         # A token's query heads are so many queries with a head per group: see OneRecV2CrossAttention.
         queries = self.config.num_attention_heads // self.config.context_groups
