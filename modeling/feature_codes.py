@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .lifelong_history import LifelongHistory
 
 
+#: Inputs of a model that stand beside the tokens of histories: of features and of a lifelong pathway.
+BESIDE_HISTORIES = ("feature_ids", "lifelong_ids")
+
+
 def check_schema(config, schema: FeatureSchema | None) -> None:
     """
     Raises:
@@ -268,6 +272,7 @@ class RequestFeatures:
 
 
 __all__ = [
+    "BESIDE_HISTORIES",
     "RequestFeatures",
     "check_lifelong",
     "check_schema",

@@ -118,6 +118,7 @@ def with_lifelong(
             f"lifelong_ids of shape {tuple(lifelong_ids.shape)} do not belong to input_ids of {len(embeddings)} users and {embeddings.shape[1]} states, "
             f"of which {queries} are the pathway's; pass both from one call of the processor"
         )
+    lifelong_ids = lifelong_ids.to(embeddings.device)
     sizes = lifelong_ids[..., 0]
     opened = torch.where(sizes > 0, config.sep_token_id, config.pad_token_id)
     tokens = torch.cat([opened[..., None], lifelong_ids[..., 1:]], dim=-1).flatten(1)

@@ -127,26 +127,23 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 f"the tokenizer was made for codebooks of {self.tokenizer.codebook_sizes}, the catalogue has "
                 f"{catalogue.codebook_sizes}; they belong to different models"
             )
-        if (
-            self.lifelong is not None
-            and None not in (catalogue, self.catalogue)
-            and catalogue.hash != self.catalogue.hash
-        ):
-            former = self.catalogue.indices(catalogue.item_ids, unknown="mask")
-            vectors = self.lifelong.vectors[former] * (former >= 0)[:, None]
-            self.lifelong = replace(self.lifelong, vectors=vectors)
-        if self.features is not None and catalogue is not None:
-            codes = self.item_features
-            if catalogue is not self.catalogue and catalogue.hash != self.catalogue.hash:
-                former = self.catalogue.indices(catalogue.item_ids, unknown="mask")
-                codes = np.where(former[:, None] >= 0, codes[former], self.features.encode_items([{}]))
-            if item_values:
-                codes = codes.copy()
-                codes[catalogue.indices(list(item_values))] = self.features.encode_items(list(item_values.values()))
-            self.item_features = codes
-        elif item_values:
+        if item_values and (self.features is None or catalogue is None):
             raise ValueError("item_values are for a processor with features; leave them out")
+        if None not in (catalogue, self.catalogue) and catalogue.hash != self.catalogue.hash:
+            self._follow(self.catalogue.indices(catalogue.item_ids, unknown="mask"))
+        if item_values:
+            codes = self.item_features.copy()
+            codes[catalogue.indices(list(item_values))] = self.features.encode_items(list(item_values.values()))
+            self.item_features = codes
         self.catalogue = catalogue
+
+    def _follow(self, former: np.ndarray) -> None:
+        """Features and lifelong vectors of a grown catalogue's items, whose indices were `former`; -1 for new items."""
+        known = (former >= 0)[:, None]
+        if self.lifelong is not None:
+            self.lifelong = replace(self.lifelong, vectors=self.lifelong.vectors[former] * known)
+        if self.features is not None:
+            self.item_features = np.where(known, self.item_features[former], self.features.encode_items([{}]))
 
     @classmethod
     def from_catalogue(
@@ -220,10 +217,9 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 for start, length in zip(starts, lengths, strict=True)
             ]
             places = np.arange(len(rows))
-        tokenizer, earlier = self.tokenizer, None
+        tokenizer, all_rows, all_lengths, latest = self.tokenizer, rows, lengths, np.ones(len(rows), dtype=bool)
         if keep is not None:
             latest = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) <= keep
-            earlier = rows[~latest], np.maximum(lengths - keep, 0)
             rows, places, lengths = rows[latest], places[latest], np.minimum(lengths, keep)
         inputs = self._write(rows, lengths, tokenizer.sep_token_id, self.static_places)
         data = {}
@@ -240,7 +236,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         elif user_features is not None or history_features is not None:
             raise ValueError("this processor has no features; leave user_features and history_features out")
         if self.lifelong is not None:
-            inputs, data = self._with_lifelong(inputs, data, earlier)
+            inputs, data = self._with_lifelong(inputs, data, all_rows[~latest], all_lengths - lengths)
         data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long(), **data}
         if sessions is not None:
             sessions = _plain_lists(sessions)
@@ -291,13 +287,17 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             )
         return rows, lengths, places
 
-    def _with_lifelong(self, inputs: torch.Tensor, data: dict, earlier) -> tuple[torch.Tensor, dict]:
-        """Inputs with the places of the lifelong pathway first, padding for users without earlier items, and `lifelong_ids` in the data."""
-        levels, queries = (
-            len(self.tokenizer.codebook_sizes),
-            self.lifelong.places_of(len(self.tokenizer.codebook_sizes) + 1),
-        )
-        rows, lengths = (np.zeros(0, np.int64), np.zeros(len(inputs), np.int64)) if earlier is None else earlier
+    def _with_lifelong(
+        self, inputs: torch.Tensor, data: dict, rows: np.ndarray, lengths: np.ndarray
+    ) -> tuple[torch.Tensor, dict]:
+        """
+        Inputs with the places of the lifelong pathway first, padding for users without earlier items, and `lifelong_ids` in the data.
+
+        Args:
+            rows, lengths: the items that are older than the history, flattened, and their numbers.
+        """
+        levels = len(self.tokenizer.codebook_sizes)
+        queries = self.lifelong.places_of(levels + 1)
         found, sizes, counts = self.lifelong.compressed(rows, lengths)
         written = np.full((len(inputs), max(1, int(counts.max())), levels + 1), self.tokenizer.pad_token_id, np.int64)
         written[:, :, 0] = 0

@@ -29,7 +29,7 @@ from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.feature_codes import check_lifelong, check_schema
+from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES, check_lifelong, check_schema
 from onerec_hf.trainers.callbacks import InterruptCallback, RouterBalanceCallback
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin, newest_checkpoint
 from onerec_hf.trainers.faults import StepFaults
@@ -339,8 +339,7 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
         sequences = self._generator.recommend(
             inputs["input_ids"],
             inputs["attention_mask"],
-            feature_ids=inputs.get("feature_ids"),
-            lifelong_ids=inputs.get("lifelong_ids"),
+            **{name: inputs.get(name) for name in BESIDE_HISTORIES},
             session_length=1,
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,

@@ -9,6 +9,7 @@ import torch
 from trl.trainer.utils import pad
 
 from onerec_hf.data.collators import feature_columns
+from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -127,5 +128,5 @@ class OneRecPreferenceCollator:
             "encoder_input_ids": history["input_ids"],
             "encoder_attention_mask": history["attention_mask"],
         }
-        batch |= {name: history[name] for name in ("feature_ids", "lifelong_ids") if name in history}
+        batch |= {name: history[name] for name in BESIDE_HISTORIES if name in history}
         return _with_reference(batch, examples)

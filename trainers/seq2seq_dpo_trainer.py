@@ -21,7 +21,7 @@ from trl.trainer.utils import global_then_local_main_first
 from onerec_hf.data.collators import FEATURE_COLUMNS
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.feature_codes import check_lifelong, check_schema
+from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES, check_lifelong, check_schema
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
@@ -250,8 +250,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
     def _outputs(self, model, inputs):
         """The model's outputs of all decoder rows, with logits."""
         repeats = inputs["input_ids"].shape[0] // inputs["encoder_input_ids"].shape[0]
-        beside = ("feature_ids", "lifelong_ids")
-        features = {name: inputs[name].repeat(repeats, 1, 1) for name in beside if name in inputs}
+        features = {name: inputs[name].repeat(repeats, 1, 1) for name in BESIDE_HISTORIES if name in inputs}
         return model(
             **features,
             input_ids=inputs["encoder_input_ids"].repeat(repeats, 1),
