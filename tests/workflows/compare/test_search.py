@@ -207,9 +207,13 @@ def test_processes_end_and_say_why(tmp_path):
         return Run(name, name, 0, {**paths, "keep": keep})
 
     wrong, long = run("wrong", keep=True), run("long")
+    (tmp_path / "long.progress").write_text(
+        '{"step": 1, "value": 0.5, "cpu_seconds": 9.0}\n'
+    )  # of a killed comparison
     with Processes(3) as processes:
         processes.start(wrong)  # a spec without a family
         processes.start(long)
+        assert not processes.progress()
         found = processes.stop(long, "stopped", "time is up")
         assert (found["state"], found["reason"]) == ("stopped", "time is up")
         assert processes.runs == [wrong]
