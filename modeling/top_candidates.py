@@ -34,7 +34,8 @@ def top_candidates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     threshold = scores.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     better, tied = scores > threshold, scores == threshold
     wanted = better | (tied & (tied.cumsum(1) <= k - better.sum(1, keepdim=True)))
-    places = wanted.nonzero()[:, 1].view(rows, k)
+    # Their number is known: an accelerator need not tell it to the host.
+    places = wanted.nonzero_static(size=rows * k)[:, 1].view(rows, k)
     values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
     return values, places.gather(1, order)
 

@@ -35,13 +35,12 @@ HISTORY = 50  # items: 200 tokens
 
 
 class Setting:
-    """A model with random weights, its catalogue, and the requests that every peer answers."""
+    """A model, its catalogue, and the requests that every peer answers."""
 
-    def __init__(self, items: int, codes: int, quick: bool):
-        import torch
+    def __init__(self, model: Any, catalogue: Any, history: int = HISTORY):
         from transformers.generation.utils import GenerationMixin
 
-        from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
+        from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
 
         inherited: Any = GenerationMixin
 
@@ -61,26 +60,15 @@ class Setting:
         class Shared(OneRecForConditionalGeneration):
             _beam_search = inherited._beam_search
 
-        small: dict[str, Any] = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_attention_heads": 2,
-            "num_experts": 4,
-        }
-        small |= {"encoder_layers": 1, "decoder_layers": 1}
-        config = OneRecConfig(codebook_sizes=[codes] * 3, initializer_range=0.1, **(small if quick else {}))
-        torch.manual_seed(0)
-        self.model = OneRecForConditionalGeneration(config).eval()
-        self.codes = random_codes(items, codes)
-        catalogue = ItemCatalogue(np.arange(items), self.codes, [codes] * 3)
-        self.model.set_catalogue(catalogue)
+        config = model.config
+        self.model, self.codes, self.history = model, catalogue.codes, history
         self.processor = OneRecProcessor.from_catalogue(catalogue)
         self.inputs: Any = None
         self.peers = {}
         for cls in (AsTransformersDoes, SelfReordered, Shared):
             peer = cls(copy.deepcopy(config)).eval()
-            peer.load_state_dict(self.model.state_dict())
-            peer.set_catalogue(catalogue)
+            peer.load_state_dict(model.state_dict())
+            peer.to(model.device, model.dtype).set_catalogue(catalogue)
             peer.config._experts_implementation_internal = "grouped_mm"  # transformers' default
             self.peers[cls.__name__] = peer
         # Legal next tokens of each prefix of an item's tokens.
@@ -90,9 +78,31 @@ class Setting:
                 found[tuple(item[:level])].add(item[level])
         self.children = {prefix: sorted(tokens) for prefix, tokens in found.items()}
 
+    @classmethod
+    def random(cls, items: int, codes: int, quick: bool) -> Setting:
+        """A model with random weights and a catalogue of random semantic IDs."""
+        import torch
+
+        from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration
+
+        small: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_experts": 4,
+        }
+        small |= {"encoder_layers": 1, "decoder_layers": 1}
+        config = OneRecConfig(codebook_sizes=[codes] * 3, initializer_range=0.1, **(small if quick else {}))
+        torch.manual_seed(0)
+        model = OneRecForConditionalGeneration(config).eval()
+        catalogue = ItemCatalogue(np.arange(items), random_codes(items, codes), [codes] * 3)
+        model.set_catalogue(catalogue)
+        return cls(model, catalogue)
+
     def ask(self, users: int) -> None:
         rng = np.random.default_rng(1)
-        self.inputs = self.processor(rng.integers(0, len(self.codes), (users, HISTORY)).tolist())
+        inputs = self.processor(rng.integers(0, len(self.codes), (users, self.history)).tolist())
+        self.inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def prefix_fn(self):
         children, bos = self.children, [self.model.config.bos_token_id]
@@ -296,7 +306,7 @@ def decoder_over_floor(setting: Setting, repetitions: int) -> list[dict[str, Any
 def peak_of(which: str, quick: bool) -> float:
     """Peak memory (GiB) above that of the loaded model, of one request at 32 x 128 x 5; runs in a separate process."""
     one_thread()
-    setting = Setting(12_000, 256, quick)
+    setting = Setting.random(12_000, 256, quick)
     setting.ask(1)
     setting.runs(2, 1)[which]()
     setting.ask(32)
@@ -343,7 +353,7 @@ def main() -> None:
     if arguments.all:
         grid = dict.fromkeys(itertools.product((1, 8, 32), (10, 50, 128), (1, 5)), every)
         named, large = grid | named, grid | large
-    small = Setting(12_000, 256, quick)
+    small = Setting.random(12_000, 256, quick)
     with small.model.packed_experts():
         rows = measure_cells(small, 256, named.items(), repetitions)
         rows += decoder_over_floor(small, 1 if quick else 5)
@@ -353,7 +363,7 @@ def main() -> None:
     rows += constraint_alone(quick, repetitions)
     rows += memory(quick)
     if not quick:
-        big = Setting(1_000_000, 8192, quick)
+        big = Setting.random(1_000_000, 8192, quick)
         with big.model.packed_experts():
             rows += measure_cells(big, 8192, large.items(), 3)
     finish(rows, arguments.json, history_items=HISTORY, weights="random, seed 0")
