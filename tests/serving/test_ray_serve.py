@@ -83,6 +83,7 @@ def test_no_request_is_lost(save, monkeypatch):
     pytest.importorskip("ray.serve")
     folders = [save(seed=0), save(seed=1)]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # on a busy machine
     ray.init(num_cpus=8, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
     with listen("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
