@@ -29,8 +29,8 @@ from onerec_hf.evaluation.results import result_row
 from onerec_hf.serving import RecommendationService, ServedModel, ServingSettings, batching
 from onerec_hf.serving.schema import Query
 
-# Clients by kind: items of a session, beams. Most requests are small.
-CLIENTS = {(1, 10): 6, (1, 128): 2, (5, 10): 2, (5, 128): 2}
+# Clients by kind: items of a session, beams.
+CLIENTS = {(1, 10): 1, (1, 128): 1, (5, 10): 1, (5, 128): 1}
 # The share of a running batch's cost that a small batch between its steps may have.
 BATCHERS = {"steps": batching._SMALL, "batches": 0.0}
 

@@ -86,8 +86,8 @@ class RayRun(Run):
 
     def write(self, folder: Path) -> None:
         scratch = folder / "buckets"
-        scratch.mkdir(exist_ok=True)
         with _ray():
+            scratch.mkdir(exist_ok=True)
             self.log = self.log.fixed()
             self.parts = self._parts(scratch)
             buckets = self._partition_all(scratch)

@@ -53,6 +53,8 @@ def kept_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
+        if temporary.is_dir() and not any(temporary.iterdir()):
+            temporary.rmdir()
         lock.release()
         path.unlink(missing_ok=True)
 
