@@ -134,7 +134,7 @@ def test_a_file_of_other_types_is_read_as_the_first(tmp_path, here):
     assert found == expected
 
 
-@pytest.mark.parametrize("stage", ["part", "order", "learn", "cut", "file"])
+@pytest.mark.parametrize("stage", ["part", "learn", "file"])
 def test_a_killed_run_is_resumed(tmp_path, here, monkeypatch, stage):
     features = feature_log(tmp_path / "raw", "csv")
     expected, _ = prepared(tmp_path / "raw", tmp_path / "polars", features)
