@@ -360,7 +360,7 @@ def test_example_fine_tune(workplace, monkeypatch, capsys):
 
 
 def test_every_example_is_run_here():
-    elsewhere = {"prepare_with_ray.py"}  # tests/data/shards/test_prepare_with_ray.py
+    elsewhere = {"serve_with_ray.py"}  # tests/serving/test_ray_serve.py
     assert {path.name for path in EXAMPLES} - elsewhere == {
         "train_on_your_table.py",
         "plain_trainer.py",

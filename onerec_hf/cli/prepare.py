@@ -94,6 +94,12 @@ class PrepareOptions(OutputSettings):
         metadata={"help": "Approximate number of log rows in memory at a time."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the training examples."})
+    engine: str = field(
+        default="polars",
+        metadata={
+            "help": "polars (this machine) or ray: a Ray cluster (RAY_ADDRESS) whose machines share these folders; same files."
+        },
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -121,6 +127,7 @@ def main(argv: list[str]) -> None:
         rows_per_bucket=args.rows_per_bucket,
         seed=args.seed,
         overwrite=args.overwrite,
+        engine=args.engine,
         features=(read := features.read(windows.user_column, windows.item_column)),
     )
     for line in [] if read is None else read.said:

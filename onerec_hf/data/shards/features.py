@@ -59,12 +59,13 @@ class LogFeatures:
     _tables: FeatureTables | None = field(default=None, init=False)
     _lacking: int = field(default=0, init=False)
 
-    def match_ids(self, rows: pl.DataFrame) -> None:
-        """Users and items with ids of the type that a bucket's rows have."""
+    def start(self, rows: pl.DataFrame) -> None:
+        """Takes the columns of a bucket's rows, and makes the ids of users and items those that the rows have."""
         if self.users is not None:
             self.users = self.users.with_ids_like(_ids(rows["user"].head(1)))
         if self.items is not None:
             self.items = self.items.with_ids_like(_ids(rows["item"].head(1)))
+        self._tables, _ = self.sequences(rows)
 
     def sequences(self, rows: pl.DataFrame) -> tuple[FeatureTables, UserSequences]:
         """A bucket's rows of frequent items, from `tidy`, as tables and their sequences without codes."""
@@ -79,26 +80,29 @@ class LogFeatures:
         )
         return tables, tables.sequences()[0]
 
-    def read(self, rows: pl.DataFrame, kept: int) -> None:
+    def training_rows(self, rows: pl.DataFrame, kept: int) -> tuple[TrainingRows, int]:
         """
-        Takes the training rows of a bucket.
+        What `take` takes of a bucket: its training rows, and how many of its users have no row in the users table.
 
         Args:
             rows: as of `sequences`.
             kept: number of all positive interactions that are kept.
         """
         tables, sequences = self.sequences(rows)
-        if not len(sequences):
-            return
+        lacking = 0
         if self.users is not None and self.names.get("user"):
-            self._lacking += int((self.users.rows_of(sequences.user_ids) < 0).sum())
+            lacking = int((self.users.rows_of(sequences.user_ids) < 0).sum())
         train = hold_out_last_two(sequences)[0]
-        self._parts.append(tables.training_rows(sequences, training_rows(sequences, train.lengths), kept))
-        self._tables = tables
+        return tables.training_rows(sequences, training_rows(sequences, train.lengths), kept), lacking
+
+    def take(self, part: TrainingRows, lacking: int) -> None:
+        """Takes the training rows of a bucket, after `start`."""
+        self._parts.append(part)
+        self._lacking += lacking
 
     def learn(self, users: int) -> None:
         """
-        Learns the schema of what was read.
+        Learns the schema of what was taken.
 
         Args:
             users: number of users.
@@ -161,6 +165,13 @@ class TextKinds:
         self.integers = self.integers and known.cast(pl.Int64, strict=False).null_count() == 0
         self.numbers = self.numbers and known.cast(pl.Float64, strict=False).null_count() == 0
         self.booleans = self.booleans and bool(known.is_in(list(_BOOLEANS)).all())
+
+    def merge(self, other: TextKinds) -> None:
+        """Takes the values that another one was given."""
+        self.integers &= other.integers
+        self.numbers &= other.numbers
+        self.booleans &= other.booleans
+        self.any |= other.any
 
     @property
     def kind(self) -> str:

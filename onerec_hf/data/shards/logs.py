@@ -6,7 +6,7 @@ import glob
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from onerec_hf.data.duplicates import ROW_NUMBERS
 from onerec_hf.data.feature_tables import AUTO, TIME
 from onerec_hf.data.positives import PositiveFeedback
 from onerec_hf.data.shards import expressions
+from onerec_hf.data.shards.checks import Checks
 from onerec_hf.data.shards.features import COLUMN, TextKinds
 from onerec_hf.data.shards.numbering import DistinctValues, may_number
 from onerec_hf.data.shards.scans import OWN, import_polars, scan, unreadable
@@ -71,53 +72,6 @@ def find_log_files(source: str | Path) -> list[Path]:
     return sorted(found)
 
 
-@dataclass
-class Checks:
-    """
-    Statistics and errors of the rows read so far.
-
-    Args:
-        rows: number of rows.
-        left_out: number of rows without any value, or without items; they are not among `rows`.
-        positive: number of positive rows.
-        integers: for "user" and "item", whether all values that are text are integers.
-        floats: whether all of them are integers written as floats ("7.0").
-        dates: number of times that are dates.
-        latest: the largest absolute time.
-        highest: the largest value of each feedback column.
-        bad: (column, problem) -> number of rows, first row.
-        kinds: what the texts of each feature are.
-        numbering: whether columns differ in every row, of those that do in the first ones.
-    """
-
-    rows: int = 0
-    left_out: int = 0
-    positive: int = 0
-    integers: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(("user", "item"), True))
-    floats: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(("user", "item"), True))
-    dates: int = 0
-    latest: int = 0
-    highest: dict[str, float] = field(default_factory=dict)
-    bad: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    kinds: dict[str, TextKinds] = field(default_factory=dict)
-    numbering: dict[str, DistinctValues] = field(default_factory=dict)
-
-    @property
-    def distinct(self) -> dict[str, bool]:
-        """The columns that differ in every row, and those that did in the first ones."""
-        return {name: values.distinct for name, values in self.numbering.items()}
-
-    @property
-    def as_integers(self) -> dict[str, bool]:
-        """For "user" and "item", whether values that are text become integers."""
-        return {name: self.integers[name] or self.floats[name] for name in self.integers}
-
-    def count_bad(self, column: str, what: str, count: int, first: int) -> None:
-        """Records `count` invalid rows, the first of them `first`."""
-        before, earliest = self.bad.get((column, what), (0, first))
-        self.bad[column, what] = before + count, min(earliest, first)
-
-
 _FIXES = {
     "ids are null": "Drop these rows or give them ids.",
     "ids are not exact 64-bit integers": "Convert them to integers or strings.",
@@ -139,6 +93,7 @@ class Log:
         column_names: the columns of text files without a header.
         features: columns that are read too, ["auto"] for all others; None for none. Then all rows are read, with `positive`, if `everything`.
         everything: read the rows that are not positive.
+        schema, numbering: types of the columns, and those that may differ in every row, where these files are a part of a log; see `fixed`.
 
     Example:
         >>> import os, tempfile
@@ -160,6 +115,8 @@ class Log:
     column_names: Sequence[str] | None = None
     features: Sequence[str] | None = None
     everything: bool = False
+    schema: pl.Schema | None = None
+    numbering: Sequence[str] | None = None
 
     @property
     def is_text(self) -> bool:
@@ -186,9 +143,9 @@ class Log:
         kept = ["user", "item", "time", "rest", "row", "others", "bucket"]
         conditions, numbering = self.positive.conditions, None
         try:
-            for part in scan(self.files, self.first_row, self.column_names):
+            for part in self.scan():
                 if numbering is None:
-                    numbering = self._may_number(part)
+                    numbering = self._may_number(part) if self.numbering is None else self.numbering
                     checks.numbering = {name: DistinctValues() for name in numbering}
                     kept += [*(["alike"] if numbering else []), *(f"value {place}" for place in range(len(numbering)))]
                 query = self._query(part, buckets, numbering)
@@ -203,6 +160,42 @@ class Log:
                         yield batch.select(kept)
                     else:
                         yield batch.select(*kept, "positive", *(n for n in batch.columns if n.startswith(COLUMN)))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+            raise unreadable(self.files, error) from error
+
+    def scan(self) -> Iterator[pl.LazyFrame]:
+        """All rows, as of [`scan`]."""
+        return scan(self.files, self.first_row, self.column_names, self.schema)
+
+    def fixed(self) -> Log:
+        """
+        The log with `schema` and `numbering`, which parts of it are read with, as of the whole.
+
+        Raises:
+            DataError: as [`batches`], before any row is read.
+        """
+        pl = import_polars()
+        try:
+            first = next(self.scan())
+            numbering = self._may_number(first)
+            self._query(first, 1, numbering)
+            schema = pl.Schema({name: kind for name, kind in first.collect_schema().items() if name not in OWN})
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+            raise unreadable(self.files, error) from error
+        log = replace(self, schema=schema, numbering=numbering)
+        log._narrow = self._narrow
+        return log
+
+    def count_rows(self) -> int:
+        """
+        The number of rows, lists not taken apart.
+
+        Raises:
+            DataError: unreadable files.
+        """
+        pl = import_polars()
+        try:
+            return sum(part.select(pl.len()).collect(engine="streaming").item() for part in self.scan())
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise unreadable(self.files, error) from error
 
@@ -397,7 +390,7 @@ class Log:
     def _value(self, column: str, row: int) -> Any:
         """A value of the log, for messages."""
         pl = import_polars()
-        for part in scan(self.files, self.first_row, self.column_names):
+        for part in self.scan():
             names = part.collect_schema().names()
             default = next((n for n in DEFAULTS if getattr(self, f"{n.removesuffix('_id')}_column") == column), column)
             found = part.filter(pl.col("__row__") == row).select(usual_column(names, column, default)).collect()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onerec_hf.data.shards.scans import import_polars
@@ -74,6 +75,41 @@ class DistinctValues:
             self._share *= 2
             seen = seen.filter(pl.col("value") % self._share == 0)
         self._seen = seen if self.distinct else None
+
+    def merge(self, other: DistinctValues) -> None:
+        """
+        Takes the values of another part of the log; beyond a million rows those whose hash falls into the smaller share of the two.
+
+        Example:
+            >>> import polars as pl
+            >>> values, others = DistinctValues(), DistinctValues()
+            >>> values.add(pl.Series([6], dtype=pl.UInt64), pl.Series([1], dtype=pl.UInt64))
+            >>> others.add(pl.Series([6], dtype=pl.UInt64), pl.Series([2], dtype=pl.UInt64))
+            >>> values.merge(others)
+            >>> values.distinct
+            False
+        """
+        self.distinct &= other.distinct
+        self._share = max(self._share, other._share)
+        if not self.distinct:
+            self._seen = None
+        elif other._seen is not None:
+            self.add(other._seen["value"], other._seen["row"])
+
+    def save(self, path: Path) -> dict[str, Any]:
+        """What JSON can hold of it; the values go into a file."""
+        if self._seen is not None:
+            self._seen.write_ipc(path)
+        return {"distinct": self.distinct, "share": self._share, "any": self._seen is not None}
+
+    @classmethod
+    def load(cls, path: Path, found: Mapping[str, Any]) -> DistinctValues:
+        """The opposite of `save`."""
+        values = cls()
+        values.distinct, values._share = found["distinct"], found["share"]
+        if found["any"]:
+            values._seen = import_polars().read_ipc(path)
+        return values
 
 
 def hidden_duplicates(bucket: pl.DataFrame, distinct: Sequence[bool]) -> int:

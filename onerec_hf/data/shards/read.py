@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.feature_tables import DatasetFeatures
 from onerec_hf.data.sequences import UserSequences
-from onerec_hf.data.shards.write import FEATURES_NAME, FORMAT, MANIFEST_NAME, column_ids
+from onerec_hf.data.shards.passes import FEATURES_NAME, column_ids
+from onerec_hf.data.shards.write import FORMAT, MANIFEST_NAME
 from onerec_hf.modeling.features import FeatureSchema
 
 if TYPE_CHECKING:

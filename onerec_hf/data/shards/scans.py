@@ -37,13 +37,16 @@ def import_polars():
     return polars
 
 
-def scan(files: Sequence[Path], first_row: int = 0, names: Sequence[str] | None = None) -> Iterator[pl.LazyFrame]:
+def scan(
+    files: Sequence[Path], first_row: int = 0, names: Sequence[str] | None = None, schema: pl.Schema | None = None
+) -> Iterator[pl.LazyFrame]:
     """
     All rows of files of one format, with their number in `__row__`; all values of a text format as text.
 
     Args:
         first_row: number of the first row.
         names: the columns of text files without a header.
+        schema: types of the columns, where the first of these files does not decide on them: Parquet and JSON lines.
 
     Raises:
         DataError: unreadable files.
@@ -66,11 +69,13 @@ def scan(files: Sequence[Path], first_row: int = 0, names: Sequence[str] | None 
                 yield from _numbered(_parquet_chunks(paths), first_row)
                 return
             upcast = pl.ScanCastOptions(integer_cast="upcast", float_cast="upcast")
-            yield pl.scan_parquet(paths, cast_options=upcast, extra_columns="ignore", glob=False, **number)
+            yield pl.scan_parquet(
+                paths, cast_options=upcast, extra_columns="ignore", glob=False, schema=schema, **number
+            )
         elif suffix == ".json" or (suffix in (".jsonl", ".ndjson") and _any_bz2(paths)):
             yield from _numbered((_whole(path) for path in paths), first_row)
         elif suffix in (".jsonl", ".ndjson"):
-            yield pl.scan_ndjson(paths, infer_schema_length=_JSON_LINES, **number)
+            yield pl.scan_ndjson(paths, infer_schema_length=_JSON_LINES, schema=schema, **number)
         elif suffix == ".txt" and names is None and not has_header(_first_line(paths[0])):
             if _any_bz2(paths):
                 yield from _numbered((_whole(path) for path in paths), first_row)

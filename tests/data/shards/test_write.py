@@ -20,7 +20,7 @@ from onerec_hf.data import (
     prefix_examples,
     read_interactions,
 )
-from onerec_hf.data.shards import write as preparing
+from onerec_hf.data.shards import passes
 from onerec_hf.data.shards.buckets import ExampleSettings
 from onerec_hf.data.shards.write import prepare_log
 
@@ -260,7 +260,7 @@ def test_a_run_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparing._Writers, "write", full)
+    monkeypatch.setattr(passes.Writers, "write", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_log(raw, ready, num_shards=2, overwrite=True)
     assert json.loads((ready / "prepared.json").read_text()) == manifest
