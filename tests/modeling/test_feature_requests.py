@@ -21,7 +21,7 @@ from onerec_hf.serving.models import ServedModel
 from onerec_hf.serving.schema import Query
 from onerec_hf.serving.settings import ServingSettings
 from tests.conftest import make_model
-from tests.modeling.feature_models import CATALOGUE, HISTORIES, PROCESSOR, SCHEMA, USERS, make
+from tests.modeling.feature_models import CATALOGUE, HISTORIES, PROCESSOR, SCHEMA, USERS, columns, make
 from tests.rounding import close
 from tests.serving.running import Running
 
@@ -107,6 +107,11 @@ def test_values_mean_nothing_to_a_model_without_features():
     assert with_values.request.features is None
 
 
+def test_a_processor_without_features_refuses_values_of_users():
+    with pytest.raises(ValueError, match="this processor has no features; leave users, user_features"):
+        OneRecProcessor.from_catalogue(CATALOGUE, 8)([["m1"]], users=[{"age": 3}])
+
+
 def test_model_and_processor_must_have_the_same_features():
     with pytest.raises(ValueError, match=r"different features \(only the model: age of 6 codes"):
         Recommender(MODEL, OneRecProcessor.from_catalogue(CATALOGUE, 8))
@@ -125,6 +130,25 @@ def test_pipeline():
     assert [row["item"] for row in one] == expected(HISTORIES[0], None)[0]
     for answer, history in zip(batch, HISTORIES, strict=True):
         assert [row["score"] for row in answer] == expected(history, None)[1]
+
+
+def test_rows_of_a_dataset_are_answered_with_their_codes(recommender):
+    rows = [row | {"user_id": number, "session": ["m9"]} for number, row in enumerate(columns())]
+    recommend = pipeline("generative-recommendation", model=MODEL, processor=PROCESSOR, device="cpu", **OPTIONS)
+    for answer, history, user in zip(recommend(rows), HISTORIES, USERS, strict=True):
+        assert ([row["item"] for row in answer], [row["score"] for row in answer]) == expected(history, user)
+    # Codes of the whole history, of which the catalogue lacks an item and the model reads the latest.
+    row = {"history": ["gone", *rows[0]["history"]], "history_features": [4, 3, 3, *rows[0]["history_features"]]}
+    resolved = recommender.resolve(Request(**row, max_history=2))
+    assert resolved.features.history.ravel().tolist() == rows[0]["history_features"][3:]
+    for wrong, message in (
+        ({"history_features": [3, 3]}, "hold 2 values of type int64, expected 9 codes"),
+        ({"history_features": [99] * 9}, "hold codes of 'like' up to 99"),
+        ({"user": USERS[0]}, r"pass values \(user, objects in the history\) or codes"),
+        ({"history": HISTORIES[0]}, "pass values"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            recommender.resolve(Request(**{**columns()[0], **wrong}))
 
 
 def test_recommend_lines(recommender):
