@@ -203,7 +203,9 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def preprocess(self, input_: _Numbered, options: Mapping[str, Any], **rows):
         given = input_.history if isinstance(input_.history, Mapping) else {"history": input_.history}
-        lists = {name: given.get(name) for name in ("history", "exclude", "allow", "candidates", "user", *FEATURE_COLUMNS)}
+        lists = {
+            name: given.get(name) for name in ("history", "exclude", "allow", "candidates", "user", *FEATURE_COLUMNS)
+        }
         recommender = Recommender(self.model, self.processor)
         resolved = recommender.resolve(Request(**lists, name=input_.name, **options), **rows)
         if resolved.request.unknown == "error" and not resolved.history:

@@ -27,8 +27,8 @@ class ReadHistories:
 
     Example:
         >>> read = ReadHistories([np.array([4, 2])], [np.array([[3, 5], [3, 6]])], [np.array([True, False])])
-        >>> {name: ids.tolist() for name, ids in read.inputs(1).items()}
-        {'input_ids': [[3]], 'feature_ids': [[[3, 6]]], 'positive_ids': [[5]]}
+        >>> {name: ids.tolist() for name, ids in read.inputs(2).items()}
+        {'input_ids': [[5, 3]], 'feature_ids': [[[3, 5], [3, 6]]], 'positive_ids': [[5]]}
     """
 
     items: Sequence[np.ndarray]
@@ -85,7 +85,10 @@ class ReadHistories:
         if self.codes is not None:
             found["feature_ids"] = pad_codes(self.codes, found["input_ids"].shape[1])
         if self.positive is not None:
-            found["positive_ids"] = pad_left(self.seen, longest)
+            # Of the items that are read, as a request for them has no others.
+            read = zip(self.items, self.positive, strict=True)
+            latest = slice(None) if longest is None else slice(-longest, None)
+            found["positive_ids"] = pad_left([items[latest][flags[latest]] for items, flags in read])
         return found
 
 

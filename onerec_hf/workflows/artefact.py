@@ -196,6 +196,7 @@ def load_sequential(option: str, repo: str) -> SequentialRecommender:
         model = cast("SequentialRecommender", SequentialRecommender.from_pretrained(repo))
         if model.items is None:
             raise ValueError("it holds no item ids; save the model with its items (set_items)")
+        model.check_schema()
         return model
 
 
