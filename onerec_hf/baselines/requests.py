@@ -155,7 +155,7 @@ class ItemRecommender(Recommender):
         assert isinstance(self.model, SequentialRecommender)
         device, allowed = self.model.device, None
         if allow is not None:
-            allowed = torch.zeros(len(histories), len(self.catalogue), dtype=torch.bool)
+            allowed = torch.zeros(len(read.items), len(self.catalogue), dtype=torch.bool)
             rows = np.repeat(np.arange(len(allow)), [len(items) for items in allow])
             allowed[torch.from_numpy(rows), torch.from_numpy(np.concatenate(allow))] = True
             allowed = allowed.to(device)
