@@ -105,7 +105,7 @@ def _fit_ranking(
     progress.ends()
     items = ItemIndex(data.item_ids)
     save_ranking(folder, model, items)
-    _save_beside(folder, data, items, spec["exclude_seen"])
+    _save_beside(folder, data, items, spec["exclude_seen"], reads_features=False)
 
 
 def _fit_sequential(
@@ -166,12 +166,14 @@ def of_features(data: InMemoryDataset) -> dict[str, Any]:
     return {} if data.features is None else {"feature_dropout": FEATURE_DROPOUT}
 
 
-def _save_beside(folder: Path, data: InMemoryDataset, items: Any, exclude_seen: bool) -> None:
+def _save_beside(
+    folder: Path, data: InMemoryDataset, items: Any, exclude_seen: bool, reads_features: bool = True
+) -> None:
     """Data options and titles beside the model, for later commands and the server's answers; `train` saves a generator's."""
     from onerec_hf.data.item_fields import save_items_table
     from onerec_hf.workflows.data_options import save_data_options
 
-    save_data_options(folder, data, exclude_seen)
+    save_data_options(folder, data, exclude_seen, reads_features)
     if data.items is not None:
         save_items_table(folder, data.items, items)
 
