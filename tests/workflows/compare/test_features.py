@@ -14,8 +14,11 @@ from onerec_hf.workflows import DataSettings, evaluate
 from onerec_hf.workflows.artefact import recommender_of
 from onerec_hf.workflows.compare import compare_models
 from onerec_hf.workflows.compare.ranking import targets
+from onerec_hf.workflows.data_options import excludes_seen
 from onerec_hf.workflows.loading import load_in_memory
 from tests.rounding import close
+
+pytestmark = pytest.mark.slow  # each run of a family is a process
 
 FAMILIES = {
     "item_knn": "title: Item-kNN\nkind: ranking\nsettings: {model: item_knn}\n",
@@ -78,7 +81,8 @@ def test_winners_evaluate_and_answer_as_the_report_says(compared, name):
     assert recommender.schema == data.features.schema
     rows = [{name: row[name] for name in ("history", "user_features", "history_features")} for row in data.test]
     ranked = np.full((len(rows), 10), -1)
-    for user, answer in enumerate(recommender.recommend([Request(**row) for row in rows])):
+    how = {"exclude_seen": excludes_seen("--model", str(folder))}
+    for user, answer in enumerate(recommender.recommend([Request(**row, **how) for row in rows])):
         ranked[user, : len(answer.sessions)] = np.searchsorted(data.item_ids, np.ravel(answer.sessions))
     assert float(np.mean(ndcg_at_k(ranked, targets(data.test, data), 10))) == close(reported)
     run = json.loads(next((found.folder / "runs").glob(f"{name}-best-*.json")).read_text())
