@@ -297,7 +297,7 @@ class AnswerCounts:
             f"left out {self.skipped} items that are not in the catalogue": self.skipped,
             f"{self.empty} of {self.histories} histories hold no known item: an empty answer": self.empty,
             f"{self.exhausted} of {self.histories} histories leave nothing to recommend: an empty answer": self.exhausted,
-            f"read only the latest items of {self.cut} of {self.histories} histories, which are longer than max_history": self.cut,
+            f"read only the latest items of {self.cut} of {self.histories} histories, which are longer than the model reads": self.cut,
         }
         return "; ".join(note for note, count in notes.items() if count)
 
@@ -394,7 +394,9 @@ class Recommender:
         catalogue, name = self.catalogue, request.name
         if self.reads_all and request.max_history:
             raise RequestError("max_history: a model with a lifelong pathway reads its own; leave it out")
-        keep = None if self.reads_all else request.max_history or self.max_history
+        keep = request.max_history or self.max_history
+        if self.reads_all:  # what is beyond even this is counted like any other cut
+            keep = self.processor.max_history + self.processor.lifelong.longest
         features = None
         try:
             ids, objects = split_history(request.history, name)

@@ -383,11 +383,12 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         `rank` for examples ([`~onerec_hf.data.leave_one_out`]), with the features in their columns. Only positive interactions of a history are left out.
 
         Raises:
-            ValueError: as `rank`; a model without item ids. KeyError: unknown items.
+            ValueError: as `rank`; a model without item ids, or codes of another schema than the model's. KeyError: unknown items.
         """
         if self.items is None:
             raise ValueError("this model has no item ids: call set_items(item_ids)")
-        read = ReadHistories.of_examples(examples, self.items, self.features is not None)
+        self.check_schema()
+        read = ReadHistories.of_examples(examples, self.items, self.schema)
         allowed = None if active is None else torch.from_numpy(np.array(active)).to(self.device)
         found = [indices for indices, _ in self._ranked(read, k, exclude_seen, batch_size, allowed=allowed)]
         return np.concatenate([np.empty((0, k), dtype=np.int64), *found])

@@ -141,9 +141,7 @@ class ItemRecommender(Recommender):
         schema = self.schema
         if schema is None:
             return ReadHistories(histories)
-        codes = [
-            of_places(each.user, each.history, len(items)) for each, items in zip(features, histories, strict=True)
-        ]
+        codes = [of_places(each.user, each.history) for each in features]
         # As of examples: flags only where histories hold other interactions too.
         positive = None if schema.not_positive is None else [each.positive(schema) for each in features]
         return ReadHistories(histories, codes, positive)

@@ -135,6 +135,23 @@ def test_wrong_features_are_refused():
         plain.encode(pad_left([np.array([1])]), torch.full((1, 1, 2), 3))
 
 
+def test_codes_of_another_schema_are_refused_before_they_reach_a_device(saved):
+    """A model on an accelerator does not look at them."""
+    model = make()
+    good = {"history": [[5, 2]], "user_features": [[3]], "history_features": [[3, 4]], "session": [[1]]}
+    for wrong, message in (
+        ({"user_features": [[9]]}, "user_features hold codes of 'age' up to 9, the schema has 0 to 4"),
+        ({"history_features": [[3, -1]]}, "history_features of example 0 hold values that are no codes"),
+        ({"history_features": [[3, 4, 4]]}, "history_features of example 0 hold 3 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.rank_examples(Dataset.from_dict({**good, **wrong}), k=3)
+    with pytest.raises(ValueError, match="examples lack the column 'user_features' that the model's features need"):
+        model.rank_examples(Dataset.from_dict(good).remove_columns("user_features"), k=3)
+    with pytest.raises(ValueError, match="codes of another schema than the model"):
+        fit_sequential(saved.data.train_sequences, item_ids=IDS, coded=ITEMS, hidden_size=8, use_cpu=True)
+
+
 def test_evidence_is_fitted_on_what_ranking_reads(monkeypatch):
     """Features of the histories, and evidence about positive interactions only."""
     random, model = np.random.default_rng(3), make()
