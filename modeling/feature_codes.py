@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .lifelong_history import LifelongHistory
 
 
+#: Columns of codes in datasets: of users, and of the interactions of their histories.
+FEATURE_COLUMNS = ("user_features", "history_features")
 #: Inputs of a model that stand beside the tokens of histories: of features and of a lifelong pathway.
 BESIDE_HISTORIES = ("feature_ids", "lifelong_ids")
 
@@ -225,7 +227,7 @@ class RequestFeatures:
 
     Args:
         user: (user slots,) codes.
-        history: (items, interaction slots) codes of the history that the model reads.
+        history: (items, interaction slots) codes of the history.
     """
 
     user: np.ndarray
@@ -235,29 +237,46 @@ class RequestFeatures:
     def of(
         cls,
         schema: FeatureSchema,
-        user: Any,
+        request: Any,
         ids: Any,
         objects: list[dict] | None,
         catalogue: ItemCatalogue,
-        keep: int | None,
     ) -> RequestFeatures:
         """
-        The codes of raw values.
+        The codes of a request's raw values, or those that it holds itself, of the items that the catalogue holds.
 
         Args:
-            ids, objects: the history, of [`split_history`].
-            keep: items that the model reads, the latest ones that the catalogue holds; None for all.
+            request: a [`Request`].
+            ids, objects: its history, of [`split_history`].
 
         Raises:
-            ValueError: values of the wrong type.
+            ValueError: values of the wrong type, values beside codes, or codes of another schema.
         """
+        user, given = request.user, request.history_features
         if not isinstance(user, Mapping | None):
             raise ValueError(f"user must be an object with values of features; got {user!r:.60}")
+        if (user is not None and request.user_features is not None) or (objects is not None and given is not None):
+            raise ValueError("pass values (user, objects in the history) or codes (user_features, history_features)")
         known = np.flatnonzero(catalogue.indices(ids, unknown="mask") >= 0) if len(ids) else np.zeros(0, np.int64)
-        # As in training, the gap is to the interaction before with an item that the catalogue holds.
-        read = None if objects is None else [[objects[place] for place in known.tolist()]]
-        codes = interaction_codes(schema, [len(known)], read)
-        return cls(schema.encode_users([user])[0], codes if keep is None else codes[-keep:])
+        if given is None:
+            # As in training, the gap is to the interaction before with an item that the catalogue holds.
+            read = None if objects is None else [[objects[place] for place in known.tolist()]]
+            codes = interaction_codes(schema, [len(known)], read)
+        else:
+            codes = interaction_codes(schema, [len(ids)], codes=[given])[known]
+        of_user = None if request.user_features is None else [request.user_features]
+        return cls(user_codes(schema, 1, None if user is None else [user], of_user)[0], codes)
+
+    def latest(self, keep: int | None) -> RequestFeatures:
+        """Those of the latest `keep` items; None for all."""
+        return self if keep is None else replace(self, history=self.history[-keep:])
+
+    def positive(self, schema: FeatureSchema) -> np.ndarray:
+        """(items,) bool, false for interactions that were not positive."""
+        if schema.not_positive is None:
+            return np.ones(len(self.history), dtype=bool)
+        place, code = schema.not_positive
+        return self.history[:, sum(feature.slots for feature in schema.interaction[:place])] != code
 
     @staticmethod
     def columns(features: Sequence[RequestFeatures | None]) -> dict[str, list]:
@@ -273,6 +292,7 @@ class RequestFeatures:
 
 __all__ = [
     "BESIDE_HISTORIES",
+    "FEATURE_COLUMNS",
     "RequestFeatures",
     "check_lifelong",
     "check_schema",

@@ -185,9 +185,14 @@ class FeatureSchema:
     time: str = field(default="time")
 
     def __post_init__(self):
-        keys = [feature.key for feature in (*self.user, *self.interaction, *self.item)]
+        keys = [feature.key for feature in self.all]
         if not keys or len(set(keys)) < len(keys):
             raise ValueError(f"a schema has at least one feature, and names of their own; got {keys!s:.200}")
+
+    @property
+    def all(self) -> tuple[Feature, ...]:
+        """The features of all sides, in the order of their slots."""
+        return (*self.user, *self.interaction, *self.item)
 
     @property
     def user_slots(self) -> int:
@@ -203,7 +208,7 @@ class FeatureSchema:
 
     @property
     def slots(self) -> int:
-        return self.user_slots + self.interaction_slots + self.item_slots
+        return sum(feature.slots for feature in self.all)
 
     @property
     def static_places(self) -> int:

@@ -276,6 +276,8 @@ class HubModel(CarriesCode):
     _auto_map: dict[str, str] = {}
     #: The pipelines of the repository's code by their task, as transformers writes them into the config.
     _custom_pipelines: dict[str, dict] = {}
+    #: Files beside the weights that an earlier save may have left, and this one may not write.
+    _former_beside: tuple[str, ...] = ()
     #: Patterns of weights' names in older formats, and what they are called now.
     _former_weights: dict[str, str] = {}
 
@@ -305,7 +307,9 @@ class HubModel(CarriesCode):
             super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
             return
         config, adapter_only = self.config, getattr(self, "_hf_peft_config_loaded", False)  # type: ignore[attr-defined]
-        last, former = ("adapter_config.json", ()) if adapter_only else ("config.json", _FORMER_WEIGHTS)
+        last, former = (
+            ("adapter_config.json", ()) if adapter_only else ("config.json", (*_FORMER_WEIGHTS, *self._former_beside))
+        )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)  # the library would take the temporary folder's
         with replacing_files(save_directory, last, () if kwargs.get("variant") else former) as temporary:

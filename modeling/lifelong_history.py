@@ -6,6 +6,7 @@ k-means over the items' vectors, and saves the vectors beside the catalogue.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
@@ -124,7 +125,17 @@ class LifelongHistory:
         return self.queries if self.pools_items else self.queries // tokens_per_item
 
     def compressed(self, rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items and sizes of the clusters of ragged histories, one after another, and the number of clusters of each."""
+        """
+        Items and sizes of the clusters of ragged histories, one after another, and the number of clusters of each.
+
+        Warns:
+            UserWarning: items beyond the `longest` latest ones, which are left out.
+        """
+        if (beyond := np.maximum(lengths - self.longest, 0)).any():
+            warnings.warn(
+                f"left out the oldest {int(beyond.sum()):,} items of {int((beyond > 0).sum()):,} of {len(lengths):,} histories: a lifelong pathway reads "
+                f"{self.longest:,} items"
+            )
         found, sizes, counts = [], [], []
         for own in np.split(rows, np.cumsum(lengths)[:-1]):
             own = own[-self.longest :]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
+from .feature_codes import FEATURE_COLUMNS
 from .items_file import read_items
 from .requests import Answer, AnswerCounts, Recommender, Request, ResolvedRequest, item_metadata, known_indices
 
@@ -112,7 +113,8 @@ class GenerativeRecommendationPipeline(Pipeline):
                 history is a list of item ids, or a dictionary with one under "history" and, for it alone, lists of item ids under
                 "exclude" (on top of the option's), "allow" and "candidates" (in place of it), and values of the user's features under "user"; other
                 keys are ignored, so that a `datasets.Dataset` with a column `history` can be passed directly. For a model with features an entry may
-                be an object, `{"item": id, "like": True}`, with values of its interaction.
+                be an object, `{"item": id, "like": True}`, with values of its interaction; or columns `user_features` and `history_features` hold
+                codes, as those of a dataset's held-out examples do.
             kwargs: the class's options, and `batch_size` (1 by default) and `num_workers` of transformers' pipelines.
 
         Returns:
@@ -201,7 +203,9 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def preprocess(self, input_: _Numbered, options: Mapping[str, Any], **rows):
         given = input_.history if isinstance(input_.history, Mapping) else {"history": input_.history}
-        lists = {name: given.get(name) for name in ("history", "exclude", "allow", "candidates", "user")}
+        lists = {
+            name: given.get(name) for name in ("history", "exclude", "allow", "candidates", "user", *FEATURE_COLUMNS)
+        }
         recommender = Recommender(self.model, self.processor)
         resolved = recommender.resolve(Request(**lists, name=input_.name, **options), **rows)
         if resolved.request.unknown == "error" and not resolved.history:

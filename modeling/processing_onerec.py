@@ -233,8 +233,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             items = np.concatenate([entries_of, self.item_features[rows]], axis=1)
             of_users = user_codes(self.features, len(lengths), users, user_features)
             data["feature_ids"] = torch.from_numpy(place_codes(self.features, of_users, items, lengths))
-        elif user_features is not None or history_features is not None:
-            raise ValueError("this processor has no features; leave user_features and history_features out")
+        elif not (users is None and user_features is None and history_features is None):
+            raise ValueError("this processor has no features; leave users, user_features and history_features out")
         if self.lifelong is not None:
             inputs, data = self._with_lifelong(inputs, data, all_rows[~latest], all_lengths - lengths)
         data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long(), **data}

@@ -17,7 +17,6 @@ import torch
 from transformers.utils import logging
 
 from .feature_codes import RequestFeatures, check_lifelong, check_schema, split_history
-from .features import POSITIVE, value_text
 from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
@@ -95,6 +94,7 @@ class Request:
         candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
             `num_beams` and `exclude_seen` do not count then.
         user: values of the user's features by column. Values that the model does not read, here and in the history, are left out.
+        user_features, history_features: in place of values, codes of the model's schema, as datasets hold them in columns of these names.
 
     Raises:
         RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, another value of `unknown`, or `candidates` beside `allow` or for
@@ -118,6 +118,8 @@ class Request:
     name: str = "the history"
     candidates: Any = None
     user: Any = None
+    user_features: Any = None
+    history_features: Any = None
 
     def __post_init__(self):
         for option in _COUNTS:
@@ -295,7 +297,7 @@ class AnswerCounts:
             f"left out {self.skipped} items that are not in the catalogue": self.skipped,
             f"{self.empty} of {self.histories} histories hold no known item: an empty answer": self.empty,
             f"{self.exhausted} of {self.histories} histories leave nothing to recommend: an empty answer": self.exhausted,
-            f"read only the latest items of {self.cut} of {self.histories} histories, which are longer than max_history": self.cut,
+            f"read only the latest items of {self.cut} of {self.histories} histories, which are longer than the model reads": self.cut,
         }
         return "; ".join(note for note, count in notes.items() if count)
 
@@ -392,13 +394,15 @@ class Recommender:
         catalogue, name = self.catalogue, request.name
         if self.reads_all and request.max_history:
             raise RequestError("max_history: a model with a lifelong pathway reads its own; leave it out")
-        keep = None if self.reads_all else request.max_history or self.max_history
+        keep = request.max_history or self.max_history
+        if self.reads_all:  # what is beyond even this is counted like any other cut
+            keep = self.processor.max_history + self.processor.lifelong.longest
         features = None
         try:
             ids, objects = split_history(request.history, name)
             history, skipped = known_indices(catalogue, ids, name, request.unknown)
             if self.schema is not None:
-                features = RequestFeatures.of(self.schema, request.user, ids, objects, catalogue, keep)
+                features = RequestFeatures.of(self.schema, request, ids, objects, catalogue)
         except ValueError as error:
             raise error if isinstance(error, RequestError) else RequestError(f"{name}: {error}") from None
         length = len(history) + skipped
@@ -416,7 +420,9 @@ class Recommender:
         if ranks := candidates is not None:
             allow = candidates
         if request.exclude_seen and not ranks:
-            exclude = np.concatenate([exclude, self._seen(ids, objects, history)])
+            # Interactions that were not positive may be recommended, as in evaluation.
+            had = history if features is None else history[features.positive(self.schema)]
+            exclude = np.concatenate([exclude, had])
         exclude = np.unique(exclude)
         if allow is None:
             left = catalogue.num_left(exclude)
@@ -425,15 +431,8 @@ class Recommender:
             left = int(catalogue.active[allow].sum())
         latest = catalogue.ids(history if keep is None else history[-keep:])
         cut = len(latest) < len(history)
-        return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks, features)
-
-    def _seen(self, ids: Any, objects: list[dict] | None, history: np.ndarray) -> np.ndarray:
-        """The items that the user has had: those of a history without interactions that were not positive, as in evaluation."""
-        if objects is None or self.schema is None or self.schema.not_positive is None:
-            return history
-        rows = self.catalogue.indices(ids, unknown="mask")
-        had = np.array([value_text(entry.get(POSITIVE)) != "0" for entry in objects], dtype=bool)
-        return rows[had & (rows >= 0)]
+        read = None if features is None else features.latest(keep)
+        return ResolvedRequest(request, latest, exclude, allow, left, length, skipped, cut, ranks, read)
 
     def problem(self, resolved: ResolvedRequest) -> RequestError | None:
         """Why the answer is empty; None where it need not be."""

@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from onerec_hf.data.collators import FEATURE_COLUMNS, feature_columns
+from onerec_hf.data.collators import feature_columns
+from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.inputs import own_arguments, plain_rows

@@ -18,10 +18,9 @@ from trl.data_utils import apply_chat_template, extract_prompt, is_conversationa
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from onerec_hf.data.collators import FEATURE_COLUMNS
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES, check_lifelong, check_schema
+from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES, FEATURE_COLUMNS, check_lifelong, check_schema
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults

@@ -31,6 +31,7 @@ from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
 
 if TYPE_CHECKING:
     from onerec_hf.data.feature_tables import DatasetFeatures
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Trainer):
@@ -78,6 +79,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
         recommender = first_model(self, recommender, model_init, args)
         if recommender.items is None:
             raise ValueError("the model has no item ids: make it with SequentialRecommender.from_items(item_ids)")
+        recommender.check_schema()
         if eval_dataset is None:  # no checkpoint selection
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -94,14 +96,14 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
             data_collator=NextItemCollator(with_seen=config.loss == "bce"),
             train_dataset=None
             if train_dataset is None
-            else _indexed(train_dataset, recommender.items, config.max_history, config.features is not None),
+            else _indexed(train_dataset, recommender.items, config.max_history, recommender.schema),
             eval_dataset=eval_dataset,
             compute_metrics=self.compute_ranking_metrics,
             callbacks=callbacks,
             **kwargs,
         )
         self._eval_collator = _EvaluationCollator(
-            recommender.items, config.max_history, args.eval_exclude_seen, config.features is not None
+            recommender.items, config.max_history, args.eval_exclude_seen, recommender.schema
         )
         self.model_init = model_init
         self.label_smoother = None  # the model smooths, over the scores of all items
@@ -166,13 +168,13 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Tr
 class _EvaluationCollator:
     """Examples of histories and sessions to input ids, ids to leave out, and target indices."""
 
-    def __init__(self, items: ItemIndex, max_history: int, exclude_seen: bool, with_features: bool):
+    def __init__(self, items: ItemIndex, max_history: int, exclude_seen: bool, schema: FeatureSchema | None):
         self.items, self.max_history = items, max_history
-        self.exclude_seen, self.with_features = exclude_seen, with_features
+        self.exclude_seen, self.schema = exclude_seen, schema
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns = {name: [example[name] for example in examples] for name in examples[0]}
-        read = ReadHistories.of_examples(columns, self.items, self.with_features)
+        read = ReadHistories.of_examples(columns, self.items, self.schema)
         batch = read.inputs(self.max_history)
         if "session" in examples[0]:  # predict() needs none
             batch["labels"] = pad_left([self.items.indices(example["session"]) for example in examples]) - 1
@@ -182,9 +184,13 @@ class _EvaluationCollator:
 
 
 def _indexed(
-    sequences: Iterable[Sequence], items: ItemIndex, max_history: int, with_features: bool
+    sequences: Iterable[Sequence], items: ItemIndex, max_history: int, schema: FeatureSchema | None
 ) -> NextItemDataset:
     if isinstance(sequences, UserSequences) and sequences.events is not None:
+        if schema is not None and sequences.events.schema not in (None, schema):
+            raise ValueError(
+                "train_dataset has codes of another schema than the model; make both from one dataset, or load it with the model's schema"
+            )
         read = sequences.histories
         cuts = read.offsets[1:-1]
         rows = np.split(_rows("train_dataset", read.item_ids, items), cuts)
@@ -192,10 +198,10 @@ def _indexed(
         nothing = np.zeros((len(read.item_ids), 0), np.int32)
         of_places_only = read.codes is None and read.users is None
         codes = None
-        if with_features and not of_places_only:
+        if schema is not None and not of_places_only:
             of_history = np.split(nothing if read.codes is None else read.codes, cuts)
             users = np.zeros((len(rows), 0), np.int32) if read.users is None else read.users
-            codes = [of_places(user, some, len(some)) for user, some in zip(users, of_history, strict=True)]
+            codes = [of_places(user, some) for user, some in zip(users, of_history, strict=True)]
         return NextItemDataset(rows, max_history, codes, positive)
     arrays = [np.asarray(sequence) for sequence in sequences]
     lengths = [len(array) for array in arrays]

@@ -12,6 +12,14 @@ The folders hold models that `onerec-hf train --dataset NAME` saved, one per see
     NAME/MODEL/VARIANT/gain            NDCG@10 beyond the model without features, mean over seeds; `standard_error` over the users
 
 all-feedback reads the features, but positive interactions only. Other rows stay in the file, such as those of another data set.
+
+    python benchmarks/quality/features.py --dataset kuairand-pure --data_dir ../shared/data/kuairand_pure --with runs/with-0 --seeds 0 \
+        --drop user item interaction feedback onehot_feat0 --output_dir runs --json benchmarks/results/features.json
+
+trains OneRecs without one group or one column (`time` is one) at a time, into OUTPUT_DIR/all-NAME-SEED, where it goes on after a stop, and measures these alone:
+
+    NAME/onerec/all-DROPPED/METRIC     test users
+    NAME/onerec/all-DROPPED/lost       NDCG@10 of the OneRec with everything and the same seed, minus that; `standard_error` over the users
 """
 
 from __future__ import annotations
@@ -40,19 +48,29 @@ def arguments():
     options.set_defaults(dataset="kuairand-pure")
     options.add_argument("--with", dest="models", nargs="+", default=[], metavar="FOLDER", help="OneRec with features")
     options.add_argument("--without", nargs="+", default=[], metavar="FOLDER", help="OneRec without, as many")
-    options.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the SASRecs")
+    options.add_argument(
+        "--seeds", type=int, nargs="*", default=[0], help="of the SASRecs, or of the models of --drop"
+    )
+    options.add_argument(
+        "--drop", nargs="+", default=[], metavar="NAME", help=f"{', '.join(GROUPS)}, feedback or a column"
+    )
+    options.add_argument("--output_dir", default="runs", help="folder of the models of --drop")
     return options.parse_args()
 
 
 def main() -> None:
     options = arguments()
-    if len(options.models) != len(options.without):
+    if options.drop and len(options.models) != len(options.seeds) and not options.quick:
+        raise SystemExit("name as many folders --with as --seeds: models without a feature are compared seed by seed")
+    if not options.drop and len(options.models) != len(options.without):
         raise SystemExit("name as many folders --with as --without features: they are compared seed by seed")
     one_thread()
     named = {"dataset": options.dataset.replace("_", "-"), "data_dir": options.data_dir}
     bench = Bench({name: value for name, value in named.items() if value is not None}, options.quick)
-    rows = bench.onerec(options.models, options.without)
-    rows += bench.sasrec(options.seeds)
+    if options.drop:
+        rows = bench.dropped(options.drop, options.models, options.seeds, Path(options.output_dir))
+    else:
+        rows = bench.onerec(options.models, options.without) + bench.sasrec(options.seeds)
     before = json.loads(Path(options.json).read_text()) if options.json and Path(options.json).is_file() else {}
     measured = {row["name"] for row in rows}
     others = [row for row in before.get("rows", ()) if row["name"] not in measured]
@@ -103,6 +121,54 @@ class Bench:
             against=f"{self.name}/onerec/without/ndcg@10", spread=[min(ratios), max(ratios)],
         )  # fmt: skip
         return [ratio, *self._rows("onerec", found, "without")]
+
+    def dropped(self, names: list[str], models: list[str], seeds: list[int], into: Path) -> list[dict[str, Any]]:
+        """Rows of OneRecs without one group or column at a time, trained here where `into` does not hold them."""
+        from onerec_hf.evaluation.results import result_row
+        from onerec_hf.workflows import load_in_memory, train
+
+        chosen, rows = (
+            {name: self._without(name) for name in names},
+            [],
+        )  # all names are checked before the first training
+        whole = [self._of_folder(folder) for folder in models]
+        if self.quick:
+            seeds, whole = [0], [self._trained(self.data(tuple(GROUPS), True))]
+        for name, options in chosen.items():
+            found = []
+            for seed in seeds:
+                folder = into / f"all-{name}-{seed}"
+                if self.quick:
+                    found.append(self._trained(load_in_memory(**self.named, **options, max_history=20)))
+                    continue
+                if not (folder / "results.json").is_file():
+                    quiet = {"report_to": "none", "baselines": False, "feature_worth": False, "overwrite": True}
+                    train(**self.named, **options, **quiet, seed=seed, output_dir=str(folder))
+                found.append(self._of_folder(str(folder)))
+            say(f"onerec/all-{name}: " + ", ".join(f"{each['ndcg@10'].mean():.4f}" for each in found))
+            rows += self._rows("onerec", {f"all-{name}": found}, f"all-{name}")
+            lost = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(whole, found, strict=True)], axis=0)
+            row, against = f"{self.name}/onerec/all-{name}", f"{self.name}/onerec/with"
+            rows.append(result_row(f"{row}/lost", lost.mean(), "ndcg@10", against=against))
+            rows.append(result_row(f"{row}/standard_error", lost.std(ddof=1) / len(lost) ** 0.5, "ndcg@10"))
+        return rows
+
+    def _without(self, name: str) -> dict[str, Any]:
+        """Data options: all features by name, without a group or a column, and all feedback, if it is not that which is dropped."""
+        from onerec_hf.workflows.dataset import named_features
+
+        data = self.data(tuple(GROUPS), True)
+        options: dict[str, Any] = named_features(data.features.schema)
+        if data.settings.history_feedback == "all" and name != "feedback":
+            options["history_feedback"] = "all"
+        if name in GROUPS:
+            del options[GROUPS[name]]
+        elif name != "feedback":
+            columns = {column for of in GROUPS.values() for column in options[of]}
+            if name not in columns:
+                raise SystemExit(f"--drop {name}: choose {', '.join([*GROUPS, 'feedback', *sorted(columns)])}")
+            options |= {of: [column for column in options[of] if column != name] for of in GROUPS.values()}
+        return {option: value for option, value in options.items() if value}
 
     def _of_folder(self, folder: str) -> dict[str, np.ndarray]:
         """Metrics per test user of a saved model, on the data with the model's own options."""

@@ -79,7 +79,7 @@ def _fitted(model: SequentialRecommender, items: ItemIndex, validation: Dataset,
     assert model.evidence is not None
     if len(validation) > _USERS:
         validation = validation.select(np.sort(np.random.default_rng(0).permutation(len(validation))[:_USERS]))
-    read, sessions = ReadHistories.of_examples(validation, items, model.features is not None), validation["session"]
+    read, sessions = ReadHistories.of_examples(validation, items, model.schema), validation["session"]
     training = model.training
     model.eval()
     try:

@@ -5,6 +5,7 @@ with the last one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.next_items import IGNORED, draw_negatives, pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
 from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.feature_embedding import FeatureEmbedding
-from onerec_hf.modeling.features import MISSING
+from onerec_hf.modeling.features import MISSING, FeatureSchema
+from onerec_hf.modeling.features_file import FEATURES_NAME, find_features, save_features
 from onerec_hf.modeling.hub import HubModel, check_complete
 from onerec_hf.modeling.item_evidence import ItemEvidence
 
@@ -72,6 +75,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
     # The loss is a mean over targets, of which a batch may train on a share: Trainer divides by accumulation steps.
     accepts_loss_kwargs = False
     include_code = False  # the class is onerec_hf's, not of the code that travels with a generator
+    _files_beside = _former_beside = (FEATURES_NAME,)
+    #: What values became which codes of the features that it reads; saved beside the weights. None for a model without features.
+    schema: FeatureSchema | None = None
 
     def __init__(self, config: SequentialConfig):
         super().__init__(config)
@@ -139,6 +145,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             config["features"] = {**coded.schema.config(), "dim": feature_dim, "dropout": feature_dropout}
         model = cls(SequentialConfig(num_items=len(items), item_feature_dim=width, **config))
         model.set_items(items, features)
+        model.schema = None if coded is None else coded.schema
         if coded is not None and model.item_codes is not None:
             if len(coded.items) != len(items):
                 raise ValueError(f"coded has features of {len(coded.items)} items, and item_ids has {len(items)} ids")
@@ -376,11 +383,12 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         `rank` for examples ([`~onerec_hf.data.leave_one_out`]), with the features in their columns. Only positive interactions of a history are left out.
 
         Raises:
-            ValueError: as `rank`; a model without item ids. KeyError: unknown items.
+            ValueError: as `rank`; a model without item ids, or codes of another schema than the model's. KeyError: unknown items.
         """
         if self.items is None:
             raise ValueError("this model has no item ids: call set_items(item_ids)")
-        read = ReadHistories.of_examples(examples, self.items, self.features is not None)
+        self.check_schema()
+        read = ReadHistories.of_examples(examples, self.items, self.schema)
         allowed = None if active is None else torch.from_numpy(np.array(active)).to(self.device)
         found = [indices for indices, _ in self._ranked(read, k, exclude_seen, batch_size, allowed=allowed)]
         return np.concatenate([np.empty((0, k), dtype=np.int64), *found])
@@ -475,8 +483,31 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             for best, scores in zip(*found, strict=True)
         ]
 
+    def check_schema(self) -> None:
+        """
+        Raises:
+            ValueError: the model reads features, and its schema was not saved with it: all their values would be missing.
+        """
+        if self.config.features is not None and self.schema is None:
+            raise ValueError(
+                f"the sequence model reads features, and {FEATURES_NAME} is not beside its weights: all their values would be missing. Copy that file "
+                "too, or set model.schema and save the model again"
+            )
+
+    def _save_beside(self, folder):
+        items = self.items
+        if self.schema is not None and items is not None:
+            none = torch.zeros(len(items) + 1, 0) if self.item_codes is None else self.item_codes
+            save_features(os.path.join(folder, FEATURES_NAME), self.schema, none[1:].cpu().numpy(), items.hash)
+
     def _load_beside(self, repo, **kwargs):
-        _ = self.items  # damaged ids are an error of loading
+        items = self.items  # damaged ids are an error of loading
+        found: Any = None
+        if self.config.features is not None and items is not None:
+            found = find_features(repo, items, **kwargs)
+        if found is not None:
+            self.schema = found[0]
+            check_schema(self.config, self.schema)
 
 
 __all__ = ["SequentialOutput", "SequentialRecommender"]

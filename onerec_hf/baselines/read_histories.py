@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from onerec_hf.baselines.next_items import pad_codes, pad_left
+from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS, interaction_codes, user_codes
 
 if TYPE_CHECKING:
     from onerec_hf.baselines.item_index import ItemIndex
+    from onerec_hf.modeling.features import FeatureSchema
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +29,8 @@ class ReadHistories:
 
     Example:
         >>> read = ReadHistories([np.array([4, 2])], [np.array([[3, 5], [3, 6]])], [np.array([True, False])])
-        >>> {name: ids.tolist() for name, ids in read.inputs(1).items()}
-        {'input_ids': [[3]], 'feature_ids': [[[3, 6]]], 'positive_ids': [[5]]}
+        >>> {name: ids.tolist() for name, ids in read.inputs(2).items()}
+        {'input_ids': [[5, 3]], 'feature_ids': [[[3, 5], [3, 6]]], 'positive_ids': [[5]]}
     """
 
     items: Sequence[np.ndarray]
@@ -36,35 +38,36 @@ class ReadHistories:
     positive: Sequence[np.ndarray] | None = None
 
     @classmethod
-    def of_examples(cls, examples: Any, index: ItemIndex, with_features: bool) -> ReadHistories:
+    def of_examples(cls, examples: Any, index: ItemIndex, schema: FeatureSchema | None) -> ReadHistories:
         """
         Histories of examples: a dataset, or the columns of some of its rows by name.
 
         Args:
             index: ids of the items.
-            with_features: read the columns of features where they are there.
+            schema: the features that the model reads, of the columns `user_features` and `history_features`; without any such column the values are
+                missing.
+
+        Raises:
+            ValueError: one of the columns is missing, or codes of another schema.
         """
         names = getattr(examples, "column_names", None) or list(examples)
-        histories = examples["history"]
-        items = [index.indices(history) for history in histories]
+        items = [index.indices(history) for history in examples["history"]]
         positive = None
         if "history_positive" in names:
             positive = [np.asarray(flags, dtype=bool) for flags in examples["history_positive"]]
-        lengths = [len(history) for history in items]
-        columns = {name: examples[name] for name in ("user_features", "history_features") if name in names}
-        codes = None
-        if with_features and columns:
-            nothing: list[list[int]] = [[]] * len(items)
-            codes = [
-                of_places(np.asarray(user), np.asarray(history), length)
-                for user, history, length in zip(
-                    columns.get("user_features", nothing),
-                    columns.get("history_features", nothing),
-                    lengths,
-                    strict=True,
+        columns = {name: examples[name] for name in FEATURE_COLUMNS if name in names}
+        if schema is None or not columns:
+            return cls(items, None, positive)
+        for name, features in zip(FEATURE_COLUMNS, (schema.user, schema.interaction), strict=True):
+            if features and name not in columns:
+                raise ValueError(
+                    f"examples lack the column {name!r} that the model's features need (found: {', '.join(names)})"
                 )
-            ]
-        return cls(items, codes, positive)
+        lengths = np.array([len(history) for history in items])
+        of_users = user_codes(schema, len(items), codes=columns.get("user_features"))
+        entries = interaction_codes(schema, lengths, codes=columns.get("history_features"))
+        codes = np.concatenate([np.repeat(of_users, lengths, axis=0), entries], axis=1)
+        return cls(items, np.split(codes, np.cumsum(lengths)[:-1]), positive)
 
     def __getitem__(self, rows: slice) -> ReadHistories:
         parts = (self.items, self.codes, self.positive)
@@ -85,17 +88,23 @@ class ReadHistories:
         if self.codes is not None:
             found["feature_ids"] = pad_codes(self.codes, found["input_ids"].shape[1])
         if self.positive is not None:
-            found["positive_ids"] = pad_left(self.seen, longest)
+            # Of the items that are read, as a request for them has no others.
+            read = zip(self.items, self.positive, strict=True)
+            latest = slice(None) if longest is None else slice(-longest, None)
+            found["positive_ids"] = pad_left([items[latest][flags[latest]] for items, flags in read])
         return found
 
 
-def of_places(user: np.ndarray, history: np.ndarray, length: int) -> np.ndarray:
+def of_places(user: np.ndarray, history: np.ndarray) -> np.ndarray:
     """
-    (items, slots) codes of a user's places from the columns of an example.
+    (items, slots) codes of a user's places.
+
+    Args:
+        user: (user slots,) codes.
+        history: (items, interaction slots) codes.
 
     Example:
-        >>> of_places(np.array([3]), np.array([4, 5, 6, 7]), length=2).tolist()
+        >>> of_places(np.array([3]), np.array([[4, 5], [6, 7]])).tolist()
         [[3, 4, 5], [3, 6, 7]]
     """
-    of_history = history.reshape(length, -1) if history.size else np.zeros((length, 0), np.int32)
-    return np.concatenate([np.tile(user, (length, 1)), of_history], axis=1).astype(np.int32)
+    return np.concatenate([np.tile(user, (len(history), 1)), history], axis=1).astype(np.int32)

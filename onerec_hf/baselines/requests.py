@@ -17,7 +17,10 @@ from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.memory import RankingBaseline
 from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.read_histories import ReadHistories, of_places
 from onerec_hf.baselines.saved import RANKING_TYPES, load_ranking
+from onerec_hf.modeling.feature_codes import RequestFeatures
+from onerec_hf.modeling.features import FeatureSchema
 from onerec_hf.modeling.files import read_json_object
 from onerec_hf.modeling.items_file import saved_items
 from onerec_hf.modeling.requests import (
@@ -67,8 +70,8 @@ class ItemRecommender(Recommender):
             model.eval()
 
     @property
-    def schema(self) -> None:
-        return None  # values of features are left out
+    def schema(self) -> FeatureSchema | None:
+        return self.model.schema if isinstance(self.model, SequentialRecommender) else None
 
     @property
     def reads_all(self) -> bool:
@@ -106,9 +109,13 @@ class ItemRecommender(Recommender):
         histories = [self.catalogue.indices(resolved.history) for resolved in requests]
         exclude = [resolved.exclude for resolved in requests]
         allow = [resolved.allow for resolved in requests if resolved.allow is not None] or None
-        best = self._sequential if isinstance(self.model, SequentialRecommender) else self.model.top_items
+        if isinstance(self.model, SequentialRecommender):
+            features = [resolved.features for resolved in requests if resolved.features is not None]
+            best = self._sequential(self._read(histories, features), most, exclude, allow)
+        else:
+            best = self.model.top_items(histories, most, exclude, allow)
         answers = []
-        for resolved, indices, scores in zip(requests, *best(histories, most, exclude, allow), strict=True):
+        for resolved, indices, scores in zip(requests, *best, strict=True):
             found = np.flatnonzero(indices[: resolved.count] >= 0)
             items = self.catalogue.ids(indices[found])
             answer = Answer(resolved, [[item] for item in items], scores[found].tolist())
@@ -129,19 +136,30 @@ class ItemRecommender(Recommender):
         self.check_vectors()
         return cast("SequentialRecommender", self.model).item_vectors()
 
+    def _read(self, histories: list[np.ndarray], features: list[RequestFeatures]) -> ReadHistories:
+        """Histories as the model reads them, with their features where it has some."""
+        schema = self.schema
+        if schema is None:
+            return ReadHistories(histories)
+        codes = [of_places(each.user, each.history) for each in features]
+        # As of examples: flags only where histories hold other interactions too.
+        positive = None if schema.not_positive is None else [each.positive(schema) for each in features]
+        return ReadHistories(histories, codes, positive)
+
     def _sequential(
-        self, histories: list[np.ndarray], k: int, exclude: list[np.ndarray], allow: list[np.ndarray] | None
+        self, read: ReadHistories, k: int, exclude: list[np.ndarray], allow: list[np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """[`RankingBaseline.top_items`] of a sequence model."""
         assert isinstance(self.model, SequentialRecommender)
         device, allowed = self.model.device, None
         if allow is not None:
-            allowed = torch.zeros(len(histories), len(self.catalogue), dtype=torch.bool)
+            allowed = torch.zeros(len(read.items), len(self.catalogue), dtype=torch.bool)
             rows = np.repeat(np.arange(len(allow)), [len(items) for items in allow])
             allowed[torch.from_numpy(rows), torch.from_numpy(np.concatenate(allow))] = True
             allowed = allowed.to(device)
-        inputs = pad_left(histories, self.model.config.max_history).to(device)
-        indices, scores = self.model.top_items(inputs, k, pad_left(exclude).to(device), allowed)
+        inputs = {name: ids.to(device) for name, ids in read.inputs(self.model.config.max_history).items()}
+        exclude_ids = pad_left(exclude).to(device)
+        indices, scores = self.model.top_items(k=k, exclude_ids=exclude_ids, allowed=allowed, **inputs)
         return indices.cpu().numpy(), scores.float().cpu().numpy()
 
 
@@ -171,6 +189,7 @@ def load_item_recommender(
         items = model.items
         if items is None:
             raise ValueError("it holds no item ids; save the model with its items (set_items)")
+        model.check_schema()
     else:
         raise ValueError(f"it holds a model of type {kind!r:.40}, not one of {', '.join(ITEM_MODEL_TYPES)}")
     return ItemRecommender(model, items, load_items(folder, items))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.requests import AnswerCounts, Recommender, ResolvedRequest
 
 _LISTS = ("history", "exclude", "allow", "candidates")
+_CODES = ("user_features", "history_features")  # as in the rows of a dataset
 
 
 @dataclass
@@ -48,6 +49,12 @@ class RecommendArguments(ShownItemArguments):
     )
     users: list[str] | None = field(
         default=None, metadata={"help": "With --interactions: only these users; all by default."}
+    )
+    users_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --interactions and a model with features of users: the table of users with these columns; users without a row are counted."
+        },
     )
     user_column: str | None = field(
         default=None, metadata={"help": "Name of the user column; that of the model's training by default."}
@@ -168,6 +175,8 @@ def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
         raise ValueError(f"--{sources[0]} and --{sources[1]} both say what to recommend for: pass one of them")
     if args.users is not None and args.interactions is None:
         raise ValueError("--users goes with --interactions, a table that holds their interactions")
+    if args.users_file is not None and args.interactions is None:
+        raise ValueError('--users_file goes with --interactions; a line of --histories has "user": {"age": 31}')
     if args.similar_to is not None and (args.candidates or args.allow):
         raise ValueError("--similar_to looks among all items: leave out --candidates and --allow")
     if args.candidates is not None and args.allow is not None:
@@ -306,8 +315,9 @@ def _batches(
         if args.interactions is not None:
             whole = read_data_options("--model", args.model or "").get("history_feedback") == "all"
             requests = table_requests(
-                args.interactions, args.users, columns, args.positive or (), args.exclude_seen, schema, whole
-            )
+                args.interactions, args.users, columns, args.positive or (), args.exclude_seen, schema, whole,
+                args.users_file,
+            )  # fmt: skip
         elif args.histories == "-":
             requests = read_requests(sys.stdin)
         else:
@@ -340,7 +350,7 @@ def answer_lines(
     for (_, request), answer in zip(numbered, recommender.answer(resolved), strict=True):
         counts.add(answer)
         answer.scores = [round(score, 4) for score in answer.scores]
-        echoed = {key: value for key, value in request.items() if key not in _LISTS}
+        echoed = {key: value for key, value in request.items() if key not in (*_LISTS, *_CODES)}
         lines.append(json.dumps(echoed | answer.columns(), ensure_ascii=False))
     return lines, counts
 
@@ -361,11 +371,11 @@ def resolve_line(
     """
     from onerec_hf.modeling.requests import Request, RequestError
 
-    shared, lists = shared or SharedLists(), {key: request.get(key) for key in _LISTS}
+    shared, lists = shared or SharedLists(), {key: request.get(key) for key in (*_LISTS, "user", *_CODES)}
     if shared.candidates is not None and (of_user := shared.candidates.of(request, number)) is not None:
         lists["candidates"] = of_user
     try:
-        resolved = recommender.resolve(Request(**lists, **args.options(), user=request.get("user")), **shared.rows)
+        resolved = recommender.resolve(Request(**lists, **args.options()), **shared.rows)
         problem = recommender.problem(resolved)
         if problem and args.unknown != "skip" and not (resolved.candidates and resolved.history):
             raise problem

@@ -132,6 +132,7 @@ def table_requests(
     exclude_seen: bool,
     schema: FeatureSchema | None = None,
     whole: bool = False,
+    users_file: str | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     Requests of the users of a table: a number, and a dictionary with `user_id`, `history` (the positive rows in the order of time) and, with
@@ -143,9 +144,10 @@ def table_requests(
         positive: rules of positive feedback.
         schema: the features that the model reads; entries of the history are then objects with the table's values.
         whole: histories hold all rows, also those that are not positive.
+        users_file: table of users with the columns of their features: requests then have `user_features`, codes of them.
 
     Raises:
-        ValueError: a user that the table does not hold; DataError: what is wrong with the table.
+        ValueError: a user that the table does not hold, or `users_file` for a model that reads nothing of it; DataError: what is wrong with the table.
     """
     from onerec_hf.data import PositiveFeedback, UserSequences, read_interactions
 
@@ -159,6 +161,10 @@ def table_requests(
         sequences = UserSequences.from_interactions(read)
         liked = dict(zip(sequences.user_ids.tolist(), sequences.lists(), strict=True))
     values = {} if schema is None else _values(read, holds if whole else np.ones(len(read), dtype=bool), schema)
+    of_users = {} if users_file is None else _user_codes(users_file, chosen, columns["user_column"], schema)
+    if users_file is None and schema is not None and schema.user:
+        named = ", ".join(feature.name for feature in schema.user)
+        say(f"missing values: features of users ({named}); pass --users_file, a table with these columns")
     items = rows["item_id"].to_numpy()
     for number, user in enumerate(chosen, start=1):
         history = liked.get(user, items[:0]).tolist()
@@ -166,6 +172,8 @@ def table_requests(
         if user in values:
             entries = [{"item": item, **entry} for item, entry in zip(history, values[user], strict=True)]
             request["history"] = entries
+        if user in of_users:
+            request["user_features"] = of_users[user]
         if exclude_seen and len(history) < len(of_user[user]):
             request["exclude"] = sorted(set(items[of_user[user]].tolist()) - set(history))
         yield number, request
@@ -183,14 +191,41 @@ def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> 
     if "positive" in named:
         columns["positive"] = positive
     columns[schema.time] = in_seconds(rows["timestamp"].to_numpy())
-    lacking = [name for name in named if name not in columns]
-    asked = [f"interactions ({', '.join(lacking)})"] if lacking else []
-    asked += [f"users ({', '.join(feature.name for feature in schema.user)})"] if schema.user else []
-    if asked:
-        say(f"missing values, which the table does not hold: features of {' and of '.join(asked)}; JSON lines may")
+    if lacking := [name for name in named if name not in columns]:
+        say(f"missing values, which the table does not hold: features of interactions ({', '.join(lacking)})")
     entries = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     order = rows.assign(_row=np.arange(len(rows))).sort_values("timestamp", kind="stable")
     return {user: [entries[row] for row in places] for user, places in order.groupby("user_id", sort=False)["_row"]}
+
+
+def _user_codes(path: str, users: list, user_column: str, schema: FeatureSchema | None) -> dict[Any, list[int]]:
+    """Codes of the users' features by user; those without a row are counted."""
+    from onerec_hf.data import read_users
+    from onerec_hf.data.columns import about, column_of
+    from onerec_hf.data.feature_tables import told_lacking
+    from onerec_hf.data.features import encode_column, raw_values
+
+    option = f"--users_file {path}"
+    if schema is None or not schema.user:
+        raise ValueError(f"{option}: the model reads no features of users; leave the option out")
+    with about(path):
+        table = read_users(path, user_column=user_column).with_ids_like(np.asarray(users))
+        lacking = [feature.name for feature in schema.user if feature.name not in table.frame]
+        if len(lacking) == len(schema.user):
+            raise ValueError(f"{option} has none of the columns that the model reads of users: {', '.join(lacking)}")
+        codes = [
+            encode_column(feature, raw_values(feature.name, column_of(table.frame, feature.name)))
+            if feature.name not in lacking
+            else feature.encode([None] * len(table))
+            for feature in schema.user
+        ]
+    if lacking:
+        say(f"missing values, which {path} does not hold: features of users ({', '.join(lacking)})")
+    rows = table.rows_of(np.asarray(users))
+    for note in told_lacking(int((rows < 0).sum()), len(users), option):
+        say(note)
+    of_rows = np.concatenate(codes, axis=1).tolist()
+    return {user: of_rows[row] for user, row in zip(users, rows.tolist(), strict=True) if row >= 0}
 
 
 def _places(rows: pd.DataFrame) -> dict[Any, np.ndarray]:

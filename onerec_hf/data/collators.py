@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
+
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
@@ -80,10 +82,6 @@ def positive_items(example: Mapping[str, Any]) -> list:
     """The items that the user has had: the history without interactions that are not positive."""
     flags = example.get("history_positive")
     return example["history"] if flags is None else list(compress(example["history"], flags))
-
-
-#: Columns of codes: of users, and of the interactions of their histories.
-FEATURE_COLUMNS = ("user_features", "history_features")
 
 
 def feature_columns(processor: OneRecProcessor, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

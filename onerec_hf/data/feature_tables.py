@@ -356,7 +356,7 @@ def about_features(schema: FeatureSchema | None, everything: bool) -> str:
     return f" Features, learned from training rows: {'; '.join(parts)}."
 
 
-def told_lacking(lacking: int, users: int) -> list[str]:
+def told_lacking(lacking: int, users: int, option: str = "--users") -> list[str]:
     """
     What is said of users without a row in the users table.
 
@@ -365,9 +365,9 @@ def told_lacking(lacking: int, users: int) -> list[str]:
     """
     if lacking == users:
         raise DataError(
-            f"--users: none of {users:,} users of the interactions has a row. Pass the table of these users."
+            f"{option}: none of {users:,} users of the interactions has a row. Pass the table of these users."
         )
-    return [f"{lacking:,} of {users:,} users have no row in --users: their features are missing."] if lacking else []
+    return [f"{lacking:,} of {users:,} users have no row in {option}: their features are missing."] if lacking else []
 
 
 def _unique(found: dict[str, dict[str, Learned]], side: str, guess: bool) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from onerec_hf.data.collators import FEATURE_COLUMNS
+from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 
 if TYPE_CHECKING:
     import datasets

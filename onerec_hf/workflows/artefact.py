@@ -192,10 +192,11 @@ def load_sequential(option: str, repo: str) -> SequentialRecommender:
     """
     from onerec_hf.baselines import SequentialRecommender
 
-    with naming(option, repo):
+    with naming(option, repo), without_bars():
         model = cast("SequentialRecommender", SequentialRecommender.from_pretrained(repo))
         if model.items is None:
             raise ValueError("it holds no item ids; save the model with its items (set_items)")
+        model.check_schema()
         return model
 
 
@@ -232,7 +233,8 @@ def recommender_of(folder: Path, load_items: LoadItems | None = None) -> Recomme
     from onerec_hf.serving.models import load_generator, model_type
 
     of_items = model_type(folder) in ITEM_MODEL_TYPES
-    return (load_item_recommender if of_items else load_generator)(folder, load_items or saved_items)
+    with without_bars():
+        return (load_item_recommender if of_items else load_generator)(folder, load_items or saved_items)
 
 
 def load_recommender(option: str, repo: str, load_items: LoadItems) -> Recommender:
@@ -249,7 +251,7 @@ def load_recommender(option: str, repo: str, load_items: LoadItems) -> Recommend
     from onerec_hf.serving.models import find_folder
 
     if model_type(repo) in ITEM_MODEL_TYPES:
-        with naming(option, repo):
+        with naming(option, repo), without_bars():
             return load_item_recommender(find_folder(repo), load_items)
     processor, model = load_processor(option, repo), load_model(option, repo).eval()
     if torch.accelerator.is_available():

@@ -97,8 +97,7 @@ class Statistics:
             texts = set(data.items.select(data.item_ids).frame["text"]) - {""}
             found |= {"texts": len(texts), "embeddings": data.items.embeddings is not None}
         if data.features is not None:
-            schema = data.features.schema
-            found["features"] = len(schema.user) + len(schema.interaction) + len(schema.item)
+            found["features"] = len(data.features.schema.all)
         if not isinstance(data, InMemoryDataset):
             return cls(**found, in_memory=False)
         rows = data.train_rows()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onerec_hf.workflows.artefact import naming, write_bytes
 from onerec_hf.workflows.distributed import is_first, say
-from onerec_hf.workflows.settings import data_options
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, data_options
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.features import FeatureSchema
@@ -29,15 +29,21 @@ _TYPES |= dict.fromkeys(_LISTS, list)
 _OPTIONAL = ("dataset", "validation_start", "test_start", *_LISTS)
 
 
-def save_data_options(folder: Path, data: RecommendationDataset, exclude_seen: bool) -> None:
+def save_data_options(
+    folder: Path, data: RecommendationDataset, exclude_seen: bool, reads_features: bool = True
+) -> None:
     """
     Writes the options of the data into the folder of a model; the first rank writes.
 
     Args:
         exclude_seen: whether rankings leave out the items of a user's history.
+        reads_features: false leaves out the options of features: the model reads positive interactions only.
     """
     if is_first():
-        options = {**data.options, "exclude_seen": exclude_seen}
+        options = {
+            name: value for name, value in data.options.items() if reads_features or name not in FEATURE_OPTIONS
+        }
+        options["exclude_seen"] = exclude_seen
         write_bytes(folder / DATA_OPTIONS_NAME, (json.dumps(options, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -164,11 +164,6 @@ def _sequential_rows(
     import torch
 
     assert model.items is not None
-    if model.config.features is not None and data.features is None:
-        raise ValueError(
-            "the sequence model reads features, whose schema is not saved with it: on these data all their values would be missing. Evaluate it in "
-            "Python, with model.rank_examples() on the examples that it was trained with"
-        )
     if torch.accelerator.is_available():
         model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
     examples = held_out(data, how.split)

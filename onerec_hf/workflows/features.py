@@ -67,10 +67,15 @@ class Worth:
         return result_row(f"feature_worth/{self.side}/{self.name}", self.loss, metric, spread=spread)
 
 
-def feature_worth(trainer: OneRecTrainer, data: RecommendationDataset, seed: int = 0) -> list[Worth]:
+def feature_worth(
+    trainer: OneRecTrainer, data: RecommendationDataset, seed: int = 0, users: int = WORTH_USERS
+) -> list[Worth]:
     """
     Permutation importance of each feature of a trained model: NDCG on a sample of validation users, minus that with the feature's values shuffled, those of
     users between users, of interactions between all interactions, of items between items. Empty for a model without features.
+
+    Args:
+        users: of the sample, at most; 0 measures nothing.
 
     A feature whose value another one repeats is worth nothing by this: the model still reads the other one.
 
@@ -80,12 +85,10 @@ def feature_worth(trainer: OneRecTrainer, data: RecommendationDataset, seed: int
     """
     processor = cast("OneRecProcessor", trainer.processing_class)
     schema = processor.features
-    if schema is None:
+    if schema is None or not users:
         return []
-    examples = sample(data.validation, WORTH_USERS, seed)
-    say(
-        f"how much {sum(map(len, (schema.user, schema.interaction, schema.item)))} features are worth to {len(examples):,} users"
-    )
+    examples = sample(data.validation, users, seed)
+    say(f"how much {len(schema.all)} features are worth to {len(examples):,} users")
     whole, found = _gains(trainer, examples), []
     for side in ("user", "interaction", "item"):
         slot = 0

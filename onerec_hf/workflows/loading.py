@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onerec_hf.workflows.artefact import RANKINGS, model_type
 from onerec_hf.workflows.data_options import options_to_take, read_data_options, saved_schema, say_differences
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
@@ -344,7 +345,9 @@ def as_dataset(
         dataset = data.with_schema(schema)
     else:
         dataset = data
-    if model is not None and (dataset.features is None) != (schema is None):
+    # Popularity and item-kNN rank by the positive interactions of any dataset.
+    may_differ = model is None or model_type(model) in RANKINGS
+    if not may_differ and (dataset.features is None) != (schema is None):
         raise ValueError(
             f"{option} {model}: "
             + (

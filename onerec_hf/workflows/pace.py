@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import is_first, say
 from onerec_hf.workflows.evaluation import baseline_rankings
+from onerec_hf.workflows.features import WORTH_USERS
 from onerec_hf.workflows.small_sasrec import LEAST_SECONDS, SHARE
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ _FEW, _MORE = 32, 256
 _LEAST_SHARE = 0.1
 # Of a budget the small SASRec gets what is a share of the rest.
 _OF_BUDGET = SHARE / (1 + SHARE)
+# Of a budget that goes at most into what features are worth; of fewer users than these, single features are noise.
+_WORTH_SHARE, _FEWEST_OF_WORTH = 0.1, 50
+
+
+class Evaluation(NamedTuple):
+    """Seconds of an evaluation on the test users, and of one user by the model alone."""
+
+    seconds: float
+    per_user: float
 
 
 class TimeLimit(NamedTuple):
@@ -45,6 +55,7 @@ class Pace:
         baselines: whether the evaluation after the training also ranks with the baselines.
         refit: interactions of a second training after the evaluation, relative to the first; 0 for none.
         sasrec: whether a small SASRec is trained after the evaluation.
+        features: whose worth is measured after the evaluation.
     """
 
     budget: Budget | None = None
@@ -53,6 +64,9 @@ class Pace:
     baselines: bool = True
     refit: float = 0.0
     sasrec: bool = False
+    features: int = 0
+    # Of the worth of features: users that time is kept for, and seconds of one user.
+    _worth: tuple[int, float] = (0, 1.0)
 
     @classmethod
     def start(cls, budget: str | None, validation_users: int | None, baselines: bool, quiet: bool) -> Pace:
@@ -90,13 +104,20 @@ class Pace:
             if self.progress is not None:
                 self.progress.attach(trainer)
             return
-        seconds = estimate_evaluation(trainer, data, self.budget, self.baselines)
+        seconds, per_user = estimate_evaluation(trainer, data, self.budget, self.baselines)
         args = cast("OneRecTrainingArguments", trainer.args)
         if args.eval_strategy != "no":  # one more evaluation, of the weights at the end of the budget
             seconds *= 1 + len(cast("Any", trainer.eval_dataset)) / max(len(data.test), 1)
         seconds = max(seconds, _LEAST_SHARE * self.budget.seconds)
         if self.sasrec:
             seconds += _OF_BUDGET * self.budget.seconds
+        if self.features:
+            per_user = max(per_user * (1 + self.features), 1e-9)  # once with all of them
+            most = min(WORTH_USERS, len(data.validation))
+            users = min(most, int(_WORTH_SHARE * self.budget.seconds / per_user))
+            users = users if users >= min(most, _FEWEST_OF_WORTH) else 0
+            self._worth = users, per_user
+            seconds += users * per_user
         left = self.budget.seconds - self.budget.spent - seconds
         callback = BudgetCallback(self.budget, seconds + max(left, 0) * self.refit / (1 + self.refit))
         try:
@@ -126,6 +147,18 @@ class Pace:
         seconds = max(min(_OF_BUDGET * self.budget.seconds, left), 0.0)
         return TimeLimit(seconds, time.process_time if self.budget.cpu else time.perf_counter)
 
+    def worth_users(self) -> int:
+        """Users on whom the worth of features is measured, as many as the budget allows; 0, which is said, where they are too few."""
+        if self.budget is None or not self.features:
+            return WORTH_USERS if self.features else 0
+        kept, per_user = self._worth
+        left = (self.budget.seconds - self.budget.spent) / (1 + self.refit)
+        users = min(kept, int(max(left, 0.0) / per_user))
+        if users and users >= min(kept, _FEWEST_OF_WORTH):
+            return users
+        say(f"--budget {self.budget}: too short to measure what each of {self.features} features is worth")
+        return 0
+
     def report(self, trainer: OneRecTrainer) -> None:
         """Says how far the training came where the budget ended it."""
         from onerec_hf.trainers import BudgetCallback
@@ -143,7 +176,9 @@ class Pace:
         )
 
 
-def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool) -> float:
+def estimate_evaluation(
+    trainer: OneRecTrainer, data: RecommendationDataset, budget: Budget, baselines: bool
+) -> Evaluation:
     """
     Seconds (of the budget's clock) of an evaluation on the test users, from evaluations of a few of them. The random numbers of the training stay
     as they are.
@@ -152,22 +187,23 @@ def estimate_evaluation(trainer: OneRecTrainer, data: RecommendationDataset, bud
 
     few, more = (min(users, len(data.test)) for users in (_FEW, _MORE))
     with torch.random.fork_rng():
-        times = [_evaluate(trainer, data, users, budget, baselines) for users in (few, more)]
-    per_user = max(times[1] - times[0], 0.0) / max(more - few, 1)
-    return times[1] + per_user * (len(data.test) - more)
+        (first, _), (second, of_model) = (_evaluate(trainer, data, users, budget, baselines) for users in (few, more))
+    per_user = max(second - first, 0.0) / max(more - few, 1)
+    return Evaluation(second + per_user * (len(data.test) - more), of_model / more)
 
 
 def _evaluate(
     trainer: OneRecTrainer, data: RecommendationDataset, users: int, budget: Budget, baselines: bool
-) -> float:
-    """Seconds of an evaluation on some test users, by the model and the baselines."""
+) -> tuple[float, float]:
+    """Seconds of an evaluation on some test users, by the model and the baselines, and by the model alone."""
     args, before = cast("OneRecTrainingArguments", trainer.args), budget.spent
     examples = sample(data.test, users)
     loader = trainer.get_eval_dataloader(cast("Any", examples))
     trainer.evaluation_loop(loader, description="estimate", metric_key_prefix="estimate")
+    of_model = budget.spent - before
     # Another number of users, the same training sequences.
     if baselines and isinstance(data, InMemoryDataset):
         catalogue = cast("Any", trainer.processing_class).catalogue
         fewer = replace(data, split=replace(data.split, test=examples))
         baseline_rankings(fewer, catalogue, "test", max(args.eval_top_k), args.eval_exclude_seen)
-    return budget.spent - before
+    return budget.spent - before, of_model

@@ -30,8 +30,8 @@ def read_preferences(path: str, processor: OneRecProcessor) -> datasets.Dataset:
     """
     from datasets import Dataset
 
-    from onerec_hf.data.collators import FEATURE_COLUMNS
     from onerec_hf.data.tables import load_table
+    from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 
     where, wanted = f"--preferences {path}", ["history", "chosen", "rejected"]
     if Path(path).suffix not in (".jsonl", ".parquet") or not Path(path).is_file():

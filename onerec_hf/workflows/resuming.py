@@ -44,6 +44,7 @@ _MAY_CHANGE = {
         "validation_users",
         "baselines",
         "verdict_sasrec",
+        "feature_worth",
         "judge",
         "evaluate",
     ),

@@ -140,6 +140,12 @@ class TrainSettings(ModelOutputSettings):
             "help": "With --baselines: also train a small SASRec, for at most a quarter of the run's time (at least 5 seconds)."
         },
     )
+    feature_worth: bool = field(
+        default=True,
+        metadata={
+            "help": "With features: after the evaluation also measure what each is worth to the model, within at most a tenth of a --budget."
+        },
+    )
     keep_checkpoints: bool = field(
         default=False,
         metadata={
@@ -259,6 +265,8 @@ def _train_on(
         dataset = dataset.on_prefixes()
     if final.run.refit:
         pace.refit = growth(dataset)
+    if final.run.feature_worth and dataset.features is not None and num_ranks() == 1:
+        pace.features = len(dataset.features.schema.all)
     refitted = None
     trainer = train_generator(
         dataset,
@@ -284,7 +292,7 @@ def _train_on(
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
         )
-        worth = feature_worth(trainer, dataset, final.args.seed) if num_ranks() == 1 else []
+        worth = feature_worth(trainer, dataset, final.args.seed, pace.worth_users())
         panels = report_panels(trainer, ranking)  # of the evaluated model, and before the counts of a refit
         if final.run.refit:
             trainer, refitted = refit(trainer, dataset, folder, final.args, _again(final, folder, pace))

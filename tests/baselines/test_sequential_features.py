@@ -1,6 +1,10 @@
 """Sequence models with features: the embedding by hand, padding, users apart, what is a target and what is excluded, training, files."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -10,9 +14,14 @@ from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
 from onerec_hf.data import DatasetFeatures
 from onerec_hf.modeling.features import Feature, FeatureSchema
+from onerec_hf.modeling.features_file import FEATURES_NAME
 from onerec_hf.modeling.item_evidence import ItemEvidence
+from onerec_hf.modeling.requests import Request
 from onerec_hf.trainers import fit_sequential
 from onerec_hf.workflows import evaluate, load_dataset
+from onerec_hf.workflows.artefact import load_recommender, load_sequential, recommender_of
+from onerec_hf.workflows.data_options import save_data_options
+from tests.rounding import close
 
 SCHEMA = FeatureSchema(
     user=(Feature("age", edges=(30.0,)),),
@@ -90,8 +99,6 @@ def test_other_interactions_are_read_but_neither_targets_nor_excluded():
 
 def hinted(users=80, length=8, seed=0):
     """Interactions whose `hint` says which half of the items the next one is of, whatever was before; and one that says nothing."""
-    import pandas as pd
-
     random = np.random.default_rng(seed)
     items = random.integers(0, 24, (users, length))
     halves = np.roll(items >= 12, -1, axis=1).astype(int)
@@ -126,6 +133,23 @@ def test_wrong_features_are_refused():
     plain = SequentialRecommender.from_items(IDS, hidden_size=8)
     with pytest.raises(ValueError, match="no features"):
         plain.encode(pad_left([np.array([1])]), torch.full((1, 1, 2), 3))
+
+
+def test_codes_of_another_schema_are_refused_before_they_reach_a_device(saved):
+    """A model on an accelerator does not look at them."""
+    model = make()
+    good = {"history": [[5, 2]], "user_features": [[3]], "history_features": [[3, 4]], "session": [[1]]}
+    for wrong, message in (
+        ({"user_features": [[9]]}, "user_features hold codes of 'age' up to 9, the schema has 0 to 4"),
+        ({"history_features": [[3, -1]]}, "history_features of example 0 hold values that are no codes"),
+        ({"history_features": [[3, 4, 4]]}, "history_features of example 0 hold 3 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.rank_examples(Dataset.from_dict({**good, **wrong}), k=3)
+    with pytest.raises(ValueError, match="examples lack the column 'user_features' that the model's features need"):
+        model.rank_examples(Dataset.from_dict(good).remove_columns("user_features"), k=3)
+    with pytest.raises(ValueError, match="codes of another schema than the model"):
+        fit_sequential(saved.data.train_sequences, item_ids=IDS, coded=ITEMS, hidden_size=8, use_cpu=True)
 
 
 def test_evidence_is_fitted_on_what_ranking_reads(monkeypatch):
@@ -163,11 +187,81 @@ def test_evidence_is_fitted_on_what_ranking_reads(monkeypatch):
     assert all(torch.equal(about, *positive) for (about,) in fitted[1:])
 
 
-def test_evaluation_of_a_saved_model_needs_its_features(tmp_path):
-    log = hinted()
-    options = {"interactions": log, "min_item_interactions": 1, "session_length": 1}
-    data = load_dataset(**options, interaction_features=["hint"])
-    model = SequentialRecommender.from_items(data.item_ids.tolist(), coded=data.features, hidden_size=8)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"reads features, whose schema is not saved with it.*rank_examples"):
-        evaluate(load_dataset(**options), model=str(tmp_path))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A log with a column that says what comes next, another time's, and a model of it as `compare` saves one: with the options of its data."""
+    folder, log = tmp_path_factory.mktemp("saved"), hinted()
+    log["like"] = np.random.default_rng(5).integers(0, 4, len(log)) > 0
+    options = {"positive": ["like>=1"], "interaction_features": ["hint", "time"], "history_feedback": "all"}
+    people = pd.DataFrame({"user_id": range(70), "age": np.arange(70) + 0.5})
+    options |= {"users": people, "user_features": ["age"], "min_item_interactions": 1, "session_length": 1}
+    data = load_dataset(interactions=log, max_history=4, **options)
+    model = fit_sequential(
+        data.train_sequences, data.validation, item_ids=data.item_ids.tolist(), coded=data.features, hidden_size=16, max_history=4,
+        num_train_epochs=3, learning_rate=0.01, feature_dim=8, evidence=True, use_cpu=True,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    save_data_options(folder, data, exclude_seen=True)
+    return SimpleNamespace(folder=folder, model=model, data=data, log=log, people=people)
+
+
+def test_the_schema_is_saved_with_the_model(saved, tmp_path):
+    loaded = SequentialRecommender.from_pretrained(saved.folder)
+    assert loaded.schema == saved.data.features.schema
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / FEATURES_NAME).read_bytes() == (saved.folder / FEATURES_NAME).read_bytes()
+    SequentialRecommender.from_items([1, 2], hidden_size=8).save_pretrained(tmp_path)
+    assert not (tmp_path / FEATURES_NAME).exists()  # of the model that was there before
+
+
+def test_a_saved_model_is_evaluated_on_new_tables_with_its_schema(saved):
+    users = saved.people
+    found = evaluate(model=str(saved.folder), interactions=saved.log, users=users, top_k=[5], baselines=False)
+    ranked = saved.model.rank_examples(saved.data.test, 5)
+    target = np.searchsorted(saved.data.item_ids, [session[0] for session in saved.data.test["session"]])
+    assert found.metrics["sasrec/recall@5"] == close(float((ranked == target[:, None]).any(1).mean()))
+    changed = evaluate(
+        model=str(saved.folder), interactions=saved.log.assign(hint=0), users=users, top_k=[5], baselines=False
+    )
+    assert changed.metrics["sasrec/recall@5"] != found.metrics["sasrec/recall@5"]
+    with pytest.raises(ValueError, match="pass --users, the table with these columns"):
+        evaluate(model=str(saved.folder), interactions=saved.log)
+
+
+def test_requests_are_answered_as_in_evaluation(saved):
+    """Rows with codes, raw values, and in a batch: histories longer than the model reads, and interactions that were not positive."""
+    recommender, schema, examples = recommender_of(saved.folder), saved.data.features.schema, saved.data.test
+    ranked = saved.model.rank_examples(examples, 5)
+    rows = [{name: row[name] for name in ("history", "user_features", "history_features")} for row in examples]
+    answers = recommender.recommend([Request(**row, top_k=5) for row in rows])
+    assert [[item for (item,) in answer.sessions] for answer in answers] == saved.data.item_ids[ranked].tolist()
+    ages = saved.people.set_index("user_id").age.to_dict()
+    raw = []
+    for example in examples:
+        own = saved.log[saved.log.user_id == example["user_id"]].head(len(example["history"]))
+        entries = [
+            {"item": row.item_id, "time": row.timestamp, "hint": row.hint, "positive": row.like}
+            for row in own.itertuples()
+        ]
+        raw.append(Request(entries, user={"age": ages.get(example["user_id"])}, top_k=5))
+    for coded, answer in zip(answers, recommender.recommend(raw), strict=True):
+        assert (answer.sessions, answer.scores) == (coded.sessions, close(coded.scores))
+    assert np.array_equal(answers[0].request.features.user, schema.encode_users([{"age": ages[0]}])[0])
+    plain = recommender.recommend([Request(row["history"], top_k=5) for row in rows])
+    assert [answer.sessions for answer in plain] != [answer.sessions for answer in answers]
+
+
+def test_a_model_without_its_schema_is_refused(saved, tmp_path):
+    shutil.copytree(saved.folder, tmp_path / "copy")
+    (tmp_path / "copy" / FEATURES_NAME).unlink()
+    for call in (
+        lambda: load_recommender("--model", str(tmp_path / "copy"), lambda *_: None),
+        lambda: load_sequential("--model", str(tmp_path / "copy")),
+    ):
+        with pytest.raises(ValueError, match=r"reads features, and features.safetensors is not beside its weights"):
+            call()
+    other = SequentialRecommender.from_items(IDS, coded=ITEMS, hidden_size=8)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / FEATURES_NAME, tmp_path / "copy" / FEATURES_NAME)
+    with pytest.raises(ValueError, match="was saved with the catalogue"):
+        SequentialRecommender.from_pretrained(tmp_path / "copy")

@@ -20,8 +20,9 @@ from onerec_hf.serving.bodies import check_structure
 from onerec_hf.serving.models import ServedModel
 from onerec_hf.serving.schema import Query
 from onerec_hf.serving.settings import ServingSettings
+from tests.cli.commands import onerec, refused, succeeded
 from tests.conftest import make_model
-from tests.modeling.feature_models import CATALOGUE, HISTORIES, PROCESSOR, SCHEMA, USERS, make
+from tests.modeling.feature_models import CATALOGUE, HISTORIES, PROCESSOR, SCHEMA, USERS, columns, make
 from tests.rounding import close
 from tests.serving.running import Running
 
@@ -107,6 +108,11 @@ def test_values_mean_nothing_to_a_model_without_features():
     assert with_values.request.features is None
 
 
+def test_a_processor_without_features_refuses_values_of_users():
+    with pytest.raises(ValueError, match="this processor has no features; leave users, user_features"):
+        OneRecProcessor.from_catalogue(CATALOGUE, 8)([["m1"]], users=[{"age": 3}])
+
+
 def test_model_and_processor_must_have_the_same_features():
     with pytest.raises(ValueError, match=r"different features \(only the model: age of 6 codes"):
         Recommender(MODEL, OneRecProcessor.from_catalogue(CATALOGUE, 8))
@@ -125,6 +131,25 @@ def test_pipeline():
     assert [row["item"] for row in one] == expected(HISTORIES[0], None)[0]
     for answer, history in zip(batch, HISTORIES, strict=True):
         assert [row["score"] for row in answer] == expected(history, None)[1]
+
+
+def test_rows_of_a_dataset_are_answered_with_their_codes(recommender):
+    rows = [row | {"user_id": number, "session": ["m9"]} for number, row in enumerate(columns())]
+    recommend = pipeline("generative-recommendation", model=MODEL, processor=PROCESSOR, device="cpu", **OPTIONS)
+    for answer, history, user in zip(recommend(rows), HISTORIES, USERS, strict=True):
+        assert ([row["item"] for row in answer], [row["score"] for row in answer]) == expected(history, user)
+    # Codes of the whole history, of which the catalogue lacks an item and the model reads the latest.
+    row = {"history": ["gone", *rows[0]["history"]], "history_features": [4, 3, 3, *rows[0]["history_features"]]}
+    resolved = recommender.resolve(Request(**row, max_history=2))
+    assert resolved.features.history.ravel().tolist() == rows[0]["history_features"][3:]
+    for wrong, message in (
+        ({"history_features": [3, 3]}, "hold 2 values of type int64, expected 9 codes"),
+        ({"history_features": [99] * 9}, "hold codes of 'like' up to 99"),
+        ({"user": USERS[0]}, r"pass values \(user, objects in the history\) or codes"),
+        ({"history": HISTORIES[0]}, "pass values"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            recommender.resolve(Request(**{**columns()[0], **wrong}))
 
 
 def test_recommend_lines(recommender):
@@ -210,7 +235,7 @@ def test_users_of_a_table_have_its_values(tmp_path, capsys):
     path.write_text("\n".join(rows))
     names = {"user_column": "user_id", "item_column": "item_id", "timestamp_column": "timestamp"}
     found = [request for _, request in table_requests(str(path), None, names, (), True, SCHEMA)]
-    assert "features of users (age, city, tags)" in capsys.readouterr().err
+    assert "features of users (age, city, tags); pass --users_file" in capsys.readouterr().err
     assert [[entry["item"] for entry in request["history"]] for request in found] == [["m1", "m2", "m3"], ["m5"]]
     codes = [SCHEMA.encode_interactions(request["history"]) for request in found]
     assert np.array_equal(codes[0], SCHEMA.encode_interactions(HISTORIES[0]))
@@ -223,6 +248,33 @@ def test_users_of_a_table_have_its_values(tmp_path, capsys):
     schema = FeatureSchema(interaction=(Feature("positive", values=("0", "1")),))
     (flagged,) = [each for _, each in table_requests(str(path), ["u1"], names, ["like>0"], True, schema, whole=True)]
     assert schema.encode_interactions(flagged["history"]).tolist() == [[4], [3], [3]]
+
+
+def test_a_table_of_users(folder, tmp_path):
+    """Values of the users' table beside those of the interactions; what it lacks is counted, what cannot be read is refused."""
+    log, people = tmp_path / "log.csv", tmp_path / "people.csv"
+    log.write_text("user_id,item_id,timestamp,like\nu1,m1,1000,1\nu1,m2,1030,\nu1,m3,9000,0\nu2,m5,5,\n")
+    people.write_text("user_id,age,city\nu3,20,Rome\nu1,31,Rome\n")
+    arguments = ["recommend", "--model", folder, "--interactions", log, "--num_beams", 12, "--top_k", 5]
+    done = succeeded(onerec(*arguments, "--users_file", people))
+    first, second = map(json.loads, done.out.splitlines())
+    assert first["items"] == expected(HISTORIES[0], {"age": 31, "city": "Rome"})[0]
+    assert second["items"] == expected([{"item": "m5", "time": 5}], None)[0]
+    assert first.keys() == {"user_id", "items", "scores"}
+    assert "1 of 2 users have no row in --users_file" in done.err
+    assert "missing values, which" in done.err
+    assert "features of users (tags)" in done.err
+    assert json.loads(succeeded(onerec(*arguments)).out.splitlines()[0])["scores"] != first["scores"]
+    refused(onerec(*arguments[:3], "--users_file", people), "--users_file goes with --interactions")
+    for text, message in (
+        ("user_id,age\nu1,old\n", "feature 'age' is a number; got 'old'"),
+        ("user_id,height\nu1,3\n", "has none of the columns that the model reads of users: age, city, tags"),
+        ("user_id,age\nu1,3\nu1,4\n", "duplicate an earlier user id"),
+        ("user_id,age\nu9,3\n", "none of 2 users of the interactions has a row"),
+        ("name,age\nu9,3\n", "no column 'user_id' among"),
+    ):
+        people.write_text(text)
+        refused(onerec(*arguments, "--users_file", people), message)
 
 
 def test_flags_and_dates_of_a_table_are_those_of_its_rows(tmp_path):

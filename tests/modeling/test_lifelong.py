@@ -1,5 +1,7 @@
 """The lifelong pathway: what is older than the history, compressed by hierarchical k-means and a Q-Former."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from onerec_hf.data import OneRecDataCollator, PackedDataCollator
 from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.modeling.lifelong import LifelongPathway
 from onerec_hf.modeling.lifelong_history import LIFELONG_NAME, LifelongHistory, compress_history
-from onerec_hf.modeling.requests import Recommender, Request, RequestError
+from onerec_hf.modeling.requests import AnswerCounts, Recommender, Request, RequestError
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 from tests.rounding import assert_close, close
 
@@ -339,3 +341,21 @@ def test_requests_read_what_is_older_than_the_latest_items(features):
         Recommender(model, processor).resolve(Request([1, 2], max_history=3))
     with pytest.raises(ValueError, match="different lifelong pathways"):
         Recommender(model, OneRecProcessor.from_catalogue(model.catalogue, 4, schema))
+
+
+def test_items_beyond_the_longest_history_are_counted():
+    model, processor = made(clusters=3)
+    processor.lifelong = replace(processor.lifelong, longest=6)  # ten items with the latest four
+    history = [int(item) for item in np.random.default_rng(3).permutation(ITEMS)[:14]]
+    with pytest.warns(
+        UserWarning, match="left out the oldest 4 items of 1 of 2 histories: a lifelong pathway reads 6"
+    ):
+        cut = processor([history, history[-10:]])
+    assert torch.equal(cut["lifelong_ids"][0], cut["lifelong_ids"][1])
+    recommender, counts = Recommender(model, processor), AnswerCounts()
+    answers = recommender.recommend([Request(history), Request(history[-10:], exclude=history[:4])])
+    for answer in answers:
+        counts.add(answer)
+    assert "read only the latest items of 1 of 2 histories, which are longer than the model reads" in str(counts)
+    assert answers[0].sessions == answers[1].sessions
+    assert answers[0].scores == close(answers[1].scores)

@@ -202,7 +202,7 @@ def test_what_was_left_out_is_counted(recommender):
     assert str(counts) == (
         f"left out {sum(unknown)} items that are not in the catalogue; 2 of 12 histories hold no known item: an empty answer; "
         f"1 of 12 histories leave nothing to recommend: an empty answer; read only the latest items of {cut} of 12 histories, which "
-        "are longer than max_history"
+        "are longer than the model reads"
     )
     twice = AnswerCounts(histories=1)
     twice += counts

@@ -70,6 +70,26 @@ def test_evaluations_during_the_training_count(tables, tmp_path, clock):
     assert evaluated[-1] == clock.steps == result.trainer.state.global_step
 
 
+@pytest.mark.parametrize(
+    ("budget", "measured"), [("80s", True), ("40s", False)]
+)  # of 30 users 4 batches, each 3 times: 6 seconds
+def test_the_worth_of_features_counts(tables, tmp_path, clock, capsys, budget, measured):
+    interactions = tables["interactions"].assign(hour=lambda table: table.index % 3, day=lambda table: table.index % 2)
+    data = load_dataset(**{**tables, "interactions": interactions}, interaction_features=["hour", "day"])
+    result = train(data, output_dir=tmp_path / "out", budget=budget, **PACED)
+    assert any(name.startswith("feature_worth/") for name in result.metrics) == measured
+    seconds = int(budget[:-1])
+    assert seconds - 0.1 * seconds <= clock.now <= seconds
+    assert ("too short to measure what each of 2 features is worth" in capsys.readouterr().err) != measured
+
+
+def test_the_worth_of_features_may_be_left_out(tables, tmp_path):
+    interactions = tables["interactions"].assign(hour=lambda table: table.index % 3)
+    data = load_dataset(**{**tables, "interactions": interactions}, interaction_features=["hour"])
+    result = train(data, output_dir=tmp_path / "out", feature_worth=False, **TINY)
+    assert not any(name.startswith("feature_worth/") for name in result.metrics)
+
+
 def test_a_budget_of_less_than_an_epoch_is_stated(tables, tmp_path, clock, capsys):
     result = train(
         load_dataset(**tables), output_dir=tmp_path / "out", budget="8s", **{**PACED, "per_device_train_batch_size": 4}

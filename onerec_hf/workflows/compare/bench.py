@@ -75,11 +75,6 @@ class Bench:
     """
 
     def __init__(self, data: DataSettings, dataset: InMemoryDataset, how: CompareSettings, began: float):
-        if dataset.features is not None:
-            raise ValueError(
-                "compare ranks by requests of item ids, without features; leave out the options of features and history_feedback, or evaluate "
-                "models that read them with onerec-hf evaluate"
-            )
         self.data, self.how, self.folder = data, how, how.folder
         self.repeats = share_of_repeats(sample(dataset, how.validation_users))
         self.exclude_seen = self.repeats <= MOST_REPEATS if how.exclude_seen is None else how.exclude_seen
@@ -94,6 +89,8 @@ class Bench:
         self.trials = 0
         self.seeds: list[int] = []
         self.notes = [f"{split.capitalize()}: {text}" for split, of in seen.items() if (text := of.about_unranked())]
+        if dataset.features is not None:
+            self.notes.append("Sequence models and generators read the features; popularity and item-kNN do not.")
 
     def open_folder(self, families: list[Family]) -> None:
         """
@@ -283,7 +280,7 @@ def _all(runs: list[Run], processes: Processes) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(data: InMemoryDataset) -> str:
-    """Changes when the table does: users, items and their order, texts and embeddings."""
+    """Changes when the table does: users, items and their order, texts, embeddings and features."""
     digest = hashlib.sha256()
     sequences, items = data.sequences, data.items
     for array in (sequences.user_ids, sequences.offsets, sequences.item_ids):
@@ -293,4 +290,9 @@ def fingerprint(data: InMemoryDataset) -> str:
         digest.update(repr(table.frame["text"].tolist()).encode())
         if table.embeddings is not None:
             digest.update(np.ascontiguousarray(table.embeddings).tobytes())
+    if data.features is not None:
+        read = sequences.histories
+        digest.update(data.features.schema.to_json().encode())
+        for array in (data.features.items, read.positive, read.codes, read.users):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from onerec_hf.workflows.dataset import InMemoryDataset
 
 if TYPE_CHECKING:
     from onerec_hf.evaluation.held_out import SeenItems
+    from onerec_hf.modeling.requests import Request
 
 TOP_K = 10
 METRIC = "ndcg@10"  # on validation users: chooses checkpoints, settings and the best family
@@ -61,19 +62,31 @@ def rankings(
     recommender: Any, examples: Any, item_ids: np.ndarray, exclude_seen: bool, batch: int = 256
 ) -> np.ndarray:
     """(users, TOP_K) item indices that requests with the users' histories get, best first, -1 where there are fewer."""
-    from onerec_hf.modeling.requests import Request
-
-    ranked, histories = np.full((len(examples), TOP_K), -1, dtype=np.int64), examples["history"]
+    ranked, requests = (
+        np.full((len(examples), TOP_K), -1, dtype=np.int64),
+        requests_of(recommender, examples, exclude_seen),
+    )
     with recommender.held():
         for start in range(0, len(ranked), batch):
-            requests = [
-                Request(history, top_k=TOP_K, exclude_seen=exclude_seen)
-                for history in histories[start : start + batch]
-            ]
-            for user, answer in enumerate(recommender.recommend(requests), start=start):
+            for user, answer in enumerate(recommender.recommend(requests[start : start + batch]), start=start):
                 items = [session[0] for session in answer.sessions]
                 ranked[user, : len(items)] = np.searchsorted(item_ids, items)
     return ranked
+
+
+def requests_of(recommender: Any, examples: Any, exclude_seen: bool) -> list[Request]:
+    """Requests of held-out users, with the codes of their features for a model that reads them; for the others of positive interactions only."""
+    from onerec_hf.data import positive_histories
+    from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
+    from onerec_hf.modeling.requests import Request
+
+    if recommender.schema is None:
+        columns = {"history": positive_histories(examples)}
+    else:
+        names = [name for name in ("history", *FEATURE_COLUMNS) if name in examples.column_names]
+        columns = {name: examples[name] for name in names}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return [Request(**row, top_k=TOP_K, exclude_seen=exclude_seen) for row in rows]
 
 
 def per_user(ranked: np.ndarray, examples: Any, data: InMemoryDataset) -> dict[str, np.ndarray]:
@@ -96,17 +109,15 @@ def measure(folder: Path, data: InMemoryDataset, exclude_seen: bool, users: int)
     """CPU milliseconds of a request with one history on one thread, through the path of the server, and the bytes of the artefact."""
     import torch
 
-    from onerec_hf.modeling.requests import Request
-
     rows = np.random.default_rng(0).permutation(len(data.test))[:users]
-    histories = data.test.select(rows)["history"]
     recommender, seconds, threads = recommender_of(folder), [], torch.get_num_threads()
+    requests = requests_of(recommender, data.test.select(rows), exclude_seen)
     torch.set_num_threads(1)
     try:
         with recommender.held():
-            for number, history in enumerate([histories[0], *histories]):
+            for number, request in enumerate([requests[0], *requests]):
                 began = time.process_time()  # of the processor: the machine may be shared
-                recommender.recommend([Request(history, top_k=TOP_K, exclude_seen=exclude_seen)])
+                recommender.recommend([request])
                 seconds += [time.process_time() - began] if number else []  # the first one warms up
     finally:
         torch.set_num_threads(threads)

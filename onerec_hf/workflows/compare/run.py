@@ -23,6 +23,7 @@ import numpy as np
 
 from onerec_hf.modeling.files import short
 from onerec_hf.workflows.artefact import recommender_of, write_bytes
+from onerec_hf.workflows.auto import FEATURE_DROPOUT, codebook_size
 from onerec_hf.workflows.compare.families import Family
 from onerec_hf.workflows.compare.ranking import METRIC, TOP_K, parameters, per_user, rankable, rankings
 from onerec_hf.workflows.dataset import InMemoryDataset
@@ -83,8 +84,6 @@ def train_and_rank(spec: dict[str, Any]) -> dict[str, Any]:
 
 def resolved(settings: dict[str, Any], data: InMemoryDataset) -> dict[str, Any]:
     """The settings with `content` and `auto` replaced by what they mean for this table; families.py has their meaning."""
-    from onerec_hf.workflows.auto import codebook_size
-
     found, items = dict(settings), data.items
     for name in ("embedding", "features"):
         if name in found:
@@ -106,7 +105,7 @@ def _fit_ranking(
     progress.ends()
     items = ItemIndex(data.item_ids)
     save_ranking(folder, model, items)
-    _save_beside(folder, data, items, spec["exclude_seen"])
+    _save_beside(folder, data, items, spec["exclude_seen"], reads_features=False)
 
 
 def _fit_sequential(
@@ -122,13 +121,15 @@ def _fit_sequential(
         how = SemanticIDSettings(embedding=settings.pop("features"), semantic_id_seed=spec["seed"])
         features = embed_items(data, how)[0]
     options = {"max_history": data.max_history, "eval_exclude_seen": spec["exclude_seen"], "seed": spec["seed"]}
+    sequences = data.train_sequences
     model = fit_sequential(
-        data.train_sequences.lists(),  # pyright: ignore[reportArgumentType] (arrays are sequences of ids)
+        sequences.lists() if data.features is None else sequences,  # pyright: ignore[reportArgumentType] (arrays are sequences of ids)
         data.validation,
         item_ids=data.item_ids,
         features=features,
+        coded=data.features,
         callbacks=[progress],
-        **{**options, **settings},
+        **{**options, **of_features(data), **settings},
     )
     model.save_pretrained(folder)
     items = model.items
@@ -155,16 +156,24 @@ def _fit_onerec(
         report_to="none",
         disable_tqdm=True,
         save_total_limit=1,
-        **{**chooses, **settings},
+        feature_worth=False,
+        **{**chooses, **of_features(data), **settings},
     )
 
 
-def _save_beside(folder: Path, data: InMemoryDataset, items: Any, exclude_seen: bool) -> None:
+def of_features(data: InMemoryDataset) -> dict[str, Any]:
+    """Settings of models that read features, the same for all families; a family may have its own."""
+    return {} if data.features is None else {"feature_dropout": FEATURE_DROPOUT}
+
+
+def _save_beside(
+    folder: Path, data: InMemoryDataset, items: Any, exclude_seen: bool, reads_features: bool = True
+) -> None:
     """Data options and titles beside the model, for later commands and the server's answers; `train` saves a generator's."""
     from onerec_hf.data.item_fields import save_items_table
     from onerec_hf.workflows.data_options import save_data_options
 
-    save_data_options(folder, data, exclude_seen)
+    save_data_options(folder, data, exclude_seen, reads_features)
     if data.items is not None:
         save_items_table(folder, data.items, items)
 
