@@ -147,9 +147,10 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
 
     def _prepared(self, model: Any) -> Any:
         """A model with the processor's catalogue, and the adapter to train."""
-        _generator_of(model).set_catalogue(self.processing_class.catalogue)  # type: ignore[union-attr]
-        check_schema(_generator_of(model).config, self.processing_class.features)  # type: ignore[union-attr]
-        check_lifelong(_generator_of(model).config, self.processing_class.lifelong)  # type: ignore[union-attr]
+        processor: Any = self.processing_class
+        _generator_of(model).set_catalogue(processor.catalogue)
+        check_schema(_generator_of(model).config, processor.features, processor.pathways)
+        check_lifelong(_generator_of(model).config, processor.lifelong)
         if self._peft_config is None:
             return model
         if is_peft_model(model):
@@ -436,7 +437,9 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
     if _are_prefixes(dataset):
         _require_causal(config)
     seed = args.seed if args.data_seed is None else args.data_seed
-    packed = PackedDataset(dataset, args.packing_length, processor.max_history, seed, processor.static_places)
+    packed = PackedDataset(
+        dataset, args.packing_length, processor.max_history, seed, processor.static_places, processor.pathways
+    )
     collator = PackedDataCollator(
         processor,
         config.encoder_is_causal,

@@ -281,6 +281,12 @@ class ModelSettings:
         default=0.0,
         metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."},
     )
+    pathways: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With --history_feedback all: read a history as two pathways, e.g. short_term=20 positive=256 (the latest interactions of any feedback, then the latest positive ones); by default as one, whose interactions say whether they were positive."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
     def config(
@@ -314,7 +320,7 @@ class ModelSettings:
         kinds = {"onerec": OneRecConfig, "onerec_v2": OneRecV2Config}
         if self.architecture not in kinds:
             raise ValueError(f"--architecture {self.architecture}: choose one of {', '.join(kinds)}")
-        others = ("architecture", "model", "attn_implementation", "item_score_weight", "decoder_weight")
+        others = ("architecture", "model", "attn_implementation", "item_score_weight", "decoder_weight", "pathways")
         if self.architecture == "onerec_v2":
             others += tuple(name for name in asdict(self) if name.startswith("encoder_"))
         sizes = {
@@ -328,6 +334,7 @@ class ModelSettings:
                 "dim": self.feature_dim,
                 "dropout": self.feature_dropout,
                 "not_positive": features.not_positive,
+                "pathways": sizes_of_pathways(self.pathways),
             }
         if self.item_head:
             if num_items is None:
@@ -353,6 +360,25 @@ class ModelSettings:
             )
         except StrictDataclassError as error:
             raise ValueError(f"model options: {error.__cause__ or error}") from error
+
+
+def sizes_of_pathways(pathways: Sequence[str] | None) -> dict[str, int] | None:
+    """
+    The sizes of `--pathways`.
+
+    Raises:
+        ValueError: no NAME=NUMBER.
+
+    Example:
+        >>> sizes_of_pathways(["short_term=20", "positive=256"])
+        {'short_term': 20, 'positive': 256}
+    """
+    if pathways is None:
+        return None
+    pairs = [text.partition("=") for text in pathways]
+    if not all(size.isdecimal() for _, _, size in pairs):
+        raise ValueError(f"--pathways {' '.join(pathways)!s:.80}: write short_term=20 positive=256, with your numbers")
+    return {name: int(size) for name, _, size in pairs}
 
 
 @dataclass

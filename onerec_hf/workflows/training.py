@@ -412,6 +412,8 @@ def final_settings(
 
 def _check(settings: Settings) -> None:
     """Checks the settings of a training against each other."""
+    from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS
+
     ids, model, sharding, run, args = settings
     if model.model is not None and ids.semantic_ids is not None:
         raise ValueError(BOTH)
@@ -430,6 +432,10 @@ def _check(settings: Settings) -> None:
         raise ValueError("--new_items goes with --model: a new model is made for all items of the data")
     if run.train_on not in ("windows", "prefixes"):
         raise ValueError(f"--train_on {run.train_on}: choose windows or prefixes")
+    if run.train_on == "prefixes" and model.pathways is not None:
+        raise ValueError(f"--pathways: {PREFIXES_OF_PATHWAYS}")
+    if model.model is not None and model.pathways is not None:
+        raise ValueError("--pathways is of a new model: leave it out, the model has its own")
     if run.train_on == "prefixes" and model.model is None and not model.encoder_is_causal:
         raise ValueError(
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
@@ -556,7 +562,9 @@ def _start(
         set_features(processor, data)
         content = content_of_catalogue(data, processor) if settings.item_head_content else None
         vectors, encoder = (None, None) if content is None else content
-        return new_model(settings, processor, data.session_length, vectors), processor, origin, encoder
+        model = new_model(settings, processor, data.session_length, vectors)
+        processor.pathways = None if model.config.features is None else model.config.features.pathways
+        return model, processor, origin, encoder
     model = load_model(option, place, settings.attn_implementation)
     set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model, processor, origin, None
