@@ -189,8 +189,11 @@ class _Counter:
             states = self.precision.matrix * (self.width + 1)
             slots = sum(slots for _, _, slots in side)
             total += rows * (8 * slots + inputs + states + several * self.precision.residual)
-        if own.pathways is not None:  # the other network, and which places read it
-            total += places * (self.inputs(self.width) + self.precision.matrix * self.width + 1)
+        if (
+            own.pathways is not None
+        ):  # the other network, with a copy of the embeddings if they are cast, and which places read it
+            cast = self.inputs((len(own.all) - len(own.user or ())) * own.dim) if self.precision.autocast else 0
+            total += places * (cast + self.inputs(self.width) + self.precision.matrix * self.width + 1)
         return total
 
     def feed_forward(self, inner: int | None = None) -> int:
