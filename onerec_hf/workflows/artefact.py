@@ -159,13 +159,13 @@ def model_type(repo: str) -> str | None:
 
 def saved_sizes(repo: str) -> dict[str, Any]:
     """
-    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length`, `max_history` and `pathways`, as far as they can
-    be read. Loading the model tells what is wrong with it.
+    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong`, as far as
+    they can be read. Loading the model tells what is wrong with it.
     """
     found = saved_config(repo, "config.json") | saved_config(repo, "processor_config.json")
     return {
         name: found[name]
-        for name in ("encoder_is_causal", "session_length", "max_history", "pathways")
+        for name in ("encoder_is_causal", "session_length", "max_history", "pathways", "lifelong")
         if found.get(name) is not None
     }
 

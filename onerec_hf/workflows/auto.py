@@ -170,6 +170,8 @@ class Table:
         self.given = given
         #: Sizes of the pathways of the model, a new or a saved one.
         self.pathways = sizes_of_pathways(given.get("pathways")) if saved is None else saved.get("pathways")
+        #: Whether it has a lifelong pathway.
+        self.lifelong = (given if saved is None else saved).get("lifelong") is not None
         self.rows: list[Choice] = []
 
     def add(self, option: str, value: Any, reason: str) -> Any:
@@ -187,7 +189,7 @@ def choose(
 
     Args:
         given: options that the caller decided; they stay, and the others fit them.
-        saved: `encoder_is_causal`, `session_length`, `max_history` and `pathways` of a model or checkpoint to go on from, which the examples must fit.
+        saved: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong` of a model or checkpoint to go on from, which the examples must fit.
 
     Example:
         >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
@@ -218,8 +220,9 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
     """How interactions are cut; before the model, which reads such examples."""
     causal = table.given.get("encoder_is_causal", True) if saved is None else saved.get("encoder_is_causal", False)
     pathways = table.pathways
-    if pathways is not None:
-        table.add("train_on", "windows", "the short-term pathway differs for each target")
+    if pathways is not None or table.lifelong:
+        which = "what is older than a history" if table.lifelong else "the short-term pathway"
+        table.add("train_on", "windows", f"{which} differs for each target")
     else:
         table.add(
             "train_on",
@@ -322,9 +325,9 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
 def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> int:
     """Returns the steps of an epoch."""
     interactions = found.interactions
-    packing = table.add(
-        "packing", found.in_memory, "no padding" if found.in_memory else "a stream of examples is not packed"
-    )
+    unpacked = "a lifelong history is not packed" if table.lifelong else "a stream of examples is not packed"
+    may_pack = found.in_memory and not table.lifelong
+    packing = table.add("packing", may_pack, "no padding" if may_pack else unpacked)
     if packing:
         longest = _value(table, "max_history", LONGEST_HISTORY)
         history, pathways = longest, table.pathways

@@ -99,6 +99,8 @@ def test_the_data_chooses_windows_that_hold_the_pathways():
         chosen_settings(pathways=pathways, train_on="prefixes", **options)
     with pytest.raises(ValueError, match="--pathways short_term: write short_term=20 positive=256"):
         sizes_of_pathways(["short_term"])
+    with pytest.raises(ValueError, match="each of short_term, positive"):
+        sizes_of_pathways(["short=5", "positive=4"])
 
 
 def test_histories_of_a_table_become_pathways():
