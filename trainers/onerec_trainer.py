@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
-from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator, draw_sessions
+from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS, OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
@@ -417,6 +417,8 @@ def _padding_collator(dataset, args: OneRecTrainingArguments, processor, config)
         settings["session_items"] = example_sizes(dataset)[2]
     if not _are_prefixes(dataset):
         return OneRecDataCollator(processor, **settings)
+    if processor.pathways is not None:
+        raise ValueError(PREFIXES_OF_PATHWAYS)
     _require_causal(config)
     # accelerate slices a dispatched batch by the rows of its first tensor, but the decoder has more rows than the encoder.
     if isinstance(dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
