@@ -11,7 +11,7 @@ import numpy as np
 
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.artefact import catalogue_of
-from onerec_hf.workflows.dataset import RecommendationDataset, sample
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.semantic_ids import embed_items
 from onerec_hf.workflows.settings import sizes_of_lifelong
@@ -53,12 +53,22 @@ def lifelong_history(
 ) -> LifelongHistory | None:
     """
     What compresses histories for `--lifelong`: by the embeddings that semantic IDs are fitted on, zeros for items that the data does not hold; None without
-    the option.
+    the option. The examples of a prepared folder are cut already: the oldest `longest` interactions of them are the pathway's.
+
+    Raises:
+        ValueError: a prepared folder whose histories are not longer than that.
     """
     from onerec_hf.modeling.lifelong_history import LifelongHistory
 
     if (sizes := sizes_of_lifelong(settings.lifelong)) is None:
         return None
+    if not isinstance(data, InMemoryDataset):
+        if sizes["longest"] >= data.max_history:
+            raise ValueError(
+                f"--lifelong longest={sizes['longest']}: the histories of --prepared hold {data.max_history} interactions; prepare with a larger "
+                "--max_history, or pass a smaller longest"
+            )
+        processor.max_history = data.max_history - sizes["longest"]
     found, catalogue = embed_items(data, ids).vectors, catalogue_of(processor)
     vectors = np.zeros((len(catalogue), found.shape[1]), np.float16)
     vectors[catalogue.indices(data.item_ids)] = found

@@ -509,11 +509,7 @@ def train_generator(
         keep_freed_memory()
     checkpoint = args.resume_from_checkpoint
     model, processor, origin, content = _start(data, ids, model_settings, checkpoint, save_items)
-    if processor.lifelong is not None:
-        if not isinstance(data, InMemoryDataset):
-            raise ValueError(
-                "--lifelong goes with --interactions: the examples of a prepared folder end at its --max_history"
-            )
+    if processor.lifelong is not None and isinstance(data, InMemoryDataset):
         data = data.with_older(processor.lifelong.longest)
     say(f"model: {model.num_parameters():,} parameters, {len(data.train):,} training examples")
     if sharding is not None:

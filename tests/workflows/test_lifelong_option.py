@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf import OneRecProcessor
-from onerec_hf.data import OneRecDataCollator
+from onerec_hf.data import ExampleSettings, OneRecDataCollator, prepare_log
 from onerec_hf.workflows import chosen_settings, load_in_memory, train
 from onerec_hf.workflows.settings import ModelSettings, sizes_of_lifelong
 
@@ -107,3 +107,26 @@ def test_it_is_off_by_default():
     chosen = {row.option: row.value for row in chosen_settings(lifelong=["longest=9"], **options)}
     assert chosen["train_on"] == "windows"
     assert not chosen["packing"]
+
+
+def test_a_prepared_folder_has_the_older_interactions_in_its_examples(tmp_path):
+    table().to_csv(tmp_path / "log.csv", index=False)
+    settings = ExampleSettings(min_item_interactions=1, session_length=1, max_history=24)
+    prepare_log(tmp_path / "log.csv", tmp_path / "prepared", settings=settings, num_shards=2)
+    given = {
+        name: value
+        for name, value in SMALL.items()
+        if name not in ("interactions", "min_item_interactions", "session_length", "max_history")
+    }
+    result = train(prepared=str(tmp_path / "prepared"), output_dir=str(tmp_path / "model"), **given)
+    processor = OneRecProcessor.from_pretrained(tmp_path / "model")
+    assert processor.max_history == 4
+    examples = list(result.trainer.train_dataset)
+    longest = [example for example in examples if len(example["history"]) == 24]
+    assert OneRecDataCollator(processor)(longest)["lifelong_ids"][..., 0].sum(1).tolist() == [20] * len(longest)
+    with pytest.raises(ValueError, match="prepare with a larger --max_history"):
+        train(
+            prepared=str(tmp_path / "prepared"),
+            output_dir=str(tmp_path / "other"),
+            **{**given, "lifelong": ["longest=24"]},
+        )
