@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benc
 
 from benchmarks.harness import dataset_options, finish, one_thread, parser, say
 
-FEATURES = {"user_features": ["auto"], "item_features": ["auto"], "interaction_features": ["auto"]}
 VARIANTS = {"flagged": {}, "pathways": {"pathways": ["short_term=20", "positive=256"], "train_on": "windows"}}
 QUICK_USERS = 300
 
@@ -57,7 +56,7 @@ def trained(folder: Path, name: str, data_dir: str | None, variant: str) -> Path
     from onerec_hf.workflows import train
 
     train(
-        dataset=name, data_dir=data_dir, **FEATURES, history_feedback="all", max_history=20, output_dir=str(folder), max_steps=3,
+        dataset=name, data_dir=data_dir, interaction_features=["time"], history_feedback="all", max_history=20, output_dir=str(folder), max_steps=3,
         hidden_size=16, encoder_layers=1, baselines=False, use_cpu=True, report_to="none", disable_tqdm=True, validation_users=50,
         item_head_evidence=False, keep_checkpoints=True, **VARIANTS[variant],
     )  # fmt: skip
