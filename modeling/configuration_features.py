@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .features import PATHWAYS, check_pathways
 from .hub import check_sizes
 
 
@@ -22,9 +23,12 @@ class FeaturesConfig(PreTrainedConfig):
         not_positive (`list`, *optional*):
             `[place, code]`: the feature of interactions, by its place in `interaction`, whose code says that one was not positive. Its item is read, and
             neither part of the evidence nor excluded as seen.
+        pathways (`dict`, *optional*):
+            `{"short_term": 20, "positive": 256}`: the history is read as the latest 20 interactions of any feedback, then as the latest 256 positive
+            ones, each with a network of its own for features. Needs `not_positive`. By default one history, whose interactions say whether they were.
 
     Raises:
-        ValueError: no feature, names that are not unique, a size below 1, a dropout outside [0, 1).
+        ValueError: no feature, names that are not unique, a size below 1, a dropout outside [0, 1), other pathways.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -41,11 +45,18 @@ class FeaturesConfig(PreTrainedConfig):
     dim: int = 32
     dropout: float | int = 0.0
     not_positive: list | None = None
+    pathways: dict | None = None
 
     def __post_init__(self, **kwargs):
         for side in ("user", "interaction", "item"):
             setattr(self, side, [list(feature) for feature in getattr(self, side) or []])
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        output = super().to_dict()
+        if self.pathways is None:  # as earlier versions wrote it
+            output.pop("pathways", None)
+        return output
 
     def validate_architecture(self):
         check_sizes(self, sizes="dim", layers="")
@@ -63,6 +74,8 @@ class FeaturesConfig(PreTrainedConfig):
                 raise ValueError(
                     f"features: not_positive={self.not_positive} is no place and code of a feature of interactions"
                 )
+        if self.pathways is not None:
+            check_pathways(self.pathways, self.not_positive)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"features: dropout={self.dropout} must lie between 0 and 1")
 
@@ -81,8 +94,25 @@ class FeaturesConfig(PreTrainedConfig):
         return [*self.user, *self.interaction, *self.item]  # pyright: ignore[reportOptionalIterable]
 
     @property
+    def columns(self) -> list[list]:
+        """`all`, and the place's pathway where there are pathways: of the slots of `feature_ids`."""
+        return self.all if self.pathways is None else [*self.all, ["pathway", 1 + len(PATHWAYS), 1]]
+
+    @property
     def slots(self) -> int:
-        return sum(slots for _, _, slots in self.all)
+        return sum(slots for _, _, slots in self.columns)
+
+    def places(self, history: int) -> int:
+        """
+        Most places of a history of so many interactions, without that of the user.
+
+        Example:
+            >>> from onerec_hf import OneRecConfig
+            >>> features = {"interaction": [["positive", 5, 1]], "not_positive": [0, 4], "pathways": {"short_term": 20, "positive": 256}}
+            >>> OneRecConfig(features=features).features.places(50)
+            70
+        """
+        return history if self.pathways is None else sum(min(history, size) for size in self.pathways.values())
 
     @property
     def user_slots(self) -> int:

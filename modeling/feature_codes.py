@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .features import FeatureSchema, check_codes
+from .features import PATHWAYS, FeatureSchema, check_codes, check_pathways
 from .files import listed, short
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ FEATURE_COLUMNS = ("user_features", "history_features")
 BESIDE_HISTORIES = ("feature_ids", "lifelong_ids")
 
 
-def check_schema(config, schema: FeatureSchema | None) -> None:
+def check_schema(config, schema: FeatureSchema | None, pathways: Mapping[str, int] | None = None) -> None:
     """
     Raises:
-        ValueError: a model's config and a processor's schema have different features.
+        ValueError: a model's config and a processor's schema have different features, or other pathways.
 
     Example:
         >>> from onerec_hf import OneRecConfig
@@ -39,6 +39,11 @@ def check_schema(config, schema: FeatureSchema | None) -> None:
     of_model = {} if own is None else {side: getattr(own, side) for side in ("user", "interaction", "item")}
     of_schema = {} if schema is None else schema.config()
     if of_model == of_schema:
+        if (of_config := None if own is None else own.pathways) != pathways:
+            raise ValueError(
+                f"model and processor have different pathways (the model: {of_config}; the processor: {pathways}): take the processor that was "
+                "saved with the model"
+            )
         return
     model, processor = (
         [f"{name} of {size} codes" for side in of.values() for name, size, _ in side] for of in (of_model, of_schema)
@@ -202,21 +207,66 @@ def _column(given, length: int, slots: int, user: int, name: str = "history_feat
     return found.reshape(length, slots).astype(np.int32)
 
 
-def place_codes(schema: FeatureSchema, users: np.ndarray | None, items: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def pathway_places(
+    pathways: Mapping[str, int], schema: FeatureSchema, codes: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    (users, places, slots) int64 codes of padded histories: of the static place, where the schema has user features, and of items.
+    What the pathways read of histories: the latest interactions of any feedback, then the latest positive ones.
+
+    Args:
+        codes: (interactions, slots) of all histories, one after another.
+        lengths: (users,) interactions of each history.
+
+    Returns:
+        (n,) places among the interactions, user by user, (users,) their numbers, and (n,) codes of their pathways.
+
+    Raises:
+        ValueError: pathways that are not both there, or a schema that does not tell positive interactions from others.
+
+    Example:
+        >>> from onerec_hf.modeling.features import Feature
+        >>> schema = FeatureSchema(interaction=(Feature("positive", values=("1", "0")),))
+        >>> found = pathway_places({"short_term": 2, "positive": 9}, schema, np.array([[3], [4], [4], [3]]), np.array([3, 1]))
+        >>> [part.tolist() for part in found]
+        [[1, 2, 0, 3, 3], [3, 2], [1, 1, 2, 1, 2]]
+    """
+    check_pathways(pathways, schema.not_positive)
+    owner, ends = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths)
+    chosen = []
+    for name, members in zip(PATHWAYS, (np.ones(len(codes), bool), schema.are_positive(codes)), strict=True):
+        counts = np.cumsum(members)
+        chosen.append(np.flatnonzero(members & (counts[ends - 1][owner] - counts < pathways[name])))
+    places = np.concatenate(chosen)
+    pathway = np.repeat(np.arange(1, 1 + len(PATHWAYS)), list(map(len, chosen)))
+    order = np.lexsort((pathway, owner[places]))
+    return places[order], np.bincount(owner[places], minlength=len(lengths)), pathway[order]
+
+
+def place_codes(
+    schema: FeatureSchema,
+    users: np.ndarray | None,
+    items: np.ndarray,
+    lengths: np.ndarray,
+    pathway: np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    (users, places, slots) int64 codes of padded histories: of the static place, where the schema has user features, and of items, and in a last slot the
+    pathway of each place where there are pathways.
 
     Args:
         users: (users, user slots) codes, or None without user features.
         items: (items, interaction slots + item slots) codes, one history after another.
         lengths: (users,) items of each history.
+        pathway: (items,) of [`pathway_places`].
     """
     static = schema.static_places
-    ids = np.zeros((len(lengths), static + int(lengths.max()), schema.slots), np.int64)
+    ids = np.zeros((len(lengths), static + int(lengths.max()), schema.slots + (pathway is not None)), np.int64)
     if users is not None:
         ids[:, :static, : schema.user_slots] = users[:, None]
     there = np.arange(int(lengths.max())) < lengths[:, None]
-    ids[:, static:, schema.user_slots :][there] = items
+    ids[:, static:, schema.user_slots : schema.slots][there] = items
+    if pathway is not None:
+        ids[:, static:, -1][there] = pathway
     return ids
 
 
@@ -297,6 +347,7 @@ __all__ = [
     "check_lifelong",
     "check_schema",
     "interaction_codes",
+    "pathway_places",
     "place_codes",
     "split_histories",
     "split_history",

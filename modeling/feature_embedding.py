@@ -2,7 +2,7 @@
 What a model adds to a history for the features of users, interactions and items (technical report, arXiv 2506.13695, section 2.2).
 
 Each feature's codes have embeddings of a narrow width. Those of a place are concatenated and go through Dense(LeakyReLU(Dense)): one such network for
-the place of the user, the report's static pathway, and one for the places of items.
+the place of the user, the report's static pathway, and one for the places of items, or for those of each pathway (`pathways`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .features import MISSING, UNKNOWN
+from .features import MISSING, PATHWAYS, UNKNOWN
+
+#: Codes of places in the last slot of `feature_ids`, of models with pathways.
+_SHORT_TERM, _POSITIVE = (1 + PATHWAYS.index(name) for name in ("short_term", "positive"))
 
 
 class FeatureEmbedding(nn.Module):
@@ -45,6 +48,7 @@ class FeatureEmbedding(nn.Module):
         users, others = len(self.config.user), len(sizes) - len(self.config.user)
         self.user = self._network(users, config.hidden_size)
         self.item = self._network(others, config.hidden_size)
+        self.short_term = None if self.config.pathways is None else self._network(others, config.hidden_size)
 
     def _network(self, features: int, width: int) -> nn.Sequential | None:
         if not features:
@@ -52,7 +56,7 @@ class FeatureEmbedding(nn.Module):
         return nn.Sequential(nn.Linear(features * self.config.dim, width), nn.LeakyReLU(), nn.Linear(width, width))
 
     def _of_slots(self) -> torch.Tensor:
-        features = enumerate(zip(self.begins, self.config.all, strict=True))
+        features = enumerate(zip([*self.begins, 0], self.config.columns, strict=False))
         return torch.tensor(
             [[place, begin, size] for place, (begin, (_, size, slots)) in features for _ in range(slots)]
         ).T
@@ -66,7 +70,7 @@ class FeatureEmbedding(nn.Module):
             self.table.weight[0] = 0
             for begin, (_, size, _) in zip(self.begins, self.config.all, strict=True):
                 self.table.weight[begin + 1 : begin + min(size, UNKNOWN + 1)] = 0
-        for network in filter(None, (self.user, self.item)):
+        for network in filter(None, (self.user, self.item, self.short_term)):
             for layer in (network[0], network[2]):
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
                 init.zeros_(layer.bias)
@@ -81,14 +85,18 @@ class FeatureEmbedding(nn.Module):
         Raises:
             ValueError: codes of another schema.
         """
-        codes = self._checked(feature_ids)
+        codes, pathway = self._checked(feature_ids), None
+        if self.short_term is not None:
+            codes, pathway = codes[..., :-1], codes[..., -1:]
         if self.training and self.dropout > 0:
             hidden = torch.rand(*codes.shape[:-1], len(self.config.all), device=codes.device) < self.dropout
-            codes = torch.where(hidden[..., self.slots[0]] & (codes > 0), MISSING, codes)
+            hidden = hidden[..., self.slots[0, : codes.shape[-1]]]
+            codes = torch.where(hidden & (codes > 0), MISSING, codes)
         users = self.config.user_slots
         of_users, added = codes[..., :users], None
         if self.item is not None:
-            added = self._states(self.item, codes[..., users:], self.config.all[len(self.config.user) :], users)
+            of_items = self.config.all[len(self.config.user) :]
+            added = self._states(self.item, codes[..., users:], of_items, users, pathway)
         if self.user is None:
             return added
         if packed:
@@ -101,8 +109,15 @@ class FeatureEmbedding(nn.Module):
             added = states.new_zeros(*codes.shape[:2], states.shape[-1])
         return added.scatter_add(1, place.expand(-1, 1, states.shape[-1]), states)
 
-    def _states(self, network: nn.Module, codes: torch.Tensor, features: list[list], begin: int) -> torch.Tensor:
-        """(..., width) of the codes (..., slots) of a network's features, whose slots begin at `begin`."""
+    def _states(
+        self,
+        network: nn.Module,
+        codes: torch.Tensor,
+        features: list[list],
+        begin: int,
+        pathway: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(..., width) of the codes (..., slots) of a network's features, whose slots begin at `begin`; short-term places have a network of their own."""
         begins, filled = self.slots[1, begin : begin + codes.shape[-1]], codes > 0
         embedded = self.table(torch.where(filled, codes + begins, 0))
         parts, slot = [], 0
@@ -113,7 +128,10 @@ class FeatureEmbedding(nn.Module):
                 part = part.sum(-2, keepdim=True) / count.unsqueeze(-1).to(part.dtype)
             parts.append(part.squeeze(-2))
             slot += slots
-        states = network(torch.cat(parts, dim=-1))
+        embedded = torch.cat(parts, dim=-1)
+        states = network(embedded)
+        if pathway is not None:
+            states = torch.where(pathway == _SHORT_TERM, self.short_term(embedded), states)  # pyright: ignore[reportOptionalCall]
         return states * filled.any(-1, keepdim=True).to(states.dtype)
 
     def _checked(self, feature_ids: torch.Tensor) -> torch.Tensor:
@@ -126,7 +144,7 @@ class FeatureEmbedding(nn.Module):
         # A look at values would make an accelerator wait, and cannot be exported.
         if feature_ids.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
             slot = int(outside.flatten(0, 1).any(0).int().argmax())
-            name, size, _ = self.config.all[int(self.slots[0, slot])]
+            name, size, _ = self.config.columns[int(self.slots[0, slot])]
             raise ValueError(
                 f"feature_ids hold codes of feature {name!r} outside 0 to {size - 1}: they are of another schema; take the processor that was "
                 "saved with the model"
@@ -135,7 +153,12 @@ class FeatureEmbedding(nn.Module):
 
 
 def positive_places(config, feature_ids: torch.Tensor | None) -> torch.Tensor | bool:
-    """(users, places) bool, places that are not those of interactions that were not positive; True where a model cannot tell them apart."""
+    """
+    (users, places) bool, places that are not those of interactions that were not positive; True where a model cannot tell them apart. With pathways those
+    of positive interactions: the short-term pathway repeats some of them.
+    """
+    if config is not None and config.pathways is not None and feature_ids is not None:
+        return feature_ids[..., -1] == _POSITIVE
     slot = None if config is None or feature_ids is None else config.not_positive_slot
     return True if slot is None else feature_ids[..., slot[0]] != slot[1]
 

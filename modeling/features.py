@@ -22,6 +22,8 @@ NOTHING, MISSING, UNKNOWN, FIRST = 0, 1, 2, 3
 POSITIVE = "positive"
 #: What a time says: seconds since the user's interaction before it, hour and weekday (UTC).
 DERIVED = ("gap", "hour", "weekday")
+#: The report's pathways of a history's latest interactions: of any feedback, and positive ones. Their places have the codes 1 and 2.
+PATHWAYS = ("short_term", "positive")
 #: Numbers beyond are times in milliseconds, or finer.
 LATEST_SECONDS = 1e11
 
@@ -223,6 +225,19 @@ class FeatureSchema:
                 return [place, FIRST + feature.values.index("0")]
         return None
 
+    def are_positive(self, codes: np.ndarray) -> np.ndarray:
+        """
+        (n,) bool: which interactions with these codes (n, slots) were positive.
+
+        Example:
+            >>> FeatureSchema(interaction=(Feature("positive", values=("1", "0")),)).are_positive(np.array([[3], [4], [1]])).tolist()
+            [True, False, True]
+        """
+        if self.not_positive is None:
+            return np.ones(len(codes), bool)
+        place, code = self.not_positive
+        return codes[:, sum(feature.slots for feature in self.interaction[:place])] != code
+
     def config(self) -> dict[str, list]:
         """What [`FeaturesConfig`] takes: `[name, codes, slots]` of each feature."""
         return {
@@ -279,6 +294,26 @@ class FeatureSchema:
             return cls(**sides, time=str(read["time"]))
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"no feature schema: {error!r:.200}") from error
+
+
+def check_pathways(pathways: Mapping[str, Any], not_positive: Sequence[int] | None) -> None:
+    """
+    Raises:
+        ValueError: other pathways than [`PATHWAYS`], a size below 1, or no feature that tells positive interactions from others.
+
+    Example:
+        >>> check_pathways({"short_term": 20}, [0, 4])
+        Traceback (most recent call last):
+        ...
+        ValueError: pathways {'short_term': 20}: give the latest interactions of each of short_term, positive, at least 1
+    """
+    whole = isinstance(pathways, Mapping) and set(pathways) == set(PATHWAYS)
+    if not whole or not all(type(size) is int and 1 <= size < 2**31 for size in pathways.values()):
+        raise ValueError(
+            f"pathways {pathways!s:.80}: give the latest interactions of each of {', '.join(PATHWAYS)}, at least 1"
+        )
+    if not_positive is None:
+        raise ValueError('pathways need histories of all feedback: load the data with history_feedback="all"')
 
 
 def check_codes(codes: np.ndarray, features: Sequence[Feature], what: str) -> None:

@@ -183,6 +183,23 @@ def check_popularity(popularity, count: int) -> np.ndarray | None:
     return popularity
 
 
+def plain_lists(lists):
+    """
+    Lists of item ids, also where they are tensors or arrays, all at once or one by one.
+
+    Example:
+        >>> plain_lists([torch.tensor([7, 8]), [9]])
+        [[7, 8], [9]]
+    """
+    if isinstance(lists, torch.Tensor | np.ndarray):
+        return lists.tolist()
+    if any(isinstance(each, torch.Tensor | np.ndarray) for each in lists):
+        return [each.tolist() if isinstance(each, torch.Tensor | np.ndarray) else each for each in lists]
+    if any(isinstance(each, list) and isinstance(next(iter(each), None), torch.Tensor) for each in lists):
+        return [[item.item() if isinstance(item, torch.Tensor) else item for item in each] for each in lists]
+    return lists
+
+
 __all__ = [
     "check_codes",
     "check_popularity",
@@ -191,5 +208,6 @@ __all__ = [
     "find_keys",
     "longest_id",
     "lower_bound",
+    "plain_lists",
     "sorted_orders",
 ]

@@ -16,11 +16,12 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .catalogue import CATALOGUE_NAME, ItemCatalogue
-from .feature_codes import interaction_codes, place_codes, split_histories, user_codes
+from .feature_codes import interaction_codes, pathway_places, place_codes, split_histories, user_codes
 from .features import FeatureSchema, check_codes
 from .features_file import FEATURES_NAME, find_features, save_features
 from .files import find_file, pinned, refusing, replacing_files
 from .hub import CarriesCode, in_code
+from .item_ids import plain_lists
 from .items_file import ITEMS_NAME, find_items
 from .lifelong_history import LIFELONG_NAME, LifelongHistory
 from .tokenization_onerec import OneRecTokenizer
@@ -41,6 +42,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         features (`FeatureSchema`, *optional*): the features that the model reads ([`FeatureSchema`]).
         item_features (*optional*): (items, item slots) int32 codes of the catalogue's items; missing values when not given.
         lifelong (`LifelongHistory`, *optional*): compresses what a history has beyond `max_history` items, for a model with a lifelong pathway.
+        pathways (`dict`, *optional*): sizes of short-term and positive pathway, for a model with them ([`FeaturesConfig`]).
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -68,12 +70,13 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         features: FeatureSchema | None = None,
         item_features: np.ndarray | None = None,
         lifelong: LifelongHistory | None = None,
+        pathways: Mapping[str, int] | None = None,
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
         if max_history is not None and not (isinstance(max_history, int) and 1 <= max_history < 2**31):
             raise ValueError(f"max_history must be at least 1, or None for whole histories; got {max_history!r:.80}")
-        self.max_history = max_history
+        self.max_history, self.pathways = max_history, None if pathways is None else dict(pathways)
         self.catalogue, self.features, self.item_features, self.lifelong = None, None, None, lifelong
         if lifelong is not None and max_history is None:
             raise ValueError("a lifelong history is what is older than max_history items: pass max_history too")
@@ -153,11 +156,11 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         features: FeatureSchema | None = None,
         item_features: np.ndarray | None = None,
         lifelong: LifelongHistory | None = None,
+        pathways: Mapping[str, int] | None = None,
     ) -> OneRecProcessor:
         """A processor with a fresh tokenizer for the catalogue."""
-        return cls(
-            OneRecTokenizer(catalogue.codebook_sizes), catalogue, max_history, features, item_features, lifelong
-        )
+        tokenizer = OneRecTokenizer(catalogue.codebook_sizes)
+        return cls(tokenizer, catalogue, max_history, features, item_features, lifelong, pathways)
 
     def __call__(
         self,
@@ -202,7 +205,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                 f"this processor has no item catalogue: the folder or repository that it comes from holds no {CATALOGUE_NAME}; set the "
                 "model's with set_catalogue(...)"
             )
-        histories = _plain_lists(histories)
+        histories = plain_lists(histories)
         if isinstance(histories, str) or any(isinstance(history, str | int) for history in histories):
             raise ValueError('histories must be a list of lists of item ids, one list per user, e.g. [["m17", "m4"]]')
         histories, objects = split_histories(histories)
@@ -221,8 +224,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         if keep is not None:
             latest = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) <= keep
             rows, places, lengths = rows[latest], places[latest], np.minimum(lengths, keep)
-        inputs = self._write(rows, lengths, tokenizer.sep_token_id, self.static_places)
-        data = {}
+        data, older, pathway = {}, all_lengths - lengths, None
         if self.features is not None:
             raw, codes = (objects, users), (history_features, user_features)
             if any(value is not None and code is not None for value, code in zip(raw, codes, strict=True)):
@@ -230,16 +232,20 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
                     "pass values (objects in histories, users) or codes (history_features, user_features)"
                 )
             entries_of = interaction_codes(self.features, list(map(len, histories)), objects, history_features)[places]
+            if self.pathways is not None:
+                read, lengths, pathway = pathway_places(self.pathways, self.features, entries_of, lengths)
+                rows, entries_of = rows[read], entries_of[read]
             items = np.concatenate([entries_of, self.item_features[rows]], axis=1)
             of_users = user_codes(self.features, len(lengths), users, user_features)
-            data["feature_ids"] = torch.from_numpy(place_codes(self.features, of_users, items, lengths))
+            data["feature_ids"] = torch.from_numpy(place_codes(self.features, of_users, items, lengths, pathway))
         elif not (users is None and user_features is None and history_features is None):
             raise ValueError("this processor has no features; leave users, user_features and history_features out")
+        inputs = self._write(rows, lengths, tokenizer.sep_token_id, self.static_places)
         if self.lifelong is not None:
-            inputs, data = self._with_lifelong(inputs, data, all_rows[~latest], all_lengths - lengths)
+            inputs, data = self._with_lifelong(inputs, data, all_rows[~latest], older)
         data = {"input_ids": inputs, "attention_mask": (inputs != tokenizer.pad_token_id).long(), **data}
         if sessions is not None:
-            sessions = _plain_lists(sessions)
+            sessions = plain_lists(sessions)
             if len(sessions) != len(histories):
                 raise ValueError(f"{len(histories)} histories but {len(sessions)} sessions")
             data |= self.sessions(sessions, unknown)
@@ -256,7 +262,7 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
             >>> OneRecProcessor.from_catalogue(catalogue).sessions([["m4", "m17"], ["m17"]])["labels"].tolist()
             [[4, 7, -100, 5, 6], [5, 6, -100, -100, -100]]
         """
-        rows, lengths, _ = self._rows(_plain_lists(sessions), unknown, "session")
+        rows, lengths, _ = self._rows(plain_lists(sessions), unknown, "session")
         written = self._write(rows, lengths, self.tokenizer.bos_token_id)
         decoder_input_ids = written[:, :-1].contiguous()
         special = (written == self.tokenizer.bos_token_id) | (written == self.tokenizer.pad_token_id)
@@ -376,6 +382,8 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         for place in ("items_file", "record_of"):
             output.pop(place, None)
         output.pop("include_code", None)  # what to save, not how to read
+        if self.pathways is None:  # as earlier versions wrote it
+            output.pop("pathways", None)
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
@@ -459,17 +467,6 @@ class OneRecProcessor(CarriesCode, ProcessorMixin):
         repo = os.fspath(pretrained_model_name_or_path)
         processor.record_of = (os.path.abspath(repo) if os.path.isdir(repo) else repo, kwargs.get("revision"))
         return processor
-
-
-def _plain_lists(lists):
-    """Lists of item ids, also where they are tensors or arrays, all at once or one by one."""
-    if isinstance(lists, torch.Tensor | np.ndarray):
-        return lists.tolist()
-    if any(isinstance(each, torch.Tensor | np.ndarray) for each in lists):
-        return [each.tolist() if isinstance(each, torch.Tensor | np.ndarray) else each for each in lists]
-    if any(isinstance(each, list) and isinstance(next(iter(each), None), torch.Tensor) for each in lists):
-        return [[item.item() if isinstance(item, torch.Tensor) else item for item in each] for each in lists]
-    return lists
 
 
 __all__ = ["OneRecProcessor"]

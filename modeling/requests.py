@@ -337,7 +337,7 @@ class Recommender:
                 f"the model has {model.catalogue}, the processor has {processor.catalogue}: set the same one on both, e.g. "
                 "model.set_catalogue(processor.catalogue)"
             )
-        check_schema(model.config, processor.features)
+        check_schema(model.config, processor.features, processor.pathways)
         check_lifelong(model.config, processor.lifelong)
         self.model, self.processor, self.items = model, processor, items
         self.catalogue: ItemCatalogue = processor.catalogue

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
-from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator, draw_sessions
+from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS, OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
@@ -147,9 +147,10 @@ class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEva
 
     def _prepared(self, model: Any) -> Any:
         """A model with the processor's catalogue, and the adapter to train."""
-        _generator_of(model).set_catalogue(self.processing_class.catalogue)  # type: ignore[union-attr]
-        check_schema(_generator_of(model).config, self.processing_class.features)  # type: ignore[union-attr]
-        check_lifelong(_generator_of(model).config, self.processing_class.lifelong)  # type: ignore[union-attr]
+        processor: Any = self.processing_class
+        _generator_of(model).set_catalogue(processor.catalogue)
+        check_schema(_generator_of(model).config, processor.features, processor.pathways)
+        check_lifelong(_generator_of(model).config, processor.lifelong)
         if self._peft_config is None:
             return model
         if is_peft_model(model):
@@ -416,6 +417,8 @@ def _padding_collator(dataset, args: OneRecTrainingArguments, processor, config)
         settings["session_items"] = example_sizes(dataset)[2]
     if not _are_prefixes(dataset):
         return OneRecDataCollator(processor, **settings)
+    if processor.pathways is not None:
+        raise ValueError(PREFIXES_OF_PATHWAYS)
     _require_causal(config)
     # accelerate slices a dispatched batch by the rows of its first tensor, but the decoder has more rows than the encoder.
     if isinstance(dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
@@ -436,7 +439,9 @@ def _pack(dataset, args: OneRecTrainingArguments, processor, config, data_collat
     if _are_prefixes(dataset):
         _require_causal(config)
     seed = args.seed if args.data_seed is None else args.data_seed
-    packed = PackedDataset(dataset, args.packing_length, processor.max_history, seed, processor.static_places)
+    packed = PackedDataset(
+        dataset, args.packing_length, processor.max_history, seed, processor.static_places, processor.pathways
+    )
     collator = PackedDataCollator(
         processor,
         config.encoder_is_causal,

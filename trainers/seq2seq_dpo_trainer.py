@@ -117,7 +117,7 @@ class Seq2SeqDPOTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, DPOT
             )
         if isinstance(processing_class, OneRecProcessor):
             generator.set_catalogue(processing_class.catalogue)
-            check_schema(generator.config, processing_class.features)
+            check_schema(generator.config, processing_class.features, processing_class.pathways)
             check_lifelong(generator.config, processing_class.lifelong)
             # TRL assumes a vision model for a processor and allows unused parameters; here all parameters are used.
             if args.ddp_find_unused_parameters is None:

@@ -111,6 +111,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             layers="num_hidden_layers",
         )
         features: Any = self.features
+        if features and features.pathways is not None:
+            raise ValueError("a sequence model reads one history: leave pathways out of its features")
         if self.score_features and not (features and features.item_slots):
             raise ValueError("score_features=True needs features of items")
         widths = {"item_feature_dim": 2**31, "content_dim": 2**31, "item_id_bytes": 2**20}

@@ -118,6 +118,12 @@ def _padded(batch: dict[str, torch.Tensor], names: tuple[str, ...], missing: int
     return {name: torch.nn.functional.pad(batch[name], (0, missing), value=_PADDING.get(name, 0)) for name in names}
 
 
+PREFIXES_OF_PATHWAYS = (
+    "prefixes share one reading of a history, and the short-term pathway differs for each target: train on windows (--train_on windows), or without "
+    "pathways"
+)
+
+
 @dataclass
 class PackedDataCollator:
     """
@@ -137,7 +143,7 @@ class PackedDataCollator:
         `decoder_attention_mask` and `labels` (B * slots, session_items * (levels + 1) - 1).
 
     Raises:
-        ValueError: prefixes with a fully visible encoder, examples that exceed the batch shape, or a processor with a lifelong pathway.
+        ValueError: prefixes with a fully visible encoder or with pathways, examples that exceed the batch shape, or a processor with a lifelong pathway.
 
     Example:
         >>> from onerec_hf import ItemCatalogue, OneRecProcessor
@@ -198,7 +204,9 @@ class PackedDataCollator:
         segment_ids[flat] = torch.from_numpy(np.repeat(np.arange(len(row)) - np.searchsorted(row, row) + 1, lengths))
         slot = np.repeat(row * slots + first_slots - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         # A window reads its (cut) history, a prefix its `history_lengths`.
-        reads = np.minimum(np.concatenate(read) + static, np.repeat(lengths, counts))
+        reads = np.repeat(lengths, counts)
+        if self.processor.pathways is None:
+            reads = np.minimum(np.concatenate(read) + static, reads)
         ranges = torch.tensor([0, 1]).repeat(batch * slots, 1)
         ranges[slot] = torch.from_numpy(np.repeat(begins, counts)[:, None] + np.stack([0 * reads, reads], 1)) * width
         codes_of: dict[str, torch.Tensor] = {}
@@ -220,6 +228,8 @@ class PackedDataCollator:
         )
         if whole:
             return
+        if self.processor.pathways is not None:
+            raise ValueError(PREFIXES_OF_PATHWAYS)
         if not self.encoder_is_causal:
             raise ValueError(
                 "prefixes need a causal encoder: a fully visible encoder also reads the items after a prefix, which are the targets. Create "

@@ -7,13 +7,14 @@ counts rows, and all batches have the same shapes, so `torch.compile` compiles o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ EXAMPLE_COLUMNS = ("history", "session", "sessions", "history_lengths", "history
 
 
 def example_sizes(
-    dataset: datasets.Dataset, max_history: int | None = None, static_places: int = 0
+    dataset: datasets.Dataset,
+    max_history: int | None = None,
+    static_places: int = 0,
+    pathways: Mapping[str, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """
     Sizes of windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
@@ -33,12 +37,13 @@ def example_sizes(
     Args:
         max_history: number of latest history items that the model reads of a window.
         static_places: places before the first item ([`OneRecProcessor`]'s `static_places`: one where users have features), counted as items.
+        pathways: sizes of the processor's pathways: an item may be read twice, as one of the latest and as a positive one.
 
     Returns:
         (E,) history items and (E,) sessions per example, and the number of items in the longest session.
 
     Raises:
-        ValueError: unknown columns, or prefixes of a history longer than `max_history`.
+        ValueError: unknown columns, prefixes of a history longer than `max_history`, or prefixes with pathways.
 
     Example:
         >>> from datasets import Dataset
@@ -49,6 +54,8 @@ def example_sizes(
     columns = set(dataset.column_names)
     table: pa.Table = dataset.with_format("arrow")[:]
     if {"history", "sessions", "history_lengths"} <= columns:
+        if pathways is not None:
+            raise ValueError(PREFIXES_OF_PATHWAYS)
         items, counts = _lengths(table["history"]), _lengths(table["sessions"])
         session_items = _lengths(pc.call_function("list_flatten", [table["sessions"]]))
         if max_history is not None and items.max(initial=0) > max_history:
@@ -59,6 +66,10 @@ def example_sizes(
     elif {"history", "session"} <= columns:
         items, session_items = _lengths(table["history"]), _lengths(table["session"])
         items = items if max_history is None else np.minimum(items, max_history)
+        if pathways is not None:
+            items = np.minimum(items, pathways["short_term"]) + np.minimum(
+                _positives(table, items), pathways["positive"]
+            )
         counts = np.ones_like(items)
     else:
         raise ValueError(
@@ -66,6 +77,16 @@ def example_sizes(
             f"{sorted(columns)}"
         )
     return items + static_places, counts, int(session_items.max(initial=0))
+
+
+def _positives(table: pa.Table, items: np.ndarray) -> np.ndarray:
+    """(E,) how many of the latest `items` interactions of each history were positive."""
+    if "history_positive" not in table.column_names:  # all of them
+        return items
+    lists = table["history_positive"]
+    counts = np.cumsum([0, *pc.call_function("list_flatten", [lists]).to_numpy()])
+    ends = np.cumsum(_lengths(lists))
+    return counts[ends] - counts[ends - items]
 
 
 def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
@@ -137,7 +158,7 @@ class PackedDataset:
         dataset: windows (`history`, `session`) or prefixes (`history`, `sessions`, `history_lengths`).
         packing_length: history items per row; at least the longest history.
         max_history: number of latest history items that the model reads of a window.
-        static_places: as for [`example_sizes`].
+        static_places, pathways: as for [`example_sizes`].
         seed: shuffles examples of equal length.
 
     Attributes:
@@ -164,8 +185,9 @@ class PackedDataset:
         max_history: int | None = None,
         seed: int = 0,
         static_places: int = 0,
+        pathways: Mapping[str, int] | None = None,
     ):
-        items, sessions, self.session_items = example_sizes(dataset, max_history, static_places)
+        items, sessions, self.session_items = example_sizes(dataset, max_history, static_places, pathways)
         if not len(items):
             raise ValueError("the dataset to pack has no examples")
         self.items = packing_length

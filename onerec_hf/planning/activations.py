@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from onerec_hf.planning.parameters import (
     attention_widths,
     features,
+    history_places,
     is_lazy,
     is_pointwise,
     item_head,
     scored_items,
     shared_inner,
-    static_places,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Batch:
         Positions of a history (its tokens, or its items with `encoder_pools_items`), and of user features, and tokens of a session; OneRec-V2 does not
         read the last code.
         """
-        places = self.history + static_places(config)
+        places = history_places(config, self.history)
         session = self.session * config.tokens_per_item - (1 if is_lazy(config) else 0)
         return places * config.tokens_per_item // config.encoder_stride, session
 
@@ -189,6 +189,11 @@ class _Counter:
             states = self.precision.matrix * (self.width + 1)
             slots = sum(slots for _, _, slots in side)
             total += rows * (8 * slots + inputs + states + several * self.precision.residual)
+        if (
+            own.pathways is not None
+        ):  # the other network, with a copy of the embeddings if they are cast, and which places read it
+            cast = self.inputs((len(own.all) - len(own.user or ())) * own.dim) if self.precision.autocast else 0
+            total += places * (cast + self.inputs(self.width) + self.precision.matrix * self.width + 1)
         return total
 
     def feed_forward(self, inner: int | None = None) -> int:
@@ -259,8 +264,8 @@ def activations(
         tables += [encoder_tokens, decoder_tokens]
     shared = (encoder_tokens + decoder_tokens) * (count.dropout(residual) + count.norm()) + angles * sum(tables)
     shared += 8 * (encoder_tokens * config.encoder_stride + decoder_tokens)  # token ids
-    shared += count.item_head(batch.users, batch.history + static_places(config))
-    shared += count.features(batch.users, batch.users * (batch.history + static_places(config)))
+    shared += count.item_head(batch.users, history_places(config, batch.history))
+    shared += count.features(batch.users, batch.users * history_places(config, batch.history))
     # The head's input, the targets, and their number, kept by the cross-entropy and by the division.
     shared += decoder_tokens * (count.inputs(width) + 8) + 12
     if not precision.autocast:
@@ -311,7 +316,7 @@ def _lazy_activations(config: Any, batch: Batch, count: _Counter, masked: bool) 
     # Keys are the values unless they are rotated or have channels of their own.
     history += matrix * of_layer * config.context_layers * (2 if rotated or config.context_split == 2 else 1)
     angles = 2 * count.head_dim * residual * (steps + (places + tokens * queries if rotated else 0))
-    read = batch.history + static_places(config)
+    read = history_places(config, batch.history)
     shared = (
         places * history
         + angles

@@ -9,6 +9,7 @@ from onerec_hf.planning.parameters import (
     content_dim,
     context_width,
     feature_networks,
+    history_places,
     is_lazy,
     is_pointwise,
     matrix_parameters,
@@ -52,10 +53,10 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
 
 
 def feature_flops(config: OneRecConfig, batch: Batch) -> int:
-    """FLOPs of the networks of features: that of users runs once a history, the other one at every place."""
+    """FLOPs of the networks of features: that of users runs once a history, the others at every place."""
     sizes = [rows * columns for rows, columns in feature_networks(config)]
     once, each = (sizes[:2], sizes[2:]) if static_places(config) else ([], sizes)
-    return 2 * batch.users * (sum(once) + (batch.history + static_places(config)) * sum(each))
+    return 2 * batch.users * (sum(once) + history_places(config, batch.history) * sum(each))
 
 
 def _routed(config: OneRecConfig) -> int:
@@ -66,12 +67,12 @@ def _routed(config: OneRecConfig) -> int:
 
 def _lazy_flops(config: OneRecConfig, batch: Batch) -> int:
     """Those of OneRec-V2: one matrix per position of the history, the blocks for the session's tokens, a level's codes for each of them."""
-    history_places, tokens = batch.tokens(config)
+    read, tokens = batch.tokens(config)
     history_length, session_length = batch.lengths(config)
     width, (heads, _) = config.hidden_size, attention_widths(config)
     context = context_width(config) * width
     blocks = matrix_parameters(config) - context - (config.vocab_size or 0) * width
-    products = history_places * context + tokens * (blocks + _routed(config)) + _head(config, batch)
+    products = read * context + tokens * (blocks + _routed(config)) + _head(config, batch)
     products += 2 * heads * config.decoder_layers * tokens * (history_length + session_length)
     return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
 
@@ -85,7 +86,12 @@ def _head(config: OneRecConfig, batch: Batch) -> int:
 
 def content_flops(config: OneRecConfig, batch: Batch) -> int:
     """FLOPs of the projection of content vectors: those of the histories and, for the item loss, of all items."""
-    return 2 * (batch.users * batch.history + scored_items(config)) * content_dim(config) * config.hidden_size
+    return (
+        2
+        * (batch.users * (history_places(config, batch.history) - static_places(config)) + scored_items(config))
+        * content_dim(config)
+        * config.hidden_size
+    )
 
 
 def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) -> int:

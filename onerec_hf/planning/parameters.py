@@ -100,13 +100,20 @@ def static_places(config: OneRecConfig) -> int:
     return int(own is not None and bool(own.user))
 
 
+def history_places(config: OneRecConfig, history: int) -> int:
+    """Places of a history of so many interactions: with that of user features, and those of both pathways where there are pathways."""
+    own = features(config)
+    return static_places(config) + (history if own is None else own.places(history))
+
+
 def feature_networks(config: OneRecConfig) -> list[Shape]:
-    """Weights of the two dense layers of user features, and of the two of interaction and item features."""
+    """Weights of the two dense layers of user features, and of the two of interaction and item features, or of each of two pathways."""
     own, width = features(config), config.hidden_size
     if own is None:
         return []
     users = len(own.user or ())
-    counts = [count for count in (users, len(own.all) - users) if count]
+    others = [len(own.all) - users] * (1 if own.pathways is None else 2)
+    counts = [count for count in (users, *others) if count]
     return [shape for count in counts for shape in ((width, count * own.dim), (width, width))]
 
 

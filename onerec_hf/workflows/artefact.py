@@ -159,13 +159,13 @@ def model_type(repo: str) -> str | None:
 
 def saved_sizes(repo: str) -> dict[str, Any]:
     """
-    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length` and `max_history`, as far as they can be
-    read. Loading the model tells what is wrong with it.
+    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong`, as far as
+    they can be read. Loading the model tells what is wrong with it.
     """
     found = saved_config(repo, "config.json") | saved_config(repo, "processor_config.json")
     return {
         name: found[name]
-        for name in ("encoder_is_causal", "session_length", "max_history")
+        for name in ("encoder_is_causal", "session_length", "max_history", "pathways", "lifelong")
         if found.get(name) is not None
     }
 
@@ -278,6 +278,10 @@ def new_model(
     from onerec_hf.modeling.modeling_onerec_v2 import OneRecV2ForConditionalGeneration
 
     assert processor.catalogue is not None
+    if settings.pathways is not None and processor.features is None:
+        raise ValueError(
+            "--pathways needs --history_feedback all: histories of positive interactions have one pathway"
+        )
     catalogue, width = processor.catalogue, 0 if content is None else content.shape[1]
     config = settings.config(catalogue.codebook_sizes, session_length, len(catalogue), width, processor.features)
     kind = OneRecV2ForConditionalGeneration if settings.architecture == "onerec_v2" else OneRecForConditionalGeneration

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
+from onerec_hf.workflows.settings import sizes_of_pathways
 
 # The rules' numbers, in the order of the rules.
 ITEMS_PER_CODE = 50
@@ -122,6 +123,20 @@ class Statistics:
         full = -(-np.maximum(longest - max_history, 0) // step)
         return int((full * max_history + longest - full * step).sum())
 
+    @property
+    def positive_share(self) -> float:
+        """Share of positive interactions among those that histories hold."""
+        return 1.0 if self.lengths is None else min(1.0, self.interactions / max(1, int(self.lengths.sum())))
+
+    def places_read(self, max_history: int, pathways: Mapping[str, int]) -> int:
+        """Places of an epoch over windows with pathways: a window for each positive interaction, which reads those before it."""
+        if self.lengths is None:
+            return self.interactions
+        before = np.minimum(np.arange(max(2, int(self.lengths.max(initial=0)))), max_history)
+        places = np.minimum(before, pathways["short_term"])
+        places = places + np.minimum(before * self.positive_share, pathways["positive"])
+        return int(self.positive_share * np.cumsum(places)[np.maximum(self.lengths - 1, 0)].sum())
+
 
 def _spread(counts: np.ndarray) -> tuple[float, float]:
     """Median and 95th percentile."""
@@ -150,8 +165,12 @@ def _accelerator_memory() -> int | None:
 class Table:
     """The rows of a choice; what the caller gave stands in it as given, and rules that depend on it read it from here."""
 
-    def __init__(self, given: Mapping[str, Any]):
+    def __init__(self, given: Mapping[str, Any], saved: Mapping[str, Any] | None = None):
         self.given = given
+        #: Sizes of the pathways of the model, a new or a saved one.
+        self.pathways = sizes_of_pathways(given.get("pathways")) if saved is None else saved.get("pathways")
+        #: Whether it has a lifelong pathway.
+        self.lifelong = (given if saved is None else saved).get("lifelong") is not None
         self.rows: list[Choice] = []
 
     def add(self, option: str, value: Any, reason: str) -> Any:
@@ -169,14 +188,14 @@ def choose(
 
     Args:
         given: options that the caller decided; they stay, and the others fit them.
-        saved: `encoder_is_causal`, `session_length` and `max_history` of a model or checkpoint to go on from, which the examples must fit.
+        saved: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong` of a model or checkpoint to go on from, which the examples must fit.
 
     Example:
         >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
         >>> [row.value for row in rows if row.option in ("codebook_sizes", "hidden_size", "intermediate_size", "max_history")]
         [20, [256, 256, 256], 96, 192]
     """
-    table = Table(given or {})
+    table = Table(given or {}, saved)
     if found.in_memory:
         _examples(found, table, saved)
     if saved is None:
@@ -199,14 +218,21 @@ def choose(
 def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) -> None:
     """How interactions are cut; before the model, which reads such examples."""
     causal = table.given.get("encoder_is_causal", True) if saved is None else saved.get("encoder_is_causal", False)
-    table.add(
-        "train_on",
-        "prefixes" if causal else "windows",
-        "one pass over a history trains on all its items" if causal else "the encoder is fully visible",
-    )
+    pathways = table.pathways
+    if pathways is not None or table.lifelong:
+        which = "what is older than a history" if table.lifelong else "the short-term pathway"
+        table.add("train_on", "windows", f"{which} differs for each target")
+    else:
+        table.add(
+            "train_on",
+            "prefixes" if causal else "windows",
+            "one pass over a history trains on all its items" if causal else "the encoder is fully visible",
+        )
     assert found.per_user is not None
-    longest = found.per_user[1]
-    length = min(LONGEST_HISTORY, max(SHORTEST_HISTORY, 10 * -(-int(longest) // 10)))
+    longest, most = found.per_user[1], LONGEST_HISTORY
+    if pathways is not None:  # as many interactions as hold the positive ones of that pathway
+        most = max(pathways["short_term"], pathways["positive"] / found.positive_share)
+    length = 10 * -(-int(min(most, max(SHORTEST_HISTORY, longest))) // 10)
     for option, value, reason in (
         ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions"),
         ("session_length", SESSION, "the paper's sessions; the next item is their first"),
@@ -298,15 +324,19 @@ def _item_head(found: Statistics, table: Table, width: int) -> None:
 def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> int:
     """Returns the steps of an epoch."""
     interactions = found.interactions
-    packing = table.add(
-        "packing", found.in_memory, "no padding" if found.in_memory else "a stream of examples is not packed"
-    )
+    unpacked = "a lifelong history is not packed" if table.lifelong else "a stream of examples is not packed"
+    may_pack = found.in_memory and not table.lifelong
+    packing = table.add("packing", may_pack, "no padding" if may_pack else unpacked)
     if packing:
         longest = _value(table, "max_history", LONGEST_HISTORY)
+        history, pathways = longest, table.pathways
+        if pathways is not None:
+            longest = sum(min(longest, size) for size in pathways.values())
         length = table.add("packing_length", max(ROW, 2 * longest), f"items of a row; histories have up to {longest}")
         rows = max(1, min(TOKENS, interactions // STEPS_OF_AN_EPOCH) // length)
         rows = table.add("per_device_train_batch_size", rows, f"rows of {length} items; {interactions:,} interactions")
-        batch, read = rows * length, found.items_read(longest)
+        read = found.items_read(longest) if pathways is None else found.places_read(history, pathways)
+        batch = rows * length
         if _value(table, "session_length", SESSION) > 1 and _value(table, "item_head", False):
             table.add("session_share", SESSION_SHARE, "the decoder trains on these sessions, the item head on all")
     else:

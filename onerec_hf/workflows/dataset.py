@@ -244,6 +244,27 @@ class InMemoryDataset:
         split = replace(self.split, train=train, description=description)
         return replace(self, split=split, settings=settings, protocol=self._protocol(description))
 
+    def with_older(self, longest: int) -> InMemoryDataset:
+        """
+        The dataset with windows whose histories hold up to `longest` interactions more than `max_history`, for a lifelong pathway.
+
+        Raises:
+            ValueError: training examples are prefixes.
+        """
+        from onerec_hf.data import window_examples
+
+        if "history_lengths" in self.train.column_names:
+            raise ValueError("a lifelong pathway reads one history per target: train on windows (--train_on windows)")
+        settings = self.settings
+        train = window_examples(
+            self.train_sequences,
+            settings.session_length,
+            settings.max_history + longest,
+            settings.stride,
+            self.trained,
+        )
+        return replace(self, split=replace(self.split, train=train))
+
     def with_shuffled_ties(self) -> InMemoryDataset:
         """
         The dataset with `ties="shuffle"`, split leave-one-out: a user's rows of equal time are in random order, and the split is made of

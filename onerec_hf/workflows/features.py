@@ -1,4 +1,4 @@
-"""Features in the workflows: a dataset's features for a processor, and how much each is worth to a trained model."""
+"""Features and lifelong histories in the workflows: those of a dataset for a processor, and how much each feature is worth to a trained model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 
 from onerec_hf.evaluation.results import result_row
 from onerec_hf.workflows.artefact import catalogue_of
-from onerec_hf.workflows.dataset import RecommendationDataset, sample
+from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, sample
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.semantic_ids import embed_items
+from onerec_hf.workflows.settings import sizes_of_lifelong
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
     from onerec_hf.data import DatasetFeatures
     from onerec_hf.modeling.catalogue import ItemCatalogue
+    from onerec_hf.modeling.lifelong_history import LifelongHistory
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+    from onerec_hf.workflows.settings import ModelSettings, SemanticIDSettings
 
 #: Held-out users of the permutations, at most.
 WORTH_USERS = 1000
@@ -42,6 +46,34 @@ def of_catalogue(data: RecommendationDataset, catalogue: ItemCatalogue) -> Datas
     codes = np.repeat(schema.encode_items([{}]), len(catalogue), axis=0)
     codes[catalogue.indices(data.item_ids)] = data.features.items
     return replace(data.features, items=codes)
+
+
+def lifelong_history(
+    data: RecommendationDataset, ids: SemanticIDSettings, settings: ModelSettings, processor: OneRecProcessor
+) -> LifelongHistory | None:
+    """
+    What compresses histories for `--lifelong`: by the embeddings that semantic IDs are fitted on, zeros for items that the data does not hold; None without
+    the option. The examples of a prepared folder are cut already: the oldest `longest` interactions of them are the pathway's.
+
+    Raises:
+        ValueError: a prepared folder whose histories are not longer than that.
+    """
+    from onerec_hf.modeling.lifelong_history import LifelongHistory
+
+    if (sizes := sizes_of_lifelong(settings.lifelong)) is None:
+        return None
+    if not isinstance(data, InMemoryDataset):
+        if sizes["longest"] >= data.max_history:
+            raise ValueError(
+                f"--lifelong longest={sizes['longest']}: the histories of --prepared hold {data.max_history} interactions; prepare with a larger "
+                "--max_history, or pass a smaller longest"
+            )
+        processor.max_history = data.max_history - sizes["longest"]
+    found, catalogue = embed_items(data, ids).vectors, catalogue_of(processor)
+    vectors = np.zeros((len(catalogue), found.shape[1]), np.float16)
+    vectors[catalogue.indices(data.item_ids)] = found
+    pools = settings.encoder_pools_items and settings.architecture == "onerec"
+    return LifelongHistory(vectors, sizes["items"], sizes["queries"], sizes["longest"], pools)
 
 
 @dataclass(frozen=True)

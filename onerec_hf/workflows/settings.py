@@ -281,6 +281,18 @@ class ModelSettings:
         default=0.0,
         metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."},
     )
+    pathways: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With --history_feedback all: read a history as two pathways, e.g. short_term=20 positive=256 (the latest interactions of any feedback, then the latest positive ones); by default as one, whose interactions say whether they were positive."
+        },
+    )
+    lifelong: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A pathway of what is older than max_history, e.g. longest=100000: sizes of longest (interactions, 100000), items (clusters, 2000), queries (states, 128) and layers (2). Trains on windows, without packing."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
     def config(
@@ -314,7 +326,15 @@ class ModelSettings:
         kinds = {"onerec": OneRecConfig, "onerec_v2": OneRecV2Config}
         if self.architecture not in kinds:
             raise ValueError(f"--architecture {self.architecture}: choose one of {', '.join(kinds)}")
-        others = ("architecture", "model", "attn_implementation", "item_score_weight", "decoder_weight")
+        others = (
+            "architecture",
+            "model",
+            "attn_implementation",
+            "item_score_weight",
+            "decoder_weight",
+            "pathways",
+            "lifelong",
+        )
         if self.architecture == "onerec_v2":
             others += tuple(name for name in asdict(self) if name.startswith("encoder_"))
         sizes = {
@@ -328,7 +348,10 @@ class ModelSettings:
                 "dim": self.feature_dim,
                 "dropout": self.feature_dropout,
                 "not_positive": features.not_positive,
+                "pathways": sizes_of_pathways(self.pathways),
             }
+        if (lifelong := sizes_of_lifelong(self.lifelong)) is not None:
+            sizes["lifelong"] = {name: size for name, size in lifelong.items() if name != "longest"}
         if self.item_head:
             if num_items is None:
                 raise ValueError("--item_head needs the number of items: pass --num_items")
@@ -353,6 +376,57 @@ class ModelSettings:
             )
         except StrictDataclassError as error:
             raise ValueError(f"model options: {error.__cause__ or error}") from error
+
+
+def sizes_of_pathways(pathways: Sequence[str] | None) -> dict[str, int] | None:
+    """
+    The sizes of `--pathways`.
+
+    Raises:
+        ValueError: no NAME=NUMBER, or other names.
+
+    Example:
+        >>> sizes_of_pathways(["short_term=20", "positive=256"])
+        {'short_term': 20, 'positive': 256}
+    """
+    if pathways is None:
+        return None
+    from onerec_hf.modeling.features import check_pathways
+
+    sizes = _sizes("--pathways", pathways, "short_term=20 positive=256")
+    check_pathways(sizes, ())  # whether the histories have them is known later
+    return sizes
+
+
+def sizes_of_lifelong(lifelong: Sequence[str] | None) -> dict[str, int] | None:
+    """
+    The sizes of `--lifelong`.
+
+    Raises:
+        ValueError: no NAME=NUMBER, or another name.
+
+    Example:
+        >>> sizes_of_lifelong(["longest=5000", "queries=16"])
+        {'longest': 5000, 'items': 2000, 'queries': 16, 'layers': 2}
+    """
+    if lifelong is None:
+        return None
+    sizes, own = (
+        {"longest": 100_000, "items": 2000, "queries": 128, "layers": 2},
+        _sizes("--lifelong", lifelong, "longest=100000"),
+    )
+    if unknown := own.keys() - sizes.keys():
+        raise ValueError(f"--lifelong {min(unknown)!s:.40}: choose among {', '.join(sizes)}")
+    if min(own.values()) < 1:
+        raise ValueError(f"--lifelong {' '.join(lifelong)!s:.80}: sizes must be at least 1")
+    return sizes | own
+
+
+def _sizes(option: str, texts: Sequence[str], example: str) -> dict[str, int]:
+    pairs = [text.partition("=") for text in texts]
+    if not all(size.isdecimal() for _, _, size in pairs):
+        raise ValueError(f"{option} {' '.join(texts)!s:.80}: write {example}, with your numbers")
+    return {name: int(size) for name, _, size in pairs}
 
 
 @dataclass

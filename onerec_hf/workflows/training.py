@@ -34,7 +34,7 @@ from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, 
 from onerec_hf.workflows.distributed import is_first, num_ranks, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
 from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
-from onerec_hf.workflows.features import Worth, feature_worth, set_features, worth_k
+from onerec_hf.workflows.features import Worth, feature_worth, lifelong_history, set_features, worth_k
 from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.increment import newer, write_trained_on
 from onerec_hf.workflows.loading import as_dataset, data_and_options
@@ -420,6 +420,8 @@ def final_settings(
 
 def _check(settings: Settings) -> None:
     """Checks the settings of a training against each other."""
+    from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS
+
     ids, model, sharding, run, args = settings
     if model.model is not None and ids.semantic_ids is not None:
         raise ValueError(BOTH)
@@ -438,6 +440,16 @@ def _check(settings: Settings) -> None:
         raise ValueError("--new_items goes with --model: a new model is made for all items of the data")
     if run.train_on not in ("windows", "prefixes"):
         raise ValueError(f"--train_on {run.train_on}: choose windows or prefixes")
+    if run.train_on == "prefixes" and model.pathways is not None:
+        raise ValueError(f"--pathways: {PREFIXES_OF_PATHWAYS}")
+    if model.model is not None:
+        for option, value in (("--pathways", model.pathways), ("--lifelong", model.lifelong)):
+            if value is not None:
+                raise ValueError(f"{option} is for a new model: leave it out, the saved one keeps its own")
+    if model.lifelong is not None and (run.train_on == "prefixes" or args.packing):
+        raise ValueError(
+            "--lifelong: what is older than a history differs for each target; leave out --packing, and train on windows (--train_on windows)"
+        )
     if run.train_on == "prefixes" and model.model is None and not model.encoder_is_causal:
         raise ValueError(
             "--train_on prefixes needs --encoder_is_causal: a fully visible encoder reads the items that follow a prefix, which are the targets"
@@ -505,6 +517,8 @@ def train_generator(
         keep_freed_memory()
     checkpoint = args.resume_from_checkpoint
     model, processor, origin, content = _start(data, ids, model_settings, checkpoint, save_items)
+    if processor.lifelong is not None and isinstance(data, InMemoryDataset):
+        data = data.with_older(processor.lifelong.longest)
     say(f"model: {model.num_parameters():,} parameters, {len(data.train):,} training examples")
     if sharding is not None:
         model = sharding.shard(model)
@@ -564,7 +578,10 @@ def _start(
         set_features(processor, data)
         content = content_of_catalogue(data, processor) if settings.item_head_content else None
         vectors, encoder = (None, None) if content is None else content
-        return new_model(settings, processor, data.session_length, vectors), processor, origin, encoder
+        model = new_model(settings, processor, data.session_length, vectors)
+        processor.pathways = None if model.config.features is None else model.config.features.pathways
+        processor.lifelong = lifelong_history(data, ids, settings, processor)
+        return model, processor, origin, encoder
     model = load_model(option, place, settings.attn_implementation)
     set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model, processor, origin, None

@@ -31,6 +31,17 @@ VARIANTS = {
     "item head with codes": {"item_head": {"num_items": 56, "score_codes": True}, "encoder_pools_items": True},
     "content": {"item_head": {"num_items": 56, "content_dim": 6, "evidence": True}, "encoder_pools_items": True},
     "features": {"features": {"user": [["age", 9, 1], ["tags", 7, 2]], "item": [["year", 6, 1]], "dim": 5}},
+    "pathways": {
+        "features": {
+            "user": [["age", 9, 1]],
+            "interaction": [["positive", 5, 1]],
+            "item": [["year", 6, 1]],
+            "dim": 5,
+            "not_positive": [0, 4],
+            "pathways": {"short_term": 2, "positive": 9},
+        },
+        "encoder_pools_items": True,
+    },
     "vectors only": {"item_head": {"num_items": 56, "loss_weight": 0.0}},
 }
 
@@ -54,7 +65,8 @@ def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, t
         ]
         return torch.stack([torch.full_like(codes[0], 3), *codes], -1).flatten(1)
 
-    histories, labels = items(batch.history), items(batch.session).roll(-1, 1)
+    read = batch.history if config.features is None else config.features.places(batch.history)
+    histories, labels = items(read), items(batch.session).roll(-1, 1)
     labels[:, levels - 1 :: levels] = -100
     masks = {"attention_mask": torch.ones_like(histories), "decoder_attention_mask": torch.ones_like(labels)}
     if padded:
@@ -62,13 +74,15 @@ def rows(config: OneRecConfig, batch: Batch, padded: bool = True) -> dict[str, t
         masks["decoder_attention_mask"][0, -levels:] = 0
     if config.features is None:
         return {"input_ids": histories, "labels": labels, **masks}
-    codes = torch.stack([torch.randint(1, size, histories[:, ::levels].shape) for size in (9, 7, 7, 6)], -1)
+    sizes = [size for _, size, slots in config.features.columns for _ in range(slots)]
+    users = config.features.user_slots
+    codes = torch.stack([torch.randint(1, size, histories[:, ::levels].shape) for size in sizes], -1)
     static = torch.tensor([[3] + [2] * (levels - 1)]).expand(batch.users, -1)
     codes, masks["attention_mask"] = (
         torch.cat([codes[:, :1], codes], 1),
         torch.cat([static * 0 + 1, masks["attention_mask"]], 1),
     )
-    codes[:, 0, 3:], codes[:, 1:, :3] = 0, 0
+    codes[:, 0, users:], codes[:, 1:, :users] = 0, 0
     return {"input_ids": torch.cat([static, histories], 1), "labels": labels, "feature_ids": codes, **masks}
 
 
