@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,18 +35,21 @@ def arguments():
     return options.parse_args()
 
 
-def user_bootstrap(labels: np.ndarray, predicted: np.ndarray, users: np.ndarray, draws: int) -> list[float]:
-    """The central 95 % of AUC over draws of users with replacement."""
-    from onerec_hf.evaluation.reward_metrics import concordance
-
+def user_bootstrap(
+    labels: np.ndarray, predicted: np.ndarray, users: np.ndarray, draws: int, metric: Callable[..., float]
+) -> list[float]:
+    """
+    The central 95 % of a metric of labels, predictions and users over draws of users with replacement; a user who is drawn twice counts as two.
+    """
     rng = np.random.default_rng(0)
     owners = np.unique(users, return_inverse=True)[1]
     order = np.argsort(owners, kind="stable")
     rows = np.split(order, np.cumsum(np.bincount(owners))[:-1])
     values = []
     for _ in range(draws):
-        drawn = np.concatenate([rows[u] for u in rng.integers(len(rows), size=len(rows))])
-        values.append(concordance(labels[drawn], predicted[drawn]))
+        parts = [rows[u] for u in rng.integers(len(rows), size=len(rows))]
+        drawn, again = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        values.append(metric(labels[drawn], predicted[drawn], again))
     return np.nanquantile(values, [0.025, 0.975]).tolist()
 
 

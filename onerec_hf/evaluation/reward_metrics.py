@@ -1,4 +1,4 @@
-"""Metrics of predicted rates per objective: AUC, calibration and log loss."""
+"""Metrics of predicted rates per objective: AUC, accuracy within users, calibration and log loss."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ def reward_metrics(
     objectives: Sequence[str],
     base_rates: Sequence[float],
     bins: int = 10,
+    users: Sequence | np.ndarray | None = None,
 ) -> dict[str, float]:
     """
     Per objective, over the sessions that have its label:
@@ -98,12 +99,14 @@ def reward_metrics(
     - `calibration_error`: see `calibration_error`; `bias`: mean prediction over mean label (NaN if no label is above 0).
     - `relative_log_loss`: cross-entropy relative to a constant prediction of the training base rate (normalised entropy, He et al. 2014); below 1
       the model is better than the base rate.
+    - `within_user_accuracy`, with `users`: see `within_group_concordance`; NaN without a user with two different labels.
     - `positives`: number of sessions with a label above 0. The other metrics are noisy if it is small.
 
     Args:
         labels: (n, K), NaN or -100 for missing labels.
         probabilities: (n, K).
         base_rates: (K,) mean training labels.
+        users: (n,) whose session each row is.
 
     Returns:
         `{"<objective>/<metric>": value}`; objectives without labels are omitted.
@@ -120,6 +123,8 @@ def reward_metrics(
             continue
         y, p = labels[known, k], probabilities[known, k]
         metrics[f"{name}/auc"] = concordance(y, p)
+        if users is not None:
+            metrics[f"{name}/within_user_accuracy"] = within_group_concordance(y, p, np.asarray(users)[known])[0]
         metrics[f"{name}/calibration_error"] = calibration_error(y, p, bins)
         metrics[f"{name}/bias"] = float(p.mean() / y.mean()) if y.mean() > 0 else float("nan")
         metrics[f"{name}/relative_log_loss"] = log_loss(y, p) / log_loss(y, np.full(len(y), base_rates[k]))
