@@ -257,20 +257,33 @@ def predictions_beside_baselines(
     model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
 ) -> dict[str, np.ndarray]:
     """(sessions, objectives) probabilities of the base rate, of logistic regression (with features), and of the model."""
-    from onerec_hf.baselines.session_reward import predict_baseline, session_features
+    from onerec_hf.baselines.session_reward import predict_baseline
     from onerec_hf.data import label_matrix
 
     labels = label_matrix(feedback.train)
-    columns = [
-        [items.indices(row) for row in part[name]]
-        for part in (feedback.train, split)
-        for name in ("history", "session")
-    ]
-    x, x_split = session_features(features, *columns[:2]), session_features(features, *columns[2:])
-    kinds = ("base_rate", "logistic_regression") if features.shape[1] else ("base_rate",)
+    x, x_split = baseline_features(model, feedback, items, features, split)
+    kinds = ("base_rate", "logistic_regression") if x.shape[1] > 2 else ("base_rate",)
     predicted = {kind: predict_baseline(kind, x, labels, x_split) for kind in kinds}
     predicted["onerec_reward"] = model.predict(split["history"][:], split["session"][:]).double().numpy()
     return predicted
+
+
+def baseline_features(
+    model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training windows and of the split's with what the model reads: item features, and the statistics that it reads of each."""
+    from onerec_hf.baselines.session_reward import session_features
+
+    made = []
+    for part, later in ((feedback.train, False), (split, True)):
+        table = features
+        if model.item_statistics is not None:
+            read = model.item_statistics[1:].cpu().numpy() if later else _statistics(feedback, later=False)
+            table = np.concatenate([features, read], axis=1)
+        made.append(
+            session_features(table, *([items.indices(row) for row in part[name]] for name in ("history", "session")))
+        )
+    return made[0], made[1]
 
 
 def metric_rows(predicted: dict[str, np.ndarray], feedback: SessionFeedback) -> list[dict[str, Any]]:
