@@ -23,7 +23,7 @@ class RewardTrainingArguments(TrainingArguments):
     """
 
     pair_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the pairwise loss between sessions of one user; 0 for none."}
+        default=0.0, metadata={"help": "Weight of the pairwise loss between sessions of one user; 0 for none."}
     )
     calibration_bins: int = field(default=10, metadata={"help": "Groups of the expected calibration error."})
     stop_at_nonfinite: bool = field(

@@ -54,10 +54,9 @@ def load_world(folder: str, seed: int, quick: bool = False) -> World:
 
     feedback = load_kuairand_feedback(folder, validation_start=20220501, test_start=20220506)
     torch.manual_seed(seed)
-    settings = RewardModelSettings(item_statistics=False)  # as the recorded table was measured
-    picker, items, features = new_reward_model(feedback, settings, WEIGHTS)
+    picker, items, features = new_reward_model(feedback, RewardModelSettings(), WEIGHTS)
     torch.manual_seed(1000 + seed)
-    judge, _, _ = new_reward_model(feedback, settings, WEIGHTS)
+    judge, _, _ = new_reward_model(feedback, RewardModelSettings(), WEIGHTS)
     fitted = fit_semantic_ids(items.item_ids, features, [128, 128, 128], seed=seed)
     processor = OneRecProcessor.from_catalogue(fitted.catalogue, max_history=MAX_HISTORY)
 
@@ -132,7 +131,7 @@ def _train_reward(model, windows, seed: int, quick: bool):
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        args = RewardTrainingArguments(scratch, num_train_epochs=2, pair_weight=0, seed=seed, use_cpu=True, **settings)
+        args = RewardTrainingArguments(scratch, num_train_epochs=2, seed=seed, use_cpu=True, **settings)
         if quick:
             args.max_steps = 5
         RewardTrainer(model, args, windows).train()

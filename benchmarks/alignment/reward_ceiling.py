@@ -28,7 +28,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/reward_ceiling.py`
 
-from benchmarks.alignment.reward import user_bootstrap
+from benchmarks.alignment.reward import pairs_bootstrap
 from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
 
 OBJECTIVES = ("swt", "vtr", "ltr")  # 21 test windows have a follow
@@ -57,6 +57,7 @@ def main() -> None:
     options = arguments()
     one_thread()
     from onerec_hf.evaluation.results import result_row
+    from onerec_hf.evaluation.reward_metrics import within_group_pairs
 
     started = cpu_seconds()
     log = Log(Path(options.data_dir))
@@ -74,7 +75,7 @@ def main() -> None:
         for name, predicted in predictions.items():
             p = windows.mean(predicted)
             for k, objective in enumerate(OBJECTIVES):
-                metrics = measured(labels[:, k], p[:, k], windows.owners, 20 if options.quick else 200)
+                metrics = measured(labels[:, k], p[:, k], windows.owners)
                 rows.extend(
                     result_row(f"{period}/{name}/{objective}/{metric}", value, "share", None, spread)
                     for metric, (value, spread) in metrics.items()
@@ -83,37 +84,21 @@ def main() -> None:
                 rows.append(result_row(f"{period}/{name}/vtr/expected", log.expected(predicted, windows), "share"))
         for k, objective in enumerate(OBJECTIVES):
             for metric, least in (("within_user_pairs", 0.0), ("within_user_clear_pairs", CLEAR)):
-                count = within(labels[:, k], labels[:, k], windows.owners, least)[1]
+                count = within_group_pairs(labels[:, k], labels[:, k], windows.owners, least)[1].sum()
                 rows.append(result_row(f"{period}/{objective}/{metric}", float(count), "pairs"))
     rows.append(result_row("cpu", cpu_seconds() - started, "CPU s"))
     finish(rows, options.json, rounds=options.rounds)
 
 
-def measured(labels, scores, owners, draws: int) -> dict[str, tuple[float, list[float] | None]]:
-    """AUC, accuracy within users, and the same of clear pairs, each with its bootstrap over users (AUC without)."""
+def measured(labels, scores, owners) -> dict[str, tuple[float, list[float] | None]]:
+    """AUC, accuracy within users, and the same of clear pairs; the last two with a bootstrap over users."""
     from onerec_hf.evaluation.reward_metrics import concordance
 
-    found: dict[str, tuple[float, list[float] | None]] = {"auc": (concordance(labels, scores), None)}
-    for metric, least in (("within_user_accuracy", 0.0), ("within_user_clear", CLEAR)):
-        value = within(labels, scores, owners, least)[0]
-        spread = user_bootstrap(labels, scores, owners, draws, lambda y, p, u, least=least: within(y, p, u, least)[0])
-        found[metric] = (value, spread)
-    return found
-
-
-def within(labels, scores, owners, least: float) -> tuple[float, int]:
-    """Share of the pairs of one user whose labels differ by more than `least` that the scores order correctly, and their number."""
-    order = np.argsort(owners, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(owners[order]) != 0])
-    right, pairs = 0.0, 0
-    for rows in np.split(order, starts[1:]):
-        if len(rows) == 1:
-            continue
-        clear = labels[rows][:, None] - labels[rows][None] > least
-        margins = (scores[rows][:, None] - scores[rows][None])[clear]
-        right += (margins > 0).sum() + 0.5 * (margins == 0).sum()
-        pairs += int(clear.sum())
-    return (right / pairs if pairs else float("nan")), pairs
+    return {
+        "auc": (concordance(labels, scores), None),
+        "within_user_accuracy": pairs_bootstrap(labels, scores, owners),
+        "within_user_clear": pairs_bootstrap(labels, scores, owners, CLEAR),
+    }
 
 
 class Windows:
@@ -253,9 +238,11 @@ class Log:
 
     def expected(self, predicted: np.ndarray, windows: Windows) -> float:
         """Accuracy within users of the predictions, for views drawn from them (mean of 20 draws)."""
+        from onerec_hf.evaluation.reward_metrics import within_group_concordance
+
         rng, p = np.random.default_rng(0), windows.mean(predicted)
         drawn = (windows.mean((rng.random(predicted.shape) < predicted).astype(float)) for _ in range(20))
-        return float(np.mean([within(views[:, 1], p[:, 1], windows.owners, 0.0)[0] for views in drawn]))
+        return float(np.mean([within_group_concordance(v[:, 1], p[:, 1], windows.owners)[0] for v in drawn]))
 
 
 def _rate(feedback: np.ndarray, shown: np.ndarray, mean: float | None = None) -> np.ndarray:

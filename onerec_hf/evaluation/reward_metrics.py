@@ -147,12 +147,34 @@ def within_group_concordance(labels, scores, groups) -> tuple[float, int]:
         >>> within_group_concordance([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], ["a", "a", "b", "b"])
         (0.5, 2)
     """
+    right, pairs = within_group_pairs(labels, scores, groups)
+    return (float(right.sum() / pairs.sum()) if pairs.any() else float("nan")), int(pairs.sum())
+
+
+def within_group_pairs(labels, scores, groups, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Per group how many pairs with labels more than `least` apart the scores order correctly, ties counting half, and how many there are. Draws of groups make
+    confidence intervals of [`within_group_concordance`].
+
+    Args:
+        labels, scores, groups: (n,).
+
+    Returns:
+        (groups,) float64 and int64, in the order of the sorted groups.
+
+    Example:
+        >>> right, pairs = within_group_pairs([0, 1, 0.1, 0.2], [0.1, 0.2, 0.9, 0.8], ["b", "b", "a", "a"], least=0.1)
+        >>> right.tolist(), pairs.tolist()
+        ([0.0, 1.0], [0, 1])
+    """
     labels, scores, groups = np.asarray(labels), np.asarray(scores), np.unique(groups, return_inverse=True)[1]
-    order = np.argsort(groups, kind="stable")
-    right, pairs = 0.0, 0
-    for rows in np.split(order, np.cumsum(np.bincount(groups))[:-1]):
-        above = labels[rows][:, None] > labels[rows][None]
+    sizes = np.bincount(groups)
+    right, pairs = np.zeros(len(sizes)), np.zeros(len(sizes), dtype=np.int64)
+    of_groups = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    for group in np.flatnonzero(sizes > 1):
+        rows = of_groups[group]
+        above = labels[rows][:, None] - labels[rows][None] > least
         margins = (scores[rows][:, None] - scores[rows][None])[above]
-        right += (margins > 0).sum() + 0.5 * (margins == 0).sum()
-        pairs += int(above.sum())
-    return (float(right / pairs) if pairs else float("nan")), pairs
+        right[group] = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+        pairs[group] = above.sum()
+    return right, pairs

@@ -63,7 +63,7 @@ class RewardModelSettings:
     )
     behaviour_dim: int = field(default=64, metadata={"help": "Width of the co-watching features; 0 leaves them out."})
     item_statistics: bool = field(
-        default=True, metadata={"help": "Read impressions and feedback rates of items in the period before."}
+        default=False, metadata={"help": "Read impressions and feedback rates of items in the period before."}
     )
 
 

@@ -91,9 +91,8 @@ def test_the_card_runs_and_shows_the_baselines(impressions, tmp_path):
 def test_the_p_score_is_what_alignment_gets(impressions, tmp_path):
     folder = tmp_path / "judge"
     windows = ["--min_items", 2, "--max_items", 4]  # several a user
-    done = succeeded(
-        reward(impressions, folder, *windows, "--score_fusion", "p_score", "--score_weights", "ltr=1", "viewed=3")
-    )
+    options = ["--item_statistics", "true", "--pair_weight", 1, "--score_fusion", "p_score"]
+    done = succeeded(reward(impressions, folder, *windows, *options, "--score_weights", "ltr=1", "viewed=3"))
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert 0 < model.reward([["m1"]], [["m2", "m3"]])[0] < 1
     assert model.config.statistics_dim == 3  # impressions, likes, views
@@ -110,7 +109,7 @@ def test_the_p_score_is_what_alignment_gets(impressions, tmp_path):
 
 
 def test_without_features_there_is_no_regression(impressions, tmp_path):
-    done = succeeded(reward(impressions, tmp_path / "judge", "--behaviour_dim", 0, "--item_statistics", "false"))
+    done = succeeded(reward(impressions, tmp_path / "judge", "--behaviour_dim", 0))
     assert "logistic_regression" not in done.out
 
 

@@ -162,7 +162,7 @@ class StopAt(TrainerCallback):
 
 def test_resuming_equals_no_interruption(tmp_path):
     train = of_users(96, 1)
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "pair_weight": 1.0}
     whole = RewardTrainer(make_model(dropout_rate=0.1), arguments(tmp_path / "whole", **settings), train)
     whole.train()
     part = arguments(tmp_path / "part", **settings)
