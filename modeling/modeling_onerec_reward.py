@@ -100,6 +100,22 @@ class OneRecRewardItemEmbedding(nn.Embedding):
     """
 
 
+class OneRecRewardWide(nn.Linear):
+    """
+    Adds a linear function of the session's mean statistics to the logits of the objectives and of the P-Score. Through the layers alone a model of few sessions
+    learns less from item rates than the rates say. Weights start at zero; inputs are scaled, since rates of change are small beside them.
+    """
+
+    scale = 10.0
+
+    def __init__(self, config: OneRecRewardConfig):
+        heads = len(config.objectives) + (config.score_fusion == "p_score")
+        super().__init__(config.statistics_dim, heads, bias=False)
+
+    def forward(self, statistics):
+        return super().forward(self.scale * statistics)
+
+
 class OneRecRewardTower(nn.Module):
     """The MLP of one objective (equation 6), up to its sigmoid."""
 
@@ -167,6 +183,9 @@ class OneRecRewardPreTrainedModel(HubModel, PreTrainedModel):
         if isinstance(module, OneRecRewardItemEmbedding) and self.config.item_feature_dim:
             init.zeros_(module.weight)
             return
+        if isinstance(module, OneRecRewardWide):
+            init.zeros_(module.weight)
+            return
         super()._init_weights(module)
         if isinstance(module, OneRecForSessionReward):
             init.normal_(module.history_start, mean=0.0, std=self.config.initializer_range)
@@ -209,6 +228,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         read = config.statistics_dim > 0
         self.item_statistics = nn.Buffer(torch.zeros(config.num_items + 1, config.statistics_dim)) if read else None
         self.statistics_proj = nn.Linear(config.statistics_dim, width, bias=False) if read else None
+        self.statistics_wide = OneRecRewardWide(config) if read else None
         self.item_norm = OneRecRMSNorm(width, config.rms_norm_eps)
         self.history_start = nn.Parameter(torch.empty(width))
         self.history_layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.history_layers)])
@@ -352,11 +372,18 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         logits, hidden = (
             torch.cat(parts, dim=-1) for parts in zip(*(tower(pooled) for tower in self.towers), strict=True)
         )
+        wide = None
+        if self.statistics_wide is not None:
+            statistics = self.item_statistics[session_input_ids].to(weights.dtype) * weights.unsqueeze(-1)
+            wide = self.statistics_wide(statistics.sum(1) / weights.sum(1, keepdim=True))
+            logits = logits + wide[:, : logits.shape[1]]
         p_score, loss = None, None if labels is None else masked_bce(logits, labels)
         if self.p_score is not None:
             read = history_mask.to(history.dtype).unsqueeze(-1)
             user = (history * read).sum(1) / read.sum(1)
             p_score = self.p_score(torch.cat([hidden, user, pooled], dim=-1))
+            if wide is not None:
+                p_score = p_score + wide[:, -1]
             if loss is not None:
                 loss = loss + masked_bce(p_score.unsqueeze(-1), self.p_score.labels(labels))
         return OneRecRewardOutput(loss=loss, logits=logits, p_score_logits=p_score)

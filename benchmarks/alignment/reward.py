@@ -4,8 +4,8 @@ compared with logistic regression and gradient boosting (LightGBM) on item featu
 
     python benchmarks/alignment/reward.py --data_dir ../shared/data/kuairand_pure --json benchmarks/results/reward.json
 
-Rows `MODEL/OBJECTIVE/METRIC` are of the test days, `validation/...` of the validation days, on which settings are chosen. `onerec_reward` has the default settings;
-`statistics_pairs_p_score` adds item statistics, pairs within users and the P-Score. Their rows are means over the seeds with the smallest and
+Rows `MODEL/OBJECTIVE/METRIC` are of the test days, `validation/...` of the validation days, on which settings are chosen. `onerec_reward` has the
+settings of before, `statistics` adds item statistics and the P-Score, `pairs` pairs within users in addition. Their rows are means over the seeds with the smallest and
 largest; `spread` of the baselines' AUC and accuracy is the central 95 % of a bootstrap over users. `score` is `reward()` against the mean label by weight.
 How well any model can order a user's sessions is measured by `reward_ceiling.py`.
 """
@@ -70,7 +70,7 @@ def pairs_bootstrap(
     return (float(right.sum() / pairs.sum()) if pairs.any() else float("nan")), spread
 
 
-def trained(feedback, args, seed: int, variant: bool) -> tuple[Any, Any, np.ndarray, float]:
+def trained(feedback, args, seed: int, name: str) -> tuple[Any, Any, np.ndarray, float]:
     """A reward model of one seed with its items and their features, and the CPU seconds of its training."""
     import torch
 
@@ -82,8 +82,8 @@ def trained(feedback, args, seed: int, variant: bool) -> tuple[Any, Any, np.ndar
         hidden_size=args.hidden_size,
         intermediate_size=2 * args.hidden_size,
         dropout_rate=args.dropout_rate,
-        score_fusion="p_score" if variant else "lift",
-        item_statistics=variant,
+        score_fusion="lift" if name == "onerec_reward" else "p_score",
+        item_statistics=name != "onerec_reward",
     )
     model, items, features = new_reward_model(feedback, sizes, WEIGHTS)
     started = cpu_seconds()
@@ -97,7 +97,7 @@ def trained(feedback, args, seed: int, variant: bool) -> tuple[Any, Any, np.ndar
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            pair_weight=args.pair_weight if variant else 0.0,
+            pair_weight=args.pair_weight if name == "pairs" else 0.0,
         )
         RewardTrainer(model, training, feedback.train).train()
     use_later_statistics(model, feedback)
@@ -142,9 +142,9 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     predicted: dict[str, np.ndarray] = {}
     for seed in args.seeds:
-        for name, variant in (("onerec_reward", False), ("statistics_pairs_p_score", True)):
-            model, items, features, spent = trained(feedback, args, seed, variant)
-            if variant and not predicted:
+        for name in ("statistics", "onerec_reward", "pairs"):
+            model, items, features, spent = trained(feedback, args, seed, name)
+            if name == "pairs" and not predicted:
                 predicted = predictions_beside_baselines(model, feedback, items, features, feedback.test)
                 if not args.no_boosting:
                     x, x_test = baseline_features(model, feedback, items, features, feedback.test)

@@ -313,6 +313,22 @@ def test_statistics_are_read_replaced_and_saved(tmp_path):
         make_reward().set_statistics(later)
 
 
+@torch.no_grad()
+def test_mean_statistics_of_a_session_move_its_logits():
+    reward = p_score_model(statistics_dim=2)
+    inputs = reward.items.encode(HISTORIES, SESSIONS)
+    before = reward(**inputs)
+    weight = torch.linspace(-0.2, 0.3, 10).reshape(5, 2)  # four objectives and the P-Score
+    reward.statistics_wide.weight.copy_(weight)
+    after = reward(**inputs)
+    for row, session in enumerate(SESSIONS):
+        mean = torch.stack([reward.item_statistics[1 + IDS.index(item)] for item in session]).mean(0)
+        moved = torch.cat(
+            [after.logits[row] - before.logits[row], (after.p_score_logits - before.p_score_logits)[row, None]]
+        )
+        assert_close(moved, 10 * weight @ mean, scale=10.0)
+
+
 def test_a_model_saved_before_statistics_and_p_score_loads_as_it_was(reward, tmp_path):
     reward.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
