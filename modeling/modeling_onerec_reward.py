@@ -102,8 +102,8 @@ class OneRecRewardItemEmbedding(nn.Embedding):
 
 class OneRecRewardWide(nn.Linear):
     """
-    Adds a linear function of the session's mean statistics to the logits of the objectives and of the P-Score. Through the layers alone a model of few sessions
-    learns less from item rates than the rates say. Weights start at zero; inputs are scaled, since rates of change are small beside them.
+    Adds a linear function of the session's mean statistics to the logits of the objectives and of the P-Score. Weights start at zero; inputs are
+    scaled, so that a few hundred steps at the trainer's learning rate reach weights near 1.
     """
 
     scale = 10.0
