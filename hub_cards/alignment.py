@@ -143,7 +143,8 @@ def reward_in_words(function: Any, weight: float = 1.0) -> str:
         weights = config.score_weights or dict.fromkeys(config.objectives, 1.0)
         what = "lifts over base rates" if config.score_fusion == "lift" else "probabilities"
         named = ", ".join(f"{name} (weight {weights.get(name, 0.0):g})" for name in config.objectives)
-        words = f"the reward model {origin(config)}".strip() + f", a weighted mean of {what} of {named}"
+        read = "its P-Score" if config.score_fusion == "p_score" else f"a weighted mean of {what}"
+        words = f"the reward model {origin(config)}".strip() + f", {read} of {named}"
     return words if weight == 1 else f"{words} (weight {weight:g})"
 
 

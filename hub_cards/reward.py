@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from onerec_hf.hub_cards.facts import Training
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
-METRICS = ("auc", "calibration_error", "bias", "relative_log_loss")
+METRICS = ("auc", "within_user_accuracy", "calibration_error", "bias", "relative_log_loss")
 
 
 def write_reward_card(

@@ -19,6 +19,8 @@ class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
             Number of items.
         item_feature_dim (`int`, defaults to 0):
             Width of the fixed item features, in addition to the learned item embeddings; 0 for none.
+        statistics_dim (`int`, defaults to 0):
+            Width of the items' statistics of an earlier period, which may be replaced by later ones (`set_statistics`); 0 for none.
         objectives (`list[str]`, defaults to `["swt", "vtr", "wtr", "ltr"]`):
             One sigmoid tower each: session watch time, view, follow and like rates (equation 6). They become `id2label`.
         base_rates (`list[float]`, *optional*):
@@ -28,7 +30,9 @@ class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
             Weight of each objective in `score()`; objectives that are left out count nothing, and every one counts 1 when not given.
         score_fusion (`str`, defaults to `"lift"`):
             `"lift"`: the weighted mean of `r_k / base_rate_k`, so that a session like the average one scores 1 and rare objectives count
-            as much as common ones; `"probability"`: the weighted mean of `r_k`. The paper does not specify the fusion.
+            as much as common ones; `"probability"`: the weighted mean of `r_k` (the paper does not specify the fusion); `"p_score"`: the
+            P-Score of OneRec's technical report (arXiv 2506.13695), a head that reads the towers' states and the states of user and session
+            and is trained on the sum of the objectives' cross-entropies, weighted by `score_weights`.
         pooling (`str`, defaults to `"sum"`):
             How a session's items are pooled before the towers: `"sum"` (equation 6) or `"mean"`.
         hidden_size, num_attention_heads, intermediate_size:
@@ -53,11 +57,13 @@ class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
     """
 
     model_type = "onerec_reward"
+    keys_to_ignore_at_inference = ["p_score_logits"]
     encoder_is_causal = False  # not a field: the generator's encoder layers, which this model uses, read it
     base_model_fsdp_plan = None
 
     num_items: int = 1
     item_feature_dim: int = 0
+    statistics_dim: int = 0
     objectives: list[str] | None = None
     base_rates: list[float] | None = None
     score_weights: dict[str, float | int] | None = None
@@ -104,7 +110,7 @@ class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
             self,
             sizes="num_items hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim tower_size max_history "
             "max_position_embeddings",
-            layers="history_layers session_layers item_feature_dim",
+            layers="history_layers session_layers item_feature_dim statistics_dim",
         )
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives must be distinct names, at least one; got {self.objectives}")
@@ -118,8 +124,10 @@ class OneRecRewardConfig(CheckedConfig, PreTrainedConfig):
             raise ValueError(f"score_weights names {sorted(unknown)}; the objectives are {self.objectives}")
         if self.score_weights is not None and not sum(self.score_weights.values()):
             raise ValueError(f"score_weights must not sum to zero; got {self.score_weights}")
-        if self.score_fusion not in ("lift", "probability"):
-            raise ValueError(f'score_fusion must be "lift" or "probability"; got {self.score_fusion!r}')
+        if self.score_fusion not in ("lift", "probability", "p_score"):
+            raise ValueError(f'score_fusion must be "lift", "probability" or "p_score"; got {self.score_fusion!r}')
+        if self.score_fusion == "p_score" and min((self.score_weights or {"": 1.0}).values()) < 0:
+            raise ValueError(f'score_fusion="p_score" needs score_weights of at least 0; got {self.score_weights}')
         if self.pooling not in ("sum", "mean"):
             raise ValueError(f'pooling must be "sum" or "mean"; got {self.pooling!r}')
         if self.head_dim % 2:

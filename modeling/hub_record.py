@@ -53,7 +53,16 @@ _KINDS = {
     "OneRecForSessionReward": (
         f"A OneRec session reward model ({_PAPER}, section 3.3): it predicts the rates at which a user responds to a session of items.",
         "AutoModelForSequenceClassification",
-        ("objectives", "base_rates", "score_fusion", "score_weights", "num_items", "item_feature_dim", "items_hash"),
+        (
+            "objectives",
+            "base_rates",
+            "score_fusion",
+            "score_weights",
+            "num_items",
+            "item_feature_dim",
+            "statistics_dim",
+            "items_hash",
+        ),
     ),
 }
 

@@ -31,13 +31,16 @@ class OneRecRewardOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor`, *optional*):
-            Masked binary cross-entropy, with labels.
+            Masked binary cross-entropy, with labels; of the P-Score too where the model has one.
         logits (`torch.FloatTensor` of shape `(sessions, objectives)`):
             Before the sigmoid.
+        p_score_logits (`torch.FloatTensor` of shape `(sessions,)`, *optional*):
+            The P-Score before the sigmoid, of models with `score_fusion="p_score"`.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    p_score_logits: torch.FloatTensor | None = None
 
 
 def masked_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -59,12 +62,35 @@ def masked_bce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return each.masked_fill(missing, 0.0).sum() / len(labels)
 
 
-class OneRecRewardLogit(nn.Linear):
-    """A tower's last layer. It is a class so that `_init_weights` can initialise it to the objective's base rate."""
+def within_user_loss(logits: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    """
+    Pairwise logistic loss between the sessions of one user, per objective: `-|y_i - y_j| log sigmoid(l_i - l_j)` where `y_i > y_j`. A session
+    counts with the mean over the user's others, and the loss is the sum over objectives, mean over sessions.
 
-    def __init__(self, in_features: int, objective: int):
+    Args:
+        logits, labels: (sessions, objectives), labels -100 where missing.
+        users: (sessions,) equal numbers for sessions of one user.
+
+    Example:
+        >>> labels, users = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([7, 7, 8])
+        >>> within_user_loss(torch.zeros(3, 1), labels, users)  # one pair of three sessions: log 2 / 3
+        tensor(0.2310)
+    """
+    same = users[:, None] == users[None]
+    i, j = torch.nonzero(same.triu(1), as_tuple=True)
+    known = (labels[i] != MISSING_LABEL) & (labels[j] != MISSING_LABEL)
+    gaps = (labels[i] - labels[j]).float().masked_fill(~known, 0.0)
+    margins = (logits[i] - logits[j]).float() * gaps.sign()
+    others = (same.sum(1) - 1)[i].unsqueeze(-1)
+    return (gaps.abs() * F.softplus(-margins) / others).sum() / len(labels)
+
+
+class OneRecRewardLogit(nn.Linear):
+    """The last layer of a tower or of the P-Score. It is a class so that `_init_weights` can initialise it to the base rate."""
+
+    def __init__(self, in_features: int, rate: float):
         super().__init__(in_features, 1)
-        self.objective = objective
+        self.rate = rate
 
 
 class OneRecRewardItemEmbedding(nn.Embedding):
@@ -72,6 +98,22 @@ class OneRecRewardItemEmbedding(nn.Embedding):
     Learned item embeddings. With item features they start at zero: a rare item is then represented by its features, where a random vector
     would be noise.
     """
+
+
+class OneRecRewardWide(nn.Linear):
+    """
+    Adds a linear function of the session's mean statistics to the logits of the objectives and of the P-Score. Weights start at zero; inputs are
+    scaled, so that a few hundred steps at the trainer's learning rate reach weights near 1.
+    """
+
+    scale = 10.0
+
+    def __init__(self, config: OneRecRewardConfig):
+        heads = len(config.objectives) + (config.score_fusion == "p_score")
+        super().__init__(config.statistics_dim, heads, bias=False)
+
+    def forward(self, statistics):
+        return super().forward(self.scale * statistics)
 
 
 class OneRecRewardTower(nn.Module):
@@ -82,10 +124,41 @@ class OneRecRewardTower(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.tower_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.out_proj = OneRecRewardLogit(config.tower_size, objective)
+        self.out_proj = OneRecRewardLogit(config.tower_size, config.base_rates[objective])
 
     def forward(self, states):
-        return self.out_proj(self.dropout(self.act_fn(self.up_proj(states))))
+        """(sessions, 1) logits and the (sessions, tower_size) states before them."""
+        states = self.act_fn(self.up_proj(states))
+        return self.out_proj(self.dropout(states)), states
+
+
+class OneRecRewardPScore(nn.Module):
+    """
+    The P-Score (arXiv 2506.13695): one logit from the towers' states, the user's and the session's. Its target is the objectives' mean label by
+    `config.score_weights`: cross-entropies with one prediction, weighted and summed, are that of their mean label.
+    """
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        weights = config.score_weights or {}
+        weights = [float(weights.get(name, 0.0 if weights else 1.0)) for name in config.objectives]
+        self.weights = [weight / sum(weights) for weight in weights]
+        width = len(config.objectives) * config.tower_size + 2 * config.hidden_size
+        self.up_proj = nn.Linear(width, config.tower_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout_rate)
+        rate = sum(weight * rate for weight, rate in zip(self.weights, config.base_rates, strict=True))
+        self.out_proj = OneRecRewardLogit(config.tower_size, rate)
+
+    def forward(self, states):
+        return self.out_proj(self.dropout(self.act_fn(self.up_proj(states)))).squeeze(-1)
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """(sessions, 1) weighted mean of (sessions, objectives) labels, -100 where an objective with a weight is missing."""
+        weights = labels.new_tensor(self.weights)
+        missing = ((labels == MISSING_LABEL) & (weights > 0)).any(1, keepdim=True)
+        mean = (labels.masked_fill(labels == MISSING_LABEL, 0.0) * weights).sum(1, keepdim=True)
+        return mean.masked_fill(missing, MISSING_LABEL)
 
 
 @auto_docstring
@@ -104,17 +177,21 @@ class OneRecRewardPreTrainedModel(HubModel, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, OneRecRewardLogit):
-            rate = torch.tensor(self.config.base_rates[module.objective])
-            init.constant_(module.bias, float(torch.logit(rate)))
+            init.constant_(module.bias, float(torch.logit(torch.tensor(module.rate))))
             init.zeros_(module.weight)
             return
         if isinstance(module, OneRecRewardItemEmbedding) and self.config.item_feature_dim:
+            init.zeros_(module.weight)
+            return
+        if isinstance(module, OneRecRewardWide):
             init.zeros_(module.weight)
             return
         super()._init_weights(module)
         if isinstance(module, OneRecForSessionReward):
             init.normal_(module.history_start, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.item_features)
+            if module.item_statistics is not None:
+                init.zeros_(module.item_statistics)
 
 
 class OneRecForSessionReward(OneRecRewardPreTrainedModel):
@@ -147,6 +224,11 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         self.item_embedding = OneRecRewardItemEmbedding(config.num_items + 1, width, padding_idx=0)
         self.item_features = nn.Buffer(torch.zeros(config.num_items + 1, config.item_feature_dim))
         self.feature_proj = nn.Linear(config.item_feature_dim, width, bias=False) if config.item_feature_dim else None
+        # Models without statistics keep the tensors that they were saved with.
+        read = config.statistics_dim > 0
+        self.item_statistics = nn.Buffer(torch.zeros(config.num_items + 1, config.statistics_dim)) if read else None
+        self.statistics_proj = nn.Linear(config.statistics_dim, width, bias=False) if read else None
+        self.statistics_wide = OneRecRewardWide(config) if read else None
         self.item_norm = OneRecRMSNorm(width, config.rms_norm_eps)
         self.history_start = nn.Parameter(torch.empty(width))
         self.history_layers = nn.ModuleList([OneRecEncoderLayer(config, i) for i in range(config.history_layers)])
@@ -158,6 +240,7 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         self.rotary_emb = OneRecRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.towers = nn.ModuleList([OneRecRewardTower(config, k) for k in range(len(config.objectives))])
+        self.p_score = OneRecRewardPScore(config) if config.score_fusion == "p_score" else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -187,25 +270,46 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
                 f"({self.config.items_hash[:12]}); load it from the folder that it was saved to"
             )
         if features is not None:
-            features = torch.as_tensor(np.asarray(features))
-            expected = (self.config.num_items, self.config.item_feature_dim)
-            if tuple(features.shape) != expected:
-                raise ValueError(
-                    f"item features: expected shape {expected} (items, item_feature_dim), got {tuple(features.shape)}"
-                )
-            bad = ~torch.isfinite(features).all(1)
-            if bad.any():
-                first = items.item_ids[int(bad.nonzero()[0])]
-                raise ValueError(
-                    f"item features: {int(bad.sum())} of {len(features)} rows hold NaN or infinity (first: item {first!r})"
-                )
-            self.item_features[1:] = features.to(self.item_features)
+            self.item_features[1:] = self._item_rows("features", features, items)
         self.items, self.config.items_hash = items, items.hash
+
+    def set_statistics(self, statistics: np.ndarray | torch.Tensor) -> None:
+        """
+        Replaces the items' statistics by those of a later period, computed in the same way
+        ([`~onerec_hf.data.feedback.item_statistics.ItemStatistics`]). They are saved with the weights.
+
+        Args:
+            statistics: (N, statistics_dim) finite floats, row by row.
+
+        Raises:
+            ValueError: a model without statistics or without items, statistics of another shape or not finite.
+        """
+        if self.item_statistics is None or self.items is None:
+            what = "statistics (statistics_dim=0)" if self.item_statistics is None else "item ids (set_items)"
+            raise ValueError(f"set_statistics: this reward model has no {what}")
+        self.item_statistics[1:] = self._item_rows("statistics", statistics, self.items)
+
+    def _item_rows(self, what: str, values: np.ndarray | torch.Tensor, items: RewardItems) -> torch.Tensor:
+        """(items, d) values as the model's buffer of this kind holds them, or ValueError."""
+        values = torch.as_tensor(np.asarray(values))
+        buffer, width = getattr(self, f"item_{what}"), "item_feature_dim" if what == "features" else "statistics_dim"
+        expected = (len(items), buffer.shape[1])
+        if tuple(values.shape) != expected:
+            raise ValueError(f"item {what}: expected shape {expected} (items, {width}), got {tuple(values.shape)}")
+        bad = ~torch.isfinite(values).all(1)
+        if bad.any():
+            first = items.item_ids[int(bad.nonzero()[0])]
+            raise ValueError(
+                f"item {what}: {int(bad.sum())} of {len(values)} rows hold NaN or infinity (first: item {first!r})"
+            )
+        return values.to(buffer)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         states = self.item_embedding(ids)
         if self.feature_proj is not None:
             states = states + self.feature_proj(self.item_features[ids].to(states.dtype))
+        if self.statistics_proj is not None:
+            states = states + self.statistics_proj(self.item_statistics[ids].to(states.dtype))
         return self.item_norm(states)
 
     def _positions(self, states: torch.Tensor, first: int = 0):
@@ -265,13 +369,29 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         pooled = (self.session_norm(states) * weights.unsqueeze(-1)).sum(1)
         if self.config.pooling == "mean":
             pooled = pooled / weights.sum(1, keepdim=True)
-        logits = torch.cat([tower(pooled) for tower in self.towers], dim=-1)
-        return OneRecRewardOutput(loss=None if labels is None else masked_bce(logits, labels), logits=logits)
+        logits, hidden = (
+            torch.cat(parts, dim=-1) for parts in zip(*(tower(pooled) for tower in self.towers), strict=True)
+        )
+        wide = None
+        if self.statistics_wide is not None:
+            statistics = self.item_statistics[session_input_ids].to(weights.dtype) * weights.unsqueeze(-1)
+            wide = self.statistics_wide(statistics.sum(1) / weights.sum(1, keepdim=True))
+            logits = logits + wide[:, : logits.shape[1]]
+        p_score, loss = None, None if labels is None else masked_bce(logits, labels)
+        if self.p_score is not None:
+            read = history_mask.to(history.dtype).unsqueeze(-1)
+            user = (history * read).sum(1) / read.sum(1)
+            p_score = self.p_score(torch.cat([hidden, user, pooled], dim=-1))
+            if wide is not None:
+                p_score = p_score + wide[:, -1]
+            if loss is not None:
+                loss = loss + masked_bce(p_score.unsqueeze(-1), self.p_score.labels(labels))
+        return OneRecRewardOutput(loss=loss, logits=logits, p_score_logits=p_score)
 
     def fuse(self, probabilities: torch.Tensor, weights: dict[str, float] | None = None) -> torch.Tensor:
         """
         (sessions,) scores of (sessions, objectives) probabilities: the weighted mean of lifts over the base rates, or of probabilities
-        (`config.score_fusion`).
+        (`config.score_fusion`). It does not read a P-Score.
 
         Args:
             weights: per objective, in place of `config.score_weights`.
@@ -286,15 +406,19 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         if not (total := sum(weights.values())):
             raise ValueError(f"weights must not sum to zero; got {weights}")
         scale = probabilities.new_tensor([weights.get(name, 0.0) / total for name in names])
-        if self.config.score_fusion == "lift":
+        if self.config.score_fusion != "probability":
             scale = scale / probabilities.new_tensor(self.config.base_rates)
         return probabilities @ scale
 
     def score(self, *args, weights: dict[str, float] | None = None, **kwargs) -> torch.Tensor:
-        """(sessions,) float32 fused scores; takes what `forward` takes, and `weights` as [`fuse`] does."""
-        return self.fuse(self(*args, **kwargs).logits.float().sigmoid(), weights)
+        """(sessions,) float32 scores, as [`reward`] gives them; takes what `forward` takes, and `weights` as [`fuse`] does."""
+        return self._scores(self(*args, **kwargs), weights)
 
-    @torch.no_grad()
+    def _scores(self, output: OneRecRewardOutput, weights: dict[str, float] | None) -> torch.Tensor:
+        if output.p_score_logits is not None and weights is None:
+            return output.p_score_logits.float().sigmoid()
+        return self.fuse(output.logits.float().sigmoid(), weights)
+
     def predict(
         self, histories: Sequence[Sequence], sessions: Sequence[Sequence], batch_size: int = 512
     ) -> torch.Tensor:
@@ -312,6 +436,11 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         Raises:
             ValueError: a model without items, unequal numbers, empty sessions. KeyError: unknown items.
         """
+        return self._read(histories, sessions, batch_size).logits.float().sigmoid()
+
+    @torch.no_grad()
+    def _read(self, histories, sessions, batch_size: int) -> OneRecRewardOutput:
+        """The output for all sessions, on the CPU."""
         if self.items is None:
             raise ValueError("this reward model has no item ids; set some with set_items(RewardItems(...))")
         if len(histories) != len(sessions):
@@ -325,10 +454,10 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
                 batch = self.items.encode_shared(
                     list(owners), index, sessions[start : start + batch_size], self.config.max_history
                 )
-                parts.append(self(**{name: value.to(self.device) for name, value in batch.items()}).logits)
+                parts.append(self(**{name: value.to(self.device) for name, value in batch.items()}))
         finally:
             self.train(training)
-        return torch.cat(parts).float().sigmoid().cpu()
+        return OneRecRewardOutput(**{name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]})
 
     def reward(
         self,
@@ -338,10 +467,11 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
         batch_size: int = 512,
     ) -> list[float]:
         """
-        One fused score per session of item ids, as a reward function for preference alignment. Arguments and errors as for [`predict`] and
+        One score per session of item ids, as a reward function for preference alignment: the fused objectives, or the P-Score where
+        `config.score_fusion` is `"p_score"`. With `weights` it is always the fused objectives. Arguments and errors as for [`predict`] and
         [`fuse`].
         """
-        return self.fuse(self.predict(histories, sessions, batch_size), weights).tolist()
+        return self._scores(self._read(histories, sessions, batch_size), weights).tolist()
 
     def _save_beside(self, folder):
         if self.items is not None:
@@ -353,4 +483,10 @@ class OneRecForSessionReward(OneRecRewardPreTrainedModel):
             self.set_items(items)
 
 
-__all__ = ["OneRecForSessionReward", "OneRecRewardOutput", "OneRecRewardPreTrainedModel", "masked_bce"]
+__all__ = [
+    "OneRecForSessionReward",
+    "OneRecRewardOutput",
+    "OneRecRewardPreTrainedModel",
+    "masked_bce",
+    "within_user_loss",
+]

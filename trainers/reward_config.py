@@ -12,6 +12,8 @@ class RewardTrainingArguments(TrainingArguments):
     `TrainingArguments` for the reward model. The paper gives no settings for it; the defaults suit small datasets.
 
     Args:
+        pair_weight: weight of the pairwise loss between sessions of one user ([`~onerec_hf.modeling.modeling_onerec_reward.within_user_loss`]);
+            0 for none. Examples need the column `user_id`, and the sessions of a user are read in one batch.
         calibration_bins: groups of equal size in the expected calibration error.
         stop_at_nonfinite: stop at a non-finite loss or gradient; see [`~onerec_hf.trainers.StepFaults`].
 
@@ -20,6 +22,9 @@ class RewardTrainingArguments(TrainingArguments):
         0.001
     """
 
+    pair_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the pairwise loss between sessions of one user; 0 for none."}
+    )
     calibration_bins: int = field(default=10, metadata={"help": "Groups of the expected calibration error."})
     stop_at_nonfinite: bool = field(
         default=True,
@@ -35,5 +40,7 @@ class RewardTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= (
             torch.accelerator.is_available()
         )  # without an accelerator, torch warns once per loader
+        if not 0 <= self.pair_weight < float("inf"):
+            raise ValueError(f"pair_weight must be a finite number of at least 0; got {self.pair_weight}")
         if self.calibration_bins < 1:
             raise ValueError(f"calibration_bins must be at least 1; got {self.calibration_bins}")

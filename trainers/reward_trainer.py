@@ -1,17 +1,21 @@
-"""Trainer of the reward model: masked cross-entropy per objective, evaluated by AUC, calibration and log loss."""
+"""Trainer of the reward model: masked cross-entropy per objective and pairs within users, evaluated by AUC, calibration and log loss."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.feedback.collator import RewardDataCollator
 from onerec_hf.evaluation.reward_metrics import reward_metrics
 from onerec_hf.hub_cards.training import write_trainer_card
-from onerec_hf.modeling.modeling_onerec_reward import MISSING_LABEL, OneRecForSessionReward
+from onerec_hf.modeling.modeling_onerec_reward import MISSING_LABEL, OneRecForSessionReward, within_user_loss
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
@@ -25,13 +29,16 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
     (arXiv 2502.18965, section 3.3, equation 7; created by [`~onerec_hf.data.feedback_windows`]). Evaluation reports the metrics of
     [`~onerec_hf.evaluation.reward_metrics.reward_metrics`] per objective, relative to `config.base_rates`.
 
+    With the column `user_id` and `args.pair_weight`, the loss also compares the sessions of each user, and evaluation reports
+    `within_user_accuracy`, the share of a user's pairs of sessions that are ordered correctly.
+
     Rare objectives are not reweighted, so predictions are rates, and the towers are initialised to the base rates. Checkpoints contain the
     weights and the items.
 
     Args:
         model: a `OneRecForSessionReward` with its items, or its path or Hub id.
         args: [`RewardTrainingArguments`].
-        train_dataset, eval_dataset: datasets with the columns `history`, `session`, `labels`; others are ignored.
+        train_dataset, eval_dataset: datasets with the columns `history`, `session`, `labels` and optionally `user_id`; others are ignored.
 
     Raises:
         ValueError: a model without items, or a dataset without one label per objective.
@@ -80,16 +87,41 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
             **kwargs,
         )
         self.model_init = model_init
+        self._evaluated_users: list | None = None  # of the dataset whose loader was made last
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        users = _users_of(dataset)
+        if users is None or not self.args.pair_weight or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(dataset)
+        return _ByUser(users, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        users = inputs.pop("users", None)
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and users is not None and self.args.pair_weight:
+            pairs = within_user_loss(outputs.logits, labels, users)
+            if outputs.p_score_logits is not None:
+                p_labels = self.accelerator.unwrap_model(model).p_score.labels(labels)
+                pairs = pairs + within_user_loss(outputs.p_score_logits.unsqueeze(-1), p_labels, users)
+            loss = loss + self.args.pair_weight * pairs
+        return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if not isinstance(eval_dataset, str):  # the name of one that was checked
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):  # the name of one that was checked
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]
+        else:
             eval_dataset = plain_rows(eval_dataset)
             _check_labels(eval_dataset, self._objectives)
+        self._evaluated_users = _users_of(dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
         test_dataset = plain_rows(test_dataset)
         _check_labels(test_dataset, self._objectives, required=False)
+        self._evaluated_users = _users_of(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
     @property
@@ -98,7 +130,7 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["history", "session", "labels"]
+            self._signature_columns = ["history", "session", "labels", "user_id"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if "labels" not in inputs:  # predict() needs none
@@ -121,7 +153,7 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
         write_trainer_card(self, model_name, tags, **metadata)
 
     def compute_reward_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """AUC, calibration and relative log loss per objective, from logits and labels (-100 where missing)."""
+        """The metrics of [`~onerec_hf.evaluation.reward_metrics.reward_metrics`], from logits and labels (-100 where missing)."""
         config = self.accelerator.unwrap_model(self.model).config
         probabilities = torch.from_numpy(np.asarray(prediction.predictions)).double().sigmoid().numpy()
         return reward_metrics(
@@ -130,7 +162,32 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
             config.objectives,
             config.base_rates,
             self.args.calibration_bins,
+            self._evaluated_users,
         )
+
+
+class _ByUser(Sampler[int]):
+    """Rows in the order of shuffled users, so that a batch holds whole users but for its ends. Order by seed and epoch only, equal on all ranks."""
+
+    def __init__(self, users: Sequence, seed: int):
+        owners = np.unique(np.asarray(users), return_inverse=True)[1]
+        self._rows = np.split(np.argsort(owners, kind="stable"), np.cumsum(np.bincount(owners))[:-1])
+        self._length, self._seed, self._epoch = len(owners), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(len(self._rows))
+        return iter(np.concatenate([self._rows[user] for user in order]).tolist())
+
+
+def _users_of(dataset: Any) -> list | None:
+    """The column `user_id`, where the dataset has one."""
+    return dataset["user_id"][:] if isinstance(dataset, Dataset) and "user_id" in dataset.column_names else None
 
 
 def _check_labels(dataset, objectives: list[str], required: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of predicted rates per objective: AUC, calibration and log loss."""
+"""Metrics of predicted rates per objective: AUC, accuracy within users, calibration and log loss."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ def reward_metrics(
     objectives: Sequence[str],
     base_rates: Sequence[float],
     bins: int = 10,
+    users: Sequence | np.ndarray | None = None,
 ) -> dict[str, float]:
     """
     Per objective, over the sessions that have its label:
@@ -98,12 +99,14 @@ def reward_metrics(
     - `calibration_error`: see `calibration_error`; `bias`: mean prediction over mean label (NaN if no label is above 0).
     - `relative_log_loss`: cross-entropy relative to a constant prediction of the training base rate (normalised entropy, He et al. 2014); below 1
       the model is better than the base rate.
+    - `within_user_accuracy`, with `users`: see `within_group_concordance`; NaN without a user with two different labels.
     - `positives`: number of sessions with a label above 0. The other metrics are noisy if it is small.
 
     Args:
         labels: (n, K), NaN or -100 for missing labels.
         probabilities: (n, K).
         base_rates: (K,) mean training labels.
+        users: (n,) whose session each row is.
 
     Returns:
         `{"<objective>/<metric>": value}`; objectives without labels are omitted.
@@ -120,6 +123,8 @@ def reward_metrics(
             continue
         y, p = labels[known, k], probabilities[known, k]
         metrics[f"{name}/auc"] = concordance(y, p)
+        if users is not None:
+            metrics[f"{name}/within_user_accuracy"] = within_group_concordance(y, p, np.asarray(users)[known])[0]
         metrics[f"{name}/calibration_error"] = calibration_error(y, p, bins)
         metrics[f"{name}/bias"] = float(p.mean() / y.mean()) if y.mean() > 0 else float("nan")
         metrics[f"{name}/relative_log_loss"] = log_loss(y, p) / log_loss(y, np.full(len(y), base_rates[k]))
@@ -142,12 +147,34 @@ def within_group_concordance(labels, scores, groups) -> tuple[float, int]:
         >>> within_group_concordance([0, 1, 0, 1], [0.1, 0.2, 0.9, 0.8], ["a", "a", "b", "b"])
         (0.5, 2)
     """
+    right, pairs = within_group_pairs(labels, scores, groups)
+    return (float(right.sum() / pairs.sum()) if pairs.any() else float("nan")), int(pairs.sum())
+
+
+def within_group_pairs(labels, scores, groups, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Per group how many pairs with labels more than `least` apart the scores order correctly, ties counting half, and how many there are. Draws of groups make
+    confidence intervals of [`within_group_concordance`].
+
+    Args:
+        labels, scores, groups: (n,).
+
+    Returns:
+        (groups,) float64 and int64, in the order of the sorted groups.
+
+    Example:
+        >>> right, pairs = within_group_pairs([0, 1, 0.1, 0.2], [0.1, 0.2, 0.9, 0.8], ["b", "b", "a", "a"], least=0.1)
+        >>> right.tolist(), pairs.tolist()
+        ([0.0, 1.0], [0, 1])
+    """
     labels, scores, groups = np.asarray(labels), np.asarray(scores), np.unique(groups, return_inverse=True)[1]
-    order = np.argsort(groups, kind="stable")
-    right, pairs = 0.0, 0
-    for rows in np.split(order, np.cumsum(np.bincount(groups))[:-1]):
-        above = labels[rows][:, None] > labels[rows][None]
+    sizes = np.bincount(groups)
+    right, pairs = np.zeros(len(sizes)), np.zeros(len(sizes), dtype=np.int64)
+    of_groups = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    for group in np.flatnonzero(sizes > 1):
+        rows = of_groups[group]
+        above = labels[rows][:, None] - labels[rows][None] > least
         margins = (scores[rows][:, None] - scores[rows][None])[above]
-        right += (margins > 0).sum() + 0.5 * (margins == 0).sum()
-        pairs += int(above.sum())
-    return (float(right / pairs) if pairs else float("nan")), pairs
+        right[group] = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+        pairs[group] = above.sum()
+    return right, pairs

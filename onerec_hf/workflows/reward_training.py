@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
     from onerec_hf.modeling.processing_onerec_reward import RewardItems
 
-METRICS = {"auc": "share", "calibration_error": "rate", "bias": "ratio", "relative_log_loss": "ratio"}
+METRICS = {
+    "auc": "share",
+    "within_user_accuracy": "share",
+    "calibration_error": "rate",
+    "bias": "ratio",
+    "relative_log_loss": "ratio",
+}
 ATTRIBUTES = ("tags", "author", "type", "duration_ms")
 
 
@@ -47,12 +53,18 @@ class RewardModelSettings:
     pooling: str = field(default="sum", metadata={"help": "sum (the paper's) or mean of a session's items."})
     dropout_rate: float = field(default=0.1, metadata={"help": "Dropout."})
     score_fusion: str = field(
-        default="lift", metadata={"help": "lift (over base rates) or probability: what score() averages."}
+        default="lift",
+        metadata={
+            "help": "What the score is: lift (mean over base rates), probability (mean), or p_score (a trained head)."
+        },
     )
     score_weights: list[str] | None = field(
         default=None, metadata={"help": "NAME=WEIGHT of objectives in score(); 1 each by default."}
     )
     behaviour_dim: int = field(default=64, metadata={"help": "Width of the co-watching features; 0 leaves them out."})
+    item_statistics: bool = field(
+        default=False, metadata={"help": "Read impressions and feedback rates of items in the period before."}
+    )
 
 
 def train_reward(
@@ -106,11 +118,12 @@ def train_reward(
         begin(folder, command, resumes)
         with resumable(folder, command), contextlib.redirect_stdout(sys.stderr):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            use_later_statistics(trainer.accelerator.unwrap_model(trainer.model), data)
             save_trained(trainer, folder)
         rows = []
         if is_first():
             predicted = predictions_beside_baselines(model, data, items, features, data.test)
-            rows = metric_rows(predicted, data)
+            rows = [*metric_rows(predicted, data), *score_rows(model, data.test)]
             rows.append(result_row("seconds", time.perf_counter() - started, "s"))
             write_results(
                 folder / "results.json",
@@ -196,11 +209,17 @@ def new_reward_model(
 
     items = RewardItems(feedback.items.item_ids)
     features, recipe = item_features(feedback, items, settings.behaviour_dim)
-    sizes = {name: value for name, value in vars(settings).items() if name not in ("score_weights", "behaviour_dim")}
+    sizes = {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in ("score_weights", "behaviour_dim", "item_statistics")
+    }
+    statistics = _statistics(feedback, later=False) if settings.item_statistics else None
     try:
         config = OneRecRewardConfig(
             num_items=len(items),
             item_feature_dim=features.shape[1],
+            statistics_dim=0 if statistics is None else statistics.shape[1],
             objectives=feedback.objectives,
             base_rates=feedback.base_rates,
             score_weights=weights,
@@ -211,40 +230,99 @@ def new_reward_model(
         raise ValueError(f"model options: {error.__cause__ or error}") from error
     model = OneRecForSessionReward(config)
     model.set_items(items, features if features.shape[1] else None)
+    if statistics is not None:
+        model.set_statistics(statistics)
     return model, items, features
+
+
+def use_later_statistics(model: OneRecForSessionReward, feedback: SessionFeedback) -> None:
+    """
+    Gives a model that was trained with the statistics before the training windows those before the validation windows. A model without statistics
+    stays as it is.
+    """
+    statistics = _statistics(feedback, later=True) if model.config.statistics_dim else None
+    if statistics is not None:
+        model.set_statistics(statistics)
+
+
+def _statistics(feedback: SessionFeedback, later: bool) -> np.ndarray | None:
+    """(items, d) statistics before the training or the validation windows, of the objectives that the first have feedback for."""
+    if feedback.statistics is None or feedback.later_statistics is None:
+        return None
+    counted = feedback.later_statistics if later else feedback.statistics
+    return counted.features(feedback.statistics.known)
 
 
 def predictions_beside_baselines(
     model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
 ) -> dict[str, np.ndarray]:
     """(sessions, objectives) probabilities of the base rate, of logistic regression (with features), and of the model."""
-    from onerec_hf.baselines.session_reward import predict_baseline, session_features
+    from onerec_hf.baselines.session_reward import predict_baseline
     from onerec_hf.data import label_matrix
 
     labels = label_matrix(feedback.train)
-    columns = [
-        [items.indices(row) for row in part[name]]
-        for part in (feedback.train, split)
-        for name in ("history", "session")
-    ]
-    x, x_split = session_features(features, *columns[:2]), session_features(features, *columns[2:])
-    kinds = ("base_rate", "logistic_regression") if features.shape[1] else ("base_rate",)
+    x, x_split = baseline_features(model, feedback, items, features, split)
+    kinds = ("base_rate", "logistic_regression") if x.shape[1] > 2 else ("base_rate",)
     predicted = {kind: predict_baseline(kind, x, labels, x_split) for kind in kinds}
     predicted["onerec_reward"] = model.predict(split["history"][:], split["session"][:]).double().numpy()
     return predicted
 
 
+def baseline_features(
+    model: OneRecForSessionReward, feedback: SessionFeedback, items: RewardItems, features: np.ndarray, split: Dataset
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training windows and of the split's with what the model reads: item features, and the statistics that it reads of each."""
+    from onerec_hf.baselines.session_reward import session_features
+
+    made = []
+    for part, later in ((feedback.train, False), (split, True)):
+        table = features
+        if model.item_statistics is not None:
+            read = model.item_statistics[1:].cpu().numpy() if later else _statistics(feedback, later=False)
+            table = np.concatenate([features, read], axis=1)
+        made.append(
+            session_features(table, *([items.indices(row) for row in part[name]] for name in ("history", "session")))
+        )
+    return made[0], made[1]
+
+
 def metric_rows(predicted: dict[str, np.ndarray], feedback: SessionFeedback) -> list[dict[str, Any]]:
     """Result rows `model/objective/metric` of predictions for the test period."""
     from onerec_hf.data import label_matrix
-    from onerec_hf.evaluation.reward_metrics import reward_metrics
+    from onerec_hf.evaluation.reward_metrics import reward_metrics, within_group_concordance
 
-    labels, rows = label_matrix(feedback.test), []
+    labels, users, rows = label_matrix(feedback.test), feedback.test["user_id"][:], []
     for name, p in predicted.items():
-        found = reward_metrics(labels, p, feedback.objectives, feedback.base_rates)
+        found = reward_metrics(labels, p, feedback.objectives, feedback.base_rates, users=users)
         for objective in feedback.objectives:
             for metric, unit in METRICS.items():
                 rows.append(result_row(f"{name}/{objective}/{metric}", found[f"{objective}/{metric}"], unit))
     for k, objective in enumerate(feedback.objectives):
+        known = labels[:, k] >= 0
+        pairs = within_group_concordance(labels[known, k], labels[known, k], np.asarray(users)[known])[1]
         rows.append(result_row(f"test/{objective}/positives", float((labels[:, k] > 0).sum()), "sessions"))
+        rows.append(result_row(f"test/{objective}/within_user_pairs", float(pairs), "pairs"))
     return rows
+
+
+def score_rows(model: OneRecForSessionReward, split: Dataset) -> list[dict[str, Any]]:
+    """
+    Result rows of `reward()`, the number that alignment uses, against the mean label by the model's weights (rows without missing labels): AUC and
+    accuracy within users.
+    """
+    from onerec_hf.data import label_matrix
+    from onerec_hf.evaluation.reward_metrics import concordance, within_group_concordance
+
+    names, weights = model.config.objectives or [], model.config.score_weights
+    weight = np.array([1.0 if weights is None else weights.get(name, 0.0) for name in names])
+    labels = label_matrix(split)[:, weight != 0]
+    known = ~np.isnan(labels).any(1)
+    if not known.any():
+        return []
+    outcome = labels[known] @ weight[weight != 0] / weight.sum()
+    scores = np.array(model.reward(split["history"][:], split["session"][:]))[known]
+    found = {
+        "auc": concordance(outcome, scores),
+        "within_user_accuracy": within_group_concordance(outcome, scores, np.asarray(split["user_id"][:])[known])[0],
+    }
+    return [result_row(f"onerec_reward/score/{metric}", value, "share") for metric, value in found.items()]

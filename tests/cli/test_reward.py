@@ -88,6 +88,26 @@ def test_the_card_runs_and_shows_the_baselines(impressions, tmp_path):
     assert len(run_snippet(card)["rewards"]) == 1
 
 
+def test_the_p_score_is_what_alignment_gets(impressions, tmp_path):
+    folder = tmp_path / "judge"
+    windows = ["--min_items", 2, "--max_items", 4]  # several a user
+    options = ["--item_statistics", "true", "--pair_weight", 1, "--score_fusion", "p_score"]
+    done = succeeded(reward(impressions, folder, *windows, *options, "--score_weights", "ltr=1", "viewed=3"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert 0 < model.reward([["m1"]], [["m2", "m3"]])[0] < 1
+    assert model.config.statistics_dim == 3  # impressions, likes, views
+    assert model.item_statistics[1:].std(0).min() > 0
+    assert "within_user_accuracy" in done.out
+    values = {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    assert 0 < values["onerec_reward/score/within_user_accuracy"] < 1
+    assert 0 < values["onerec_reward/ltr/within_user_accuracy"] < 1
+    assert values["test/ltr/within_user_pairs"] > 0
+    card = (folder / "README.md").read_text()
+    assert "The reward is the P-Score" in card
+    assert f"{values['onerec_reward/ltr/within_user_accuracy']:.4f}" in card
+    assert "3 statistics of an earlier period per item" in card
+
+
 def test_without_features_there_is_no_regression(impressions, tmp_path):
     done = succeeded(reward(impressions, tmp_path / "judge", "--behaviour_dim", 0))
     assert "logistic_regression" not in done.out

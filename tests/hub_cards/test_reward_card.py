@@ -56,8 +56,8 @@ def test_the_numbers_are_the_models_and_the_rows(tmp_path):
         "| ltr | 0.02 | 0.5 | 1,234 |",
     ]
     assert table_of(section(card.content, "Evaluation"))[2:4] == [
-        "| vtr | base\\_rate | 0.5000 | 0.1000 | - | 0.9000 |",
-        "| vtr | onerec\\_reward | 0.5100 | 0.1100 | - | 0.9100 |",
+        "| vtr | base\\_rate | 0.5000 | - | 0.1000 | - | 0.9000 |",
+        "| vtr | onerec\\_reward | 0.5100 | - | 0.1100 | - | 0.9100 |",
     ]
     described = section(card.content, "Model")
     assert f"{model.num_parameters():,} parameters" in described
@@ -77,6 +77,8 @@ def test_without_rows_it_claims_nothing(tmp_path):
     assert card.data.eval_results is None
     assert "Not recorded" in card.content
     assert "weighted mean of the predicted rates" in card.content
+    write_reward_card(tmp_path, make_reward(score_fusion="p_score"))
+    assert "The reward is the P-Score" in ModelCard.load(tmp_path / "README.md").content
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -1,5 +1,6 @@
 """The session reward model: its loss, what it must not depend on, its scores, and saving."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-from onerec_hf.modeling.modeling_onerec_reward import masked_bce
+from onerec_hf.modeling.modeling_onerec_reward import masked_bce, within_user_loss
 from tests.rounding import assert_close
 
 IDS = [f"m{i}" for i in range(12)]
@@ -33,9 +34,12 @@ def make_reward(seed: int = 0, **config) -> OneRecForSessionReward:
     model = OneRecForSessionReward(OneRecRewardConfig(**{**settings, **config}))
     features = np.random.default_rng(0).normal(size=(len(IDS), model.config.item_feature_dim))
     model.set_items(RewardItems(IDS), features)
+    if model.config.statistics_dim:
+        model.set_statistics(features[:, : model.config.statistics_dim])
     with torch.no_grad():
-        for tower in model.towers:
-            tower.out_proj.weight.normal_(0, 0.5)
+        for head in (*model.towers, model.p_score):
+            if head is not None:
+                head.out_proj.weight.normal_(0, 0.5)
     return model.eval()
 
 
@@ -209,6 +213,8 @@ def test_bad_sessions_get_one_clear_error(reward):
         ({"score_weights": {"x": 1.0}}, r"score_weights names \['x'\]"),
         ({"score_fusion": "product"}, "score_fusion"),
         ({"pooling": "max"}, "pooling"),
+        ({"statistics_dim": -1}, "statistics_dim"),
+        ({"score_fusion": "p_score", "score_weights": {"swt": 2.0, "vtr": -1.0}}, "at least 0"),
     ],
 )
 def test_configurations_that_cannot_be(change, message):
@@ -229,7 +235,108 @@ def test_items_keep_their_ids_through_a_file(ids, tmp_path):
         RewardItems([*ids, ids[0]])
 
 
-def test_gradients_reach_every_parameter(reward, inputs):
-    reward.train()
+@pytest.mark.parametrize("config", [{}, {"score_fusion": "p_score", "statistics_dim": 2}])
+def test_gradients_reach_every_parameter(config, inputs):
+    reward = make_reward(**config).train()
     reward(**inputs, labels=torch.rand(4, 4)).loss.backward()
     assert [name for name, p in reward.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_pairs_within_users_by_hand():
+    logits = torch.tensor([[0.5, 1.0], [-0.2, 0.0], [0.1, 3.0], [0.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([[0.2, 1.0], [0.6, -100.0], [0.2, 0.0], [1.0, 1.0]])
+    users = torch.tensor([4, 4, 4, 9])  # the last one has no other session
+    pairs = [(1, 0, 0), (1, 2, 0), (0, 2, 1)]  # better, worse, objective; missing labels and ties are no pairs
+    values = logits.detach()
+    total = sum(
+        (labels[i, k] - labels[j, k]).item() * math.log1p(math.exp(values[j, k] - values[i, k])) / 2
+        for i, j, k in pairs
+    )
+    loss = within_user_loss(logits, labels, users)
+    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
+    loss.backward()
+    assert logits.grad[3].abs().max() == 0
+    assert logits.grad[1, 0] < 0 < logits.grad[0, 0]  # up for the better session, down for the worse
+    assert within_user_loss(logits, labels, torch.arange(4)).item() == 0
+
+
+def p_score_model(**config) -> OneRecForSessionReward:
+    return make_reward(score_fusion="p_score", score_weights={"swt": 1.0, "vtr": 3.0}, **config)
+
+
+def test_the_p_score_is_trained_on_the_weighted_sum_of_objectives():
+    reward = p_score_model()
+    inputs = reward.items.encode(HISTORIES, SESSIONS)
+    labels = torch.tensor([[1.0, 0.0, -100, 0.25], [0.5, 1.0, 0, 0], [-100, 1.0, 0, 0], [0.0, 0.5, 0, 1.0]])
+    out = reward(**inputs, labels=labels)
+    total = 0.0
+    for row in (0, 1, 3):  # row 2 lacks an objective with a weight
+        p = out.p_score_logits[row].sigmoid().item()
+        for weight, y in zip((0.25, 0.75), labels[row, :2].tolist(), strict=True):
+            total -= weight * (y * math.log(p) + (1 - y) * math.log(1 - p))
+    towers = masked_bce(out.logits, labels).item()
+    assert out.loss.item() == pytest.approx(towers + total / 4, rel=1e-5)
+
+
+@torch.no_grad()
+def test_alignment_gets_the_p_score_and_the_fusion_stays():
+    reward = p_score_model()
+    inputs = reward.items.encode(HISTORIES, SESSIONS)
+    scores = reward(**inputs).p_score_logits.sigmoid()
+    assert reward.reward(HISTORIES, SESSIONS) == pytest.approx(scores.tolist(), rel=1e-5)
+    assert_close(reward.score(**inputs), scores)
+    weights = {"vtr": 1.0, "ltr": 2.0}
+    fused = make_reward(score_weights=weights).fuse(reward.predict(HISTORIES, SESSIONS))
+    assert reward.reward(HISTORIES, SESSIONS, weights) == pytest.approx(fused.tolist(), rel=1e-5)
+    reward.p_score.out_proj.weight.zero_()  # untrained: the weighted base rate
+    assert reward.reward(HISTORIES, SESSIONS) == pytest.approx([0.25 * 0.5 + 0.75 * 0.3] * 4, rel=1e-5)
+
+
+@torch.no_grad()
+def test_statistics_are_read_replaced_and_saved(tmp_path):
+    reward = p_score_model(statistics_dim=2)
+    before = reward.reward(HISTORIES, SESSIONS)
+    later = np.random.default_rng(5).normal(size=(len(IDS), 2))
+    reward.set_statistics(later)
+    after = reward.reward(HISTORIES, SESSIONS)
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    reward.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.reward(HISTORIES, SESSIONS) == after
+    assert_close(loaded.item_statistics[1:], torch.tensor(later, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"item statistics: expected shape \(12, 2\) \(items, statistics_dim\)"):
+        reward.set_statistics(later[:3])
+    later[3, 1] = np.inf
+    with pytest.raises(ValueError, match=r"item statistics: 1 of 12 rows hold NaN or infinity \(first: item 'm3'\)"):
+        reward.set_statistics(later)
+    with pytest.raises(ValueError, match=r"no statistics \(statistics_dim=0\)"):
+        make_reward().set_statistics(later)
+
+
+@torch.no_grad()
+def test_mean_statistics_of_a_session_move_its_logits():
+    reward = p_score_model(statistics_dim=2)
+    inputs = reward.items.encode(HISTORIES, SESSIONS)
+    before = reward(**inputs)
+    weight = torch.linspace(-0.2, 0.3, 10).reshape(5, 2)  # four objectives and the P-Score
+    reward.statistics_wide.weight.copy_(weight)
+    after = reward(**inputs)
+    for row, session in enumerate(SESSIONS):
+        mean = torch.stack([reward.item_statistics[1 + IDS.index(item)] for item in session]).mean(0)
+        moved = torch.cat(
+            [after.logits[row] - before.logits[row], (after.p_score_logits - before.p_score_logits)[row, None]]
+        )
+        assert_close(moved, 10 * weight @ mean, scale=10.0)
+
+
+def test_a_model_saved_before_statistics_and_p_score_loads_as_it_was(reward, tmp_path):
+    reward.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["statistics_dim"]
+    path.write_text(json.dumps(config))
+    loaded, found = OneRecForSessionReward.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert loaded.reward(HISTORIES, SESSIONS) == reward.reward(HISTORIES, SESSIONS)
+    assert not [name for name in loaded.state_dict() if "statistics" in name or "p_score" in name]

@@ -1,5 +1,7 @@
 """RewardTrainer, its metrics and the baselines beside it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
 from onerec_hf.baselines.session_reward import predict_baseline, session_features
 from onerec_hf.evaluation.reward_metrics import calibration_error, concordance, log_loss, reward_metrics
+from onerec_hf.modeling.modeling_onerec_reward import masked_bce, within_user_loss
 from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
 from tests.rounding import BACKWARD, assert_close, close
 
@@ -98,6 +101,57 @@ def test_evaluation_is_that_of_predict(tmp_path):
     assert {name: found[f"eval_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
+def of_users(n: int, seed: int) -> Dataset:
+    """[`synthetic`] sessions of users with two or three each."""
+    made = synthetic(n, seed)
+    return made.add_column("user_id", [f"u{i // 3 if i % 5 else i}" for i in range(n)])
+
+
+@pytest.mark.parametrize("fusion", ["lift", "p_score"])
+def test_training_adds_the_pairs_within_users(tmp_path, fusion):
+    model = make_model(score_fusion=fusion)
+    with torch.no_grad():
+        for head in [*model.towers, *([model.p_score] if model.p_score else [])]:
+            head.out_proj.weight.normal_(0, 0.1)
+    rows = of_users(12, 3)
+    trainer = RewardTrainer(model, arguments(tmp_path, pair_weight=2.5), rows, rows)
+    batch = trainer.data_collator(list(rows))
+    users = batch["users"]
+    assert (
+        len(set(zip(users.tolist(), rows["user_id"], strict=True))) == len(set(rows["user_id"])) == len(users.unique())
+    )
+    out = model(**batch)
+    labels = batch["labels"]
+    pairs = within_user_loss(out.logits, labels, users)
+    plain = masked_bce(out.logits, labels)
+    if fusion == "p_score":
+        label = model.p_score.labels(labels)
+        pairs = pairs + within_user_loss(out.p_score_logits[:, None], label, users)
+        plain = plain + masked_bce(out.p_score_logits[:, None], label)
+    assert pairs > 0
+    assert_close(trainer.compute_loss(model.train(), dict(batch)), plain + 2.5 * pairs)
+    assert trainer.evaluate()["eval_loss"] == close(plain.item())  # the evaluation's loss does not depend on batches
+    one, other = ([*trainer._get_train_sampler()] for _ in range(2))
+    assert one == other
+    assert sorted(one) == list(range(12))
+    order = [rows["user_id"][row] for row in one]
+    assert sum(a != b for a, b in pairwise(order)) == len(set(order)) - 1  # users stay together
+
+
+def test_evaluation_reports_the_accuracy_within_users(tmp_path):
+    model, rows = make_model(), of_users(40, 3)
+    with torch.no_grad():
+        model.towers[0].out_proj.weight.normal_(0, 0.1)
+    p, right = model.predict(rows["history"][:], rows["session"][:])[:, 0].tolist(), []
+    for i in range(40):
+        for j in range(40):
+            if rows[i]["user_id"] == rows[j]["user_id"] and rows[i]["labels"][0] > rows[j]["labels"][0]:
+                right.append((p[i] > p[j]) + 0.5 * (p[i] == p[j]))
+    trainer = RewardTrainer(model, arguments(tmp_path, per_device_eval_batch_size=7), None, {"held": rows})
+    assert trainer.evaluate()["eval_held_vtr/within_user_accuracy"] == pytest.approx(np.mean(right))
+    assert not any("within" in name for name in trainer.evaluate(rows.remove_columns("user_id")))
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -107,8 +161,8 @@ class StopAt(TrainerCallback):
 
 
 def test_resuming_equals_no_interruption(tmp_path):
-    train = synthetic(96, 1)
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}
+    train = of_users(96, 1)
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "pair_weight": 1.0}
     whole = RewardTrainer(make_model(dropout_rate=0.1), arguments(tmp_path / "whole", **settings), train)
     whole.train()
     part = arguments(tmp_path / "part", **settings)
@@ -141,6 +195,8 @@ def test_what_cannot_be_trained_is_said(tmp_path):
     wrong = Dataset.from_dict({"history": [[1]], "session": [[2]], "labels": [[0.5]]})
     with pytest.raises(ValueError, match="1 labels per row"):
         RewardTrainer(make_model(), arguments(tmp_path), wrong)
+    with pytest.raises(ValueError, match="pair_weight must be a finite number"):
+        arguments(tmp_path, pair_weight=-1.0)
     with pytest.raises(ValueError, match="calibration_bins"):
         arguments(tmp_path, calibration_bins=0)
 

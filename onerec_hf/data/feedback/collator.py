@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 @dataclass
 class RewardDataCollator:
     """
-    Batches examples with the columns `history`, `session` and, for training, `labels` (a number in [0, 1] or None per objective).
+    Batches examples with the columns `history`, `session` and, for training, `labels` (a number in [0, 1] or None per objective) and
+    optionally `user_id`.
 
     Args:
         items: the reward model's items.
         max_history: history items to keep, the latest ones (default: all).
 
     Returns:
-        The tensors of `RewardItems.encode`, and `labels` (sessions, objectives) float32 with -100 for missing labels.
+        The tensors of `RewardItems.encode`, `labels` (sessions, objectives) float32 with -100 for missing labels, and with `user_id` also
+        `users` (sessions,) int64, equal for sessions of one user.
 
     Example:
         >>> from onerec_hf import RewardItems
@@ -39,4 +41,8 @@ class RewardDataCollator:
         if "labels" in examples[0]:
             labels = [[-100.0 if label is None else label for label in example["labels"]] for example in examples]
             batch["labels"] = torch.tensor(labels, dtype=torch.float32)
+            if "user_id" in examples[0]:
+                numbers: dict[Any, int] = {}
+                owners = [numbers.setdefault(example["user_id"], len(numbers)) for example in examples]
+                batch["users"] = torch.tensor(owners)
         return batch

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, names_source
+from onerec_hf.data.feedback.item_statistics import ItemStatistics
 from onerec_hf.data.feedback.kuairand import SessionFeedback
 from onerec_hf.data.feedback.windows import feedback_windows
 from onerec_hf.data.interactions import ItemTable, read_interactions, read_items
@@ -36,7 +37,8 @@ def load_impressions(
 ) -> SessionFeedback:
     """
     Impressions before `history_end` form the users' histories. Later impressions are cut into windows of `min_items` to `max_items`, labelled
-    with the rate of every objective, see `feedback_windows`. Each window lies inside one of three periods: training, validation, test.
+    with the rate of every objective, see `feedback_windows`. Each window lies inside one of three periods: training, validation, test. Item
+    statistics are counted before the training and before the validation windows.
 
     Args:
         source: path of a table, a DataFrame or a `datasets.Dataset`, one row per impression.
@@ -103,6 +105,12 @@ def load_impressions(
         f"validation (from {validation_start}), {len(parts['test']):,} of test (from {test_start}). Histories: the latest {max_history} "
         f"{'impressions' if history_objective is None else f'impressions with {history_objective} above 0'} before {history_end}."
     )
+    index = pd.Index(items.item_ids).get_indexer(log["item_id"])
+    values = log[list(objectives.values())].to_numpy(dtype=np.float64, na_value=np.nan)
+    earlier, later = (
+        ItemStatistics.count(index[times < end], values[times < end], len(items.item_ids))
+        for end in (history_end, validation_start)
+    )
     return SessionFeedback(
         parts["training"],
         parts["validation"],
@@ -111,4 +119,6 @@ def load_impressions(
         items,
         [before[user] for user in sorted(before)],
         description,
+        earlier,
+        later,
     )

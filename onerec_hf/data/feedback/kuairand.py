@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from onerec_hf.data.columns import DataError, require_columns
+from onerec_hf.data.feedback.item_statistics import ItemStatistics
 from onerec_hf.data.feedback.watch_time import WatchTimeScale
 from onerec_hf.data.feedback.windows import feedback_windows
 from onerec_hf.data.interactions import ItemTable, read_items
@@ -31,6 +32,8 @@ class SessionFeedback:
         items: `item_id` and the attributes `tags`, `author`, `type`, `duration_ms`.
         train_sequences: item ids per user in time order, before the validation days, for co-occurrence embeddings without leakage.
         description: protocol and licence, for model cards.
+        statistics: counts of the items before the training windows, in the order of the item table and of the objectives.
+        later_statistics: likewise before the validation windows.
     """
 
     train: datasets.Dataset
@@ -40,6 +43,8 @@ class SessionFeedback:
     items: ItemTable
     train_sequences: list[np.ndarray]
     description: str
+    statistics: ItemStatistics | None = None
+    later_statistics: ItemStatistics | None = None
 
     @property
     def base_rates(self) -> list[float]:
@@ -71,7 +76,7 @@ def load_kuairand_feedback(
     The standard log of 2022-04-25 to 05-08 as windows of impressions with the paper's four objectives, each a rate in [0, 1] over the window:
     `swt` (mean rank of the play time among training impressions of similar duration, see `WatchTimeScale`), `vtr` (long_view), `wtr` (follow)
     and `ltr` (like). Exact duplicate rows are dropped. Each window lies inside one of the three periods. The history holds videos from before
-    2022-04-25.
+    2022-04-25; item statistics before the training windows are counted in it and have views and likes only.
 
     Args:
         folder: folder with log_standard_4_25_to_5_08_pure.parquet, history_4_08_to_4_24_pure.parquet and video_features_basic_pure.parquet.
@@ -110,7 +115,7 @@ def load_kuairand_feedback(
         "duration_ms",
     ]
     require_columns(log, columns, "log")
-    require_columns(past, ["user_id", "watch_seq", history], "history")
+    require_columns(past, ["user_id", *_HISTORIES], "history")
     total = len(log)
     log = log.drop_duplicates(ignore_index=True)
     log = log.rename(columns={"video_id": "item_id", "time_ms": "timestamp"})
@@ -129,19 +134,41 @@ def load_kuairand_feedback(
     training: Any = log[periods["training"]]
     scale = WatchTimeScale.fit(training["play_time_ms"], training["duration_ms"])
     log["watch_rank"] = scale(log["play_time_ms"], log["duration_ms"])
+    training = log[periods["training"]]
     objectives = {"swt": "watch_rank", "vtr": "long_view", "wtr": "is_follow", "ltr": "is_like"}
     histories = dict(zip(past["user_id"].tolist(), past[history].map(list), strict=True))
     parts: list[Any] = [log[within] for within in periods.values()]
     train, validation, test = (feedback_windows(part, objectives, histories, min_items, max_items) for part in parts)
     items = read_items(_attributes(videos), text_columns=["tags", "author", "type", "duration_ms"])
     items.select(pd.unique(log["item_id"].to_numpy()))  # raises if a video has no row
+    before = _counted_before(past, items.item_ids, list(objectives))
+    shown = ItemStatistics.count(
+        pd.Index(items.item_ids).get_indexer(training["item_id"]),
+        training[list(objectives.values())].to_numpy(dtype=np.float64),
+        len(items.item_ids),
+    )
     description = (
         f"KuaiRand-Pure, standard log 2022-04-25 to 05-08 ({len(log):,} impressions; {total - len(log):,} exact duplicate rows dropped). "
         f"Per-user windows of {min_items} to {max_items} impressions inside each period, not logged sessions: {len(train):,} of training (before "
         f"{validation_start}), {len(validation):,} of validation, {len(test):,} of test (from {test_start}). Histories: {history} of 2022-04-08 "
         "to 04-24, at most 50 items. CC BY-SA 4.0; cite Gao et al., CIKM 2022 (doi:10.1145/3511808.3557624)."
     )
-    return SessionFeedback(train, validation, test, list(objectives), items, _sequences(past, training), description)
+    sequences = _sequences(past, training)
+    return SessionFeedback(
+        train, validation, test, list(objectives), items, sequences, description, before, before + shown
+    )
+
+
+def _counted_before(past: pd.DataFrame, item_ids: Any, objectives: list[str]) -> ItemStatistics:
+    """Impressions, views and likes of the earlier histories; they have no watch times and no follows."""
+    index = pd.Index(item_ids)
+    rows = {name: index.get_indexer(np.concatenate(past[name].to_numpy())) for name in _HISTORIES}
+    counts = {name: np.bincount(found[found >= 0], minlength=len(index)) for name, found in rows.items()}
+    shown = counts["watch_seq"].astype(np.float64)
+    observed = np.zeros((len(index), len(objectives)))
+    for objective, name in (("vtr", "long_watch_seq"), ("ltr", "like_seq")):
+        observed[:, objectives.index(objective)] = counts[name]
+    return ItemStatistics(shown, observed, shown[:, None] * observed.sum(0) / shown.sum())
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import pytest
 
 from onerec_hf.data import DataError
 from onerec_hf.data.feedback.impressions import load_impressions
+from onerec_hf.data.feedback.item_statistics import ItemStatistics
 from onerec_hf.data.interactions import read_items
 
 
@@ -66,3 +67,38 @@ def test_refuses(settings, message):
     given = {"objectives": {"ltr": "like"}, "history_end": 10, "validation_start": 22, "test_start": 31, **settings}
     with pytest.raises(DataError, match=message):
         load_impressions(table(), **given)
+
+
+def test_item_statistics_are_of_the_period_before():
+    rows = table()
+    rows.loc[rows["timestamp"] % 5 == 0, "view"] = np.nan
+    items = read_items(pd.DataFrame({"item_id": [*(f"m{i}" for i in range(30)), "new"]}))
+    given = ({"ltr": "like", "vtr": "view"}, 10, 22, 31)
+    feedback = load_impressions(rows, *given, items=items)
+    for counted, end in ((feedback.statistics, 10), (feedback.later_statistics, 22)):
+        before = rows[rows["timestamp"] < end]
+        for row, item in enumerate(items.item_ids):
+            mine = before[before["item_id"] == item]
+            assert counted.shown[row] == len(mine)
+            assert counted.observed[row] == pytest.approx([mine["like"].sum(), mine["view"].sum()])
+            rates = before["like"].mean(), before["view"].mean()
+            assert counted.expected[row] == pytest.approx([len(mine) * rates[0], mine["view"].count() * rates[1]])
+    later = rows.assign(like=rows["like"].where(rows["timestamp"] < 22, 1 - rows["like"]))
+    again = load_impressions(later, *given, items=items)  # what happens from the validation period on is not read
+    np.testing.assert_array_equal(again.later_statistics.features(), feedback.later_statistics.features())
+    read = feedback.statistics.features()
+    assert read.shape == (31, 3)
+    assert read[30, 1:].tolist() == [0, 0]  # never shown: as the average item
+    assert read[30, 0] == read[:, 0].min()
+
+
+def test_item_statistics_of_logs_with_other_rates_add_up():
+    few = ItemStatistics.count([0, 0, 1, 1], [[0.0], [0.2], [0.0], [0.0]], 2)
+    many = ItemStatistics.count([1] * 8, [[1.0]] * 8, 2)  # an item is no better for being shown where all is viewed
+    ratio = (few + many).features()[:, 1]
+    assert ratio[0] > 0 > ratio[1]
+    nothing = ItemStatistics.count([], np.zeros((0, 2)), 3)
+    assert not nothing.features().any()
+    assert nothing.known.tolist() == [False, False]
+    assert few.features(few.known).shape == (2, 2)
+    assert nothing.features(nothing.known).shape == (3, 1)

@@ -117,6 +117,10 @@ def test_collator_pads_and_marks_missing_labels():
     assert batch["attention_mask"].tolist() == [[1], [0]]
     assert batch["session_input_ids"].tolist() == [[3, 0], [1, 2]]
     assert batch["labels"].tolist() == [[-100.0, 1.0], [0.5, 0.0]]
+    assert "users" not in batch
+    example = {"history": [], "session": [7], "labels": [1.0, 1.0]}
+    users = collate([{**example, "user_id": user} for user in ("b", "a", "b")])["users"]
+    assert users.tolist() == [0, 1, 0]
 
 
 @pytest.mark.slow
@@ -140,6 +144,15 @@ def test_kuairand_pure(data_folder):
     assert feedback.base_rates[0] == pytest.approx(0.5, abs=0.02)
     known = set(feedback.items.item_ids.tolist())
     assert all(set(history) <= known and len(history) <= 50 for history in feedback.test["history"])
+    # Statistics: views and likes of the histories, then also all objectives of the training days.
+    before, later = feedback.statistics, feedback.later_statistics
+    assert before.known.tolist() == [False, True, False, True]
+    assert (before.shown.sum(), before.observed[:, 1].sum(), before.observed[:, 3].sum()) == (817_187, 390_929, 22_534)
+    training = pd.read_parquet(folder / "log_standard_4_25_to_5_08_pure.parquet").drop_duplicates()
+    training = training[training["date"] < 20220503]
+    assert later.shown.sum() - before.shown.sum() == len(training)
+    assert (later.observed - before.observed)[:, 2].sum() == training["is_follow"].sum()
+    np.testing.assert_allclose(later.expected.sum(0), later.observed.sum(0))
 
 
 @pytest.mark.slow
