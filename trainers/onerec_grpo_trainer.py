@@ -206,7 +206,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         check_item_rows(dataset, processor, ("history",), name)
         feature_columns(processor, list(dataset.select(range(min(1, len(dataset))))))
         _check_logged(dataset, processor, name)
-        empty = [row for row, history in enumerate(dataset["history"]) if not len(history)]
+        empty = [row for row, history in enumerate(dataset["history"]) if not history]
         if empty:
             raise ValueError(
                 f"the {name} dataset: 'history' is empty in {len(empty)} of {len(dataset)} rows (first: row {empty[0]}); drop these rows"
@@ -245,6 +245,15 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         check_item_rows(rows, processor, ("history", "session"), name)
         if ntp_dataset is None and self._num_logged:  # bad samples of another policy are nothing to learn
             rows = rows.select([row for row, value in enumerate(rows["advantage"]) if value is None or value > 0])
+        active, lengths = processor.catalogue.active, [len(session) for session in rows["session"]]
+        written = active[processor.catalogue.indices([item for session in rows["session"] for item in session])]
+        kept = np.array([part.all() for part in np.split(written, np.cumsum(lengths)[:-1])], dtype=bool)
+        if len(rows) and not kept.all():
+            logger.warning(
+                f"the {name} dataset: {int((~kept).sum())} of {len(rows)} sessions are left out of the next-token loss, since they hold items that "
+                "left the catalogue"
+            )
+            rows = rows.select(np.flatnonzero(kept))
         if not len(rows):
             raise ValueError(
                 f"the {name} dataset has no row for the next-token loss; pass ntp_dataset, or ntp_weight=0"
@@ -275,6 +284,9 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         logged = torch.tensor([_is_logged(row) for row in rows], device=device)
         given = torch.tensor([row["advantage"] if _is_logged(row) else 0.0 for row in rows]).to(advantages)
         output["advantages"], output["off_policy"] = torch.where(logged, given, advantages), logged
+        # TRL takes the spread of rewards within rounding, and none where all are missing.
+        without = torch.where(logged, given == 0, ~self._varied[self._mine(len(rows))]).float()
+        self._metrics[mode]["frac_reward_zero_std"][-1] = self.accelerator.gather(without).mean().item()  # type: ignore[union-attr]
         if self._feature_ids is not None:
             output["feature_ids"], self._feature_ids = self._feature_ids, None
         # Sessions that share a history stay together when TRL shuffles and splits the batch: the encoder then runs once per history.
@@ -364,9 +376,14 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 found.extend(tokens.cpu().unflatten(0, (len(some), count)))
         return found
 
+    @property
+    def _rollout(self) -> int:
+        """The number of the current rollout: the same however many batches a step has."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
     def _random(self, group: int, history: list, mode: str) -> torch.Generator:
         """Random numbers of a group: they depend neither on the batch nor on the ranks, and an evaluation draws the same each time."""
-        of_group = (1 + self._step, group) if mode == "train" else (0, zlib.crc32(repr(history).encode()))
+        of_group = (1 + self._rollout, group) if mode == "train" else (0, zlib.crc32(repr(history).encode()))
         seed = np.random.SeedSequence((self.args.seed, *of_group)).generate_state(1)[0]
         return torch.Generator(self.accelerator.device).manual_seed(int(seed))
 
@@ -374,7 +391,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         """(rows,) bool: which of this rank's rows are among the K of their group that get the format reward."""
         groups, slots, count = self._places(rows, "train")
         chosen = {
-            group: np.random.default_rng((self.args.seed, self._step, group)).permutation(count)
+            group: np.random.default_rng((self.args.seed, self._rollout, group)).permutation(count)
             for group in set(groups)
         }
         picked = [slot in chosen[group][: self.args.format_samples] for group, slot in zip(groups, slots, strict=True)]
@@ -595,10 +612,10 @@ def _check_logged(dataset: Dataset, processor: OneRecProcessor, name: str) -> No
     logged = dataset.select(_logged_rows(dataset))
     if not len(logged):
         return
-    wrong = sum(not math.isfinite(value) for value in logged["advantage"])
+    wrong = sum(not (isinstance(value, int | float) and math.isfinite(value)) for value in logged["advantage"])
     if wrong:
         raise ValueError(
-            f"the {name} dataset: {wrong} of {len(logged)} numbers of 'advantage' are not finite; leave these rows out, or None where sessions are "
+            f"the {name} dataset: {wrong} of {len(logged)} values of 'advantage' are no finite numbers; leave these rows out, or None where sessions are "
             "to be drawn"
         )
     if "session" not in logged.column_names:

@@ -111,14 +111,15 @@ def test_accumulated_batches_step_as_one_large_batch(tmp_path, settings):
     ]
     found = []
     for cut in cuts:
-        trainer = make_trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, **settings, **cut)
+        trainer = make_trainer(tmp_path, max_steps=2, optim="sgd", learning_rate=0.05, **settings, **cut)
         trainer.train()
-        found.append((weights_of(trainer.model), trainer.state.log_history[0]))
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append((weights_of(trainer.model), [entry[name] for entry in logged for name in ("loss", "loss/ntp")]))
     start = make_trainer(tmp_path).model
+    assert len(found[0][1]) == 4
     for weights, logged in found[1:]:
-        assert_close(weights, found[0][0], BACKWARD)
-        assert logged["loss"] == close(found[0][1]["loss"], scale=1.0)
-        assert logged["loss/ntp"] == close(found[0][1]["loss/ntp"])
+        assert_close(weights, found[0][0], 2 * BACKWARD)  # of two rollouts
+        assert logged == close(found[0][1], 2 * BACKWARD)
     assert distance(weights_of(start), found[0][0]) > 1e-2
 
 

@@ -51,7 +51,7 @@ def examples(count=24, **columns):
     return Dataset.from_list(rows)
 
 
-def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=None, **settings):
+def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=None, processor=PROCESSOR, **settings):
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": 16,
@@ -75,7 +75,7 @@ def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=No
         args=OneRecGRPOConfig(str(folder), **{**defaults, **settings}),
         train_dataset=examples() if dataset is None else dataset,
         eval_dataset=eval_dataset,
-        processing_class=PROCESSOR,
+        processing_class=processor,
         peft_config=peft_config,
     )
 
@@ -288,7 +288,7 @@ def test_every_loss_trains(tmp_path, loss_type):
 
 
 def test_next_token_loss_is_added(tmp_path):
-    losses, lengths = [], [1 + row % 2 for row in range(24)]
+    losses, lengths = [], [1 + (row > 9) for row in range(24)]
     dataset = examples()
     dataset = dataset.remove_columns("session").add_column(
         "session", [session[:length] for session, length in zip(dataset["session"], lengths, strict=True)]
@@ -563,6 +563,11 @@ def test_rewards_that_do_not_apply_are_left_out(tmp_path):
     batch = rollouts_of(trainer)
     assert bool((batch["advantages"][:, 1::2] == 0).all())
     assert trainer._metrics["train"]["rollouts/left_out"] == [0.5]
+    trainer = make_trainer(tmp_path, lambda histories, sessions: [None] * len(sessions))
+    batch = rollouts_of(trainer)
+    assert bool((batch["advantages"] == 0).all())
+    assert trainer._metrics["train"]["rollouts/left_out"] == [1.0]
+    assert trainer._metrics["train"]["frac_reward_zero_std"] == [1.0]
 
 
 def test_equal_rewards_give_no_gradient_and_are_counted(tmp_path):
@@ -579,7 +584,12 @@ def test_equal_rewards_give_no_gradient_and_are_counted(tmp_path):
     [
         (lambda sessions: [math.nan] * len(sessions), "16 not finite"),
         (lambda sessions: [math.inf] + [0.0] * (len(sessions) - 1), "1 not finite"),
+        (lambda sessions: [1e20] + [0.0] * (len(sessions) - 1), "1 not finite, or 1e[+]18 and above"),
         (lambda sessions: [0.0] * (len(sessions) - 1), "16 sessions, got 15"),
+        (lambda sessions: 1.0, "one finite number, or None, per session; got 1.0"),
+        (lambda sessions: None, "per session; got None"),
+        (lambda sessions: ["good"] * len(sessions), r"per session; got \['good'"),
+        (lambda sessions: np.zeros((len(sessions), 2)), "per session; got array"),
     ],
 )
 def test_wrong_rewards_are_refused(tmp_path, values, message):
@@ -634,7 +644,16 @@ def test_reward_models_and_their_paths_score(tmp_path):
             "not in the model's catalogue",
         ),
         ({"dataset": examples(2), "per_device_train_batch_size": 32}, "2 histories are fewer than the 4"),
-        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "1 of 2 numbers of 'advantage'"),
+        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "1 of 2 values of 'advantage'"),
+        ({"dataset": examples(3, advantage=["good"] * 3)}, "3 of 3 values of 'advantage'"),
+        (
+            {"dataset": Dataset.from_list([{"history": ["m1"], "session": ["m2"]}] * 8 + [{"history": ["m1"]}])},
+            "'session' is empty in 1 of 9 rows",
+        ),
+        (
+            {"dataset": Dataset.from_list([{"history": ["m1"], "session": ["m2"]}] * 8 + [{"session": ["m2"]}])},
+            "'history' is empty in 1 of 9 rows",
+        ),
         (
             {
                 "dataset": Dataset.from_list([{"history": ["m1"], "session": ["gone"], "advantage": 1.0}] * 9),
@@ -653,6 +672,25 @@ def test_reward_models_and_their_paths_score(tmp_path):
 def test_bad_settings_have_one_clear_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
+
+
+def test_sessions_whose_items_left_the_catalogue_are_counted(tmp_path, caplog):
+    processor = OneRecProcessor.from_catalogue(CATALOGUE.retire(["m3", "m4"]), max_history=3)
+    rows = [{"history": ["m3", "m1"], "session": [item, "m5"]} for item in ["m2", "m3"] * 8]
+    logging.getLogger("onerec_hf").setLevel(logging.WARNING)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows), processor=processor, max_steps=1)
+    assert "8 of 16 sessions are left out of the next-token loss" in caplog.text
+    assert {tuple(session) for session in trainer._ntp_rows["session"]} == {("m2", "m5")}
+    trainer.train()
+    with pytest.raises(ValueError, match="no row for the next-token loss"):
+        make_trainer(tmp_path, dataset=Dataset.from_list(rows[1::2] * 2), processor=processor)
+    # Samples of it are counted at each step.
+    logged = Dataset.from_list([{**row, "advantage": 1.0} for row in rows])
+    trainer = make_trainer(tmp_path, None, logged, processor=processor, ntp_weight=0.0, num_generations=2)
+    batch = rollouts_of(trainer, list(logged.select(range(2))))
+    assert batch["tool_mask"].sum(-1).flatten().tolist() == [6, 0]
+    assert trainer._metrics["train"]["rollouts/left_out"] == [0.5]
 
 
 def test_histories_with_too_few_items_left_are_counted(tmp_path, caplog):

@@ -119,7 +119,8 @@ def logged_samples(
     rewards = duration_rewards(users, log[play_time_column], log[duration_column], disliked)
     rows = np.searchsorted(sequences.user_ids, users).clip(max=len(sequences) - 1)
     known = sequences.user_ids[rows] == users
-    in_catalogue = catalogue.indices(log["item_id"].tolist(), unknown="mask") >= 0
+    found = catalogue.indices(log["item_id"].tolist(), unknown="mask")
+    in_catalogue = (found >= 0) & catalogue.active[found]
     read = sequences.histories
     read_at = sequences.timestamps
     if read.rows is not None and sequences.events is not None:  # with interactions that are no targets
