@@ -67,12 +67,13 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             of another policy: their `session` is the sample, its advantage the given one, and its old probability the current one (`pi_old = sg(pi)`). If
             all rows are, nothing is drawn and no reward is needed.
         eval_dataset: as `train_dataset`; sessions are drawn and scored.
-        ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`.
+        ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`. Sessions
+            with items that left the catalogue are left out, with a warning.
         processing_class: the [`OneRecProcessor`].
         kwargs: as for `trl.GRPOTrainer`.
 
     Beside TRL's metrics it logs `loss/ntp`, `rollouts/legal` (share of drawn items that are in the catalogue), `rollouts/left_out` (share of
-    sessions without a reward: illegal, None, or none left to draw) and `frac_reward_zero_std` (share without a gradient: equal rewards in a group).
+    sessions without a reward: illegal, None, or none left to draw) and `frac_reward_zero_std` (share without a gradient: rewards of a group that are equal, or all None).
 
     Raises:
         ValueError: missing columns, unknown items, no or unfitting rewards, a reward model of another catalogue, fewer histories than a generation

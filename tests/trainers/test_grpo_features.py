@@ -8,10 +8,11 @@ from datasets import Dataset
 from onerec_hf import OneRecProcessor
 from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
-from tests.conftest import make_catalogue, make_model
+from tests.conftest import make_model
 from tests.rounding import assert_close, distance
+from tests.trainers import test_onerec_grpo
+from tests.trainers.test_onerec_grpo import CATALOGUE
 
-CATALOGUE = make_catalogue(20, (4, 4, 4), seed=1)
 SCHEMA = FeatureSchema(
     user=(Feature("city", values=("Rome", "Paris")),),
     interaction=(Feature("positive", values=("0", "1")), Feature("like", values=("0", "1"))),
@@ -19,7 +20,6 @@ SCHEMA = FeatureSchema(
 )
 ITEMS = SCHEMA.encode_items([{"year": 1985 + i} for i in range(20)])
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, 3, SCHEMA, ITEMS)
-CODES = {item: tuple(codes) for item, codes in zip(CATALOGUE.item_ids, CATALOGUE.codes.tolist(), strict=True)}
 QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
 
 
@@ -75,21 +75,9 @@ def inputs_of(example, session=None):
 
 
 def by_hand(model, example, session):
-    """(codes,) log-probabilities of one session, from a forward of one row and the legal codes looked up item by item."""
-    with torch.no_grad():
-        logits = model(**inputs_of(example, session)).logits[0]
-    offsets, found = model.config.level_offsets, []
-    seen = {item for item, kept in zip(example["history"], example["history_positive"], strict=True) if kept}
-    left = set(CODES) - seen
-    for place, item in enumerate(session):
-        for level in range(3):
-            scores, token = logits[place * 4 + level], CODES[item][level] + offsets[level]
-            below = {CODES[each][level] for each in left if CODES[each][:level] == CODES[item][:level]}
-            tokens = sorted(code + offsets[level] for code in below)
-            scores, token = scores[tokens], tokens.index(token)
-            found.append(scores.log_softmax(-1)[token])
-        left.discard(item)
-    return torch.stack(found)
+    """(codes,) log-probabilities of one session, from a forward of one row; positive items of the history are left out."""
+    had = [item for item, kept in zip(example["history"], example["history_positive"], strict=True) if kept]
+    return test_onerec_grpo.by_hand(model, had, session, inputs=inputs_of(example, session)).detach()
 
 
 @pytest.mark.parametrize("how", ["distinct", "sample"])

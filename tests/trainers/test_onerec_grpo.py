@@ -93,10 +93,10 @@ def rollouts_of(trainer, rows=None):
     return trainer._generate_and_score_completions([row for row in rows for _ in range(count)])
 
 
-def by_hand(model, history, session, temperature=1.0, constrained=True, exclude_seen=True):
+def by_hand(model, history, session, temperature=1.0, constrained=True, exclude_seen=True, inputs=None):
     """(codes,) log-probabilities of a session's codes: a plain forward of one row, and the legal next codes looked up item by item."""
-    one = PROCESSOR([history], [session])
-    logits = model(**one).logits[0] / temperature
+    inputs = PROCESSOR([history], [session]) if inputs is None else inputs
+    logits = model(**inputs).logits[0] / temperature
     offsets, found = model.config.level_offsets, []
     left = {item for item in CODES if not (exclude_seen and item in history)}
     for place, item in enumerate(session):
