@@ -99,8 +99,15 @@ def test_resume_of_a_lazy_decoder_equals_no_interruption(tmp_path):
 # -- how a run is cut ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss_type": "gbpo", "importance_sampling_level": "sequence", "beta": 0.1}, {"loss_type": "dapo"}],
-    ids=["ecpo", "gbpo", "dapo"],
+    [
+        pytest.param({}, id="ecpo"),
+        pytest.param(
+            {"loss_type": "gbpo", "importance_sampling_level": "sequence", "beta": 0.1},
+            id="gbpo",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"loss_type": "dapo"}, id="dapo", marks=pytest.mark.slow),
+    ],
 )
 def test_accumulated_batches_step_as_one_large_batch(tmp_path, settings):
     cuts = [
