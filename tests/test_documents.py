@@ -437,7 +437,7 @@ def test_the_table_of_alignment_is_that_of_the_results():
     values = {row["name"]: row["value"] for row in results}
     page = (ROOT / "docs" / "explanation" / "alignment.md").read_text(encoding="utf-8")
     variants = ("sasrec", "onerec", "ntp_only", "dpo", "s_dpo", "ipa_2_percent", "ipa")
-    rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)[1:]
+    rows = [row for row in re.findall(r"^\| (.*) \|$", page, re.MULTILINE) if row.count(" | ") == 6][1:]
     for variant, row in zip(variants, rows, strict=True):
         _, watch_time, views, likes, observed, recall, items = row.split(" | ")
         told = {"heldout/swt_mean": watch_time, "heldout/vtr_mean": views, "heldout/ltr_mean": likes}
@@ -446,6 +446,18 @@ def test_the_table_of_alignment_is_that_of_the_results():
             exact = [values[f"{variant}/{metric}"], values[f"{variant}/{metric}/std"]]
             digits = len(text.split(" ")[0].partition(".")[2])
             assert shown == [round(value, digits) for value in exact[: len(shown)]], f"{variant}/{metric}"
+
+
+def test_the_table_of_rollouts_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "policy.json").read_text(encoding="utf-8"))["rows"]
+    values = {row["name"]: row["value"] for row in results}
+    page = (ROOT / "docs" / "explanation" / "alignment.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in re.findall(r"^\| (width .*) \|$", page, re.MULTILINE)]
+    for size, (_, *told) in zip(("d256", "d256_dense", "d64"), rows, strict=True):
+        names = [f"{size}/x{items}/speedup_over_{peer}" for peer in ("trl", "shared") for items in (1, 5)]
+        assert told == [f"{values[name]:.1f}" for name in names]
+    shares = re.findall(r"(\d+) %", page[page.index("Rollouts are a small part of a step") :])[:2]
+    assert shares == [f"{100 * values[f'd256/x5/rollouts_share{how}']:.0f}" for how in ("", "_without_ntp")]
 
 
 def test_these_recipes_are_there():

@@ -42,7 +42,8 @@ class OneRecGRPOConfig(GRPOConfig):
         loss_type: "ecpo", "gbpo" ([`onerec_hf.trainers.policy_losses`]), or TRL's "grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo".
         num_generations: sessions per history (G).
         rollouts: "distinct" draws a history's sessions without replacement, "sample" independently, "beam" takes the most probable ones.
-        constrained: draw items of the catalogue only. False draws from the full vocabulary, where sessions may be illegal; it needs rollouts="sample".
+        constrained: draw items of the catalogue only. False draws from the full vocabulary (with OneRec-V2, whose softmax is so, from all codes of a
+            level), where sessions may be illegal; it needs rollouts="sample".
         rollout_length: items per session (default: the model's session length).
         exclude_seen: leave out the items of the history.
         rollout_batch_size: histories per generation batch.

@@ -20,8 +20,11 @@ from transformers.utils import logging
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name
 
+from onerec_hf.data.collators import FEATURE_COLUMNS, OneRecDataCollator, feature_columns, positive_items
+from onerec_hf.data.events import positive_histories
 from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
+from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -59,16 +62,18 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             where it does not apply, and gets the further columns of the dataset by name if it takes `**kwargs`; a
             [`OneRecForSessionReward`]; its path or Hub id. `args.reward_weights` weighs them.
         args: [`OneRecGRPOConfig`].
-        train_dataset: rows with `history` and, for the next-token loss, `session`. Rows with an `advantage` (a number, not None) are samples
+        train_dataset: rows with `history` and, for the next-token loss, `session`; for a model with features also with the columns that its schema
+            reads. Rows with an `advantage` (a number, not None) are samples
             of another policy: their `session` is the sample, its advantage the given one, and its old probability the current one (`pi_old = sg(pi)`). If
             all rows are, nothing is drawn and no reward is needed.
         eval_dataset: as `train_dataset`; sessions are drawn and scored.
-        ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`.
+        ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`. Sessions
+            with items that left the catalogue are left out, with a warning.
         processing_class: the [`OneRecProcessor`].
         kwargs: as for `trl.GRPOTrainer`.
 
     Beside TRL's metrics it logs `loss/ntp`, `rollouts/legal` (share of drawn items that are in the catalogue), `rollouts/left_out` (share of
-    sessions without a reward: illegal, None, or none left to draw) and `frac_reward_zero_std` (share without a gradient: equal rewards in a group).
+    sessions without a reward: illegal, None, or none left to draw) and `frac_reward_zero_std` (share without a gradient: rewards of a group that are equal, or all None).
 
     Raises:
         ValueError: missing columns, unknown items, no or unfitting rewards, a reward model of another catalogue, fewer histories than a generation
@@ -113,16 +118,12 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             raise ValueError("OneRecGRPOTrainer needs processing_class: pass the OneRecProcessor with the catalogue")
         check_adapter(peft_config, model)
         generator: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
-        if generator.config.features is not None or generator.config.lifelong is not None:
+        if generator.config.lifelong is not None:
             raise ValueError(
-                "OneRecGRPOTrainer draws and scores sessions of item ids alone: this model reads features or lifelong histories. Align it with "
-                "OneRecDPOTrainer, or train one without"
-            )
-        if not args.constrained and generator.config.model_type == "onerec_v2":
-            raise ValueError(
-                "constrained=False draws from the full vocabulary, but the softmax of a OneRec-V2 is over a code's level; leave it out"
+                "OneRecGRPOTrainer does not read lifelong histories, which this model does. Align it with OneRecDPOTrainer, or train one without"
             )
         generator.set_catalogue(processing_class.catalogue)
+        check_schema(generator.config, processing_class.features)
         self._generator, self._pad = generator, processing_class.tokenizer.pad_token_id
         self._rollout_length = args.rollout_length or generator.config.session_length
         train_dataset = self._checked(plain_rows(train_dataset), processing_class, args, "training")
@@ -181,6 +182,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             self.num_generations = 1  # each sample once
         self._whole_sessions = args.loss_type in OWN_LOSSES and args.importance_sampling_level == "sequence"
         self._scored: dict[str, Any] | None = None
+        self._feature_ids: torch.Tensor | None = None  # of the prompts that TRL scores
+        self._ntp_part = (-1, 0)  # optimizer step, and which of its batches
         batch = args.generation_batch_size // self.num_generations
         if len(train_dataset) < batch:
             raise ValueError(
@@ -202,8 +205,9 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 "next-token loss, session, lists of item ids"
             )
         check_item_rows(dataset, processor, ("history",), name)
+        feature_columns(processor, list(dataset.select(range(min(1, len(dataset))))))
         _check_logged(dataset, processor, name)
-        empty = [row for row, history in enumerate(dataset["history"]) if not len(history)]
+        empty = [row for row, history in enumerate(dataset["history"]) if not history]
         if empty:
             raise ValueError(
                 f"the {name} dataset: 'history' is empty in {len(empty)} of {len(dataset)} rows (first: row {empty[0]}); drop these rows"
@@ -214,7 +218,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         needed = self._rollout_length
         kept = [
             row
-            for row, history in enumerate(dataset["history"])
+            for row, history in enumerate(positive_histories(dataset))
             if catalogue.num_active - len(history) >= needed
             or catalogue.num_left(catalogue.indices(history)) >= needed
         ]
@@ -242,11 +246,21 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         check_item_rows(rows, processor, ("history", "session"), name)
         if ntp_dataset is None and self._num_logged:  # bad samples of another policy are nothing to learn
             rows = rows.select([row for row, value in enumerate(rows["advantage"]) if value is None or value > 0])
+        active, lengths = processor.catalogue.active, [len(session) for session in rows["session"]]
+        written = active[processor.catalogue.indices([item for session in rows["session"] for item in session])]
+        kept = np.array([part.all() for part in np.split(written, np.cumsum(lengths)[:-1])], dtype=bool)
+        if len(rows) and not kept.all():
+            logger.warning(
+                f"the {name} dataset: {int((~kept).sum())} of {len(rows)} sessions are left out of the next-token loss, since they hold items that "
+                "left the catalogue"
+            )
+            rows = rows.select(np.flatnonzero(kept))
         if not len(rows):
             raise ValueError(
                 f"the {name} dataset has no row for the next-token loss; pass ntp_dataset, or ntp_weight=0"
             )
-        return rows.select_columns(["history", "session"])
+        features = [column for column in FEATURE_COLUMNS if column in rows.column_names]
+        return rows.select_columns(["history", "session", *features])
 
     def _get_train_sampler(self, dataset: Dataset | None = None):
         sampler: Any = super()._get_train_sampler(dataset)
@@ -256,7 +270,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
     # -- rollouts ----------------------------------------------------------------------------
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        rows = [{**row, "prompt": list(row["history"])} for row in inputs]
+        rows = [{**row, "prompt": list(positive_items(row))} for row in inputs]
         self.rollout_func = lambda prompts, trainer: self._roll_out(rows, mode)
         with warnings.catch_warnings():  # TRL reads the deprecated name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -271,8 +285,13 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         logged = torch.tensor([_is_logged(row) for row in rows], device=device)
         given = torch.tensor([row["advantage"] if _is_logged(row) else 0.0 for row in rows]).to(advantages)
         output["advantages"], output["off_policy"] = torch.where(logged, given, advantages), logged
+        # TRL takes the spread of rewards within rounding, and none where all are missing.
+        without = torch.where(logged, given == 0, ~self._varied[self._mine(len(rows))]).float()
+        self._metrics[mode]["frac_reward_zero_std"][-1] = self.accelerator.gather(without).mean().item()  # type: ignore[union-attr]
+        if self._feature_ids is not None:
+            output["feature_ids"], self._feature_ids = self._feature_ids, None
         # Sessions that share a history stay together when TRL shuffles and splits the batch: the encoder then runs once per history.
-        block = math.gcd(*_runs(output["prompt_ids"]))
+        block = math.gcd(*_runs(output["prompt_ids"], output.get("feature_ids")))
         if mode == "train":
             block = math.gcd(block, self.args.per_device_train_batch_size)
         return {name: value if value.dim() == 0 else value.unflatten(0, (-1, block)) for name, value in output.items()}
@@ -291,8 +310,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         """This rank's sessions in the form of TRL's rollout functions. A history that several ranks share is drawn for by each of them."""
         processor: Any = self.processing_class
         groups, slots, count = self._places(len(rows), mode)
-        histories = {group: row["history"] for group, row in zip(groups, rows, strict=True) if not _is_logged(row)}
-        drawn = dict(zip(histories, self._draw(list(histories.items()), count, mode), strict=True))
+        to_draw = {group: row for group, row in zip(groups, rows, strict=True) if not _is_logged(row)}
+        drawn = dict(zip(to_draw, self._draw(list(to_draw.items()), count, mode), strict=True))
         completions = [
             _written(processor, row["session"]) if _is_logged(row) else drawn[group][slot]
             for row, group, slot in zip(rows, groups, slots, strict=True)
@@ -314,8 +333,14 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         if drawn_items:
             self._metrics[mode]["rollouts/legal"].append(right / drawn_items)
         # The whole history: what the constraint leaves out is read from it, the encoder reads the latest items.
-        whole = processor([row["history"] for row in rows], max_history=max(len(row["history"]) for row in rows))
+        longest = max(len(row["history"]) for row in rows)
+        whole = processor([row["history"] for row in rows], max_history=longest, **feature_columns(processor, rows))
         prompts = zip(whole["input_ids"], whole["attention_mask"].bool(), strict=True)
+        if "feature_ids" in whole:
+            lengths = whole["attention_mask"].sum(1) // self._generator.config.tokens_per_item
+            codes = [row[:length] for row, length in zip(whole["feature_ids"], lengths.tolist(), strict=True)]
+            padded = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_side="left")
+            self._feature_ids = padded.to(self.accelerator.device)
         return {
             "prompt_ids": [ids[mask].tolist() for ids, mask in prompts],
             "completion_ids": tokens.tolist(),
@@ -326,33 +351,40 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
 
     def _is_possible(self, row: dict[str, Any]) -> bool:
         """Whether the constrained policy can draw a row's session of catalogue items."""
-        session, seen = row["session"], set(row["history"]) if self.args.exclude_seen else set()
+        session, seen = row["session"], set(positive_items(row)) if self.args.exclude_seen else set()
         return len(set(session)) == len(session) and not seen & set(session)
 
-    def _draw(self, groups: list[tuple[int, list]], count: int, mode: str) -> list[torch.Tensor]:
-        """For each group's number and history, `count` sessions (count, tokens) on the CPU."""
+    def _draw(self, groups: list[tuple[int, dict[str, Any]]], count: int, mode: str) -> list[torch.Tensor]:
+        """For each group's number and row, `count` sessions (count, tokens) on the CPU."""
+        processor: Any = self.processing_class
         found: list[torch.Tensor] = []
         with unsharded_model(self.accelerator.unwrap_model(self.model)) as sampler, sampler.packed_experts():
             for start in range(0, len(groups), self.args.rollout_batch_size):
                 some = groups[start : start + self.args.rollout_batch_size]
                 tokens = roll_out(
                     sampler,
-                    self.processing_class,  # type: ignore[arg-type]
-                    [history for _, history in some],
+                    processor,
+                    [row["history"] for _, row in some],
                     count,
-                    [self._random(group, history, mode) for group, history in some],
+                    [self._random(group, row["history"], mode) for group, row in some],
                     how=self.args.rollouts,
                     temperature=self.temperature,
                     session_length=self._rollout_length,
                     exclude_seen=self.args.exclude_seen,
                     constrained=self.args.constrained,
+                    features=feature_columns(processor, [row for _, row in some]),
                 )
                 found.extend(tokens.cpu().unflatten(0, (len(some), count)))
         return found
 
+    @property
+    def _rollout(self) -> int:
+        """The number of the current rollout: the same however many batches a step has."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
     def _random(self, group: int, history: list, mode: str) -> torch.Generator:
         """Random numbers of a group: they depend neither on the batch nor on the ranks, and an evaluation draws the same each time."""
-        of_group = (1 + self._step, group) if mode == "train" else (0, zlib.crc32(repr(history).encode()))
+        of_group = (1 + self._rollout, group) if mode == "train" else (0, zlib.crc32(repr(history).encode()))
         seed = np.random.SeedSequence((self.args.seed, *of_group)).generate_state(1)[0]
         return torch.Generator(self.accelerator.device).manual_seed(int(seed))
 
@@ -360,7 +392,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         """(rows,) bool: which of this rank's rows are among the K of their group that get the format reward."""
         groups, slots, count = self._places(rows, "train")
         chosen = {
-            group: np.random.default_rng((self.args.seed, self._step, group)).permutation(count)
+            group: np.random.default_rng((self.args.seed, self._rollout, group)).permutation(count)
             for group in set(groups)
         }
         picked = [slot in chosen[group][: self.args.format_samples] for group, slot in zip(groups, slots, strict=True)]
@@ -401,44 +433,52 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         compute_aux_loss=False,
         **of_pictures,
     ):
+        features, size = self._feature_ids, batch_size or len(input_ids)
         parts = [
-            self._score(model, *some, logits_to_keep, compute_aux_loss)
-            for some in zip(
-                input_ids.split(batch_size or len(input_ids)),
-                attention_mask.split(batch_size or len(input_ids)),
-                strict=True,
+            self._score(
+                model,
+                input_ids[start : start + size],
+                attention_mask[start : start + size],
+                None if features is None else features[start : start + size],
+                logits_to_keep,
+                compute_aux_loss,
             )
+            for start in range(0, len(input_ids), size)
         ]
         logps, entropies = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         if self._scored is not None:  # TRL computes the ratio next, with these old log-probabilities
             self._scored["old_per_token_logps"] = self._old_logps(logps.detach(), self._scored)
         return logps, entropies, torch.stack([part[2] for part in parts]).mean() if compute_aux_loss else None
 
-    def _score(self, model, input_ids, attention_mask, logits_to_keep: int, compute_aux_loss: bool):
+    def _score(self, model, input_ids, attention_mask, feature_ids, logits_to_keep: int, compute_aux_loss: bool):
         """Log-probabilities (rows, tokens), or of whole sessions (rows, 1), entropies (rows, tokens), and the routers' loss."""
         generator, processor = self._generator, self.processing_class
         config, keep = generator.config, logits_to_keep
         # The decoder's rows are all histories once, then all of them again, as the model reads several rows per history.
-        block = math.gcd(*_runs(input_ids[:, :-keep]))
+        block = math.gcd(*_runs(input_ids[:, :-keep], feature_ids))
         order = torch.arange(len(input_ids), device=input_ids.device).view(-1, block).T.flatten()
         sequences, whole = input_ids[order, -keep:], input_ids[:, :-keep]
-        latest = -(processor.max_history or whole.shape[1]) * config.tokens_per_item  # type: ignore[union-attr]
-        history, mask = right_padded(whole[::block, latest:], attention_mask[::block, :-keep][:, latest:])
-        places = code_places(keep - 1, config.tokens_per_item, input_ids.device)
-        router = {"output_router_logits": True} if compute_aux_loss else {}
+        width, read = config.tokens_per_item, (processor.max_history, processor.static_places)  # type: ignore[union-attr]
+        there = attention_mask[::block, :-keep:width]
+        history, mask = right_padded(whole[::block].unflatten(1, (-1, width)), there, *read)
+        places = code_places(keep - 1, width, input_ids.device)
+        beside = {"output_router_logits": True} if compute_aux_loss else {}
+        if feature_ids is not None:
+            beside["feature_ids"] = right_padded(feature_ids[::block], there, *read)[0]
         with self.accelerator.autocast():
             out = model(
                 input_ids=sequences[:, :-1],
                 attention_mask=(sequences[:, :-1] != self._pad).long(),
-                encoder_input_ids=history,
-                encoder_attention_mask=mask,
+                encoder_input_ids=history.flatten(1),
+                encoder_attention_mask=mask.repeat_interleave(width, 1),
                 logits_to_keep=places,
                 use_cache=False,
-                **router,
+                **beside,
             )
         legal = None
         if self.args.constrained:
-            seen = generator.history_indices(whole[order]) if self.args.exclude_seen else None
+            codes = None if feature_ids is None else feature_ids[order]
+            seen = generator.history_indices(whole[order], codes) if self.args.exclude_seen else None
             constraint = generator._constraint(seen, None, distinct=True)
             legal = SemanticIDLogitsProcessor(constraint, config.level_offsets, config.bos_token_id)
         scores = token_log_probs(out.logits, sequences, places, self.temperature, legal)
@@ -462,32 +502,36 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         inputs = {name: value if value.dim() == 0 else value.flatten(0, 1) for name, value in inputs.items()}
-        self._scored = inputs
+        self._scored, self._feature_ids = inputs, inputs.get("feature_ids")
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
-            self._scored = None
+            self._scored = self._feature_ids = None
         if self._ntp_rows is None or not self.model.training:
             return loss
         return loss + self.args.ntp_weight * self._next_token_loss(model) / self.current_gradient_accumulation_steps
 
     def _next_token_loss(self, model) -> torch.Tensor:
-        """Of this step's share of random real sessions; ranks with more tokens have more weight, so that the mean of gradients is that of one process."""
+        """
+        Of this rank's part of the optimizer step's random real sessions. Batches with more tokens have more weight: the gradient is that of one process and one
+        batch.
+        """
         rows, accelerator, size = self._ntp_rows, self.accelerator, self.args.ntp_batch_size
         assert rows is not None
-        drawn = np.random.default_rng((self.args.seed, self._step)).integers(
-            len(rows), size=size * self.args.world_size
-        )
-        some = rows[drawn[self._mine(size)].tolist()]
-        batch = {
-            name: value.to(accelerator.device)
-            for name, value in self.processing_class(some["history"], some["session"]).items()  # type: ignore[operator]
-        }
-        tokens = (batch["labels"] != -100).sum()
+        step, parts = self.state.global_step, self.current_gradient_accumulation_steps
+        part = (self._ntp_part[1] + 1) % parts if self._ntp_part[0] == step else 0
+        self._ntp_part = (step, part)
+        ranks = accelerator.num_processes
+        drawn = np.random.default_rng((self.args.seed, step)).integers(len(rows), size=size * ranks * parts)
+        begin = (part * ranks + accelerator.process_index) * size
+        collate = OneRecDataCollator(self.processing_class)  # type: ignore[arg-type]
+        batch = collate([rows[place] for place in drawn[begin : begin + size].tolist()])
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
             ntp = model(**batch, use_cache=False).loss
-        several = accelerator.num_processes > 1
-        share = accelerator.num_processes * tokens / accelerator.reduce(tokens) if several else 1.0  # type: ignore[operator]
+        items = sum(map(len, rows.select(drawn.tolist())["session"]))
+        levels = self._generator.config.tokens_per_item - 1
+        share = ranks * parts * (batch["labels"] != -100).sum() / (items * levels)
         self._metrics["train"]["loss/ntp"].append(accelerator.gather(share * ntp.detach()).mean().item())
         return share * ntp
 
@@ -569,10 +613,10 @@ def _check_logged(dataset: Dataset, processor: OneRecProcessor, name: str) -> No
     logged = dataset.select(_logged_rows(dataset))
     if not len(logged):
         return
-    wrong = sum(not math.isfinite(value) for value in logged["advantage"])
+    wrong = sum(not (isinstance(value, int | float) and math.isfinite(value)) for value in logged["advantage"])
     if wrong:
         raise ValueError(
-            f"the {name} dataset: {wrong} of {len(logged)} numbers of 'advantage' are not finite; leave these rows out, or None where sessions are "
+            f"the {name} dataset: {wrong} of {len(logged)} values of 'advantage' are no finite numbers; leave these rows out, or None where sessions are "
             "to be drawn"
         )
     if "session" not in logged.column_names:
@@ -586,8 +630,9 @@ def _written(processor: Any, session: list) -> torch.Tensor:
     return torch.cat([encoded["decoder_input_ids"][0], encoded["labels"][0, -1:]])
 
 
-def _runs(rows: torch.Tensor) -> list[int]:
-    """Lengths of runs of equal rows."""
+def _runs(prompts: torch.Tensor, feature_ids: torch.Tensor | None) -> list[int]:
+    """Lengths of runs of rows with equal histories."""
+    rows = prompts if feature_ids is None else torch.cat([prompts, feature_ids.flatten(1)], 1)
     return torch.unique_consecutive(rows, dim=0, return_counts=True)[1].tolist()
 
 

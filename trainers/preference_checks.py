@@ -58,7 +58,7 @@ def check_item_rows(dataset: Dataset, processor: OneRecProcessor, columns: tuple
 
 def _lists(dataset: Dataset, column: str) -> list[list[list]]:
     """For each row the lists of the column: one, or several rejected ones."""
-    rows = dataset[column][:]
+    rows = [row or [] for row in dataset[column]]
     several = any(row and isinstance(row[0], list) for row in rows)
     return rows if several else [[row] for row in rows]
 

@@ -9,9 +9,12 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from onerec_hf.modeling.catalogue import ItemCatalogue
+from onerec_hf.modeling.files import short
 from onerec_hf.modeling.modeling_onerec_reward import OneRecForSessionReward
 
 RewardFunction = Callable[..., list[float]]
+# Squares of larger rewards overflow float32, and with them the spread within a group.
+_TOO_LARGE = 1e18
 
 
 def as_function(reward: Any) -> RewardFunction:
@@ -66,18 +69,23 @@ def reward_values(function: RewardFunction, name: str, histories: list, sessions
         columns: further columns of the dataset, by name.
 
     Raises:
-        ValueError: another number of rewards, or rewards that are not finite.
+        ValueError: another number of rewards, or rewards that are no finite numbers.
 
     Example:
         >>> reward_values(lambda histories, sessions: [1.0, None], "first", [["m1"]] * 2, [["m2"], ["m3"]])
         array([ 1., nan])
     """
     values = function(histories, sessions, **columns)
-    given = np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
-    wrong = sum(value is not None and not np.isfinite(given[place]) for place, value in enumerate(values))
+    try:
+        given = np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"reward function {name!r} must return one finite number, or None, per session; got {short(repr(values))}"
+        ) from error
+    wrong = sum(value is not None and not abs(given[place]) < _TOO_LARGE for place, value in enumerate(values))
     if len(given) != len(sessions) or wrong:
         raise ValueError(
             f"reward function {name!r} must return one finite number, or None, per session: {len(sessions)} sessions, got {len(given)} "
-            f"values, {wrong} not finite"
+            f"values, {wrong} not finite, or {_TOO_LARGE:g} and above"
         )
     return given

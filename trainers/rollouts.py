@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from onerec_hf.modeling.beam_search import BeamDecoder
 from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.layers_onerec import at_places
 
@@ -30,6 +29,7 @@ def roll_out(
     session_length: int | None = None,
     exclude_seen: bool = True,
     constrained: bool = True,
+    features: Mapping[str, Sequence] | None = None,
 ) -> torch.Tensor:
     """
     `count` sessions per history, drawn from the decoder at a temperature (an item head's scores are left out).
@@ -37,8 +37,9 @@ def roll_out(
     Args:
         generators: random numbers per history, on the model's device: sessions depend neither on the batch nor on the rank.
         how: "distinct" draws without replacement (stochastic beam search), "beam" takes the most probable ones, "sample" draws independently.
-        exclude_seen: leave out the items of the whole history.
+        exclude_seen: leave out the items of the whole history, of a model with features those of positive interactions.
         constrained: sessions of distinct items of the catalogue; otherwise any tokens but the given BOS, drawn independently.
+        features: codes beside the histories, as [`~onerec_hf.data.collators.feature_columns`] finds them.
 
     Returns:
         (histories * count, session_length * (levels + 1)) tokens `BOS a b c BOS ...`; BOS and padding where fewer legal sessions exist.
@@ -48,16 +49,20 @@ def roll_out(
         >>> roll_out(model, processor, [["m1"]], 8, generators).shape  # doctest: +SKIP
         torch.Size([8, 20])
     """
-    inputs = processor(histories)
+    features = features or {}
+    inputs = processor(histories, **features)
     length = model.config.session_length if session_length is None else session_length
     if not constrained:
         return _sample_freely(model, inputs, count, generators, temperature, length)
     sampling = {"do_sample": how != "beam", "temperature": temperature}
-    excluded = list(histories) if exclude_seen else None
+    excluded = None
+    if exclude_seen:
+        whole = processor(histories, max_history=max(map(len, histories)), **features)
+        excluded = model.history_indices(whole["input_ids"], whole.get("feature_ids"))
     beams = count
     if how == "sample":  # the largest of a user's Gumbel keys alone is an independent draw
         inputs = {name: value.repeat_interleave(count, 0) for name, value in inputs.items()}
-        excluded = excluded and [history for history in excluded for _ in range(count)]
+        excluded = None if excluded is None else excluded.repeat_interleave(count, 0)
         seeds = [torch.randint(2**62, (count,), generator=each, device=each.device).tolist() for each in generators]
         generators = [torch.Generator(model.device).manual_seed(seed) for own in seeds for seed in own]
         beams = 1
@@ -76,12 +81,14 @@ def roll_out(
 
 
 def _sample_freely(model, inputs, count, generators, temperature, session_length) -> torch.Tensor:
-    """Independent draws from the softmax over the full vocabulary; BOS is given before each item, as in training."""
+    """Independent draws from the model's softmax, without a constraint; BOS is given before each item, as in training."""
     was_training, config = model.training, model.config
     model.eval()
     mask = inputs["attention_mask"].to(model.device)
-    states = model.get_encoder()(inputs["input_ids"].to(model.device), mask).last_hidden_state
-    decoder = BeamDecoder(
+    states = model.get_encoder()(
+        inputs["input_ids"].to(model.device), mask, feature_ids=inputs.get("feature_ids")
+    ).last_hidden_state
+    decoder = model._beam_decoder(
         model.get_decoder(),
         states,
         at_places(mask, config.encoder_stride),
@@ -95,11 +102,15 @@ def _sample_freely(model, inputs, count, generators, temperature, session_length
             continue
         opens = written.shape[1] > 1 and position % config.tokens_per_item == 1
         # BOS is given: it goes in together with the code before it.
-        logits = model.lm_head(decoder.step(written[:, -2:] if opens else written[:, -1:])).float() / temperature
-        noise = torch.empty_like(logits).view(len(states), count, -1)
+        states = decoder.step(written[:, -2:] if opens else written[:, -1:])
+        level = position % config.tokens_per_item - 1
+        begin = config.level_offsets[level]
+        tokens = decoder.normalized_over(slice(begin, begin + config.codebook_sizes[level]))
+        logits = model.lm_head(states)[:, tokens].float() / temperature
+        noise = torch.empty_like(logits).view(len(generators), count, -1)
         for of_user, own in zip(noise, generators, strict=True):
             of_user.exponential_(generator=own)
-        drawn = (logits - noise.flatten(0, 1).log()).argmax(-1, keepdim=True)
+        drawn = (logits - noise.flatten(0, 1).log()).argmax(-1, keepdim=True) + tokens.start
         written = torch.cat([written, drawn], dim=1)
     model.train(was_training)
     return written
@@ -126,7 +137,7 @@ def token_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-probabilities of sessions' tokens under the policy that [`roll_out`] draws from: per code, the softmax of `logits / temperature`, over its
-    legal continuations with `legal`, else over the full vocabulary.
+    legal continuations with `legal`, else over the model's vocabulary.
 
     Args:
         logits: (rows, places, vocabulary) of the decoder at `places`.
@@ -155,16 +166,27 @@ def token_log_probs(
     return logps.index_copy(1, places, torch.cat(found, 1)), entropies.index_copy(1, places, torch.cat(spread, 1))
 
 
-def right_padded(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def right_padded(
+    values: torch.Tensor, mask: torch.Tensor, latest: int | None = None, static: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Tokens (rows, t) padded on the left, as TRL's prompts are, padded on the right as the processor does; and their mask.
+    Values (rows, t, ...) padded on the left, as TRL's prompts are, padded on the right as the processor does; and their mask.
+
+    Args:
+        mask: (rows, t).
+        latest: keep the first `static` values of a row, and the last `latest` behind them; all of them when None.
 
     Example:
-        >>> right_padded(torch.tensor([[0, 0, 5], [7, 8, 9]]), torch.tensor([[0, 0, 1], [1, 1, 1]]))[0].tolist()
+        >>> tokens, mask = torch.tensor([[0, 0, 5], [7, 8, 9]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+        >>> right_padded(tokens, mask)[0].tolist()
         [[5, 0, 0], [7, 8, 9]]
+        >>> right_padded(tokens, mask, latest=1, static=1)[0].tolist()
+        [[5, 0], [7, 9]]
     """
     lengths = mask.sum(1, keepdim=True)
-    place = torch.arange(int(lengths.max()), device=tokens.device)
-    inside = place < lengths
-    taken = tokens.gather(1, (place + tokens.shape[1] - lengths).clamp(max=tokens.shape[1] - 1))
-    return taken.masked_fill(~inside, 0), inside.long()
+    kept = lengths if latest is None else lengths.clamp(max=static + latest)
+    place = torch.arange(int(kept.max()), device=values.device)
+    inside = place < kept
+    source = torch.where(place < static, place, place + lengths - kept) + values.shape[1] - lengths
+    taken = values[torch.arange(len(values), device=values.device)[:, None], source.clamp(max=values.shape[1] - 1)]
+    return taken.masked_fill(~inside.view(*inside.shape, *[1] * (values.dim() - 2)), 0), inside.long()

@@ -77,7 +77,7 @@ def align_once(trainer, data: InMemoryDataset, folder: Path, seed: int, command:
             copy.deepcopy(trainer.model),
             picker.reward,
             args=args,
-            train_dataset=prompts.select_columns(["history", "session"]),
+            train_dataset=prompts,
             processing_class=processor,
         )
         aligned.train()

@@ -20,6 +20,8 @@ from onerec_hf import OneRecForSessionReward, OneRecProcessor, OneRecRewardConfi
 from onerec_hf.trainers import (
     OneRecDPOConfig,
     OneRecDPOTrainer,
+    OneRecGRPOConfig,
+    OneRecGRPOTrainer,
     OneRecTrainer,
     OneRecTrainingArguments,
     RewardTrainer,
@@ -31,7 +33,7 @@ from onerec_hf.workflows.distributed import leave
 from tests.conftest import make_catalogue, make_model
 from tests.rounding import distance
 
-KINDS = ("ntp", "items", "adapter", "reward", "seq2seq_dpo", "onerec_dpo")
+KINDS = ("ntp", "items", "adapter", "reward", "seq2seq_dpo", "onerec_dpo", "onerec_grpo")
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Layout:
 LAYOUTS = {
     "one": Layout(ranks=1),
     "ddp": Layout(),
-    "ddp_accumulated": Layout(accumulate=2, kinds=("ntp",)),
+    "ddp_accumulated": Layout(accumulate=2, kinds=("ntp", "onerec_grpo")),
     "fsdp": Layout(sizes={"fsdp_size": 2}),
     "fsdp_ep": Layout(sizes={"fsdp_size": 2, "ep_size": 2}),
     "fsdp4_ep2": Layout(4, {"fsdp_size": 4, "ep_size": 2}, kinds=("ntp", "onerec_dpo")),
@@ -121,6 +123,7 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
         "reward": ["history", "session", "labels"],
         "seq2seq_dpo": ["history", "chosen", "rejected"],
         "onerec_dpo": ["history", "session"],
+        "onerec_grpo": ["history", "session"],
     }
     data = Dataset.from_list(rows()).select_columns(columns[kind])
     if kind == "reward":
@@ -136,6 +139,15 @@ def make_trainer(kind: str, layout: str, start: Path, out: Path, **settings):
         arguments = OneRecTrainingArguments(eval_top_k=[5], eval_num_beams=8, **settings)
         return OneRecTrainer(model, arguments, data, data.select(range(13)), processor)
     settings |= {"bf16": False, "activation_checkpointing": False, "beta": 0.5}
+    if kind == "onerec_grpo":
+        batches = ranks * accumulate
+        settings |= {
+            "num_generations": 4,
+            "num_iterations": 2,
+            "ntp_batch_size": BATCH // batches,
+            "rollout_length": 2,
+        }
+        return OneRecGRPOTrainer(model, prefers_high, OneRecGRPOConfig(**settings), data, processing_class=processor)
     if kind == "seq2seq_dpo":
         return Seq2SeqDPOTrainer(
             model,

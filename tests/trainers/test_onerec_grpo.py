@@ -51,7 +51,7 @@ def examples(count=24, **columns):
     return Dataset.from_list(rows)
 
 
-def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=None, **settings):
+def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=None, processor=PROCESSOR, **settings):
     defaults = {
         "max_steps": 4,
         "per_device_train_batch_size": 16,
@@ -75,7 +75,7 @@ def make_trainer(folder, rewards=likes, dataset=None, model=None, peft_config=No
         args=OneRecGRPOConfig(str(folder), **{**defaults, **settings}),
         train_dataset=examples() if dataset is None else dataset,
         eval_dataset=eval_dataset,
-        processing_class=PROCESSOR,
+        processing_class=processor,
         peft_config=peft_config,
     )
 
@@ -93,10 +93,10 @@ def rollouts_of(trainer, rows=None):
     return trainer._generate_and_score_completions([row for row in rows for _ in range(count)])
 
 
-def by_hand(model, history, session, temperature=1.0, constrained=True, exclude_seen=True):
+def by_hand(model, history, session, temperature=1.0, constrained=True, exclude_seen=True, inputs=None):
     """(codes,) log-probabilities of a session's codes: a plain forward of one row, and the legal next codes looked up item by item."""
-    one = PROCESSOR([history], [session])
-    logits = model(**one).logits[0] / temperature
+    inputs = PROCESSOR([history], [session]) if inputs is None else inputs
+    logits = model(**inputs).logits[0] / temperature
     offsets, found = model.config.level_offsets, []
     left = {item for item in CODES if not (exclude_seen and item in history)}
     for place, item in enumerate(session):
@@ -288,18 +288,22 @@ def test_every_loss_trains(tmp_path, loss_type):
 
 
 def test_next_token_loss_is_added(tmp_path):
-    losses = []
+    losses, lengths = [], [1 + (row > 9) for row in range(24)]
+    dataset = examples()
+    dataset = dataset.remove_columns("session").add_column(
+        "session", [session[:length] for session, length in zip(dataset["session"], lengths, strict=True)]
+    )
     for weight in (0.0, 2.0):
-        trainer = make_trainer(tmp_path, ntp_weight=weight)
+        trainer = make_trainer(tmp_path, dataset=dataset, ntp_weight=weight)
         batch = rollouts_of(trainer)
         trainer.current_gradient_accumulation_steps = 2
-        losses.append(trainer._compute_loss(trainer.model, batch).item())
-    drawn = np.random.default_rng((3, 0)).integers(24, size=4).tolist()
-    rows = examples().select(drawn)
+        losses.append(sum(trainer._compute_loss(trainer.model, batch).item() for _ in range(2)))
+    rows = dataset.select(np.random.default_rng((3, 0)).integers(24, size=8).tolist())
+    assert len({sum(map(len, rows["session"][:4])), sum(map(len, rows["session"][4:]))}) == 2
     with torch.no_grad():
         ntp = float(trainer.model(**PROCESSOR(rows["history"][:], rows["session"][:])).loss)
-    assert losses[1] - losses[0] == close(2.0 * ntp / 2)
-    assert trainer._metrics["train"]["loss/ntp"] == close([ntp])
+    assert losses[1] - losses[0] == close(2.0 * ntp)
+    assert np.mean(trainer._metrics["train"]["loss/ntp"]) == close(ntp)
 
 
 def test_reference_is_off_by_default_and_a_frozen_copy_with_beta(tmp_path):
@@ -526,8 +530,8 @@ def make_lazy(**config):
 def test_logged_samples_of_unequal_length_have_a_finite_loss_on_a_lazy_decoder(tmp_path, constrained):
     rows = [{"history": ["m1"], "session": ["m2", "m3"][: 1 + place % 2], "advantage": 1.0} for place in range(4)]
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "ntp_weight": 0.0, "loss_type": "gbpo"}
+    settings |= {} if constrained else {"constrained": False, "rollouts": "sample"}
     trainer = make_trainer(tmp_path, None, Dataset.from_list(rows * 4), make_lazy(), **settings)
-    trainer.args.constrained = constrained  # which is refused by name: a padding has no probability in any level
     loss = trainer._compute_loss(trainer.model, rollouts_of(trainer, rows[:2]))
     loss.backward()
     assert math.isfinite(loss.item())
@@ -559,6 +563,11 @@ def test_rewards_that_do_not_apply_are_left_out(tmp_path):
     batch = rollouts_of(trainer)
     assert bool((batch["advantages"][:, 1::2] == 0).all())
     assert trainer._metrics["train"]["rollouts/left_out"] == [0.5]
+    trainer = make_trainer(tmp_path, lambda histories, sessions: [None] * len(sessions))
+    batch = rollouts_of(trainer)
+    assert bool((batch["advantages"] == 0).all())
+    assert trainer._metrics["train"]["rollouts/left_out"] == [1.0]
+    assert trainer._metrics["train"]["frac_reward_zero_std"] == [1.0]
 
 
 def test_equal_rewards_give_no_gradient_and_are_counted(tmp_path):
@@ -575,7 +584,12 @@ def test_equal_rewards_give_no_gradient_and_are_counted(tmp_path):
     [
         (lambda sessions: [math.nan] * len(sessions), "16 not finite"),
         (lambda sessions: [math.inf] + [0.0] * (len(sessions) - 1), "1 not finite"),
+        (lambda sessions: [1e20] + [0.0] * (len(sessions) - 1), "1 not finite, or 1e[+]18 and above"),
         (lambda sessions: [0.0] * (len(sessions) - 1), "16 sessions, got 15"),
+        (lambda sessions: 1.0, "one finite number, or None, per session; got 1.0"),
+        (lambda sessions: None, "per session; got None"),
+        (lambda sessions: ["good"] * len(sessions), r"per session; got \['good'"),
+        (lambda sessions: np.zeros((len(sessions), 2)), "per session; got array"),
     ],
 )
 def test_wrong_rewards_are_refused(tmp_path, values, message):
@@ -630,7 +644,16 @@ def test_reward_models_and_their_paths_score(tmp_path):
             "not in the model's catalogue",
         ),
         ({"dataset": examples(2), "per_device_train_batch_size": 32}, "2 histories are fewer than the 4"),
-        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "1 of 2 numbers of 'advantage'"),
+        ({"dataset": examples(3, advantage=[1.0, math.nan, None])}, "1 of 2 values of 'advantage'"),
+        ({"dataset": examples(3, advantage=["good"] * 3)}, "3 of 3 values of 'advantage'"),
+        (
+            {"dataset": Dataset.from_list([{"history": ["m1"], "session": ["m2"]}] * 8 + [{"history": ["m1"]}])},
+            "'session' is empty in 1 of 9 rows",
+        ),
+        (
+            {"dataset": Dataset.from_list([{"history": ["m1"], "session": ["m2"]}] * 8 + [{"session": ["m2"]}])},
+            "'history' is empty in 1 of 9 rows",
+        ),
         (
             {
                 "dataset": Dataset.from_list([{"history": ["m1"], "session": ["gone"], "advantage": 1.0}] * 9),
@@ -649,6 +672,25 @@ def test_reward_models_and_their_paths_score(tmp_path):
 def test_bad_settings_have_one_clear_error(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
+
+
+def test_sessions_whose_items_left_the_catalogue_are_counted(tmp_path, caplog):
+    processor = OneRecProcessor.from_catalogue(CATALOGUE.retire(["m3", "m4"]), max_history=3)
+    rows = [{"history": ["m3", "m1"], "session": [item, "m5"]} for item in ["m2", "m3"] * 8]
+    logging.getLogger("onerec_hf").setLevel(logging.WARNING)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows), processor=processor, max_steps=1)
+    assert "8 of 16 sessions are left out of the next-token loss" in caplog.text
+    assert {tuple(session) for session in trainer._ntp_rows["session"]} == {("m2", "m5")}
+    trainer.train()
+    with pytest.raises(ValueError, match="no row for the next-token loss"):
+        make_trainer(tmp_path, dataset=Dataset.from_list(rows[1::2] * 2), processor=processor)
+    # Samples of it are counted at each step.
+    logged = Dataset.from_list([{**row, "advantage": 1.0} for row in rows])
+    trainer = make_trainer(tmp_path, None, logged, processor=processor, ntp_weight=0.0, num_generations=2)
+    batch = rollouts_of(trainer, list(logged.select(range(2))))
+    assert batch["tool_mask"].sum(-1).flatten().tolist() == [6, 0]
+    assert trainer._metrics["train"]["rollouts/left_out"] == [0.5]
 
 
 def test_histories_with_too_few_items_left_are_counted(tmp_path, caplog):
@@ -672,20 +714,18 @@ def test_fewer_legal_sessions_than_asked_for_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "config", "settings", "message"),
+    ("make", "config", "message"),
     [
         (
             functools.partial(make_model, CATALOGUE),
             {"features": FeatureSchema(user=(Feature("age", edges=(30.0,)),)).config()},
-            {},
-            "reads features or lifelong histories",
+            "have different features",
         ),
-        (functools.partial(make_model, CATALOGUE), {"lifelong": {"queries": 4}}, {}, "reads features or lifelong"),
-        (make_lazy, {"lifelong": {"queries": 4}}, {}, "reads features or lifelong histories"),
-        (make_lazy, {}, {"constrained": False, "rollouts": "sample"}, "the softmax of a OneRec-V2"),
+        (functools.partial(make_model, CATALOGUE), {"lifelong": {"queries": 4}}, "does not read lifelong histories"),
+        (make_lazy, {"lifelong": {"queries": 4}}, "does not read lifelong histories"),
     ],
-    ids=["features", "lifelong", "lazy lifelong", "lazy free"],
+    ids=["features", "lifelong", "lazy lifelong"],
 )
-def test_models_that_it_does_not_align_are_refused(tmp_path, make, config, settings, message):
+def test_models_that_it_does_not_align_are_refused(tmp_path, make, config, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, model=make(**config), **settings)
+        make_trainer(tmp_path, model=make(**config))

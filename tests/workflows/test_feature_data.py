@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf import ItemCatalogue, OneRecProcessor
-from onerec_hf.data import DataError, OneRecDataCollator, positive_histories
+from onerec_hf.data import DataError, OneRecDataCollator, logged_samples, positive_histories
 from onerec_hf.data.packing import EXAMPLE_COLUMNS
 from onerec_hf.evaluation.held_out import seen_items
 from onerec_hf.modeling.features import MISSING, UNKNOWN
@@ -486,3 +486,25 @@ def test_auto_leaves_out_the_fractions_of_times():
     tables["interactions"]["timestamp"] += np.arange(900) % 4 / 4
     data = load_dataset(**tables, **{**ALL, "interaction_features": ["auto"]})
     assert data.options["interaction_features"] == ["ratio", "time"]  # like is constant among positives
+
+
+@pytest.mark.parametrize("feedback", ["positive", "all"])
+def test_logged_samples_read_what_came_before_them(feedback):
+    tables = made(3)
+    data = load_dataset(**tables, **ALL, history_feedback=feedback)
+    items = data.item_ids.tolist()
+    catalogue = ItemCatalogue(items, [[place // 4, place % 4] for place in range(len(items))], [4, 4])
+    log = tables["interactions"].assign(play_time_ms=1.0, duration_ms=1000)
+    samples, _ = logged_samples(log, data.train_sequences, catalogue, max_history=7)
+    events, own = check(data, tables, samples, feedback == "all"), data.train_sequences
+    times = dict(zip(own.user_ids.tolist(), np.split(own.timestamps, own.offsets[1:-1]), strict=True))
+    wanted = []
+    for row in log.itertuples():
+        period = times.get(row.user_id, np.zeros(1))
+        if not period[0] < row.timestamp < period[-1]:
+            continue
+        before = [event for event in events[row.user_id] if event["timestamp"] < row.timestamp]
+        read = [event for event in before if feedback == "all" or event["like"]][-7:]
+        if row.item_id not in [event["item_id"] for event in read if event["like"]]:
+            wanted.append(([event["item_id"] for event in read], [row.item_id]))
+    assert sorted(zip(samples["history"], samples["session"], strict=True)) == sorted(wanted)

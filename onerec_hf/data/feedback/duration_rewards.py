@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from onerec_hf.data.columns import DataError, column_of, names_source
 from onerec_hf.data.feedback.watch_time import duration_bucket, milliseconds
 from onerec_hf.data.interactions import read_interactions
+from onerec_hf.data.windows import example_table
 
 if TYPE_CHECKING:
     import datasets
@@ -75,7 +77,8 @@ def logged_samples(
     Impressions as samples of another policy for `OneRecGRPOTrainer`: rows with `user_id`, `history`, `session` (the item) and `advantage`
     ([`duration_rewards`]).
 
-    A history is the user's training interactions before the impression. Impressions from the user's last training interaction on are left out: they
+    A history is the user's training interactions before the impression; where the sequences have features, columns of their codes too, as examples have
+    ([`~onerec_hf.data.events.Histories`]). Impressions from the user's last training interaction on are left out: they
     would show what is held out. So are those of items that the catalogue lacks and, with `exclude_seen`, of items of the history.
 
     Args:
@@ -116,32 +119,46 @@ def logged_samples(
     rewards = duration_rewards(users, log[play_time_column], log[duration_column], disliked)
     rows = np.searchsorted(sequences.user_ids, users).clip(max=len(sequences) - 1)
     known = sequences.user_ids[rows] == users
-    in_catalogue = catalogue.indices(log["item_id"].tolist(), unknown="mask") >= 0
-    found: dict[str, list] = {"user_id": [], "history": [], "session": [], "advantage": []}
+    found = catalogue.indices(log["item_id"].tolist(), unknown="mask")
+    in_catalogue = (found >= 0) & catalogue.active[found]
+    read = sequences.histories
+    read_at = sequences.timestamps
+    if read.rows is not None and sequences.events is not None:  # with interactions that are no targets
+        read_at = sequences.events.timestamps[read.rows]
+    kept: list[tuple[int, int, int, int]] = []
     seen = 0
-    times, items = log["timestamp"].to_numpy(), log["item_id"].tolist()
-    for place in np.flatnonzero(known & in_catalogue):
-        begin, end = sequences.offsets[rows[place] : rows[place] + 2]
-        own = sequences.timestamps[begin:end]
-        before = int(np.searchsorted(own, times[place]))
-        if not before > 0 or times[place] >= own[-1]:
+    times, items = log["timestamp"].to_numpy(), log["item_id"].to_numpy()
+    for place in np.flatnonzero(known & in_catalogue).tolist():
+        row, time = int(rows[place]), times[place]
+        own = sequences.timestamps[slice(*sequences.offsets[row : row + 2])]
+        if not own[0] < time < own[-1]:
             continue
-        history = sequences.item_ids[max(begin, begin + before - max_history) : begin + before].tolist()
-        if exclude_seen and items[place] in history:
+        first, last = read.offsets[row : row + 2].tolist()
+        stop = first + int(np.searchsorted(read_at[first:last], time))
+        start = max(first, stop - max_history)
+        had = read.item_ids[start:stop]
+        if read.positive is not None:
+            had = had[read.positive[start:stop]]
+        if exclude_seen and items[place] in had.tolist():
             seen += 1
             continue
-        for name, value in zip(found, (users[place], history, [items[place]], float(rewards[place])), strict=True):
-            found[name].append(value)
-    count = len(found["advantage"])
-    if not count:
+        kept.append((place, row, start, stop))
+    if not kept:
         raise DataError(
             f"impressions: none of {len(log):,} rows is of a user with training interactions before and after it and of an item of the catalogue. "
             "Check ids and timestamps."
         )
-    advantages = np.array(found["advantage"])
+    places, users_of, starts, stops = np.array(kept).T
+    advantages = rewards[places]
     note = (
-        f"{count:,} of {len(log):,} impressions: {int((advantages > 0).sum()):,} with advantage 1, {int((advantages < 0).sum()):,} with -1; left out are "
+        f"{len(kept):,} of {len(log):,} impressions: {int((advantages > 0).sum()):,} with advantage 1, {int((advantages < 0).sum()):,} with -1; left out are "
         f"{int((~in_catalogue).sum()):,} of items that the catalogue lacks, {seen:,} of items of the history, the others of unknown users or from their last "
         "training interaction on"
     )
-    return Dataset.from_dict(found), note
+    each = np.arange(len(kept))
+    table = example_table(
+        sequences.user_ids[users_of], (read.item_ids, starts, stops), (items[places], each, each + 1)
+    ).append_column("advantage", pa.array(advantages))
+    for name, column in read.columns(users_of, starts, stops).items():
+        table = table.append_column(name, column)
+    return Dataset(table), note
