@@ -18,17 +18,15 @@ def align_on(model, reward, examples, processor, seed: int, settings: dict[str, 
     from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer
 
     with tempfile.TemporaryDirectory() as scratch:
+        shared = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant", "draw_batch_size": 64}
         args = OneRecDPOConfig(
             scratch,
-            per_device_train_batch_size=64,
-            lr_scheduler_type="constant",
-            draw_batch_size=64,
             bf16=False,
             activation_checkpointing=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             seed=seed,
-            **settings,
+            **{**shared, **settings},
         )
         OneRecDPOTrainer(model, reward, args=args, train_dataset=examples, processing_class=processor, **more).train()
