@@ -38,7 +38,7 @@ class World:
     examined: np.ndarray
     fatigue: float = 0.7
     sharpness: float = 5.0
-    bias: float = -1.5
+    bias: float = -1.0
 
     def appeal(self, user: int) -> np.ndarray:
         """(items,) probability that the user watches an item alone at a position that is seen."""
@@ -133,28 +133,33 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def logged_sessions(
-    world: World, sessions: int, seed: int, noise: float = 0.6, temperature: float = 0.8
-) -> list[list[tuple[list[int], list[bool]]]]:
+    world: World, sessions: int, seed: int, noise: float = 0.6, temperature: float = 0.8, related: float = 0.3
+) -> list[list[tuple[list[int], list[bool], float]]]:
     """
-    What an imperfect policy showed to each user, `sessions` times, and what was watched. The policy prefers popular items, has a blurred view of the taste and
+    What an imperfect policy showed to each user, `sessions` times: the items, which of them were watched, and the share of the session that was played, the
+    expected one with a noise of 0.05. The policy prefers popular items, has a blurred view of the taste and
     does not know fatigue. It shows no item twice.
 
     Args:
         noise: length of the random vector added to the taste's unit vector.
         temperature: of the softmax over the policy's scores, from which a session is drawn without replacement.
+        related: share of sessions of one item and those most like it.
     """
     rng, log = np.random.default_rng((seed, 2)), []
     length, width = len(world.examined), world.items.shape[1]
     for user in range(len(world.tastes)):
         seen_as = world.tastes[user] + noise * rng.normal(size=width) / np.sqrt(width)
         scores = (3.0 * world.items @ seen_as + 0.5 * world.popularity) / temperature
-        keys = scores + rng.gumbel(size=len(scores))
-        shown = np.argsort(-keys)[: sessions * length].reshape(sessions, length)
-        rng.shuffle(shown)  # the likeliest items would all stand in the first sessions
+        left = np.ones(len(scores), dtype=bool)
         mine = []
-        for row in shown:
-            row = rng.permutation(row)
-            watched = rng.random(length) < world.watched(user, row)
-            mine.append((row.tolist(), watched.tolist()))
+        for _ in range(sessions):
+            keys = np.where(left, scores + rng.gumbel(size=len(scores)), -np.inf)
+            if rng.random() < related:
+                keys = np.where(left, world.items @ world.items[keys.argmax()], -np.inf)
+            row = rng.permutation(np.argsort(-keys, kind="stable")[:length])
+            left[row] = False
+            rates = world.watched(user, row)
+            played = float(np.clip(rates.mean() + 0.05 * rng.normal(), 0, 1))
+            mine.append((row.tolist(), (rng.random(length) < rates).tolist(), played))
         log.append(mine)
     return log

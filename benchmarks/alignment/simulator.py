@@ -35,20 +35,23 @@ from benchmarks.alignment.simulated_world import SESSION_LENGTH, World, logged_s
 from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
 
 FACTORS = (1, 4, 16)  # of the learning rate
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
 BATCH, CANDIDATES, GROUP, SESSIONS_PER_STEP = 16, 32, 16, 32
 DPO = {"dpo_ratio": 0.25, "num_candidates": CANDIDATES, "candidates": "sample", "beta": 0.1}
+IPA = {**DPO, "iterations": 4}
+POLICY = ("grpo", "ecpo", "gbpo")
 METHODS: dict[str, dict[str, Any]] = {
     "ntp": {"dpo_weight": 0.0, "dpo_ratio": 1e-9, "num_candidates": 2},
+    "ipa": IPA,
+    "ecpo": {"loss_type": "ecpo"},
+    "ipa_guarded": {**IPA, "guarded": True},
+    "ecpo_guarded": {"loss_type": "ecpo", "guarded": True},
+    "best_of_n": {},
     "dpo_once": DPO,
-    "ipa": {**DPO, "iterations": 4},
+    "gbpo": {"loss_type": "gbpo"},
     "s_dpo": {**DPO, "loss_type": "s_dpo"},
     "grpo": {"loss_type": "grpo"},
-    "ecpo": {"loss_type": "ecpo"},
-    "gbpo": {"loss_type": "gbpo"},
-    "best_of_n": {},
 }
-POLICY = ("grpo", "ecpo", "gbpo")
 
 
 @dataclass
@@ -60,8 +63,8 @@ class Sizes:
     watched: int = 150
     codes: int = 32
     steps: int = 200
-    generator_epochs: float = 6
-    reward_epochs: float = 3
+    generator_epochs: float = 2.5
+    reward_epochs: float = 6
 
 
 QUICK = Sizes(120, 60, 6, 20, 20, 8, 4, 1, 1)
@@ -134,7 +137,7 @@ def load_setting(folder: str, seed: int, sizes: Sizes) -> Setting:
 
 
 def _watched(sessions: list, ids: list[str]) -> list[str]:
-    return [ids[item] for shown, seen in sessions for item, yes in zip(shown, seen, strict=True) if yes]
+    return [ids[item] for shown, seen, _ in sessions for item, yes in zip(shown, seen, strict=True) if yes]
 
 
 def _held_out(user: int, log: list, ids: list[str]) -> dict[str, Any]:
@@ -142,9 +145,9 @@ def _held_out(user: int, log: list, ids: list[str]) -> dict[str, Any]:
 
 
 def _windows(log: list, ids: list[str]) -> list[dict[str, Any]]:
-    """The next movies after each history of at least two, three apart."""
+    """The next movies after each history of at least two."""
     items = _watched(log, ids)
-    starts = range(2, len(items) - SESSION_LENGTH + 1, 3)
+    starts = range(2, len(items) - SESSION_LENGTH + 1)
     return [{"history": items[:start], "session": items[start : start + SESSION_LENGTH]} for start in starts]
 
 
@@ -159,7 +162,7 @@ def _reward_model(world: World, ids: list[str], logs: list, seed: int, sizes: Si
         {
             "history": _watched(log[:place], ids),
             "session": [ids[item] for item in log[place][0]],
-            "labels": [float(np.mean(log[place][1]))],
+            "labels": [log[place][2]],
         }
         for _, log in logs
         for place in range(1, len(log))
@@ -179,10 +182,16 @@ def _reward_model(world: World, ids: list[str], logs: list, seed: int, sizes: Si
         max_history=30,
     )
     model = OneRecForSessionReward(config)
-    model.set_items(RewardItems(ids), world.items.astype(np.float32))
+    model.set_items(RewardItems(ids), (world.items / world.items.std()).astype(np.float32))
     with tempfile.TemporaryDirectory() as scratch:
         args = RewardTrainingArguments(
-            scratch, num_train_epochs=sizes.reward_epochs, seed=seed, learning_rate=2e-3, **_SILENT
+            scratch,
+            num_train_epochs=sizes.reward_epochs,
+            seed=seed,
+            learning_rate=4e-3,
+            per_device_train_batch_size=64,
+            weight_decay=0.01,
+            **_SILENT,
         )
         RewardTrainer(model, args, Dataset.from_list(rows)).train()
     return model.eval()
@@ -240,16 +249,20 @@ def aligned(setting: Setting, method: str, factor: int):
 
     model = copy.deepcopy(setting.base)
     try:
-        (_optimise if method in POLICY else _prefer)(setting, model, METHODS[method], factor)
+        settings = dict(METHODS[method])
+        guards: dict[str, Any] = {}
+        if settings.pop("guarded", False):
+            guards = {"judge_funcs": setting.judge, "guard_dataset": setting.users["validation"]}
+        train = _optimise if settings.get("loss_type") in POLICY else _prefer
+        train(setting, model, settings, factor, guards)
     except NonFiniteError:
         return None
     return model.eval()
 
 
-def _prefer(setting: Setting, model, settings: dict[str, Any], factor: int) -> None:
+def _prefer(setting: Setting, model, settings: dict[str, Any], factor: int, guards: dict[str, Any]) -> None:
     from onerec_hf.trainers.pair_selection import one_against
 
-    settings = dict(settings)
     iterations = settings.pop("iterations", 1)
     epochs, steps = 4, setting.sizes.steps
     settings["dpo_ratio"] = settings["dpo_ratio"] / iterations
@@ -270,10 +283,11 @@ def _prefer(setting: Setting, model, settings: dict[str, Any], factor: int) -> N
             "logging_strategy": "no",
         },
         selection=one_against(3) if settings.get("loss_type") == "s_dpo" else None,
+        **guards,
     )
 
 
-def _optimise(setting: Setting, model, settings: dict[str, Any], factor: int) -> None:
+def _optimise(setting: Setting, model, settings: dict[str, Any], factor: int, guards: dict[str, Any]) -> None:
     from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -292,7 +306,12 @@ def _optimise(setting: Setting, model, settings: dict[str, Any], factor: int) ->
             **_SILENT,
         )
         OneRecGRPOTrainer(
-            model, setting.picker, args=args, train_dataset=setting.examples, processing_class=setting.processor
+            model,
+            setting.picker,
+            args=args,
+            train_dataset=setting.examples,
+            processing_class=setting.processor,
+            **guards,
         ).train()
 
 
