@@ -58,15 +58,18 @@ def measured(
     """
     Rewards by judge (the sum of its functions), `recall@10` and `variety`, the share of distinct items in all sessions, of what a model recommends.
 
+    NaN where a judge returns None for every session.
+
     Raises:
         ValueError: a reward that is not finite.
     """
     seen = [positive_items(row) for row in examples]
     sessions = recommended_sessions(model, processor, examples)
-    rewards = {
-        name: float(np.nanmean(np.sum([reward_values(each, name, seen, sessions) for each in functions], axis=0)))
-        for name, functions in judges.items()
-    }
+    rewards = {}
+    for name, functions in judges.items():
+        values = np.sum([reward_values(each, name, seen, sessions) for each in functions], axis=0)
+        applies = values[~np.isnan(values)]  # None is a reward that does not apply
+        rewards[name] = float(applies.mean()) if len(applies) else float("nan")
     one = {"session_length": 1, "num_beams": max(TOP_K, 32), "num_return_sequences": TOP_K}
     ranked = recommended_sessions(model, processor, examples, exclude_seen, **one)
     hits = []

@@ -44,7 +44,6 @@ _MAY_CHANGE = {
         "validation_users",
         "baselines",
         "verdict_sasrec",
-        "judge",
         "evaluate",
     ),
     *(
