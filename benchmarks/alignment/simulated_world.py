@@ -134,10 +134,9 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 def logged_sessions(
     world: World, sessions: int, seed: int, noise: float = 0.6, temperature: float = 0.8, related: float = 0.3
-) -> list[list[tuple[list[int], list[bool], float]]]:
+) -> list[list[tuple[list[int], list[bool]]]]:
     """
-    What an imperfect policy showed to each user, `sessions` times: the items, which of them were watched, and the share of the session that was played, the
-    expected one with a noise of 0.05. The policy prefers popular items, has a blurred view of the taste and
+    What an imperfect policy showed to each user, `sessions` times, and which items were watched. The policy prefers popular items, has a blurred view of the taste and
     does not know fatigue. It shows no item twice.
 
     Args:
@@ -158,8 +157,7 @@ def logged_sessions(
                 keys = np.where(left, world.items @ world.items[keys.argmax()], -np.inf)
             row = rng.permutation(np.argsort(-keys, kind="stable")[:length])
             left[row] = False
-            rates = world.watched(user, row)
-            played = float(np.clip(rates.mean() + 0.05 * rng.normal(), 0, 1))
-            mine.append((row.tolist(), (rng.random(length) < rates).tolist(), played))
+            watched = rng.random(length) < world.watched(user, row)
+            mine.append((row.tolist(), watched.tolist()))
         log.append(mine)
     return log

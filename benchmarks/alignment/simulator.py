@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/simulator.py`
 
 from benchmarks.alignment.preferences import align_on
+from benchmarks.alignment.simulated_reward import LoggedReward
 from benchmarks.alignment.simulated_world import SESSION_LENGTH, World, logged_sessions, movielens_world
 from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
 
@@ -64,10 +65,9 @@ class Sizes:
     codes: int = 32
     steps: int = 200
     generator_epochs: float = 2.5
-    reward_epochs: float = 6
 
 
-QUICK = Sizes(120, 60, 6, 20, 20, 8, 4, 1, 1)
+QUICK = Sizes(120, 60, 6, 20, 20, 8, 4, 1)
 
 
 @dataclass
@@ -122,10 +122,7 @@ def load_setting(folder: str, seed: int, sizes: Sizes) -> Setting:
     users = [row for row in users if row["history"] and row["session"]]
     train = range(held_out, sizes.users)
     examples = [row for user in train for row in _windows(log[user], ids)]
-    picker, judge = (
-        _reward_model(world, ids, [(user, log[user]) for user in train[part::2]], 1000 * part + seed, sizes)
-        for part in (0, 1)
-    )
+    picker, judge = (_reward_model(world, ids, [log[user] for user in train[part::2]]) for part in (0, 1))
     found: dict[str, list[dict[str, Any]]] = {
         "test": [row for row in users if row["user"] < sizes.test],
         "validation": [row for row in users if row["user"] >= sizes.test],
@@ -137,7 +134,7 @@ def load_setting(folder: str, seed: int, sizes: Sizes) -> Setting:
 
 
 def _watched(sessions: list, ids: list[str]) -> list[str]:
-    return [ids[item] for shown, seen, _ in sessions for item, yes in zip(shown, seen, strict=True) if yes]
+    return [ids[item] for shown, seen in sessions for item, yes in zip(shown, seen, strict=True) if yes]
 
 
 def _held_out(user: int, log: list, ids: list[str]) -> dict[str, Any]:
@@ -151,50 +148,20 @@ def _windows(log: list, ids: list[str]) -> list[dict[str, Any]]:
     return [{"history": items[:start], "session": items[start : start + SESSION_LENGTH]} for start in starts]
 
 
-def _reward_model(world: World, ids: list[str], logs: list, seed: int, sizes: Sizes):
-    import torch
-    from datasets import Dataset
-
-    from onerec_hf import OneRecForSessionReward, OneRecRewardConfig, RewardItems
-    from onerec_hf.trainers import RewardTrainer, RewardTrainingArguments
-
+def _reward_model(world: World, ids: list[str], logs: list):
+    """A reward function of item ids, learned from the logs of some users."""
     rows = [
-        {
-            "history": _watched(log[:place], ids),
-            "session": [ids[item] for item in log[place][0]],
-            "labels": [log[place][2]],
-        }
-        for _, log in logs
+        ([item for shown, seen in log[:place] for item, yes in zip(shown, seen, strict=True) if yes], *log[place])
+        for log in logs
         for place in range(1, len(log))
     ]
-    torch.manual_seed(seed)
-    rate = float(np.mean([row["labels"] for row in rows]))
-    config = OneRecRewardConfig(
-        num_items=len(ids),
-        item_feature_dim=world.items.shape[1],
-        objectives=["swt"],
-        base_rates=[rate],
-        score_fusion="probability",
-        hidden_size=32,
-        intermediate_size=32,
-        num_attention_heads=2,
-        tower_size=16,
-        max_history=30,
-    )
-    model = OneRecForSessionReward(config)
-    model.set_items(RewardItems(ids), (world.items / world.items.std()).astype(np.float32))
-    with tempfile.TemporaryDirectory() as scratch:
-        args = RewardTrainingArguments(
-            scratch,
-            num_train_epochs=sizes.reward_epochs,
-            seed=seed,
-            learning_rate=4e-3,
-            per_device_train_batch_size=64,
-            weight_decay=0.01,
-            **_SILENT,
-        )
-        RewardTrainer(model, args, Dataset.from_list(rows)).train()
-    return model.eval()
+    model, places = LoggedReward(world.items, rows), {name: place for place, name in enumerate(ids)}
+
+    def reward(histories: list[list], sessions: list[list]) -> list[float]:
+        indices = [[[places[item] for item in row] for row in part] for part in (histories, sessions)]
+        return model.score(*indices).tolist()
+
+    return reward
 
 
 _SILENT: dict[str, Any] = {
@@ -323,14 +290,12 @@ def measured(setting: Setting, model, best_of: bool = False) -> dict[str, float]
 
     rows, processor = setting.users["test"], setting.processor
     histories = [row["history"] for row in rows]
-    found = watched(
-        model, processor, rows, {"judge": [setting.judge.reward], "reward_model": [setting.picker.reward]}, True
-    )
+    found = watched(model, processor, rows, {"judge": [setting.judge], "reward_model": [setting.picker]}, True)
     sessions = recommended_sessions(model, processor, rows)
     if best_of:
         sessions = _best_of(setting, model)
-        found["judge"] = float(np.mean(setting.judge.reward(histories, sessions)))
-        found["reward_model"] = float(np.mean(setting.picker.reward(histories, sessions)))
+        found["judge"] = float(np.mean(setting.judge(histories, sessions)))
+        found["reward_model"] = float(np.mean(setting.picker(histories, sessions)))
     items = [[int(item[5:]) for item in session] for session in sessions]
     truth = [setting.world.true_reward(row["user"], each) for row, each in zip(rows, items, strict=True)]
     found.pop("variety")
@@ -353,7 +318,7 @@ def _best_of(setting: Setting, model) -> list[list]:
                 generator=torch.Generator().manual_seed(setting.seed),
             )
             sessions = setting.processor.batch_decode(drawn)
-            scores = setting.picker.reward([history for history in some for _ in range(CANDIDATES)], sessions)
+            scores = setting.picker([history for history in some for _ in range(CANDIDATES)], sessions)
             places = np.asarray(scores).reshape(len(some), CANDIDATES).argmax(1)
             best += [sessions[place * CANDIDATES + int(chosen)] for place, chosen in enumerate(places)]
     return best
