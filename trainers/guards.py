@@ -36,9 +36,9 @@ class GuardOptions:
     They act on measurements of held-out users, against the one before the first step; the trainers measure where `guard_dataset` is given.
 
     Args:
-        guards: stop the training by what is measured, and keep the best weights within the limits below. False measures only.
+        guards: keep the best weights within the limits below, and stop where there are no better ones. False measures only.
         guard_measurements: measurements during the training, beside the one before it.
-        judge_patience: stop after this number of measurements in a row without a better held-out judge; 0 leaves the limit out.
+        guard_patience: stop after this number of measurements in a row without better weights: a higher judge within the limits; 0 does not stop.
         max_ntp_rise: largest rise of the next-session loss, as a share of its value before; negative leaves the limit out.
         max_variety_drop: largest fall of variety (distinct items in all sessions), as a share; 1 leaves the limit out.
         max_kl: largest KL divergence of the first policy from the current one, in nats per session; None leaves the limit out.
@@ -48,14 +48,15 @@ class GuardOptions:
         ValueError: numbers out of range.
 
     Example:
-        >>> GuardOptions().judge_patience
-        2
+        >>> GuardOptions().guard_patience
+        3
     """
 
-    guards: bool = field(default=True, metadata={"help": "Stop by the limits below, and keep the best weights."})
+    guards: bool = field(default=True, metadata={"help": "Keep the best weights within the limits below."})
     guard_measurements: int = field(default=10, metadata={"help": "Measurements of held-out users in a training."})
-    judge_patience: int = field(
-        default=2, metadata={"help": "Stop after this number of measurements without a better judge; 0: do not."}
+    guard_patience: int = field(
+        default=3,
+        metadata={"help": "Stop after so many measurements without better weights within the limits; 0: do not."},
     )
     max_ntp_rise: float = field(
         default=0.01, metadata={"help": "Largest rise of the held-out next-session loss, as a share; negative: any."}
@@ -71,9 +72,9 @@ class GuardOptions:
     )
 
     def check_guards(self) -> None:
-        if self.guard_measurements < 1 or self.judge_patience < 0:
+        if self.guard_measurements < 1 or self.guard_patience < 0:
             raise ValueError(
-                f"guard_measurements must be at least 1 and judge_patience at least 0; got {self.guard_measurements} and {self.judge_patience}"
+                f"guard_measurements must be at least 1 and guard_patience at least 0; got {self.guard_measurements} and {self.guard_patience}"
             )
         if not 0 <= self.max_variety_drop <= 1 or self.variety_weight < 0 or (self.max_kl or 0) < 0:
             raise ValueError(
@@ -104,22 +105,22 @@ def verdict(rows: Sequence[Mapping[str, float]], limits: GuardOptions, value: st
 
     Example:
         >>> rows = [{"step": s, "ntp": n, "variety": 0.5, "judge": j} for s, n, j in [(0, 2.0, 0.1), (5, 2.0, 0.3), (10, 2.5, 0.4)]]
-        >>> verdict(rows, GuardOptions(), "judge")
-        Verdict(best=5, stop='the next-session loss rose from 2 to 2.5 (max_ntp_rise=0.01)')
+        >>> verdict(rows, GuardOptions(guard_patience=1), "judge").best
+        5
     """
-    start, best, waited, stop = rows[0], rows[0], 0, None
+    start, best, waited = rows[0], rows[0], 0
     for row in rows[1:]:
-        stop = _beyond(row, start, limits)
-        if stop is not None:
-            break
-        if value is None or row[value] > best[value]:
+        beyond = _beyond(row, start, limits)
+        if beyond is None and (value is None or row[value] > best[value]):
             best, waited = row, 0
             continue
         waited += 1
-        if limits.judge_patience and waited >= limits.judge_patience:
-            stop = f"{value} rose in none of {waited} measurements beyond {best[value]:.4g} (judge_patience={limits.judge_patience})"
-            break
-    return Verdict(int(best["step"]), stop)
+        if limits.guard_patience and waited >= limits.guard_patience:
+            why = beyond or f"{value} is {row[value]:.4g} after {best[value]:.4g}"
+            return Verdict(
+                int(best["step"]), f"{waited} measurements without better weights (guard_patience={waited}); {why}"
+            )
+    return Verdict(int(best["step"]))
 
 
 def _beyond(row: Mapping[str, float], start: Mapping[str, float], limits: GuardOptions) -> str | None:
@@ -201,6 +202,8 @@ class GuardCallback(TrainerCallback, ExportableState):
         if not self._limits.guards:
             return
         args.load_best_model_at_end = False
+        if not self._trainer.is_world_process_zero():
+            return
         best, stop, last = self.verdict.best, self.verdict.stop, state.global_step
         why = f": {stop}" if stop else ""
         if is_sharded(self._trainer.model) and best != last:

@@ -36,7 +36,7 @@ from benchmarks.alignment.simulated_world import SESSION_LENGTH, World, logged_s
 from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
 
 FACTORS = (1, 4, 16)  # of the learning rate
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 BATCH, CANDIDATES, GROUP, SESSIONS_PER_STEP = 16, 32, 16, 32
 DPO = {"dpo_ratio": 0.25, "num_candidates": CANDIDATES, "candidates": "sample", "beta": 0.1}
 IPA = {**DPO, "iterations": 4}
@@ -57,14 +57,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Sizes:
-    users: int = 1200
+    users: int = 1350
     items: int = 500
     sessions: int = 12
-    test: int = 250
+    test: int = 400
     watched: int = 150
     codes: int = 32
     steps: int = 200
-    generator_epochs: float = 2.5
+    generator_epochs: float = 4
 
 
 QUICK = Sizes(120, 60, 6, 20, 20, 8, 4, 1)
@@ -367,10 +367,14 @@ def main() -> None:
             with kept.open("a") as file:
                 file.write(json.dumps(found) + "\n")
     finish(table(runs), options.json)
+    if kept:
+        kept.unlink()
 
 
 def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Result rows `METHOD/COLUMN`: mean over seeds, smallest and largest; `gain` is paired with `ntp` of the same seed."""
+    """Result rows `METHOD/COLUMN`: mean over seeds, smallest and largest; `gain` is paired with `ntp` of the same seed, with a t-test."""
+    from scipy.stats import ttest_1samp
+
     from onerec_hf.evaluation.results import result_row
 
     at = {(each["method"], each["factor"], each["seed"]): each for each in runs}
@@ -391,6 +395,9 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 / (at["base", 1, each["seed"]]["optimum"] - control["true_reward"])
                 for each, control in paired
             ]
+            if len(paired) > 1:
+                test = ttest_1samp(columns["gain"], 0.0, alternative="greater")
+                rows.append(result_row(f"{method}/gain/p", float(test.pvalue), "p-value"))
         for name, values in columns.items():
             if values:
                 rows.append(
