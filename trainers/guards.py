@@ -49,17 +49,17 @@ class GuardOptions:
 
     Example:
         >>> GuardOptions().guard_patience
-        3
+        4
     """
 
     guards: bool = field(default=True, metadata={"help": "Keep the best weights within the limits below."})
     guard_measurements: int = field(default=10, metadata={"help": "Measurements of held-out users in a training."})
     guard_patience: int = field(
-        default=3,
+        default=4,
         metadata={"help": "Stop after so many measurements without better weights within the limits; 0: do not."},
     )
     max_ntp_rise: float = field(
-        default=0.01, metadata={"help": "Largest rise of the held-out next-session loss, as a share; negative: any."}
+        default=0.02, metadata={"help": "Largest rise of the held-out next-session loss, as a share; negative: any."}
     )
     max_variety_drop: float = field(
         default=0.2, metadata={"help": "Largest fall of the share of distinct items, as a share; 1: any."}
