@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from typing import Any
+
+from benchmarks.harness import one_thread
 
 
 def align_on(model, reward, examples, processor, seed: int, settings: dict[str, Any], **more) -> None:
@@ -30,3 +33,14 @@ def align_on(model, reward, examples, processor, seed: int, settings: dict[str, 
             **{**shared, **settings},
         )
         OneRecDPOTrainer(model, reward, args=args, train_dataset=examples, processing_class=processor, **more).train()
+
+
+def quiet() -> None:
+    """One thread, and no logs or bars of the libraries."""
+    one_thread()
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/simulator.py`
 
-from benchmarks.alignment.preferences import align_on
+from benchmarks.alignment.preferences import align_on, quiet
 from benchmarks.alignment.simulated_reward import LoggedReward
 from benchmarks.alignment.simulated_world import SESSION_LENGTH, World, logged_sessions, movielens_world
-from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
+from benchmarks.harness import DATA, cpu_seconds, finish, parser, say
 
 FACTORS = (1, 4, 16)  # of the learning rate
 LEARNING_RATE = 5e-4
@@ -93,16 +92,6 @@ def arguments():
     options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options.add_argument("--factors", type=int, nargs="+", default=list(FACTORS))
     return options.parse_args()
-
-
-def quiet() -> None:
-    one_thread()
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 # -- the setting -----------------------------------------------------------------------------
