@@ -129,7 +129,8 @@ class AtomicCheckpointMixin(Trainer):
             remove_gradient_hooks(self.model)  # type: ignore[arg-type]
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # Trainer would train on from a checkpoint of the last step
+        # Trainer would train on from a checkpoint of the last step, or of one that a callback stopped at.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onerec_hf.trainers.guards import GuardOptions
 from onerec_hf.trainers.pair_selection import SELECTIONS
 from onerec_hf.trainers.seq2seq_dpo_config import Seq2SeqDPOConfig
 
 
 @dataclass
-class OneRecDPOConfig(Seq2SeqDPOConfig):
+class OneRecDPOConfig(GuardOptions, Seq2SeqDPOConfig):
     """
-    [`Seq2SeqDPOConfig`] and the settings for drawing pairs (OneRec paper, sections 3.3.2 and 3.3.3).
+    [`Seq2SeqDPOConfig`], [`~onerec_hf.trainers.guards.GuardOptions`] and the settings for drawing pairs (OneRec paper, sections 3.3.2 and 3.3.3).
 
     Args:
         epochs_per_iteration: epochs per iteration. At its start the policy becomes the reference and new pairs are drawn;
@@ -53,6 +54,7 @@ class OneRecDPOConfig(Seq2SeqDPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_guards()
         # Examples without a pair carry the next-token loss.
         self.remove_unused_columns = False
         if self.candidates not in ("beam", "sample"):

@@ -20,6 +20,7 @@ from onerec_hf.data.collators import feature_columns
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 from onerec_hf.modeling.files import replacing
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
+from onerec_hf.trainers.guards import guard, variety_reward
 from onerec_hf.trainers.inputs import own_arguments, plain_rows
 from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
@@ -51,6 +52,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         train_dataset: rows as above.
         processing_class: the [`OneRecProcessor`].
         selection: a function instead of `args.selection`, see [`onerec_hf.trainers.pair_selection`].
+        judge_funcs: held-out rewards, given as `reward_funcs`, for the guards ([`~onerec_hf.trainers.guards.GuardCallback`]).
+        guard_dataset: rows of held-out users, with `history` and `session`, that the guards measure.
         kwargs: as for [`Seq2SeqDPOTrainer`].
 
     `trainer.pairs` is the table of the current pairs, a `datasets.Dataset` with `row`, `iteration`, `history`, `chosen`, `rejected`,
@@ -85,6 +88,8 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
         processing_class: OneRecProcessor | None = None,
         selection: Selection | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        judge_funcs: RewardFunction | PreTrainedModel | str | list | None = None,
+        guard_dataset: Dataset | list[dict] | None = None,
         **kwargs,
     ):
         args = own_arguments(args, OneRecDPOConfig, "onerec-dpo-output")
@@ -137,6 +142,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
             callbacks=[_DrawAtEpoch(self), *(callbacks or [])],
             **kwargs,
         )
+        guard(self, guard_dataset, judge_funcs)
 
     def _pairs_of(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         return [example] if "chosen" in example else self._pairs.get(example.get("row", -1), [])
@@ -211,10 +217,15 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
                 generator=[torch.Generator(device).manual_seed(_seed(args.seed, iteration, row)) for row in some],
             )
             sessions = processor.batch_decode(out)  # type: ignore[union-attr]
+            owners = [history for history in histories for _ in range(args.num_candidates)]
+            bonus = args.variety_weight * np.array(
+                variety_reward(owners, sessions) if args.variety_weight else [0.0] * len(owners)
+            )
             for place, (row, history) in enumerate(zip(some, histories, strict=True)):
-                mine = sessions[place * args.num_candidates : (place + 1) * args.num_candidates]
-                mine = [session for session in mine if session]
-                rewards = self.rewards([history] * len(mine), mine)
+                own = slice(place * args.num_candidates, (place + 1) * args.num_candidates)
+                added = bonus[own][[bool(session) for session in sessions[own]]]
+                mine = [session for session in sessions[own] if session]
+                rewards = self.rewards([history] * len(mine), mine) + added
                 rng = np.random.default_rng((args.seed, iteration, row))
                 found = []
                 for chosen, rejected in self._select(rewards, rng) if mine else []:

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.grpo_config import GRPOConfig
 
+from onerec_hf.trainers.guards import GuardOptions
 from onerec_hf.trainers.rollouts import ROLLOUTS
 
 #: TRL's losses that its trainer computes of log-probabilities alone, and ours.
@@ -32,11 +33,11 @@ _UNUSED = {
 
 
 @dataclass
-class OneRecGRPOConfig(GRPOConfig):
+class OneRecGRPOConfig(GuardOptions, GRPOConfig):
     """
     `trl.GRPOConfig` for sessions. TRL's options and defaults apply (`num_iterations`, `steps_per_generation`, `epsilon`, `scale_rewards`,
     `reward_weights`, learning rate 1e-6, no reference: `beta=0`) but for those named below. A batch counts sessions: a step of
-    `per_device_train_batch_size` 64 with `num_generations` 16 has four histories.
+    `per_device_train_batch_size` 64 with `num_generations` 16 has four histories. Those of [`~onerec_hf.trainers.guards.GuardOptions`] apply too.
 
     Args:
         loss_type: "ecpo", "gbpo" ([`onerec_hf.trainers.policy_losses`]), or TRL's "grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo".
@@ -103,6 +104,7 @@ class OneRecGRPOConfig(GRPOConfig):
                 f"num_generations={self.num_generations}: rewards are compared within a history's sessions; use at least 2"
             )
         super().__post_init__()
+        self.check_guards()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch warns once per loader
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}")

@@ -30,6 +30,7 @@ from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
+from onerec_hf.trainers.guards import guard, variety_reward
 from onerec_hf.trainers.inputs import own_arguments, plain_rows
 from onerec_hf.trainers.onerec_grpo_config import OWN_LOSSES, OneRecGRPOConfig
 from onerec_hf.trainers.policy_losses import ecpo_old_logps, gbpo_old_logps
@@ -70,6 +71,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         ntp_dataset: rows with `history` and `session` for the next-token loss; by default those of `train_dataset` without a negative `advantage`. Sessions
             with items that left the catalogue are left out, with a warning.
         processing_class: the [`OneRecProcessor`].
+        judge_funcs: held-out rewards, given as `reward_funcs`, for the guards ([`~onerec_hf.trainers.guards.GuardCallback`]).
+        guard_dataset: rows of held-out users, with `history` and `session`, that the guards measure.
         kwargs: as for `trl.GRPOTrainer`.
 
     Beside TRL's metrics it logs `loss/ntp`, `rollouts/legal` (share of drawn items that are in the catalogue), `rollouts/left_out` (share of
@@ -108,6 +111,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config=None,
         quantization_config=None,
+        judge_funcs: RewardFunction | PreTrainedModel | str | list | None = None,
+        guard_dataset: Dataset | list[dict] | None = None,
         **kwargs,
     ):
         args = own_arguments(args, OneRecGRPOConfig, "onerec-grpo-output")
@@ -166,6 +171,9 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         if args.disable_dropout:  # TRL's covers modules alone
             disable_plain_dropout(generator)
         del generator.forward  # TRL's fused head, which scores the full vocabulary of decoder-only models
+        if args.variety_weight and functions:
+            self.reward_funcs.append(variety_reward)
+            self.reward_weights = torch.cat([self.reward_weights, torch.tensor([args.variety_weight])])
         self.reward_func_names = _distinct_names(self.reward_funcs)
         if own_reference:
             args.beta = self.beta = beta
@@ -190,6 +198,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 f"{len(train_dataset)} histories are fewer than the {batch} of a generation batch: lower per_device_train_batch_size, "
                 "steps_per_generation or gradient_accumulation_steps, or raise num_generations"
             )
+        guard(self, guard_dataset, judge_funcs)
 
     # -- data --------------------------------------------------------------------------------
     def _checked(self, dataset: Any, processor: OneRecProcessor, args: OneRecGRPOConfig, name: str) -> Dataset:

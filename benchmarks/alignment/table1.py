@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,8 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/alignment/table1.py`
 
 from benchmarks.alignment.kuairand import SESSION_LENGTH, World, load_world
-from benchmarks.alignment.preferences import align_on
-from benchmarks.harness import DATA, cpu_seconds, finish, one_thread, parser, say
+from benchmarks.alignment.preferences import align_on, quiet
+from benchmarks.harness import DATA, cpu_seconds, finish, parser, say
 
 SESSIONS, BEAMS = 8, 16  # per user, of SESSION_LENGTH items
 OBJECTIVES = ("swt", "vtr", "wtr", "ltr")
@@ -76,16 +75,6 @@ def arguments():
     options.add_argument("--jobs", type=int, default=1, help="seeds at a time, a process each")
     options.add_argument("--figure", action="store_true", help="IPA by share of pairs and by iteration instead")
     return options.parse_args()
-
-
-def quiet() -> None:
-    one_thread()
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def train_generator(world: World, session_length: int, quick: bool):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onerec_hf.evaluation.results import result_row, write_results
-from onerec_hf.workflows.alignment_report import alignment_panels, recommended_sessions, watch, with_items_left
+from onerec_hf.workflows.alignment_report import alignment_panels, watch
 from onerec_hf.workflows.artefact import (
     catalogue_of,
     find_origin,
@@ -194,8 +194,7 @@ def align(
             sharding.shard(model), rewards, args, processor, examples, None if logged is None else real
         )
         trainer.add_callback(record.callback())
-        if how.evaluate:
-            watch(trainer, judges, dataset, exclude_seen)
+        guard = watch(trainer, judges, dataset, exclude_seen) if how.evaluate else None
         if rewards and how.method == "dpo":
             keep_pairs(trainer)
         origin = find_origin(how.model, how.save_items)
@@ -214,6 +213,8 @@ def align(
         rows: list[dict[str, Any]] = []
         if is_first():
             rows += ({**row, "name": f"before/{row['name']}"} for row in before if row["name"].startswith("onerec/"))
+            if guard is not None and args.guards:
+                scored.append(result_row("kept_step", guard.verdict.best, "steps"))
             rows += [*after, *scored, result_row("seconds", time.perf_counter() - started, "s")]
             report(trainer, folder, dataset, rows, how, exclude_seen, command, record.changes)
             finish(folder)
@@ -380,6 +381,7 @@ def session_reward(model, processor: OneRecProcessor, examples: list[dict[str, A
 def _session_rewards(model, processor: OneRecProcessor, examples: list[dict[str, Any]], rewards: list) -> np.ndarray:
     """(users,) float64."""
     from onerec_hf.data.collators import positive_items
+    from onerec_hf.trainers.watching import recommended_sessions
 
     sessions, seen = (
         recommended_sessions(model, processor, examples),
@@ -392,6 +394,8 @@ def reward_rows(
     model, processor: OneRecProcessor, judges: dict[str, list], data: RecommendationDataset, when: str
 ) -> list[dict[str, Any]]:
     """Result rows `NAME/before` or `NAME/after`: the mean reward of sessions for test users, without those who have too few items left for one."""
+    from onerec_hf.trainers.watching import with_items_left
+
     some = data.test.select(range(min(REWARDED_USERS, len(data.test)))).to_list()
     examples = with_items_left(some, processor, model.config.session_length)
     return [

@@ -7,129 +7,49 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onerec_hf.workflows.artefact import catalogue_of
 from onerec_hf.workflows.dataset import sample
-from onerec_hf.workflows.distributed import is_first
+from onerec_hf.workflows.distributed import say
 from onerec_hf.workflows.pictures import Panel
 from onerec_hf.workflows.training_report import log_panels
 
 if TYPE_CHECKING:
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.trainers.guards import GuardCallback
     from onerec_hf.workflows.dataset import RecommendationDataset
 
-#: Users of a measurement, and how many measurements a training has behind the one before it.
-WATCHED_USERS, TIMES = 200, 5
-_TOP_K = 10
+#: Users of a measurement.
+WATCHED_USERS = 200
 _PREFIX = "watched/"
 
 
-def watch(trainer: Any, judges: Mapping[str, list], data: RecommendationDataset, exclude_seen: bool) -> None:
+def watch(
+    trainer: Any, judges: Mapping[str, list], data: RecommendationDataset, exclude_seen: bool
+) -> GuardCallback | None:
     """
-    Makes a trainer measure, before, during and after an alignment, what the model recommends to validation users: the rewards of sessions, recall@10, and
-    variety, the share of distinct items in all sessions. The values stand in the trainer's `log_history`, so that a resumed run keeps them; the first
-    rank measures.
+    Makes a trainer measure, before, during and after an alignment, what the model recommends to validation users, and stop by the guards of its arguments
+    ([`~onerec_hf.trainers.guards.GuardCallback`]): the kept weights are the best by the held-out judge, without one by the reward itself.
 
     Args:
-        judges: reward models by name.
+        judges: reward models by name, "heldout_reward" for held-out ones.
         data: with validation users.
         exclude_seen: whether items of the history are left out.
+
+    Raises:
+        ValueError: a held-out judge, but no validation users whom it can judge.
     """
-    from transformers import TrainerCallback
+    from onerec_hf.trainers.guards import GuardCallback
 
-    some = sample(data.validation, WATCHED_USERS).to_list()
-    examples = with_items_left(some, trainer.processing_class, max(trainer.model.config.session_length, _TOP_K))
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            _measure(trainer, state, examples, judges, exclude_seen)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            every = -(-state.max_steps // TIMES)
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
-                _measure(trainer, state, examples, judges, exclude_seen)
-
-    trainer.add_callback(Watch())
-
-
-def with_items_left(examples: list[dict[str, Any]], processor: OneRecProcessor, count: int) -> list[dict[str, Any]]:
-    """The examples of users who have this many items left to recommend."""
-    from onerec_hf.data.collators import positive_items
-
-    catalogue = catalogue_of(processor)
-    return [row for row in examples if catalogue.num_left(catalogue.indices(positive_items(row))) >= count]
-
-
-def _measure(trainer: Any, state: Any, examples: list, judges: Mapping[str, list], exclude_seen: bool) -> None:
-    from onerec_hf.trainers.sharding import unsharded_model
-
-    done = any(row["step"] == state.global_step for row in state.log_history if _has_values(row))
-    if not examples or done:
-        return
-    with unsharded_model(trainer.model) as model:
-        if is_first():
-            was_training = model.training
-            values = measured(model.eval(), trainer.processing_class, examples, judges, exclude_seen)
-            model.train(was_training)
-            state.log_history.append(
-                {"step": state.global_step} | {f"{_PREFIX}{name}": value for name, value in values.items()}
-            )
-
-
-def _has_values(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith(_PREFIX) for name in row)
-
-
-def measured(
-    model: Any,
-    processor: OneRecProcessor,
-    examples: Sequence[Mapping[str, Any]],
-    judges: Mapping[str, list],
-    exclude_seen: bool,
-) -> dict[str, float]:
-    """Rewards by judge, `recall@10` and `variety` of what a model recommends to held-out users."""
-    from onerec_hf.data.collators import positive_items
-
-    seen = [positive_items(row) for row in examples]
-    sessions = recommended_sessions(model, processor, examples)
-    rewards = {
-        name: float(np.sum([each.reward(seen, sessions) for each in models], axis=0).mean())
-        for name, models in judges.items()
-    }
-    one = {"session_length": 1, "num_beams": max(_TOP_K, 32), "num_return_sequences": _TOP_K}
-    ranked = recommended_sessions(model, processor, examples, exclude_seen, **one)
-    hits = []
-    for place, row in enumerate(examples):
-        found = {item for items in ranked[place * _TOP_K : (place + 1) * _TOP_K] for item in items}
-        hits.append(len(found & set(row["session"])) / len(set(row["session"])))
-    items = [item for session in sessions for item in session]
-    return {**rewards, f"recall@{_TOP_K}": float(np.mean(hits)), "variety": len(set(items)) / max(1, len(items))}
-
-
-def recommended_sessions(
-    model: Any,
-    processor: OneRecProcessor,
-    examples: Sequence[Mapping[str, Any]],
-    exclude_seen: bool = True,
-    **options: Any,
-) -> list[list]:
-    """
-    The sessions that the model recommends after the histories of examples.
-
-    Args:
-        exclude_seen: leave out the history's (positive) items.
-        options: of `model.recommend`; by default one session of 10 beams.
-    """
-    from onerec_hf.data.collators import feature_columns, positive_items
-
-    found: list[list] = []
-    with model.eval().packed_experts():
-        for start in range(0, len(examples), 64):
-            some = examples[start : start + 64]
-            inputs = processor([row["history"] for row in some], **feature_columns(processor, some))
-            exclude = [positive_items(row) for row in some] if exclude_seen else None
-            sequences = model.recommend(**inputs, **{"num_beams": 10, **options}, exclude=exclude)
-            found += processor.batch_decode(sequences)
-    return found
+    value = next((name for name in ("heldout_reward", "reward") if name in judges), None)
+    functions = {name: [model.reward for model in models] for name, models in judges.items()}
+    rows = sample(data.validation, WATCHED_USERS).to_list()
+    try:
+        guard = GuardCallback(trainer, rows, functions, value, exclude_seen)
+    except ValueError as error:
+        if "heldout_reward" in judges:
+            raise
+        say(f"no guards: {error}")
+        return None
+    trainer.add_callback(guard)
+    return guard
 
 
 def alignment_panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
@@ -149,8 +69,9 @@ def alignment_panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
         return [(row["step"], row[name]) for row in history if row.get(name) is not None and np.isfinite(row[name])]
 
     watched = dict.fromkeys(name for row in history for name in row if name.startswith(_PREFIX))
-    shares = [name for name in watched if name.startswith((f"{_PREFIX}recall@", f"{_PREFIX}variety"))]
     named = {name: name.removeprefix(_PREFIX) for name in watched}
+    shares = [name for name in watched if named[name].startswith(("recall@", "variety"))]
+    distances = [name for name in watched if named[name] in ("ntp", "kl")]
     panels = [
         Panel(
             "Margin of the pairs",
@@ -163,7 +84,7 @@ def alignment_panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
         Panel(
             "Reward",
             "curves",
-            {named[name]: points(name) for name in watched if name not in shares},
+            {named[name]: points(name) for name in watched if name not in (*shares, *distances)},
             "step",
             "reward",
             note="Mean reward of the sessions that validation users get. The reward that picks the pairs rises in any case; a held-out one shows whether "
@@ -176,6 +97,14 @@ def alignment_panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
             "step",
             "share",
             note="Of validation users: recall of their held-out items, and the share of distinct items in all sessions.",
+        ),
+        Panel(
+            "Next-session loss",
+            "curves",
+            {named[name]: points(name) for name in distances},
+            "step",
+            "nats",
+            note="Of validation users: loss per code of the sessions that they had, and with a limit on it the divergence from the first policy.",
         ),
     ]
     return [*log_panels(history), *(panel for panel in panels if any(panel.series.values()))]

@@ -45,7 +45,6 @@ _MAY_CHANGE = {
         "baselines",
         "verdict_sasrec",
         "feature_worth",
-        "judge",
         "evaluate",
     ),
     *(
