@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_experts import PreciseBuffers
 from .item_evidence import ItemEvidence
 
 
-class ItemHead(nn.Module):
+class ItemHead(PreciseBuffers):
     """
     Vectors of items, found by their codes. The codes are kept with the weights, so that a loaded model finds them without a catalogue. An item that
     joins the catalogue later has no vector, and is read by its codes alone.
@@ -35,6 +36,9 @@ class ItemHead(nn.Module):
         >>> vectors.shape, vectors.abs().sum(-1)[0].gt(0).tolist()
         (torch.Size([1, 6, 8]), [True, False, False, False, False, False])
     """
+
+    #: Buffers that stay float32 whatever the model's dtype is.
+    FLOATS = ("content_mean", "content_scale", *ItemEvidence.FLOATS)
 
     def __init__(self, config):
         super().__init__()

@@ -35,6 +35,7 @@ class ItemScorer:
             self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
             if not (head.config.score_codes or self.rows.all()):
                 self.scored = self.rows > 0
+        self.vectors = self.vectors.float()  # the best of a million items differ by less than bfloat16 tells apart
         # The column of each row of the item head; the number of items for rows without one, and for row 0.
         self.columns = torch.full((len(head.keys) + 1,), len(self.rows), device=self.rows.device)
         self.columns[self.rows] = torch.arange(len(self.rows), device=self.rows.device)
@@ -60,7 +61,7 @@ class ItemScorer:
 
     def head_scores(self, states: torch.Tensor) -> torch.Tensor:
         """(users, items) float32 logits without evidence."""
-        scores = (states @ self.vectors.T).float()
+        scores = (states.float() @ self.vectors.T).float()
         return scores if self.scored is None else scores.masked_fill(~self.scored, float("-inf"))
 
     def log_probs(
