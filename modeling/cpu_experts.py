@@ -42,33 +42,36 @@ def onednn_is_faster() -> bool:
 
 
 @cache
-def bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies in bfloat16 faster than in float32: with AMX or AVX-512's bf16 it does. Measured once per process."""
+def bfloat16_is_faster(width: int) -> bool:
+    """
+    Whether this CPU multiplies in bfloat16 clearly faster than in float32: with AMX or AVX-512's bf16 it does, for a model that is not tiny. Measured
+    once per width and process.
+    """
     if not _multiplies(torch.bfloat16):
         return False
-    states, weight = torch.ones(_MANY_ROWS, 256), torch.ones(1024, 256)
+    states, weight = torch.ones(_MANY_ROWS, width), torch.ones(4 * width, width)
     low = states.bfloat16(), weight.bfloat16()
     wide = _onednn if onednn_is_faster() else F.linear
     in_float32, in_bfloat16 = _shortest(lambda: wide(states, weight), lambda: _onednn(*low))
     return in_float32 > _CLEARLY * in_bfloat16
 
 
-def inference_dtype(name: str) -> torch.dtype:
+def inference_dtype(name: str, width: int) -> torch.dtype:
     """
-    The dtype that a `--dtype` option names for a generator on this machine: "auto" is bfloat16 on a CPU that multiplies faster in it, and float32
-    everywhere else.
+    The dtype that a `--dtype` option names for a generator of this width on this machine: "auto" is bfloat16 on a CPU that multiplies faster in it,
+    and float32 everywhere else.
 
     Raises:
         ValueError: another name.
 
     Example:
-        >>> inference_dtype("bfloat16")
+        >>> inference_dtype("bfloat16", width=256)
         torch.bfloat16
     """
     if name not in DTYPES:
-        raise ValueError(f"--dtype {name}: choose auto, float32 or bfloat16")
+        raise ValueError(f"dtype {name!r:.40}: choose one of {', '.join(DTYPES)}")
     if name == "auto":
-        return torch.bfloat16 if not torch.accelerator.is_available() and bfloat16_is_faster() else torch.float32
+        return torch.bfloat16 if not torch.accelerator.is_available() and bfloat16_is_faster(width) else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
@@ -252,12 +255,20 @@ class SegmentedExperts(torch.autograd.Function):
                 activated = ctx.act_fn(gate) * up
             (grad_projected,) = torch.autograd.grad(activated, projected, product(grad_out, down[expert].t()))
             if grad_down is not None:
-                torch.mm(grad_out.t(), activated.detach(), out=grad_down[expert])
+                _weight_gradient(grad_out, activated.detach(), grad_down[expert])
             if grad_gate_up is not None:
-                torch.mm(grad_projected.t(), states[rows], out=grad_gate_up[expert])
+                _weight_gradient(grad_projected, states[rows], grad_gate_up[expert])
             grad_states[rows] = product(grad_projected, gate_up[expert].t())
         grad_states = F.embedding_bag(place, grad_states, mode="sum")
         return grad_states, None, grad_weights[place].squeeze(-1), grad_gate_up, grad_down, None, None
+
+
+def _weight_gradient(grad: torch.Tensor, states: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes `grad.t() @ states`."""
+    if grad.dtype == torch.float32 and onednn_is_faster():
+        out.copy_(_onednn(grad.t(), states.t()))
+    else:
+        torch.mm(grad.t(), states, out=out)
 
 
 def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:

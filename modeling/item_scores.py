@@ -28,14 +28,14 @@ class ItemScorer:
         head, self.scored = encoder.item_head, None
         self.evidence, self.content = head.evidence, head.content
         self.rows = head.rows(code_tokens)
+        # The best of many items differ by less than bfloat16 tells apart: vectors and scores are float32.
         # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
         if torch.equal(self.rows, torch.arange(1, len(head.keys) + 1, device=self.rows.device)):
-            self.vectors = head.output_vectors(encoder.embed_tokens)
+            self.vectors = head.output_vectors(encoder.embed_tokens, dtype=torch.float32)
         else:
-            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
+            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens, torch.float32)
             if not (head.config.score_codes or self.rows.all()):
                 self.scored = self.rows > 0
-        self.vectors = self.vectors.float()  # the best of a million items differ by less than bfloat16 tells apart
         # The column of each row of the item head; the number of items for rows without one, and for row 0.
         self.columns = torch.full((len(head.keys) + 1,), len(self.rows), device=self.rows.device)
         self.columns[self.rows] = torch.arange(len(self.rows), device=self.rows.device)

@@ -138,7 +138,7 @@ def in_dtype(model: OneRecForConditionalGeneration, name: str) -> OneRecForCondi
     """The generator in the dtype of a `--dtype` option; what `auto` chose is said, and a lower precision."""
     from onerec_hf.modeling.cpu_experts import inference_dtype
 
-    dtype = inference_dtype(name)
+    dtype = inference_dtype(name, model.config.hidden_size)
     if name != "float32":
         say(f"--dtype {name}: the model computes in {str(dtype).removeprefix('torch.')}")
     return model.to(dtype)  # pyright: ignore[reportArgumentType]
@@ -150,9 +150,10 @@ def check_dtype(name: str, repo: str) -> None:
         ValueError: an unknown `--dtype`, or bfloat16 for a model that is no generator.
     """
     from onerec_hf.baselines.requests import ITEM_MODEL_TYPES
-    from onerec_hf.modeling.cpu_experts import inference_dtype
+    from onerec_hf.modeling.cpu_experts import DTYPES
 
-    inference_dtype(name)
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name}: choose auto, float32 or bfloat16")
     if name == "bfloat16" and (kind := model_type(repo)) in ITEM_MODEL_TYPES:
         raise ValueError(f"--dtype bfloat16 is for OneRec generators, and {repo} holds a {kind}; leave it out")
 
