@@ -12,8 +12,9 @@ products stays in the cache (benchmarks/speed/generation.py, benchmarks/speed/tr
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -36,8 +39,7 @@ def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies many float32 rows faster than torch's default on this CPU. Measured once per process, in about 10 ms."""
     if not _multiplies(torch.float32):
         return False
-    states, weight = torch.ones(_MANY_ROWS, 256), torch.ones(1024, 256)
-    default, onednn = _shortest(lambda: F.linear(states, weight), lambda: _onednn(states, weight))
+    default, onednn = _shortest((F.linear, torch.float32, 256), (_onednn, torch.float32, 256))
     return default > _CLEARLY * onednn
 
 
@@ -49,10 +51,8 @@ def bfloat16_is_faster(width: int) -> bool:
     """
     if not _multiplies(torch.bfloat16):
         return False
-    states, weight = torch.ones(_MANY_ROWS, width), torch.ones(4 * width, width)
-    low = states.bfloat16(), weight.bfloat16()
     wide = _onednn if onednn_is_faster() else F.linear
-    in_float32, in_bfloat16 = _shortest(lambda: wide(states, weight), lambda: _onednn(*low))
+    in_float32, in_bfloat16 = _shortest((wide, torch.float32, width), (_onednn, torch.bfloat16, width))
     return in_float32 > _CLEARLY * in_bfloat16
 
 
@@ -82,20 +82,34 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _shortest(*runs) -> list[float]:
-    """The shortest seconds of each of several computations, run in turns."""
-    seconds = [[] for _ in runs]
-    with torch.no_grad():
+def _shortest(*kinds: tuple[Callable, torch.dtype, int]) -> list[float]:
+    """The shortest seconds of products of several kinds, in turns: a function, a dtype and a width."""
+    seconds: list[list[float]] = [[] for _ in kinds]
+    # The first forward pass asks, perhaps one that is counted, on fake tensors or under autocast.
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        pairs = [
+            tuple(torch.ones(rows, width, dtype=dtype, device="cpu") for rows in (_MANY_ROWS, 4 * width))
+            for _, dtype, width in kinds
+        ]
         for _ in range(9):
-            for run, taken in zip(runs, seconds, strict=True):
+            for (run, *_), pair, taken in zip(kinds, pairs, seconds, strict=True):
                 started = time.perf_counter()
-                run()
+                run(*pair)
                 taken.append(time.perf_counter() - started)
     return [min(taken) for taken in seconds]
 
 
 def _onednn(states, weight):
     return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+
+
+def _count_flops(states_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(states_shape) * weight_shape[0]
+
+
+# What counts a model's operations (FlopCounterMode) knows torch's default product only. Code of a Hub repository is a second copy of this file.
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_flops)
 
 
 def _by_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -129,7 +129,8 @@ def test_packed_bfloat16_weights_give_the_same():
     layer = model.model.decoder.layers[0]
     plain = model.recommend(**arguments)
     with model.packed_experts():
-        assert layer.mlp.experts.packed is not None and layer.self_attn.q_proj.packed is not None
+        assert layer.mlp.experts.packed is not None
+        assert layer.self_attn.q_proj.packed is not None
         packed = model.recommend(**arguments)
         assert_close(packed.sequences_scores, plain.sequences_scores, ROUNDED, dtype=torch.bfloat16)
         with torch.no_grad():
