@@ -2,7 +2,8 @@
 Precision and products on a CPU: `recommend()` and training in float32 and bfloat16, what a small request is bound by, and what bfloat16 does to
 rankings.
 
-    python benchmarks/speed/precision.py --models runs/beauty runs/movielens --json benchmarks/results/precision.json
+    python benchmarks/speed/precision.py --json benchmarks/results/precision.json
+    python benchmarks/speed/precision.py --models runs/beauty runs/movielens --json benchmarks/results/precision_quality.json
 
 d = 256, 4 + 4 layers, 24 experts, 50 items of history, 12,000 items, sessions of one item, experts packed; CPU seconds of one thread, in turns.
 
@@ -20,8 +21,9 @@ measured product in that dtype.
 `expert_R/X`: microseconds of the first product of an expert (256 to 2048) with so many rows, 24 experts in turn so that weights are not in the
 cache; `int8` is torchao's weight-only quantisation, where torchao is installed.
 
-`quality/MODEL/...`, with `--models`: the first 5,000 test users of the data that a generator was trained on, 10 items by 50 beams, ranked as the model does by default and by
-the decoder alone: recall@10, the share of users with equal lists (the same ten items in the same order) and with equal sets.
+With `--models`, folders of generators that `train` wrote, only what bfloat16 does to their rankings: `quality/MODEL/recall@10/X` of `onerec-hf evaluate`, and
+`quality/MODEL/WAY/...`, the shares of the first 3,000 test users with equal lists (the same ten items in the same order) and equal sets, ranked as the model
+does by default and by the decoder alone (50 beams).
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ def quality(folder: str, data_dir: str, quick: bool) -> list[dict[str, Any]]:
 
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.workflows.artefact import load_model, load_processor
-    from onerec_hf.workflows.evaluation import held_out
+    from onerec_hf.workflows.evaluation import evaluate, held_out
     from onerec_hf.workflows.loading import load_dataset
 
     name = json.loads(Path(folder, "data_options.json").read_text())["dataset"]
@@ -225,8 +227,12 @@ def quality(folder: str, data_dir: str, quick: bool) -> list[dict[str, Any]]:
     wide: Any = load_model("--model", folder, dtype="float32").eval()
     models = {"float32": wide, "bfloat16": copy.deepcopy(wide).to(torch.bfloat16)}
     examples = held_out(data, "test")
-    examples = examples.select(range(min(len(examples), 64 if quick else 5000)))
+    examples = examples.select(range(min(len(examples), 64 if quick else 3000)))
     rows = []
+    label = f"quality/{Path(folder).name}"
+    for name in models:
+        found = evaluate(data, model=folder, dtype=name, baselines=False, top_k=[10]).metrics["onerec/recall@10"]
+        rows.append(result_row(f"{label}/recall@10/{name}", found, "share"))
     for way, weights in (("default", {}), ("decoder", {"decoder_weight": 1.0, "item_score_weight": 0.0})):
         lists: dict[str, list[list]] = {name: [] for name in models}
         for start in range(0, len(examples), 64):
@@ -235,15 +241,10 @@ def quality(folder: str, data_dir: str, quick: bool) -> list[dict[str, Any]]:
             for name, model in models.items():
                 items = [item for (item,) in processor.batch_decode(model.recommend(**inputs, **options, **weights))]
                 lists[name] += [items[i : i + 10] for i in range(0, len(items), 10)]
-        targets = [session[0] for session in examples["session"]]
-        label = f"quality/{Path(folder).name}/{way}"
-        for name, found in lists.items():
-            hits = sum(target in items for target, items in zip(targets, found, strict=True))
-            rows.append(result_row(f"{label}/recall@10/{name}", hits / len(targets), "share"))
         pairs = list(zip(*lists.values(), strict=True))
         equal = sum(a == b for a, b in pairs), sum(set(a) == set(b) for a, b in pairs)
-        rows.append(result_row(f"{label}/equal_lists", equal[0] / len(pairs), "share", against="float32"))
-        rows.append(result_row(f"{label}/equal_sets", equal[1] / len(pairs), "share", against="float32"))
+        rows.append(result_row(f"{label}/{way}/equal_lists", equal[0] / len(pairs), "share", against="float32"))
+        rows.append(result_row(f"{label}/{way}/equal_sets", equal[1] / len(pairs), "share", against="float32"))
     say(f"{folder}: {len(examples):,} users")
     return rows
 
@@ -258,13 +259,15 @@ def main() -> None:
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.modeling.cpu_experts import bfloat16_is_faster, onednn_is_faster
 
-    rows = recommendations(arguments.quick)
-    rows += expert_products()
-    rows += training(arguments.quick, f"{arguments.data_dir}/amazon_beauty")
+    rows = []
     for folder in arguments.models:
         rows += quality(folder, arguments.data_dir, arguments.quick)
-    chosen = {"onednn_is_faster": onednn_is_faster(), "bfloat16_is_faster": bfloat16_is_faster(256)}
-    rows += [result_row(name, int(value), "flag") for name, value in chosen.items()]
+    if not arguments.models:
+        rows += recommendations(arguments.quick)
+        rows += expert_products()
+        rows += training(arguments.quick, f"{arguments.data_dir}/amazon_beauty")
+        chosen = {"onednn_is_faster": onednn_is_faster(), "bfloat16_is_faster": bfloat16_is_faster(256)}
+        rows += [result_row(name, int(value), "flag") for name, value in chosen.items()]
     say(f"{cpu_seconds() - before:.0f} CPU s")
     finish(rows, arguments.json)
 

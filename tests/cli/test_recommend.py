@@ -212,3 +212,8 @@ def test_bfloat16_answers_about_the_same_and_says_so(model):
 
 def test_an_unknown_dtype_is_refused(model):
     refused(ask(model, "--dtype", "int4", stdin=""), "--dtype int4: choose auto, float32 or bfloat16")
+
+
+def test_bfloat16_is_for_generators(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "onerec_popularity"}')
+    refused(ask(tmp_path, "--dtype", "bfloat16", stdin=""), "--dtype bfloat16 is for OneRec generators")
