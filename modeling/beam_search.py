@@ -154,29 +154,35 @@ class BeamDecoder:
     def _attend_session(self, attention, states, keys_values, rope, visible):
         query = rotate(self._heads(attention.q_proj(states)), *rope).transpose(1, 2)
         key, value = self._heads(keys_values).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            # A single token sees all that is filled; without a mask it is cheaper.
-            attn_mask=visible if self.static or states.shape[1] > 1 else None,
-            scale=attention.scaling,
-            enable_gqa=self._grouped,
-        )
+        # A single token sees all that is filled; without a mask it is cheaper.
+        mask = visible if self.static or states.shape[1] > 1 else None
+        out = self._attend(query, key, value, mask, attention.scaling)
         return attention.o_proj(out.transpose(1, 2).flatten(-2))
 
     def _attend_history(self, attention, states, keys_values, rope):
         query = self._heads(attention.q_proj(states)).unflatten(0, (self.users, -1))
         if rope is not None:
             query = rotate(query, *rope)
-        out = F.scaled_dot_product_attention(
-            query.flatten(1, 2).transpose(1, 2),
-            *keys_values,
-            attn_mask=self._history_visible,
-            scale=attention.scaling,
-            enable_gqa=self._grouped,
-        )
+        query = query.flatten(1, 2).transpose(1, 2)
+        out = self._attend(query, *keys_values, self._history_visible, attention.scaling)
         return attention.o_proj(out.transpose(1, 2).reshape(states.shape[0], states.shape[1], -1))
+
+    def _attend(self, query, key, value, mask, scale):
+        """(rows, heads, n, head_dim) of queries, where `mask` is True or None."""
+        if self._grouped or not (query.is_cpu and query.dtype == torch.bfloat16):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=self._grouped
+            )
+        # torch's attention on a CPU has no kernel in bfloat16 of its own; products by oneDNN take half its time.
+        if query.shape[2] == 1:  # of one query, products of matrices cost more than sums
+            weights = (query * key).sum(-1, keepdim=True, dtype=torch.float32).mul_(scale)
+            if mask is not None:
+                weights.masked_fill_(~mask.transpose(-1, -2), float("-inf"))
+            return (weights.softmax(2).to(value.dtype) * value).sum(2, keepdim=True)
+        weights = (query @ key.mT).float().mul_(scale)
+        if mask is not None:
+            weights.masked_fill_(~mask, float("-inf"))
+        return weights.softmax(-1).to(value.dtype) @ value
 
 
 # Logits of this many rows times the vocabulary exist at once: 32 MiB of float32.
@@ -326,6 +332,8 @@ def _child_logits(hidden, lm_head, among, level_tokens, codes):
     at_once = max(1, _LOGITS_AT_ONCE // (among.stop - among.start))
     own = slice(level_tokens.start - among.start, level_tokens.stop - among.start)
     weight = lm_head.weight[among] if has_rows(lm_head) else None
+    if weight is not None and hidden.is_cpu:  # logits as coarse as bfloat16 tie
+        hidden, weight = hidden.float(), weight.float()
     logits, normalizers = [], []
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)

@@ -1,51 +1,228 @@
 """
-Fast computation of the experts: the implementation "onerec" of transformers' experts interface, the model's default
+Fast products on a CPU: of linear layers, and of experts as the implementation "onerec" of transformers' experts interface, the model's default
 (`experts_implementation=` of `from_pretrained` selects another one).
 
-On accelerators, in other types than float32, under `torch.compile`, autocast and expert parallelism it is transformers' "grouped_mm". On a CPU
+torch's default float32 product is MKL's, which has its best kernels on Intel's processors only; oneDNN is torch's other library, and its only one
+in bfloat16. Which is faster for many rows is measured once ([`onednn_is_faster`]); for the few rows of an expert it is oneDNN.
+
+On accelerators, under `torch.compile`, autocast and expert parallelism, linear layers are torch's and experts transformers' "grouped_mm". On a CPU
 the tokens are sorted by expert and each expert's few tokens go through it at once, forward and backward, so that what lies between its two
-products stays in the cache; and the forward products are oneDNN's, which is faster than the default one where a weight meets few rows
-(benchmarks/speed/generation.py, benchmarks/speed/training.py).
+products stays in the cache (benchmarks/speed/generation.py, benchmarks/speed/training.py, benchmarks/speed/precision.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+DTYPES = ("auto", "float32", "bfloat16")
+# From so many rows on a product is bound by its arithmetic, not by reading the weight.
+_MANY_ROWS, _FEW_ROWS = 64, 8
+# How much faster oneDNN must be: where both take about as long, two processes decide alike.
+_CLEARLY = 1.25
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies many float32 rows faster than torch's default on this CPU. Measured once per process, in about 10 ms."""
+    if not _multiplies(torch.float32):
+        return False
+    default, onednn = _shortest((F.linear, torch.float32, 256), (_onednn, torch.float32, 256))
+    return default > _CLEARLY * onednn
+
+
+@cache
+def bfloat16_is_faster(width: int) -> bool:
+    """
+    Whether this CPU multiplies in bfloat16 clearly faster than in float32: with AMX or AVX-512's bf16 it does, for a model that is not tiny. Measured
+    once per width and process.
+    """
+    if not _multiplies(torch.bfloat16):
+        return False
+    wide = _onednn if onednn_is_faster() else F.linear
+    in_float32, in_bfloat16 = _shortest((wide, torch.float32, width), (_onednn, torch.bfloat16, width))
+    return in_float32 > _CLEARLY * in_bfloat16
+
+
+def inference_dtype(name: str, width: int) -> torch.dtype:
+    """
+    The dtype that a `--dtype` option names for a generator of this width on this machine: "auto" is bfloat16 on a CPU that multiplies faster in it,
+    and float32 everywhere else.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> inference_dtype("bfloat16", width=256)
+        torch.bfloat16
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r:.40}: choose one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.bfloat16 if not torch.accelerator.is_available() and bfloat16_is_faster(width) else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _shortest(*kinds: tuple[Callable, torch.dtype, int]) -> list[float]:
+    """The shortest seconds of products of several kinds, in turns: a function, a dtype and a width."""
+    seconds: list[list[float]] = [[] for _ in kinds]
+    # The first forward pass asks, perhaps one that is counted, on fake tensors or under autocast.
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        pairs = [
+            tuple(torch.ones(rows, width, dtype=dtype, device="cpu") for rows in (_MANY_ROWS, 4 * width))
+            for _, dtype, width in kinds
+        ]
+        for _ in range(9):
+            for (run, *_), pair, taken in zip(kinds, pairs, seconds, strict=True):
+                started = time.perf_counter()
+                run(*pair)
+                taken.append(time.perf_counter() - started)
+    return [min(taken) for taken in seconds]
+
+
+def _onednn(states, weight):
+    return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+
+
+def _count_flops(states_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(states_shape) * weight_shape[0]
+
+
+# What counts a model's operations (FlopCounterMode) knows torch's default product only. Code of a Hub repository is a second copy of this file.
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_flops)
+
+
+def _by_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a float32 product on a CPU may be oneDNN's."""
+    # A quantised weight is a subclass of tensors that knows how to be multiplied, and has no memory that oneDNN could read.
+    return (
+        states.dtype == torch.float32
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and states.is_cpu
+        and weight.dtype == torch.float32
+        and _multiplies(torch.float32)
+    )
 
 
 def product(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
-    `F.linear(states, weight)` without gradients, by oneDNN where that is faster.
+    `F.linear(states, weight)` without gradients, by oneDNN where that is faster for a weight that is not in the cache.
 
     Args:
         states: (rows, width).
         weight: (outputs, width), or what `torch.ops.mkldnn._reorder_linear_weight` made of it.
     """
-    # A quantised weight is a subclass of tensors that knows how to be multiplied, and has no memory that oneDNN could read.
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    if (
-        plain
-        and states.device.type == "cpu"
-        and states.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-    ):
-        return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+    if weight.is_mkldnn or (_by_onednn(states, weight) and (len(states) < _MANY_ROWS or onednn_is_faster())):
+        return _onednn(states, weight)
     return F.linear(states, weight)
+
+
+class PreciseBuffers(nn.Module):
+    """
+    A module whose buffers stay as precise as they are when the model is converted to a lower precision: counts above 256, biases of a choice and
+    rotary frequencies are wrong in bfloat16.
+
+    Example:
+        >>> module = PreciseBuffers()
+        >>> module.counts = nn.Buffer(torch.tensor([257.0]))
+        >>> module.bfloat16().counts
+        tensor([257.])
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer.is_floating_point() and torch.finfo(now.dtype).eps > torch.finfo(buffer.dtype).eps:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class LinearProduct(torch.autograd.Function):
+    """`F.linear` with the products of oneDNN, forward and backward: `apply(states, weight)`, (..., width) and (outputs, width) in float32."""
+
+    @staticmethod
+    def forward(ctx, states, weight):
+        ctx.save_for_backward(states, weight)
+        return _onednn(states, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        states, weight = ctx.saved_tensors
+        grad_states = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_states, None
+        return grad_states, _onednn(grad.flatten(0, -2).t(), states.flatten(0, -2).t())
+
+
+class OneRecLinear(nn.Linear):
+    """
+    A linear layer that multiplies by oneDNN where that is faster: on CPUs with [`onednn_is_faster`], in float32, for many rows.
+
+    Example:
+        >>> layer = OneRecLinear(8, 4, bias=False)
+        >>> layer(torch.ones(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.packed: PackedWeights | None = (
+            None  # a second copy of the weight, within `OneRecGenerationMixin.packed_experts`
+        )
+
+    def forward(self, input):
+        weight, dtype = self.weight, input.dtype
+        rows = input.numel() // self.in_features
+        if (
+            not input.is_cpu
+            or dtype != weight.dtype
+            or rows < (_FEW_ROWS if dtype == torch.float32 else 1)
+            or self.bias is not None
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or type(weight) is not nn.Parameter
+        ):
+            return super().forward(input)
+        learns = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        if dtype == torch.float32:
+            if not onednn_is_faster():
+                return super().forward(input)
+            if learns:
+                return LinearProduct.apply(input, weight)
+        if self.packed is not None and not learns and self.packed.holds(weight):
+            weight = self.packed.weights[0]
+        return _onednn(input, weight) if dtype == torch.float32 or weight.is_mkldnn else super().forward(input)
 
 
 class SegmentedExperts(torch.autograd.Function):
     """
-    Experts' outputs for (tokens, width) float32 states, expert by expert.
+    Experts' outputs for (tokens, width) states in float32 or bfloat16, expert by expert.
 
     `apply(hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn, packed)`: chosen experts and their gates (tokens, k); the packed
-    parameters (experts, 2 * inner, width) and (experts, width, inner); `packed`, a [`PackedExperts`] to multiply with instead, or None.
+    parameters (experts, 2 * inner, width) and (experts, width, inner); `packed`, [`PackedWeights`] to multiply with instead, or None.
     """
 
     @staticmethod
@@ -57,7 +234,7 @@ class SegmentedExperts(torch.autograd.Function):
         states = hidden_states.index_select(0, order // k)
         inner = states.new_empty(len(states), gate_up.shape[1]) if any(ctx.needs_input_grad) else None
         out = torch.empty_like(states)
-        first, second = (gate_up, down) if packed is None else (packed.gate_up, packed.down)
+        first, second = (gate_up, down) if packed is None else packed.weights
         for expert, rows in _segments(counts):
             projected = product(states[rows], first[expert])
             if inner is not None:
@@ -92,12 +269,20 @@ class SegmentedExperts(torch.autograd.Function):
                 activated = ctx.act_fn(gate) * up
             (grad_projected,) = torch.autograd.grad(activated, projected, product(grad_out, down[expert].t()))
             if grad_down is not None:
-                torch.mm(grad_out.t(), activated.detach(), out=grad_down[expert])
+                _weight_gradient(grad_out, activated.detach(), grad_down[expert])
             if grad_gate_up is not None:
-                torch.mm(grad_projected.t(), states[rows], out=grad_gate_up[expert])
+                _weight_gradient(grad_projected, states[rows], grad_gate_up[expert])
             grad_states[rows] = product(grad_projected, gate_up[expert].t())
         grad_states = F.embedding_bag(place, grad_states, mode="sum")
         return grad_states, None, grad_weights[place].squeeze(-1), grad_gate_up, grad_down, None, None
+
+
+def _weight_gradient(grad: torch.Tensor, states: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes `grad.t() @ states`."""
+    if grad.dtype == torch.float32 and onednn_is_faster():
+        out.copy_(_onednn(grad.t(), states.t()))
+    else:
+        torch.mm(grad.t(), states, out=out)
 
 
 def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -110,56 +295,55 @@ def _segments(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 @dataclass
-class PackedExperts:
+class PackedWeights:
     """
-    A layer's expert weights in oneDNN's layout, one tensor per expert, and their sources.
+    A layer's weights in oneDNN's layout, and their sources.
 
     Args:
-        sources: the parameters `gate_up_proj` and `down_proj`.
+        sources: parameters (outputs, width) or, of experts, (experts, outputs, width), which become a list.
     """
 
-    sources: tuple[torch.Tensor, torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
 
     def __post_init__(self):
+        reorder = torch.ops.mkldnn._reorder_linear_weight
         self.versions = [source._version for source in self.sources]
-        self.gate_up, self.down = (
-            [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in source.detach()] for source in self.sources
-        )
+        self.weights = [
+            reorder(source.detach()) if source.ndim == 2 else [reorder(weight) for weight in source.detach()]
+            for source in self.sources
+        ]
 
-    def holds(self, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+    def holds(self, *weights: torch.Tensor) -> bool:
         """Whether these are the weights that were packed, unchanged: an adapter's are others."""
-        now = (gate_up, down)
-        return all(a is b for a, b in zip(now, self.sources, strict=True)) and self.versions == [
-            a._version for a in now
+        return all(a is b for a, b in zip(weights, self.sources, strict=True)) and self.versions == [
+            a._version for a in weights
         ]
 
 
 @contextmanager
-def packed(layers: list) -> Iterator[None]:
-    """Keeps packed copies of the weights of `OneRecExperts` that a CPU holds in float32, for as long as the context lasts."""
-    packable = [
-        experts
-        for experts in layers
-        if experts.gate_up_proj.device.type == "cpu"
-        and experts.gate_up_proj.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-    ]
-    for experts in packable:
-        experts.packed = PackedExperts((experts.gate_up_proj, experts.down_proj))
+def packed(layers: list[nn.Module]) -> Iterator[None]:
+    """Keeps packed copies of the weights of experts and [`OneRecLinear`] layers that a CPU holds, for as long as the context lasts."""
+    packable = []
+    for layer in layers:
+        weights = tuple(layer.parameters(recurse=False))
+        if all(type(each) is nn.Parameter and each.is_cpu and _multiplies(each.dtype) for each in weights):
+            packable.append((layer, weights))
+    for layer, weights in packable:
+        layer.packed = PackedWeights(weights)
     try:
         yield
     finally:
-        for experts in packable:
-            experts.packed = None
+        for layer, _ in packable:
+            layer.packed = None
 
 
 def onerec_experts_forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """The function of the experts interface (see the head of this file)."""
     gate_up, down = self.gate_up_proj, self.down_proj
     if (
-        hidden_states.device.type != "cpu"
-        or hidden_states.dtype != torch.float32
-        or gate_up.dtype != torch.float32
+        not hidden_states.is_cpu
+        or hidden_states.dtype not in (torch.float32, torch.bfloat16)
+        or gate_up.dtype != hidden_states.dtype
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or self._is_expert_parallel
@@ -173,9 +357,16 @@ EXPERTS_IMPLEMENTATION = "onerec"
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, onerec_experts_forward)
 
 __all__ = [
+    "DTYPES",
     "EXPERTS_IMPLEMENTATION",
-    "PackedExperts",
+    "LinearProduct",
+    "OneRecLinear",
+    "PackedWeights",
+    "PreciseBuffers",
     "SegmentedExperts",
+    "bfloat16_is_faster",
+    "inference_dtype",
+    "onednn_is_faster",
     "onerec_experts_forward",
     "packed",
     "product",

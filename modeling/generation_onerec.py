@@ -440,7 +440,7 @@ class OneRecGenerationMixin(GenerationMixin):
     @contextmanager
     def packed_experts(self) -> Iterator[None]:
         """
-        For many `recommend()` or `generate()` calls with the same weights on a CPU in float32: while it lasts, the experts' weights
+        For many `recommend()` or `generate()` calls with the same weights on a CPU, in float32 or bfloat16: while it lasts, the decoder's weights
         also exist in the layout that the CPU multiplies fastest (once more their memory). Changed weights and adapters are noticed, and
         computed from the originals, unless a change goes past autograd's version counter (`parameter.data`). Elsewhere it does nothing.
 
@@ -449,7 +449,7 @@ class OneRecGenerationMixin(GenerationMixin):
             ...     for histories in batches:
             ...         sessions = model.recommend(**processor(histories))
         """
-        # An adapter may wrap the experts; the `packed` attribute identifies them.
+        # An adapter may wrap experts and linear layers; the `packed` attribute identifies them.
         modules = (module for module in self.get_decoder().modules() if "packed" in vars(module))
         with packed(list(modules)):
             yield

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_experts import PreciseBuffers
 from .top_candidates import top_candidates
 
 LISTS = ("near", "next", "before")
@@ -30,7 +31,7 @@ DEFAULT_WEIGHTS = (0.57, 1.1, 0.2, 0.0, 2.05, 0.6, 0.0)
 _DECAY = 0.8
 
 
-class ItemEvidence(nn.Module):
+class ItemEvidence(PreciseBuffers):
     """
     Neighbour lists of items and the weights of the evidence, as buffers. Items are rows from 1 on; row 0 is no item. Until lists and weights are set, the
     scores are the head's.
@@ -48,6 +49,9 @@ class ItemEvidence(nn.Module):
         >>> scores.argmax().item() + 1
         2
     """
+
+    #: Buffers that bfloat16 could not hold.
+    FLOATS = ("near_counts", "next_counts", "before_counts", "interactions", "evidence.weights")
 
     def __init__(self, num_items: int, neighbours: int = 50, candidates: int = 200):
         super().__init__()

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_experts import PreciseBuffers
 from .item_evidence import ItemEvidence
 
 
-class ItemHead(nn.Module):
+class ItemHead(PreciseBuffers):
     """
     Vectors of items, found by their codes. The codes are kept with the weights, so that a loaded model finds them without a catalogue. An item that
     joins the catalogue later has no vector, and is read by its codes alone.
@@ -35,6 +36,9 @@ class ItemHead(nn.Module):
         >>> vectors.shape, vectors.abs().sum(-1)[0].gt(0).tolist()
         (torch.Size([1, 6, 8]), [True, False, False, False, False, False])
     """
+
+    #: Buffers that stay float32 whatever the model's dtype is.
+    FLOATS = ("content_mean", "content_scale", *ItemEvidence.FLOATS)
 
     def __init__(self, config):
         super().__init__()
@@ -227,7 +231,9 @@ class ItemHead(nn.Module):
             keys = keys // size
         return torch.stack(tokens[::-1], dim=-1)
 
-    def output_vectors(self, token_embedding: nn.Module, code_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def output_vectors(
+        self, token_embedding: nn.Module, code_tokens: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """
         (items, width) output vectors: a history's state times an item's vector is the logit of that item. No linear map is between them: already in
         an untrained encoder the state is the sum of a history's vectors, and scores similar items high.
@@ -235,15 +241,16 @@ class ItemHead(nn.Module):
         Args:
             token_embedding: the encoder's embedding of tokens; with `score_codes` the embeddings of an item's codes are added.
             code_tokens: (items, levels) code tokens of the items; those of `vectors` from row 1, in order, when None.
+            dtype: in which the parts of a vector are added; that of the weights when None.
         """
-        vectors, rows = _table(self.vectors), None if code_tokens is None else self.rows(code_tokens)
+        vectors, rows = _table(self.vectors).to(dtype), None if code_tokens is None else self.rows(code_tokens)
         vectors = vectors[1:] if rows is None else F.embedding(rows, vectors)
         if self.content_proj is not None:
             vectors = vectors + self._projected(self.content[1:] if rows is None else self.content[rows])
         if not self.config.score_codes:
             return vectors
         code_tokens = self.tokens() if code_tokens is None else code_tokens
-        return vectors + F.embedding_bag(code_tokens, _table(token_embedding), mode="sum")
+        return vectors + F.embedding_bag(code_tokens, _table(token_embedding).to(dtype), mode="sum")
 
     def loss(
         self,

@@ -28,11 +28,12 @@ class ItemScorer:
         head, self.scored = encoder.item_head, None
         self.evidence, self.content = head.evidence, head.content
         self.rows = head.rows(code_tokens)
+        # The best of many items differ by less than bfloat16 tells apart: vectors and scores are float32.
         # For the catalogue that the model was made for, in the order of codes, nothing needs to be gathered.
         if torch.equal(self.rows, torch.arange(1, len(head.keys) + 1, device=self.rows.device)):
-            self.vectors = head.output_vectors(encoder.embed_tokens)
+            self.vectors = head.output_vectors(encoder.embed_tokens, dtype=torch.float32)
         else:
-            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens)
+            self.vectors = head.output_vectors(encoder.embed_tokens, code_tokens, torch.float32)
             if not (head.config.score_codes or self.rows.all()):
                 self.scored = self.rows > 0
         # The column of each row of the item head; the number of items for rows without one, and for row 0.
@@ -60,7 +61,7 @@ class ItemScorer:
 
     def head_scores(self, states: torch.Tensor) -> torch.Tensor:
         """(users, items) float32 logits without evidence."""
-        scores = (states @ self.vectors.T).float()
+        scores = (states.float() @ self.vectors.T).float()
         return scores if self.scored is None else scores.masked_fill(~self.scored, float("-inf"))
 
     def log_probs(

@@ -1,7 +1,7 @@
 """
 The layers of OneRec's encoder and decoder (arXiv 2502.18965, section 3.2): norm, rotary positions, packing masks, attention, feed-forward, experts.
 
-cpu_experts.py has the fast computation of the experts; everything else of a layer is in this file.
+cpu_experts.py has the fast products of linear layers and experts; everything else of a layer is in this file.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward, rotate_half
+
+from .cpu_experts import OneRecLinear, PreciseBuffers
 
 # Attention implementations that take any mask. Flash attention takes sequence lengths only: a session cannot read a part of a history.
 PACKING_ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -39,7 +41,7 @@ class OneRecRMSNorm(nn.Module):
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
 
 
-class OneRecRotaryEmbedding(nn.Module):
+class OneRecRotaryEmbedding(PreciseBuffers):
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -213,10 +215,10 @@ class OneRecAttention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attention_dropout)  # a module, so that TRL can switch it off
         width, heads = config.hidden_size, config.num_attention_heads * self.head_dim
         groups = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, heads, bias=False)
-        self.k_proj = nn.Linear(width, groups, bias=False)
-        self.v_proj = nn.Linear(width, groups, bias=False)
-        self.o_proj = nn.Linear(heads, width, bias=False)
+        self.q_proj = OneRecLinear(width, heads, bias=False)
+        self.k_proj = OneRecLinear(width, groups, bias=False)
+        self.v_proj = OneRecLinear(width, groups, bias=False)
+        self.o_proj = OneRecLinear(heads, width, bias=False)
 
     def _heads(self, states):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -313,11 +315,11 @@ class OneRecPointwiseAttention(nn.Module):
         super().__init__()
         self.head_dim, self.groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
         width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(width, heads, bias=False)
-        self.k_proj = nn.Linear(width, heads // self.groups, bias=False)
-        self.v_proj = nn.Linear(width, heads // self.groups, bias=False)
-        self.u_proj = nn.Linear(width, heads, bias=False)
-        self.o_proj = nn.Linear(heads, width, bias=False)
+        self.q_proj = OneRecLinear(width, heads, bias=False)
+        self.k_proj = OneRecLinear(width, heads // self.groups, bias=False)
+        self.v_proj = OneRecLinear(width, heads // self.groups, bias=False)
+        self.u_proj = OneRecLinear(width, heads, bias=False)
+        self.o_proj = OneRecLinear(heads, width, bias=False)
         self.norm = nn.RMSNorm(heads, eps=config.rms_norm_eps)
         self.attention_dropout = nn.Dropout(config.attention_dropout)
 
@@ -363,9 +365,9 @@ def visible_tokens(
 class OneRecMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = OneRecLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = OneRecLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = OneRecLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
@@ -401,7 +403,7 @@ class OneRecExperts(nn.Module):
         return out
 
 
-class OneRecTopKRouter(nn.Module):
+class OneRecTopKRouter(PreciseBuffers):
     """
     Gates `g_i = s_i` for the top-k of `s = softmax(h E^T)` over all experts (paper, section 3.2), not rescaled unless `norm_topk_prob`. The
     balancing bias is added to `s` for the choice of experts only (loss-free balancing, technical report).

@@ -78,7 +78,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", *ItemHead.FLOATS]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from onerec_hf.cli.arguments import ShownItemArguments, parse
-from onerec_hf.workflows.artefact import load_model, load_processor, naming
+from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse
+from onerec_hf.workflows.artefact import check_dtype, load_model, load_processor, naming
 from onerec_hf.workflows.distributed import say
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DemoArguments(ShownItemArguments):
+class DemoArguments(DtypeArguments, ShownItemArguments):
     """The model, and the page's address."""
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})
@@ -45,13 +45,14 @@ def main(argv: list[str]) -> None:
     (args,) = parse((DemoArguments,), argv, "demo", required=["--model"])
     if not 0 < args.port < 65536:
         raise ValueError(f"--port {args.port}: pass a number from 1 to 65535")
+    check_dtype(args.dtype, args.model)
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise ImportError('the demo needs gradio: pip install "onerec-hf[demo]"') from None
     from onerec_hf.cli.demo_app import DemoRecommender, build_app
 
-    processor, model = load_processor("--model", args.model), load_model("--model", args.model)
+    processor, model = load_processor("--model", args.model), load_model("--model", args.model, dtype=args.dtype)
     assert processor.catalogue is not None
     with naming("--model", args.model):
         items = args.load(args.model, processor.catalogue)

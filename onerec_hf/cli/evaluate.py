@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
             dataset=dataset.name,
             split=settings.split,
             protocol=dataset.protocol,
+            **({} if settings.dtype == "float32" else {"dtype": settings.dtype}),
             **({"other_data_options": differ} if differ else {}),
         )
         say(f"wrote {options.json}")

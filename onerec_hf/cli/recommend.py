@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-from onerec_hf.cli.arguments import ShownItemArguments, parse, parse_given
+from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse, parse_given
 from onerec_hf.cli.recommend_inputs import Candidates, check_output, read_ids, table_requests, typed_ids, write_answers
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.artefact import ITEMS_NAME, load_recommender
+from onerec_hf.workflows.artefact import ITEMS_NAME, check_dtype, load_recommender
 from onerec_hf.workflows.data_options import excludes_seen, read_data_options
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 from onerec_hf.workflows.new_items import check_choice, with_new_items
@@ -28,7 +28,7 @@ _CODES = ("user_features", "history_features")  # as in the rows of a dataset
 
 
 @dataclass
-class RecommendArguments(ShownItemArguments):
+class RecommendArguments(DtypeArguments, ShownItemArguments):
     """The model, the histories and the options of a recommendation."""
 
     model: str | None = field(
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
             )
             if os.path.isfile(os.path.join(place, ITEMS_NAME)):  # holds the fields of known items too
                 args.items = None
-        recommender = load_recommender("--model", place, args.load)
+        recommender = load_recommender("--model", place, args.load, args.dtype)
         if args.session_length > recommender.catalogue.num_active:
             raise ValueError(
                 f"--session_length {args.session_length}: the catalogue has only {recommender.catalogue.num_active} items"
@@ -186,6 +186,7 @@ def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
     if args.histories != "-" and not os.path.isfile(args.histories):
         raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
     check_choice(args.new_items)
+    check_dtype(args.dtype, args.model)
     if args.new_items == "add" and args.items is None and args.interactions is None:
         raise ValueError("--new_items add needs --items, a table of the new items")
     if args.new_items in ("skip", "error"):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 from dataclasses import dataclass, field, fields
 
-from onerec_hf.cli.arguments import ShownItemArguments, parse
-from onerec_hf.workflows.artefact import naming, recommender_of
+from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse
+from onerec_hf.workflows.artefact import check_dtype, naming, recommender_of
 from onerec_hf.workflows.distributed import say
 
 
 @dataclass
-class ServeArguments(ShownItemArguments):
+class ServeArguments(DtypeArguments, ShownItemArguments):
     """The model, the address and the limits."""
 
     model: str = field(
@@ -90,11 +91,14 @@ def main(argv: list[str]) -> None:
             "`openssl rand -hex 16` makes one"
         )
 
+    check_dtype(args.dtype, args.model)
     # Decided once: a folder that is missing for a moment is not looked for on the Hub.
     repo = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
 
+    loads = functools.partial(recommender_of, dtype=args.dtype)
+
     def load(version=None):
-        return ServedModel.load(repo, version, load_items=args.load, load_recommender=recommender_of)
+        return ServedModel.load(repo, version, load_items=args.load, load_recommender=loads)
 
     with listen(args.host, args.port) as bound:
         if args.threads:

@@ -105,9 +105,14 @@ def catalogue_of(processor: OneRecProcessor) -> ItemCatalogue:
     return processor.catalogue
 
 
-def load_model(option: str, repo: str, attn_implementation: str | None = None) -> OneRecForConditionalGeneration:
+def load_model(
+    option: str, repo: str, attn_implementation: str | None = None, dtype: str | None = None
+) -> OneRecForConditionalGeneration:
     """
     The generator of a folder or Hub repository.
+
+    Args:
+        dtype: "float32", "bfloat16" or "auto" ([`~onerec_hf.modeling.cpu_experts.inference_dtype`]); as it was saved by default.
 
     Raises:
         ValueError: it is not there, damaged, or its catalogue is another model's.
@@ -126,7 +131,31 @@ def load_model(option: str, repo: str, attn_implementation: str | None = None) -
         check_complete(loaded)
         if not isinstance(model, OneRecForConditionalGeneration):
             raise ValueError(f"it holds a {type(model).__name__}, no OneRec generator")
-        return model
+    return model if dtype is None else in_dtype(model, dtype)
+
+
+def in_dtype(model: OneRecForConditionalGeneration, name: str) -> OneRecForConditionalGeneration:
+    """The generator in the dtype of a `--dtype` option; what `auto` chose is said, and a lower precision."""
+    from onerec_hf.modeling.cpu_experts import inference_dtype
+
+    dtype = inference_dtype(name, model.config.hidden_size)
+    if name != "float32":
+        say(f"--dtype {name}: the model computes in {str(dtype).removeprefix('torch.')}")
+    return model.to(dtype)  # pyright: ignore[reportArgumentType]
+
+
+def check_dtype(name: str, repo: str) -> None:
+    """
+    Raises:
+        ValueError: an unknown `--dtype`, or bfloat16 for a model that is no generator.
+    """
+    from onerec_hf.baselines.requests import ITEM_MODEL_TYPES
+    from onerec_hf.modeling.cpu_experts import DTYPES
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name}: choose auto, float32 or bfloat16")
+    if name == "bfloat16" and (kind := model_type(repo)) in ITEM_MODEL_TYPES:
+        raise ValueError(f"--dtype bfloat16 is for OneRec generators, and {repo} holds a {kind}; leave it out")
 
 
 def load_reward(path: str, option: str = "--reward") -> OneRecForSessionReward:
@@ -218,12 +247,13 @@ def load_ranking(option: str, repo: str) -> tuple[RankingBaseline, ItemIndex]:
 LoadItems = Callable[[Any, Any], "Mapping[Any, Mapping] | None"]
 
 
-def recommender_of(folder: Path, load_items: LoadItems | None = None) -> Recommender:
+def recommender_of(folder: Path, load_items: LoadItems | None = None, dtype: str = "float32") -> Recommender:
     """
     What answers requests with the model of a folder, of any kind, its weights parted from the files.
 
     Args:
         load_items: those saved with the model by default.
+        dtype: of a generator, as for [`load_model`].
 
     Raises:
         ValueError, OSError: it is absent, damaged or of an unknown kind.
@@ -232,14 +262,21 @@ def recommender_of(folder: Path, load_items: LoadItems | None = None) -> Recomme
     from onerec_hf.modeling.items_file import saved_items
     from onerec_hf.serving.models import load_generator, model_type
 
-    of_items = model_type(folder) in ITEM_MODEL_TYPES
+    load_items = load_items or saved_items
     with without_bars():
-        return (load_item_recommender if of_items else load_generator)(folder, load_items or saved_items)
+        if model_type(folder) in ITEM_MODEL_TYPES:
+            return load_item_recommender(folder, load_items)
+        recommender = load_generator(folder, load_items)
+    in_dtype(recommender.model, dtype)
+    return recommender
 
 
-def load_recommender(option: str, repo: str, load_items: LoadItems) -> Recommender:
+def load_recommender(option: str, repo: str, load_items: LoadItems, dtype: str = "float32") -> Recommender:
     """
     What answers requests with the model of a folder or Hub repository, of any kind.
+
+    Args:
+        dtype: of a generator, as for [`load_model`].
 
     Raises:
         ValueError: it is absent, damaged or of an unknown kind.
@@ -253,7 +290,7 @@ def load_recommender(option: str, repo: str, load_items: LoadItems) -> Recommend
     if model_type(repo) in ITEM_MODEL_TYPES:
         with naming(option, repo), without_bars():
             return load_item_recommender(find_folder(repo), load_items)
-    processor, model = load_processor(option, repo), load_model(option, repo).eval()
+    processor, model = load_processor(option, repo), load_model(option, repo, dtype=dtype).eval()
     if torch.accelerator.is_available():
         model.to(device=torch.accelerator.current_accelerator())  # pyright: ignore[reportCallIssue]
     with naming(option, repo):

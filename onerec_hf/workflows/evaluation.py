@@ -16,6 +16,7 @@ from onerec_hf.workflows.artefact import (
     RANKINGS,
     SEQUENTIAL,
     catalogue_of,
+    check_dtype,
     check_finite,
     load_model,
     load_processor,
@@ -64,6 +65,12 @@ class EvaluateSettings:
     item_score_weight: float | None = field(
         default=None, metadata={"help": "Weight of the item head's scores; the model's default if not given."}
     )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, bfloat16, or auto: bfloat16 where this CPU multiplies clearly faster in it. For generators."
+        },
+    )
     new_items: str = field(
         default="error",
         metadata={
@@ -79,6 +86,7 @@ class EvaluateSettings:
         if self.model is None:
             raise ValueError("pass --model: the folder or Hub id of a saved OneRec")
         check_choice(self.new_items)
+        check_dtype(self.dtype, self.model)
         if self.split not in ("test", "validation"):
             raise ValueError(f"--split is test or validation, not {self.split!r}")
         if min(self.top_k) < 1 or self.num_beams < max(self.top_k) or self.batch_size < 1:
@@ -130,7 +138,7 @@ def _rows_of(place: str, data: RecommendationDataset, how: EvaluateSettings) -> 
         return _item_rows(
             RANKINGS[kind], items, lambda histories, k: model.recommend(histories, k, how.exclude_seen), data, how
         )
-    return _generator_rows(load_processor("--model", place), load_model("--model", place), data, how)
+    return _generator_rows(load_processor("--model", place), load_model("--model", place, dtype=how.dtype), data, how)
 
 
 def _generator_rows(

@@ -199,3 +199,21 @@ def test_a_reader_that_goes_away_is_no_error(model, tmp_path):
         assert process.wait(timeout=60) == 0
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
+
+
+def test_bfloat16_answers_about_the_same_and_says_so(model):
+    done = ask(model, "--dtype", "bfloat16", stdin=lines(REQUESTS))
+    assert "--dtype bfloat16: the model computes in bfloat16" in done.err
+    for low, wide in zip(answers(done), answers(ask(model, stdin=lines(REQUESTS))), strict=True):
+        assert len(set(low["items"]) & set(wide["items"])) >= 3
+        assert low["scores"] != wide["scores"]
+        assert low["scores"] == pytest.approx(wide["scores"], rel=0.05)
+
+
+def test_an_unknown_dtype_is_refused(model):
+    refused(ask(model, "--dtype", "int4", stdin=""), "--dtype int4: choose auto, float32 or bfloat16")
+
+
+def test_bfloat16_is_for_generators(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "onerec_popularity"}')
+    refused(ask(tmp_path, "--dtype", "bfloat16", stdin=""), "--dtype bfloat16 is for OneRec generators")

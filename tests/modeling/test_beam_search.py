@@ -11,6 +11,7 @@ from transformers import CompileConfig
 from transformers.generation import GenerationMixin
 
 from onerec_hf import OneRecProcessor
+from onerec_hf.modeling import beam_search as beam_search_file
 from onerec_hf.modeling import generation_onerec
 from onerec_hf.modeling.top_candidates import top_candidates
 from tests.conftest import make_catalogue, make_model
@@ -232,16 +233,34 @@ def test_ties_keep_the_order_of_the_codes():
             assert [session for _, session in answer if session] == [[item] for item in by_code[:beams]]
 
 
-def test_bfloat16_scores_are_the_forward_passes_within_its_precision():
+@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 2}, {"num_experts": 1}], ids=str)
+def test_bfloat16_scores_are_the_forward_passes_within_its_precision(config):
+    model = make_model(CATALOGUE, seed=3, **config).to(torch.bfloat16)
+    answers = recommend(model, HISTORIES, session_length=2, num_beams=12)
+    for history, answer in zip(HISTORIES, answers, strict=True):
+        for score, session in answer:
+            batch = PROCESSOR([history], sessions=[session])
+            with torch.no_grad():
+                logits = model(**batch).logits.float().log_softmax(-1)
+            labels = batch["labels"][0]
+            kept = labels >= 0
+            assert score == close(float(logits[0, kept, labels[kept]].sum()), ROUNDED, dtype=torch.bfloat16)
+
+
+def test_bfloat16_logits_do_not_tie():
+    """Two codes whose weights differ by the last digit of bfloat16 have scores that float32 tells apart."""
     model = make_model(CATALOGUE, seed=3).to(torch.bfloat16)
-    (answer,) = recommend(model, HISTORIES[:1], session_length=2, num_beams=12)
-    for score, session in answer:
-        batch = PROCESSOR(HISTORIES[:1], sessions=[session])
-        with torch.no_grad():
-            logits = model(**batch).logits.float().log_softmax(-1)
-        labels = batch["labels"][0]
-        kept = labels >= 0
-        assert score == close(float(logits[0, kept, labels[kept]].sum()), ROUNDED, dtype=torch.bfloat16)
+    first = slice(model.config.level_offsets[0], model.config.level_offsets[0] + 3)
+    with torch.no_grad():
+        rows = model.lm_head.weight[first]
+        rows[:] = rows[:1].clone()
+        rows[1, 0] *= 1 + torch.finfo(torch.bfloat16).eps
+    hidden = torch.full((1, 32), 4.0, dtype=torch.bfloat16)
+    tokens = slice(0, model.config.vocab_size)
+    codes = torch.arange(3)[None]
+    with torch.no_grad():
+        logits, _ = beam_search_file._child_logits(hidden, model.lm_head, tokens, first, codes)
+    assert logits[0, 0] == logits[0, 2] != logits[0, 1]
 
 
 @pytest.mark.parametrize(

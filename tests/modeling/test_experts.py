@@ -121,7 +121,76 @@ def test_packed_weights_do_not_hide_an_adapter():
         assert_close(adapted.recommend(**arguments).sequences_scores, expected)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU packs no bfloat16")
+def test_packed_bfloat16_weights_give_the_same():
+    catalogue = make_catalogue()
+    model, processor = make_model(catalogue).to(torch.bfloat16), OneRecProcessor.from_catalogue(catalogue)
+    arguments = {**processor([["m1", "m2"], ["m3"]]), "num_beams": 6, "return_dict_in_generate": True}
+    layer = model.model.decoder.layers[0]
+    plain = model.recommend(**arguments)
+    with model.packed_experts():
+        assert layer.mlp.experts.packed is not None
+        assert layer.self_attn.q_proj.packed is not None
+        packed = model.recommend(**arguments)
+        assert_close(packed.sequences_scores, plain.sequences_scores, ROUNDED, dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer.self_attn.v_proj.weight.mul_(-3)
+        changed = model.recommend(**arguments)
+    assert layer.self_attn.q_proj.packed is None
+    assert_close(
+        changed.sequences_scores, model.recommend(**arguments).sequences_scores, ROUNDED, dtype=torch.bfloat16
+    )
+    assert not torch.allclose(changed.sequences_scores, plain.sequences_scores, rtol=0.05)
+
+
 def test_packing_does_nothing_for_other_dtypes():
-    model = make_model(make_catalogue()).to(torch.bfloat16)
+    model = make_model(make_catalogue()).double()
     with model.packed_experts():
         assert model.model.decoder.layers[0].mlp.experts.packed is None
+
+
+@pytest.mark.parametrize("frozen", [None, "weight", "states"])
+@pytest.mark.parametrize("shape", [(3, 12, 32), (40, 32), (2, 32)])
+def test_linear_layers_equal_torchs_forward_and_backward(monkeypatch, shape, frozen):
+    monkeypatch.setattr(cpu_experts, "onednn_is_faster", lambda: True)
+    ours, torchs = cpu_experts.OneRecLinear(32, 24, bias=False), torch.nn.Linear(32, 24, bias=False)
+    torchs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours, torchs):
+        torch.manual_seed(0)
+        states = torch.randn(shape, requires_grad=frozen != "states")
+        layer.weight.requires_grad_(frozen != "weight")
+        out = layer(states)
+        out.sin().sum().backward()
+        found.append([out.detach()] + [each.grad for each in (states, layer.weight) if each.grad is not None])
+    assert [len(each) for each in found] == [3 if frozen is None else 2] * 2
+    for got, wanted in zip(*found, strict=True):
+        assert_close(got, wanted, terms=BACKWARD)
+
+
+def test_linear_layers_use_onednn_only_where_it_is_faster(monkeypatch):
+    called = []
+    monkeypatch.setattr(cpu_experts, "_onednn", lambda states, weight: called.append(1) or states @ weight.T)
+    layer, states = cpu_experts.OneRecLinear(32, 24, bias=False), torch.randn(64, 32)
+    for faster in (False, True):
+        monkeypatch.setattr(cpu_experts, "onednn_is_faster", lambda faster=faster: faster)
+        layer(states)
+        assert len(called) == faster
+    layer.double()(states.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.float()(states)
+    assert len(called) == 1
+
+
+def test_where_onednn_is_absent_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not cpu_experts.onednn_is_faster.__wrapped__()
+    assert not cpu_experts.bfloat16_is_faster.__wrapped__(256)
+
+
+def test_auto_is_the_faster_dtype(monkeypatch):
+    for faster, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(cpu_experts, "bfloat16_is_faster", lambda width, faster=faster: faster)
+        assert cpu_experts.inference_dtype("auto", 256) == wanted
+    with pytest.raises(ValueError, match="'int4': choose one of auto, float32, bfloat16"):
+        cpu_experts.inference_dtype("int4", 256)
