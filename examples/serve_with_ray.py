@@ -27,7 +27,7 @@ from onerec_hf.workflows.artefact import recommender_of
 
 SCOPE = ("type", "method", "path", "query_string", "headers")
 # New replicas start before old ones stop, and these have a minute for their last answers.
-ROLLING = {"max_surge_percent": 100, "graceful_shutdown_timeout_s": 60, "max_ongoing_requests": 256}
+ROLLING: dict[str, Any] = {"max_surge_percent": 100, "graceful_shutdown_timeout_s": 60, "max_ongoing_requests": 256}
 
 
 @serve.deployment(**ROLLING)
@@ -35,7 +35,7 @@ class Model:
     """A replica: the application of `onerec-hf serve`, which batches what it is sent."""
 
     async def __init__(self, repo: str):
-        model = await asyncio.to_thread(ServedModel.load, repo, load_recommender=recommender_of)
+        model: Any = await asyncio.to_thread(ServedModel.load, repo, load_recommender=recommender_of)
         self.service = RecommendationService(model, ServingSettings(), load=lambda version: None)
         self.app = create_app(self.service, read_token(None, None))
         await self.service.__aenter__()

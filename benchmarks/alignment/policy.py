@@ -64,7 +64,7 @@ class Setting:
                 num_decoder_layers=config.decoder_layers,
                 num_heads=heads,
                 feed_forward_proj="gated-silu",
-                decoder_start_token_id=0,
+                decoder_start_token_id=0,  # pyright: ignore[reportCallIssue]
             )
         ).eval()
         tokens = codes + np.asarray(config.level_offsets)
@@ -93,7 +93,7 @@ class Setting:
 
         prompts = self.prompts.repeat_interleave(copies, 0)
         with torch.no_grad():
-            return self.t5.generate(
+            return self.t5.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 do_sample=True,
@@ -138,8 +138,9 @@ def share_of_rollouts(size: str, setting: Setting, length: int, steps: int, ntp_
 
     from onerec_hf.evaluation.results import result_row
     from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
+    from onerec_hf.workflows.artefact import catalogue_of
 
-    random, items = np.random.default_rng(2), setting.processor.catalogue.item_ids
+    random, items = np.random.default_rng(2), catalogue_of(setting.processor).item_ids
     rows = [
         {"history": history, "session": random.choice(items, length).tolist()} for history in setting.histories
     ] * 16

@@ -139,7 +139,7 @@ def main() -> None:
     parts = {"validation": feedback.validation, "test": feedback.test}
     labels = {part: label_matrix(split) for part, split in parts.items()}
     users = {part: np.asarray(split["user_id"][:]) for part, split in parts.items()}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, list[float]] = {}
     predicted: dict[str, np.ndarray] = {}
     for seed in args.seeds:
         for name in ("statistics", "onerec_reward", "pairs"):

@@ -246,8 +246,8 @@ class Log:
 
 
 def _rate(feedback: np.ndarray, shown: np.ndarray, mean: float | None = None) -> np.ndarray:
-    mean = feedback.sum() / max(shown.sum(), 1) if mean is None else mean
-    return (feedback + PRIOR * mean) / (shown + PRIOR)
+    prior = PRIOR * (feedback.sum() / max(shown.sum(), 1) if mean is None else mean)
+    return (feedback + prior) / (shown + PRIOR)
 
 
 def _codes(column: pd.Series) -> np.ndarray:

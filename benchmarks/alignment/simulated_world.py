@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,8 @@ def movielens_world(
 
     ratings = pd.read_parquet(Path(folder) / "ratings.parquet")
     movies = pd.read_parquet(Path(folder) / "movies.parquet").set_index("movieId")
-    counts = ratings.groupby("movieId").size().sort_values(ascending=False, kind="stable").head(items)
+    counts: Any = ratings.groupby("movieId").size()
+    counts = counts.sort_values(ascending=False, kind="stable").head(items)
     ratings = ratings[ratings["movieId"].isin(counts.index)]
     table = ratings.pivot_table(index="userId", columns="movieId", values="rating")[list(counts.index)]
     means = table.mean()

@@ -375,8 +375,10 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             name: [each[name] for each in first if name in each]
             for name in ("true_reward", "judge", "reward_model", "recall@10", "distinct", "optimum", "cpu_seconds")
         }
-        controls = {seed: at.get(("ntp", 1, seed)) for seed in seeds}
-        paired = [(each, controls[each["seed"]]) for each in first if "true_reward" in each and controls[each["seed"]]]
+        controls = {seed: at["ntp", 1, seed] for seed in seeds if at.get(("ntp", 1, seed))}
+        paired = [
+            (each, controls[each["seed"]]) for each in first if "true_reward" in each and each["seed"] in controls
+        ]
         if method not in ("ntp", "base"):
             columns["gain"] = [each["true_reward"] - control["true_reward"] for each, control in paired]
             columns["closed"] = [
@@ -385,7 +387,7 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for each, control in paired
             ]
             if len(paired) > 1:
-                test = ttest_1samp(columns["gain"], 0.0, alternative="greater")
+                test: Any = ttest_1samp(columns["gain"], 0.0, alternative="greater")
                 rows.append(result_row(f"{method}/gain/p", float(test.pvalue), "p-value"))
         for name, values in columns.items():
             if values:

@@ -95,7 +95,7 @@ def ranked(folder: Path, data_dir: str | None, users: int | None) -> dict[str, n
     from onerec_hf.workflows.artefact import load_model, load_processor
     from onerec_hf.workflows.features import per_user
 
-    given = {} if data_dir is None else {"data_dir": data_dir}
+    given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     data, found = load_dataset(**given, model=str(folder)), {}
     model, processor = load_model("--models", str(folder)), load_processor("--models", str(folder))
     with tempfile.TemporaryDirectory() as scratch:

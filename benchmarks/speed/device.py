@@ -138,7 +138,8 @@ class Bench:
 
     def model(self, size: str, catalogue: ItemCatalogue, dtype: torch.dtype) -> OneRecForConditionalGeneration:
         torch.manual_seed(0)
-        model = OneRecForConditionalGeneration(self.config(size)).to(self.device, dtype).eval()
+        model: Any = OneRecForConditionalGeneration(self.config(size)).eval()
+        model.to(self.device, dtype)
         model.set_catalogue(catalogue)
         return model
 
@@ -170,7 +171,7 @@ def check(bench: Bench) -> None:
     reference.set_catalogue(catalogue)
     inputs = bench.requests(catalogue, 8)
     expected, scores = answers(reference, inputs, 32, 2)
-    on_device = OneRecForConditionalGeneration(config).eval()
+    on_device: Any = OneRecForConditionalGeneration(config).eval()
     on_device.load_state_dict(reference.state_dict())
     on_device.set_catalogue(catalogue)
     for name, dtype, compiled in (
@@ -190,7 +191,7 @@ def compile_config(bench: Bench) -> CompileConfig:
     """CUDA graphs on a GPU; on a CPU the same static steps without a compiler."""
     if bench.device.type == "cuda":
         return CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
-    return CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    return CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)  # pyright: ignore[reportArgumentType]
 
 
 def roofline(bench: Bench, model: Any, users: int, beams: int, items: int) -> float:
@@ -265,7 +266,8 @@ def training(bench: Bench, size: str) -> None:
         return
     config, users = bench.config(size), 4 if bench.quick else 256
     torch.manual_seed(0)
-    model = OneRecForConditionalGeneration(config).to(bench.device).train()
+    model: Any = OneRecForConditionalGeneration(config).train()
+    model.to(bench.device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     catalogue = bench.catalogue(2_000)
     inputs, rng = bench.requests(catalogue, users), np.random.default_rng(2)

@@ -40,7 +40,7 @@ def make(items: int, codes: int, quick: bool) -> dict[str, Any]:
     from onerec_hf import ItemCatalogue, OneRecConfig, OneRecForConditionalGeneration, OneRecProcessor
     from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
 
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_experts": 4}
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_experts": 4}
     small |= {"encoder_layers": 1, "decoder_layers": 1}
     catalogue = ItemCatalogue(np.arange(items), random_codes(items, codes), [codes] * 3)
     found: dict[str, Any] = {"processor": OneRecProcessor.from_catalogue(catalogue, HISTORY)}

@@ -40,7 +40,7 @@ def queries(kind: tuple[int, int], seed: int) -> Any:
     rng = random.Random(f"{kind} {seed}")
     while True:
         history = rng.sample(range(ITEMS), rng.randint(5, 50))
-        yield Query(history=history, top_k=10, session_length=kind[0], num_beams=kind[1])
+        yield Query.model_validate({"history": history, "top_k": 10, "session_length": kind[0], "num_beams": kind[1]})
 
 
 async def load(model: ServedModel, duration: float, seed: int) -> dict[tuple[int, int], list[float]]:

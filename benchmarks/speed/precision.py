@@ -150,7 +150,10 @@ def expert_products() -> list[dict[str, Any]]:
     from onerec_hf.modeling.cpu_experts import PackedWeights, product
 
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
     except ImportError:
         quantize_ = None
     rows = []
@@ -222,7 +225,8 @@ def quality(folder: str, data_dir: str, quick: bool) -> list[dict[str, Any]]:
 
     name = json.loads(Path(folder, "data_options.json").read_text())["dataset"]
     place = Path(data_dir, name.replace("-", "_"))
-    data = load_dataset(model=folder, dataset=name, **({"data_dir": str(place)} if name.startswith("amazon") else {}))
+    given: dict[str, Any] = {"data_dir": str(place)} if name.startswith("amazon") else {}
+    data = load_dataset(model=folder, dataset=name, **given)
     processor = load_processor("--model", folder)
     wide: Any = load_model("--model", folder, dtype="float32").eval()
     models = {"float32": wide, "bfloat16": copy.deepcopy(wide).to(torch.bfloat16)}

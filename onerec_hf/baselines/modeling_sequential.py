@@ -501,7 +501,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             save_features(os.path.join(folder, FEATURES_NAME), self.schema, none[1:].cpu().numpy(), items.hash)
 
     def _load_beside(self, repo, **kwargs):
-        items = self.items  # damaged ids are an error of loading
+        items: Any = self.items  # damaged ids are an error of loading
         found: Any = None
         if self.config.features is not None and items is not None:
             found = find_features(repo, items, **kwargs)

@@ -276,10 +276,11 @@ def baseline_features(
 
     made = []
     for part, later in ((feedback.train, False), (split, True)):
-        table = features
-        if model.item_statistics is not None:
-            read = model.item_statistics[1:].cpu().numpy() if later else _statistics(feedback, later=False)
-            table = np.concatenate([features, read], axis=1)
+        read = _statistics(feedback, later=False)
+        if model.item_statistics is None or read is None:
+            table = features
+        else:
+            table = np.concatenate([features, model.item_statistics[1:].cpu().numpy() if later else read], axis=1)
         made.append(
             session_features(table, *([items.indices(row) for row in part[name]] for name in ("history", "session")))
         )

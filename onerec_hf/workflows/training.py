@@ -579,7 +579,8 @@ def _start(
         content = content_of_catalogue(data, processor) if settings.item_head_content else None
         vectors, encoder = (None, None) if content is None else content
         model = new_model(settings, processor, data.session_length, vectors)
-        processor.pathways = None if model.config.features is None else model.config.features.pathways
+        reads: Any = model.config.features
+        processor.pathways = None if reads is None else reads.pathways
         processor.lifelong = lifelong_history(data, ids, settings, processor)
         return model, processor, origin, encoder
     model = load_model(option, place, settings.attn_implementation)

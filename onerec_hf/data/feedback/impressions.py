@@ -105,7 +105,7 @@ def load_impressions(
         f"validation (from {validation_start}), {len(parts['test']):,} of test (from {test_start}). Histories: the latest {max_history} "
         f"{'impressions' if history_objective is None else f'impressions with {history_objective} above 0'} before {history_end}."
     )
-    index = pd.Index(items.item_ids).get_indexer(log["item_id"])
+    index = pd.Index(items.item_ids).get_indexer(pd.Index(log["item_id"]))
     values = log[list(objectives.values())].to_numpy(dtype=np.float64, na_value=np.nan)
     earlier, later = (
         ItemStatistics.count(index[times < end], values[times < end], len(items.item_ids))

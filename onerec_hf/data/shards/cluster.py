@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -185,7 +186,7 @@ class RayRun(Run):
         Raises:
             RuntimeError: its workers died again and again; else what the function raised.
         """
-        ray = import_ray()
+        ray: Any = import_ray()
         remote = ray.remote(max_retries=_RETRIES, num_cpus=1, runtime_env=_ENVIRONMENT)(_on_worker)
         run, version = ray.put(self), import_polars().__version__
         tasks = [
@@ -217,7 +218,7 @@ def _ray() -> Iterator[None]:
     ray = import_ray()
     ours = not ray.is_initialized()
     if ours:
-        ray.init(logging_level="warning")
+        ray.init(logging_level=logging.WARNING)
     try:
         yield
     finally:

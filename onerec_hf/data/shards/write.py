@@ -157,7 +157,7 @@ def _fingerprint(run: Run) -> str:
         digest.update(json.dumps(names, sort_keys=True).encode())
         for table in (run.features.users, run.features.items):
             if table is not None:
-                digest.update(table.frame.to_json(default_handler=str).encode())
+                digest.update(str(table.frame.to_json(default_handler=str)).encode())
     return digest.hexdigest()[:12]
 
 
