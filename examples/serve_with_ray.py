@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 from typing import Any
 
 import ray
@@ -34,10 +35,13 @@ ROLLING: dict[str, Any] = {"max_surge_percent": 100, "graceful_shutdown_timeout_
 class Model:
     """A replica: the application of `onerec-hf serve`, which batches what it is sent."""
 
-    async def __init__(self, repo: str):
+    async def __init__(self, repo: str, needs_token: bool = False):
+        token = read_token(None, None)
+        if needs_token and token is None:
+            raise RuntimeError(f"{TOKEN_VARIABLE} is not set where `ray start` ran on {socket.gethostname()}")
         model: Any = await asyncio.to_thread(ServedModel.load, repo, load_recommender=recommender_of)
         self.service = RecommendationService(model, ServingSettings(), load=lambda version: None)
-        self.app = create_app(self.service, read_token(None, None))
+        self.app = create_app(self.service, token)
         await self.service.__aenter__()
 
     def check_health(self) -> None:
@@ -69,10 +73,14 @@ class Front:
     async def __call__(self, request: Request) -> Response:
         if request.url.path == "/reload":
             return JSONResponse({"detail": "run serve_with_ray.py again, with the new model"}, 403)
-        scope, body = {key: request.scope[key] for key in SCOPE}, await request.body()
+        scope, body = {key: request.scope[key] for key in SCOPE}, bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > ServingSettings().max_body_bytes:
+                break  # the application refuses it
         for attempt in range(5):
             try:
-                status, headers, content = await self.model.answer.remote(scope, body)
+                status, headers, content = await self.model.answer.remote(scope, bytes(body))
                 return Response(content, status, headers)
             except RayActorError:
                 await asyncio.sleep(0.2 * attempt)
@@ -98,7 +106,7 @@ def main() -> None:
     model = Model.options(
         autoscaling_config={**limits, "target_ongoing_requests": args.ongoing},
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
-    ).bind(os.path.abspath(args.model) if os.path.isdir(args.model) else args.model)
+    ).bind(os.path.abspath(args.model) if os.path.isdir(args.model) else args.model, not is_loopback(args.host))
     serve.run(Front.bind(model), name="onerec", blocking="RAY_ADDRESS" not in os.environ)
 
 

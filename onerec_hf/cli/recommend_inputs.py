@@ -161,7 +161,9 @@ def table_requests(
         sequences = UserSequences.from_interactions(read)
         liked = dict(zip(sequences.user_ids.tolist(), sequences.lists(), strict=True))
     values = {} if schema is None else _values(read, holds if whole else np.ones(len(read), dtype=bool), schema)
-    of_users = {} if users_file is None else _user_codes(users_file, chosen, columns["user_column"], schema)
+    of_users = (
+        {} if users_file is None else _user_codes(users_file, chosen, list(of_user), columns["user_column"], schema)
+    )
     if users_file is None and schema is not None and schema.user:
         named = ", ".join(feature.name for feature in schema.user)
         say(f"missing values: features of users ({named}); pass --users_file, a table with these columns")
@@ -198,8 +200,10 @@ def _values(rows: pd.DataFrame, positive: np.ndarray, schema: FeatureSchema) -> 
     return {user: [entries[row] for row in places] for user, places in order.groupby("user_id", sort=False)["_row"]}
 
 
-def _user_codes(path: str, users: list, user_column: str, schema: FeatureSchema | None) -> dict[Any, list[int]]:
-    """Codes of the users' features by user; those without a row are counted."""
+def _user_codes(
+    path: str, users: list, everyone: list, user_column: str, schema: FeatureSchema | None
+) -> dict[Any, list[int]]:
+    """Codes of the users' features by user; those without a row are counted. A table that holds none of `everyone` is another one."""
     from onerec_hf.data import read_users
     from onerec_hf.data.columns import about, column_of
     from onerec_hf.data.feature_tables import told_lacking
@@ -222,8 +226,9 @@ def _user_codes(path: str, users: list, user_column: str, schema: FeatureSchema 
     if lacking:
         say(f"missing values, which {path} does not hold: features of users ({', '.join(lacking)})")
     rows = table.rows_of(np.asarray(users))
-    for note in told_lacking(int((rows < 0).sum()), len(users), option):
-        say(note)
+    told_lacking(int((table.rows_of(np.asarray(everyone)) < 0).sum()), len(everyone), option)
+    if missing := int((rows < 0).sum()):
+        say(f"{missing:,} of {len(users):,} users have no row in {option}: their features are missing.")
     of_rows = np.concatenate(codes, axis=1).tolist()
     return {user: of_rows[row] for user, row in zip(users, rows.tolist(), strict=True) if row >= 0}
 

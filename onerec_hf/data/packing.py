@@ -84,7 +84,7 @@ def _positives(table: pa.Table, items: np.ndarray) -> np.ndarray:
     if "history_positive" not in table.column_names:  # all of them
         return items
     lists = table["history_positive"]
-    counts = np.cumsum([0, *pc.call_function("list_flatten", [lists]).to_numpy()])
+    counts = np.append(0, np.cumsum(pc.call_function("list_flatten", [lists]).to_numpy()))
     ends = np.cumsum(_lengths(lists))
     return counts[ends] - counts[ends - items]
 

@@ -417,8 +417,8 @@ def sizes_of_lifelong(lifelong: Sequence[str] | None) -> dict[str, int] | None:
     )
     if unknown := own.keys() - sizes.keys():
         raise ValueError(f"--lifelong {min(unknown)!s:.40}: choose among {', '.join(sizes)}")
-    if min(own.values()) < 1:
-        raise ValueError(f"--lifelong {' '.join(lifelong)!s:.80}: sizes must be at least 1")
+    if not own or min(own.values()) < 1:
+        raise ValueError(f"--lifelong {' '.join(lifelong)!s:.80}: give sizes, at least 1, e.g. longest=100000")
     return sizes | own
 
 

@@ -319,7 +319,8 @@ def _again(final: Settings, folder: Path, pace: Pace) -> Callable[..., OneRecTra
     """The training of `refit`: from the same model, or a new one with the semantic IDs of the folder."""
     from onerec_hf.trainers.callbacks import LastStepCallback
 
-    ids = SemanticIDSettings(semantic_ids=None if final.model.model is not None else str(folder))
+    # A lifelong pathway compresses by the same embeddings again.
+    ids = replace(final.ids, semantic_ids=None if final.model.model is not None else str(folder))
 
     def train_again(
         data: RecommendationDataset,

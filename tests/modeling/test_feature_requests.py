@@ -265,6 +265,9 @@ def test_a_table_of_users(folder, tmp_path):
     assert "missing values, which" in done.err
     assert "features of users (tags)" in done.err
     assert json.loads(succeeded(onerec(*arguments)).out.splitlines()[0])["scores"] != first["scores"]
+    alone = succeeded(onerec(*arguments, "--users_file", people, "--users", "u2"))
+    assert json.loads(alone.out)["items"] == second["items"]
+    assert "1 of 1 users have no row in --users_file" in alone.err
     refused(onerec(*arguments[:3], "--users_file", people), "--users_file goes with --interactions")
     for text, message in (
         ("user_id,age\nu1,old\n", "feature 'age' is a number; got 'old'"),

@@ -45,6 +45,10 @@ def test_the_image_is_that_of_the_dockerfile():
     assert f"USER {POD['spec']['securityContext']['runAsUser']}" in dockerfile
 
 
+def test_a_new_model_leaves_the_number_of_replicas_to_the_autoscaler():
+    assert "replicas" not in DEPLOYMENT["spec"]
+
+
 def test_manifests_name_each_other():
     labels = POD["metadata"]["labels"]
     assert DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
@@ -53,7 +57,7 @@ def test_manifests_name_each_other():
     for name in ("autoscale-cpu.yaml", "autoscale-requests.yaml"):
         scaler = MANIFESTS[name][-1]["spec"]
         assert scaler["scaleTargetRef"]["name"] == DEPLOYMENT["metadata"]["name"]
-        assert scaler["minReplicas"] == DEPLOYMENT["spec"]["replicas"] < scaler["maxReplicas"]
+        assert 2 == scaler["minReplicas"] < scaler["maxReplicas"]
     # A share of the CPU needs a request for it.
     assert "cpu" in CONTAINER["resources"]["requests"]
 

@@ -1,5 +1,7 @@
 """The example for Ray Serve on a local cluster: no request is lost while a replica is killed and while the model is replaced."""
 
+import asyncio
+import importlib.util
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -75,6 +78,40 @@ def replicas():
         if line and line[0].startswith("ray::ServeReplica:onerec:Model"):
             found.append(process)
     return found
+
+
+def test_a_body_is_read_up_to_the_limit():
+    pytest.importorskip("ray.serve")
+    spec = importlib.util.spec_from_file_location("serve_with_ray", ROOT / "examples" / "serve_with_ray.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    sent, answered = [], []
+
+    async def receive():
+        sent.append(1 << 18)
+        return {"type": "http.request", "body": bytes(sent[-1]), "more_body": len(sent) < 40}
+
+    class Answer:
+        async def remote(self, scope, body):
+            answered.append(len(body))
+            return 413, {}, b""
+
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "query_string": b"", "headers": []}
+    front = example.Front.func_or_class(SimpleNamespace(answer=Answer()))
+    response = asyncio.run(front(example.Request(scope, receive)))
+    assert response.status_code == 413
+    assert sum(sent) == answered[0] == (1 << 20) + (1 << 18)
+
+
+def test_a_replica_without_the_token_does_not_start(monkeypatch):
+    pytest.importorskip("ray.serve")
+    monkeypatch.delenv("ONEREC_HF_TOKEN", raising=False)
+    spec = importlib.util.spec_from_file_location("serve_with_ray", ROOT / "examples" / "serve_with_ray.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    model = object.__new__(example.Model.func_or_class)
+    with pytest.raises(RuntimeError, match="ONEREC_HF_TOKEN is not set where `ray start` ran"):
+        asyncio.run(model.__init__("no-model", needs_token=True))
 
 
 @pytest.mark.slow

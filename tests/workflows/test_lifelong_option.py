@@ -10,6 +10,8 @@ from onerec_hf.workflows import chosen_settings, load_in_memory, train
 from onerec_hf.workflows.settings import ModelSettings, sizes_of_lifelong
 
 USERS, LENGTH = 12, 30
+# Held-out histories are longer than what the pathway reads.
+pytestmark = pytest.mark.filterwarnings("ignore:left out the oldest:UserWarning")
 
 
 def table():
@@ -88,6 +90,7 @@ def test_training_goes_on_from_it(tmp_path):
         ({"lifelong": ["longest"]}, "write longest=100000"),
         ({"lifelong": ["longer=5"]}, "choose among longest, items, queries, layers"),
         ({"lifelong": ["items=0"]}, "at least 1"),
+        ({"lifelong": []}, "at least 1"),
         ({"lifelong": ["queries=3"], "encoder_pools_items": False}, "queries=3 must be a multiple of the 4 tokens"),
     ],
 )
@@ -95,6 +98,19 @@ def test_what_does_not_go_with_it(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train(output_dir=str(tmp_path / "model"), **{**SMALL, **options})
     assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_refit_compresses_by_the_same_embeddings(tmp_path):
+    items = pd.DataFrame(
+        {"item_id": range(12), "title": [f"{'red' if item % 2 else 'blue'} {item}" for item in range(12)]}
+    )
+    lifelong = ["longest=30", *SMALL["lifelong"][1:]]
+    options = {**SMALL, "lifelong": lifelong, "items": items, "embedding": "text", "embedding_dim": 7}
+    vectors = []
+    for refit in (False, True):
+        train(output_dir=str(tmp_path / str(refit)), refit=refit, **options)
+        vectors.append(OneRecProcessor.from_pretrained(tmp_path / str(refit)).lifelong.vectors)
+    assert np.array_equal(*vectors)
 
 
 def test_it_is_off_by_default():

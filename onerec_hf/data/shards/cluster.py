@@ -86,10 +86,13 @@ class RayRun(Run):
     cuts: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        scratch = folder / "buckets"
+        scratch, ended = folder / "buckets", folder / "buckets-ended"
+        if ended.exists():  # of a run that was killed while it removed them
+            shutil.rmtree(ended)
         with _ray():
             scratch.mkdir(exist_ok=True)
-            self.log = self.log.fixed()
+            # Workers have other working directories.
+            self.log = replace(self.log, files=[path.absolute() for path in self.log.files]).fixed()
             self.parts = self._parts(scratch)
             buckets = self._partition_all(scratch)
             frequent = self._order_all(scratch, buckets)
@@ -101,7 +104,8 @@ class RayRun(Run):
         self.shards = [(name, found["rows"]) for name, found in zip(names, files, strict=True) if name not in OTHERS]
         trained = self._items(scratch / f"{bucket}.trained" for bucket in self.cuts)
         self.write_items(folder, frequent, trained, next(iter(self.cuts.values()))["user_type"])
-        shutil.rmtree(scratch)
+        scratch.rename(ended)  # whole or not there: what says that tasks have ended goes with what they wrote
+        shutil.rmtree(ended)
 
     def _parts(self, scratch: Path) -> list[Log]:
         """The log in parts of whole files, with the number of the first row of each."""
@@ -310,7 +314,8 @@ def _join(run: RayRun, scratch: Path, number: int) -> dict[str, Any]:
     """Fourth pass, over the files of the folder: the examples of all buckets."""
     shards, rows = run.num_shards, 0
     name = [*shard_names(shards), *OTHERS][number]
-    with new_file(scratch.parent / name) as path, contextlib.ExitStack() as opened:
+    # What a killed worker leaves must not be part of the result.
+    with new_file(scratch.parent / name, scratch) as path, contextlib.ExitStack() as opened:
         writer: Any = None
         for bucket, cut in run.cuts.items():
             if number < shards:

@@ -60,9 +60,12 @@ def kept_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """
     A temporary name for a file, which gets its own when the block succeeds.
+
+    Args:
+        folder: of the temporary name, on the same file system; a process that is killed leaves it there. By default that of the file.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +75,7 @@ def new_file(path: Path) -> Iterator[Path]:
         ['counts.json']
     """
     # A task that is run again may overlap with its first run on a machine that was cut off.
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary = (folder or path.parent) / f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         yield temporary
         temporary.replace(path)
@@ -84,6 +87,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     temporary.chmod(0o777 & ~_umask())
     earlier = temporary.with_name(f"{temporary.name}-earlier")
     if folder.exists():
+        shutil.rmtree(earlier, ignore_errors=True)  # of a run that was killed while it removed it
         folder.rename(earlier)
     temporary.rename(folder)
     shutil.rmtree(earlier, ignore_errors=True)

@@ -22,6 +22,7 @@ from onerec_hf.data.shards.features import LogFeatures
 from onerec_hf.data.shards.folders import kept_folder, new_folder
 from onerec_hf.data.shards.logs import Log, find_log_files
 from onerec_hf.data.shards.passes import FEATURES_NAME, Run
+from onerec_hf.data.shards.scans import import_polars
 
 MANIFEST_NAME = "prepared.json"
 FORMAT = 1
@@ -149,9 +150,10 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
 
 
 def _fingerprint(run: Run) -> str:
-    """A hash of the settings and of the states of the files that are read."""
+    """A hash of the settings, of the states of the files that are read, and of the versions: polars hashes users to buckets, each version its own way."""
     files = [(os.fspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in run.log.files]
-    digest = hashlib.sha256(json.dumps([run.all_settings(), files, __version__], sort_keys=True).encode())
+    versions = [__version__, import_polars().__version__]
+    digest = hashlib.sha256(json.dumps([run.all_settings(), files, versions], sort_keys=True).encode())
     if run.features is not None:
         names = {side: list(columns) for side, columns in run.features.names.items()}
         digest.update(json.dumps(names, sort_keys=True).encode())

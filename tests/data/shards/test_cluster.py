@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from onerec_hf.data import DataError, ExampleSettings, PositiveFeedback, prepare_log, read_items, read_users
-from onerec_hf.data.shards import cluster
+from onerec_hf.data.shards import cluster, folders
 from onerec_hf.data.shards.features import LogFeatures
 from tests.data.shards.test_features import NAMES, table
 from tests.data.shards.test_write import write_log
@@ -161,6 +161,99 @@ def test_a_killed_run_is_resumed(tmp_path, here, monkeypatch, stage):
     assert here
     assert not set(first) & set(here)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["polars", "raw", "ray"]
+
+
+def test_a_run_that_was_killed_while_it_cleaned_up_is_repeated(tmp_path, here, monkeypatch):
+    write_log(tmp_path / "raw")
+    expected, _ = prepared(tmp_path / "raw", tmp_path / "polars")
+    rmtree = cluster.shutil.rmtree
+
+    def killed(folder, **options):
+        if Path(folder).name.startswith("buckets"):
+            for path in [*Path(folder).glob("*.train"), *Path(folder).glob("file-0.json")]:
+                path.unlink()
+            raise KeyboardInterrupt
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(cluster.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")
+    monkeypatch.setattr(cluster.shutil, "rmtree", rmtree)
+    assert prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")[0] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["polars", "raw", "ray"]
+
+
+def test_half_a_file_of_a_killed_worker_is_no_part_of_the_result(tmp_path, here, monkeypatch):
+    write_log(tmp_path / "raw")
+    expected, _ = prepared(tmp_path / "raw", tmp_path / "polars")
+    new_parquet, joined = cluster.new_parquet, []
+
+    def killed(path, schema):
+        joined.append(path)
+        path.with_name(f"{path.name}-half").write_bytes(b"PAR1")  # as nothing of a killed process removes it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "new_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")
+    monkeypatch.setattr(cluster, "new_parquet", new_parquet)
+    assert joined
+    assert prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")[0] == expected
+
+
+def test_what_a_killed_run_left_of_the_earlier_folder_is_removed(tmp_path, here, monkeypatch):
+    write_log(tmp_path / "raw")
+    expected, _ = prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")
+    rmtree = folders.shutil.rmtree
+
+    def killed(folder, **options):
+        if Path(folder).name.endswith("-earlier") and Path(folder).exists():
+            raise KeyboardInterrupt
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "raw", tmp_path / "ray", engine="ray", overwrite=True)
+    monkeypatch.setattr(folders.shutil, "rmtree", rmtree)
+    assert prepared(tmp_path / "raw", tmp_path / "ray", engine="ray", overwrite=True)[0] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "ray"]
+
+
+def test_workers_have_other_working_directories(tmp_path, here, monkeypatch):
+    write_log(tmp_path / "raw")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    expected, _ = prepared("raw", tmp_path / "polars")
+    tasks = cluster.RayRun._tasks
+
+    def elsewhere(*args):
+        with contextlib.chdir(tmp_path / "elsewhere"):
+            yield from list(tasks(*args))
+
+    monkeypatch.setattr(cluster.RayRun, "_tasks", elsewhere)
+    assert prepared("raw", Path("ray"), engine="ray")[0] == expected
+
+
+def test_a_run_of_another_version_of_polars_is_not_resumed(tmp_path, here, monkeypatch):
+    """Its users are in other buckets."""
+    import polars
+
+    write_log(tmp_path / "raw")
+    tasks = cluster.RayRun._tasks
+
+    def killed(run, scratch, stage, *args):
+        yield from tasks(run, scratch, stage, *args)
+        if stage == "part":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster.RayRun, "_tasks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")
+    monkeypatch.setattr(cluster.RayRun, "_tasks", tasks)
+    monkeypatch.setattr(polars, "__version__", "99.0.0")
+    here.clear()
+    prepared(tmp_path / "raw", tmp_path / "ray", engine="ray")
+    assert "part-0" in here
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
