@@ -155,6 +155,7 @@ class OneRecRewardPScore(nn.Module):
 
     def labels(self, labels: torch.Tensor) -> torch.Tensor:
         """(sessions, 1) weighted mean of (sessions, objectives) labels, -100 where an objective with a weight is missing."""
+        labels = labels.float()  # integers would round the weights to 0
         weights = labels.new_tensor(self.weights)
         missing = ((labels == MISSING_LABEL) & (weights > 0)).any(1, keepdim=True)
         mean = (labels.masked_fill(labels == MISSING_LABEL, 0.0) * weights).sum(1, keepdim=True)

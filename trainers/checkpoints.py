@@ -123,9 +123,11 @@ class AtomicCheckpointMixin(Trainer):
             for path in Path(folder).glob("_*-checkpoint-*"):
                 if path.name.startswith((_UNFINISHED, _REMOVED)):
                     shutil.rmtree(path, ignore_errors=True)
+        best = self.args.load_best_model_at_end  # the guards set it for the time of a training
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.args.load_best_model_at_end = best
             remove_gradient_hooks(self.model)  # type: ignore[arg-type]
 
     def _run_epoch(self, *args, **kwargs):

@@ -170,6 +170,10 @@ class GuardCallback(TrainerCallback, ExportableState):
         self._limits: GuardOptions = trainer.args
         self._exclude_seen = exclude_seen
         processor, length = trainer.processing_class, trainer.model.config.session_length
+        if examples and "session" not in examples[0]:
+            raise ValueError(
+                f"the guards' held-out users lack 'session' (found: {', '.join(examples[0])}); pass rows of history and session"
+            )
         left = with_items_left([dict(row) for row in examples], processor, max(length, TOP_K))
         self._examples = [row for row in left if len(row["session"])]
         if not self._examples and self._limits.guards:
@@ -178,13 +182,20 @@ class GuardCallback(TrainerCallback, ExportableState):
                 "Pass other held-out users, or guards=False"
             )
         self._real = _sessions_of_catalogue(self._examples, processor, length)
+        if self._examples and not self._real[0] and self._limits.guards and self._limits.max_ntp_rise >= 0:
+            raise ValueError(
+                f"the guards need held-out sessions with items of the catalogue: none of {len(self._examples)} has one. Pass other held-out users, or "
+                "max_ntp_rise=-1"
+            )
         self._drawn: dict[str, list] = {}
         self.verdict = Verdict(0)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        if state.global_step:
-            self._drawn = saved["drawn"]
+        self._drawn = {}  # of a former training
+        state.stateful_callbacks = state.stateful_callbacks or {}
+        if any(f"{WATCHED}variety" in row for row in state.log_history):  # a resumed run
+            self._drawn = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("drawn", {})
+        state.stateful_callbacks[type(self).__name__] = self.state()
         self._measure(state, control)
         if not self._limits.guards:
             return
@@ -194,9 +205,12 @@ class GuardCallback(TrainerCallback, ExportableState):
         args.load_best_model_at_end = not is_sharded(self._trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
-        every = -(-state.max_steps // self._limits.guard_measurements)
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
+        if self._is_due(state):
             self._measure(state, control)
+
+    def _is_due(self, state) -> bool:
+        every = -(-state.max_steps // self._limits.guard_measurements)
+        return state.global_step % every == 0 or state.global_step == state.max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
         if not self._limits.guards:
@@ -224,17 +238,18 @@ class GuardCallback(TrainerCallback, ExportableState):
         """Adds a measurement to the log, and does on all ranks what the first one decides."""
         trainer = self._trainer
         told: list[Any] = [None]
+        failed: Exception | None = None
         with unsharded_model(trainer.model) as model:
             if trainer.is_world_process_zero():
                 was_training = model.training
                 try:
                     told = [self._decide(model, state)]
-                except ValueError as error:  # the other ranks wait for the decision
-                    told = [error]
+                except Exception as error:  # the other ranks wait for the decision
+                    failed, told = error, [f"{type(error).__name__}: {error}"]
                 model.train(was_training)
         broadcast_object_list(told)
-        if isinstance(told[0], ValueError):
-            raise told[0]
+        if isinstance(told[0], str):
+            raise failed or ValueError(f"the first rank could not measure held-out users: {told[0]}")
         if told[0] is None or not self._limits.guards:
             return
         before, self.verdict = self.verdict.best, told[0]
@@ -248,7 +263,8 @@ class GuardCallback(TrainerCallback, ExportableState):
         if not self._examples:
             return None
         rows = [row for row in state.log_history if f"{WATCHED}variety" in row]
-        if not any(row["step"] == state.global_step for row in rows):
+        # A resumed run measures at the steps of an uninterrupted one.
+        if not rows or (rows[-1]["step"] < state.global_step and self._is_due(state)):
             values = self._values(model)
             rows.append({"step": state.global_step} | {f"{WATCHED}{name}": value for name, value in values.items()})
             state.log_history.append(rows[-1])

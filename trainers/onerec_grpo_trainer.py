@@ -127,6 +127,10 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
             raise ValueError(
                 "OneRecGRPOTrainer does not read lifelong histories, which this model does. Align it with OneRecDPOTrainer, or train one without"
             )
+        if processing_class.pathways is not None or getattr(generator.config.features, "pathways", None) is not None:
+            raise ValueError(
+                "OneRecGRPOTrainer does not read pathways, which this model does. Align it with OneRecDPOTrainer, or train one without"
+            )
         generator.set_catalogue(processing_class.catalogue)
         check_schema(generator.config, processing_class.features)
         self._generator, self._pad = generator, processing_class.tokenizer.pad_token_id
@@ -420,6 +424,8 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
                 wanted = columns if _takes_columns(function) else {}
                 values = reward_values(function, name, [prompts[place] for place in scored], sessions, **wanted)
                 rewards[scored, index] = torch.from_numpy(values).float()
+        if self.reward_funcs[-1] is variety_reward:  # an addition to a reward: none where no other one applies
+            rewards[rewards[:, :-1].isnan().all(1), -1] = math.nan
         useful = torch.tensor([_is_logged(row) and row["legal"] for row in inputs])
         left_out = (rewards.isnan().all(1) & ~useful).float().to(self.accelerator.device)
         self._metrics[mode]["rollouts/left_out"].append(self.accelerator.gather(left_out).mean().item())  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
@@ -77,6 +77,11 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
             *(eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)),
         ):
             _check_labels(dataset, reward_model.config.objectives)
+        if args.pair_weight and isinstance(train_dataset, Dataset) and _users_of(train_dataset) is None:
+            raise ValueError(
+                f"pair_weight={args.pair_weight} compares the sessions of a user, but the training dataset has no column 'user_id' (found: "
+                f"{train_dataset.column_names}); add it, or pass pair_weight=0"
+            )
         super().__init__(
             model=reward_model,
             args=args,
@@ -95,6 +100,10 @@ class RewardTrainer(StepFaults, AtomicCheckpointMixin, WholeEvaluation, Trainer)
         if users is None or not self.args.pair_weight or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(dataset)
         return _ByUser(users, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        # In order, also with train_sampling_strategy="group_by_length": the users of predictions are told by their places.
+        return None if eval_dataset is None else SequentialSampler(eval_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         users = inputs.pop("users", None)

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,7 @@ def generation(bench: Bench, size: str, catalogue: ItemCatalogue) -> None:
         name = f"generate/{size}/{users}x{beams}x{items}"
         if bench.late(name):
             continue
+        torch.compiler.reset()  # each cell has shapes of its own, and only a few may be compiled
         inputs, best = bench.requests(catalogue, users), []
         for how, config in (("eager", None), ("compiled", compile_config(bench))):
             model.generation_config.compile_config = config
@@ -331,16 +333,24 @@ def main() -> None:
     bench = Bench(options.device, options.quick, options.minutes)
     torch.backends.cuda.matmul.allow_tf32 = False
     bench.measure_rates()
-    gpu_tests(bench)
-    check(bench)
     catalogue = bench.catalogue(bench.items)
-    generation(bench, "0.1b", catalogue)
-    against_transformers(bench, catalogue)
-    training(bench, "0.1b")
-    generation(bench, "1b", catalogue)
-    training(bench, "1b")
-    constraint(bench)
-    semantic_ids(bench)
+    for part, arguments_ in (
+        (gpu_tests, ()),
+        (check, ()),
+        (generation, ("0.1b", catalogue)),
+        (against_transformers, (catalogue,)),
+        (training, ("0.1b",)),
+        (generation, ("1b", catalogue)),
+        (training, ("1b",)),
+        (constraint, ()),
+        (semantic_ids, ()),
+    ):
+        try:
+            part(bench, *arguments_)
+        except Exception as error:  # what was measured before is worth the minutes that it took
+            name = "/".join([part.__name__, *(each for each in arguments_ if isinstance(each, str))])
+            bench.left_out.append(f"{name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            traceback.print_exc()
     if bench.left_out:
         say(f"left out for lack of time: {', '.join(bench.left_out)}")
     card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"

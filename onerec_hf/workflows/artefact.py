@@ -188,13 +188,13 @@ def model_type(repo: str) -> str | None:
 
 def saved_sizes(repo: str) -> dict[str, Any]:
     """
-    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong`, as far as
+    What the training examples of a saved generator must fit: `encoder_is_causal`, `session_length`, `max_history`, `pathways`, `lifelong` and `item_head`, as far as
     they can be read. Loading the model tells what is wrong with it.
     """
     found = saved_config(repo, "config.json") | saved_config(repo, "processor_config.json")
     return {
         name: found[name]
-        for name in ("encoder_is_causal", "session_length", "max_history", "pathways", "lifelong")
+        for name in ("encoder_is_causal", "session_length", "max_history", "pathways", "lifelong", "item_head")
         if found.get(name) is not None
     }
 

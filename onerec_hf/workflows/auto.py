@@ -171,6 +171,8 @@ class Table:
         self.pathways = sizes_of_pathways(given.get("pathways")) if saved is None else saved.get("pathways")
         #: Whether it has a lifelong pathway.
         self.lifelong = (given if saved is None else saved).get("lifelong") is not None
+        #: Whether a saved model has an item head; a new one's is a choice.
+        self.item_head = saved is not None and saved.get("item_head") is not None
         self.rows: list[Choice] = []
 
     def add(self, option: str, value: Any, reason: str) -> Any:
@@ -188,7 +190,8 @@ def choose(
 
     Args:
         given: options that the caller decided; they stay, and the others fit them.
-        saved: `encoder_is_causal`, `session_length`, `max_history`, `pathways` and `lifelong` of a model or checkpoint to go on from, which the examples must fit.
+        saved: `encoder_is_causal`, `session_length`, `max_history`, `pathways`, `lifelong` and `item_head` of a model or checkpoint to go on from, which the
+            examples must fit.
 
     Example:
         >>> rows = choose(Statistics(users=22_363, items=12_101, interactions=198_502, per_user=(4, 19)), {"hidden_size": 96})
@@ -337,7 +340,7 @@ def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> 
         rows = table.add("per_device_train_batch_size", rows, f"rows of {length} items; {interactions:,} interactions")
         read = found.items_read(longest) if pathways is None else found.places_read(history, pathways)
         batch = rows * length
-        if _value(table, "session_length", SESSION) > 1 and _value(table, "item_head", False):
+        if _value(table, "session_length", SESSION) > 1 and _value(table, "item_head", table.item_head):
             table.add("session_share", SESSION_SHARE, "the decoder trains on these sessions, the item head on all")
     else:
         batch, read = table.add("per_device_train_batch_size", 128, "examples of a step"), interactions

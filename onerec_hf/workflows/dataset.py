@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -249,17 +250,19 @@ class InMemoryDataset:
         The dataset with windows whose histories hold up to `longest` interactions more than `max_history`, for a lifelong pathway.
 
         Raises:
-            ValueError: training examples are prefixes.
+            ValueError: training examples are prefixes, or the windows would not fit into half of this machine's memory.
         """
         from onerec_hf.data import window_examples
 
         if "history_lengths" in self.train.column_names:
             raise ValueError("a lifelong pathway reads one history per target: train on windows (--train_on windows)")
         settings = self.settings
+        most = settings.max_history + longest
+        _check_windows(self.train_sequences.lengths, most, settings.stride)
         train = window_examples(
             self.train_sequences,
             settings.session_length,
-            settings.max_history + longest,
+            most,
             settings.stride,
             self.trained,
         )
@@ -444,6 +447,23 @@ def named_features(schema: FeatureSchema) -> dict[str, list[str]]:
     from onerec_hf.data.feature_tables import columns_of
 
     return {f"{side}_features": columns_of(schema, side) for side in ("user", "item", "interaction")}
+
+
+def _check_windows(lengths: np.ndarray, longest: int, stride: int) -> None:
+    """
+    Raises:
+        ValueError: windows of histories of up to `longest` items would take more than half of this machine's memory (8 bytes an item; features come on top).
+    """
+    # The histories of a user of n interactions have 1, 2, ... n - 1 items, at most `longest`.
+    before = np.maximum(lengths.astype(np.float64) - 1, 0)
+    full = np.maximum(before - longest, 0)
+    items = float(np.sum((before - full) * (before - full + 1) / 2 + full * longest)) / stride
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 8 * items > memory / 2:
+        raise ValueError(
+            f"--lifelong: the histories of all windows hold {items:,.0f} items, {8 * items / 2**30:,.0f} GiB of {memory / 2**30:,.0f}; lower longest, "
+            "raise --stride, or prepare the log (onerec-hf prepare) and pass --prepared"
+        )
 
 
 def _rows(sequences: UserSequences, item_ids: np.ndarray) -> list[np.ndarray]:

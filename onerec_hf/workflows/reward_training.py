@@ -215,6 +215,10 @@ def new_reward_model(
         if name not in ("score_weights", "behaviour_dim", "item_statistics")
     }
     statistics = _statistics(feedback, later=False) if settings.item_statistics else None
+    if settings.item_statistics and (statistics is None or not feedback.statistics.shown.any()):
+        raise ValueError(
+            "--item_statistics: there are no impressions before the training windows to count. Pass a later --history_end, or leave it out"
+        )
     try:
         config = OneRecRewardConfig(
             num_items=len(items),
@@ -297,7 +301,8 @@ def metric_rows(predicted: dict[str, np.ndarray], feedback: SessionFeedback) -> 
         found = reward_metrics(labels, p, feedback.objectives, feedback.base_rates, users=users)
         for objective in feedback.objectives:
             for metric, unit in METRICS.items():
-                rows.append(result_row(f"{name}/{objective}/{metric}", found[f"{objective}/{metric}"], unit))
+                value = found.get(f"{objective}/{metric}", float("nan"))  # no label in the test period
+                rows.append(result_row(f"{name}/{objective}/{metric}", value, unit))
     for k, objective in enumerate(feedback.objectives):
         known = labels[:, k] >= 0
         pairs = within_group_concordance(labels[known, k], labels[known, k], np.asarray(users)[known])[1]

@@ -108,6 +108,26 @@ def test_the_p_score_is_what_alignment_gets(impressions, tmp_path):
     assert "3 statistics of an earlier period per item" in card
 
 
+def test_statistics_need_impressions_before_the_training_windows(impressions, tmp_path):
+    times = ["--history_end", 0]
+    refused(
+        reward(impressions, tmp_path / "judge", "--item_statistics", "true", *times),
+        "no impressions before the training",
+    )
+
+
+def test_an_objective_without_test_labels_ends_well(impressions, tmp_path):
+    log = pd.read_csv(impressions)
+    log.loc[log["timestamp"] >= 32, "liked"] = None
+    log.to_csv(tmp_path / "late.csv", index=False)
+    folder = tmp_path / "judge"
+    done = succeeded(reward(tmp_path / "late.csv", folder))
+    values = {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    assert np.isnan(values["onerec_reward/ltr/auc"])
+    assert values["onerec_reward/viewed/auc"] > 0
+    assert "nan" in done.out
+
+
 def test_without_features_there_is_no_regression(impressions, tmp_path):
     done = succeeded(reward(impressions, tmp_path / "judge", "--behaviour_dim", 0))
     assert "logistic_regression" not in done.out

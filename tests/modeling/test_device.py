@@ -118,7 +118,7 @@ def test_cuda_graphs_answer_as_eager_steps_do():
 @needs_gpu
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_cuda_never_waits_inside_a_session(request_):
-    model = make("cuda")
+    model = make("cuda", torch.bfloat16)  # in float32, torch's grouped product reads the experts' counts on the host
 
     def strict(*args, **kwargs):
         torch.cuda.set_sync_debug_mode("error")

@@ -279,6 +279,13 @@ def test_the_p_score_is_trained_on_the_weighted_sum_of_objectives():
 
 
 @torch.no_grad()
+def test_labels_of_the_p_score_may_be_integers():
+    reward = p_score_model()
+    inputs, labels = reward.items.encode(HISTORIES, SESSIONS), torch.tensor([[1, 0, 1, 0]] * 4)
+    assert_close(reward(**inputs, labels=labels).loss, reward(**inputs, labels=labels.float()).loss)
+
+
+@torch.no_grad()
 def test_alignment_gets_the_p_score_and_the_fusion_stays():
     reward = p_score_model()
     inputs = reward.items.encode(HISTORIES, SESSIONS)

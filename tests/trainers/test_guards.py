@@ -182,6 +182,27 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, tmp_path):
     assert json.loads(state.read_text())["stateful_callbacks"]["GuardCallback"]["attributes"]["drawn"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "last", "settings"),
+    [
+        ("grpo", 2, {"guard_measurements": 2, "save_steps": 2}),  # between two measurements
+        ("grpo", 0, {"guard_measurements": 3, "save_steps": 10}),  # of the checkpoint before the first step
+        pytest.param("dpo", 0, {"guard_measurements": 3, "save_steps": 10}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumed_anywhere_measures_as_an_uninterrupted_one(kind, last, settings, tmp_path):
+    settings = {**FREE, "max_kl": 100.0, "save_strategy": "steps", **settings}
+    whole = trainer_of(kind, tmp_path / "whole", **settings)
+    whole.train()
+    for path in (tmp_path / "whole").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > last:
+            shutil.rmtree(path)
+    resumed = trainer_of(kind, tmp_path / "whole", **settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert watched(resumed) == watched(whole)
+    assert same(weights(whole.model), weights(resumed.model))
+
+
 def run_on_rank(folder):
     trainer = trainer_of("grpo", folder, Falling(), per_device_train_batch_size=4, **{**FREE, "guard_patience": 3})
     trainer.train()
@@ -199,6 +220,38 @@ def test_ranks_decide_together(tmp_path):
     assert first[:2] == second[:2]
     assert first[0] == 3
     assert all(np.array_equal(value, second[2][name]) for name, value in first[2].items())
+
+
+def fail_on_rank(folder):
+    def judge(histories, sessions):
+        raise KeyError("an item that the judge does not know")
+
+    try:
+        trainer_of("grpo", folder, judge, per_device_train_batch_size=4).train()
+    except (KeyError, ValueError) as error:
+        return f"{type(error).__name__} {error}"
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_a_judge_that_failed(tmp_path):
+    first, second = on_ranks(2, fail_on_rank, str(tmp_path), timeout=60)
+    assert first.startswith("KeyError")
+    assert "first rank could not measure held-out users: KeyError" in second
+
+
+def test_held_out_users_that_cannot_be_measured_are_refused_before_training(tmp_path):
+    def make(held_out):
+        args = OneRecGRPOConfig(
+            str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_steps=3, ntp_batch_size=2, **QUIET
+        )
+        return OneRecGRPOTrainer(
+            make_model(CATALOGUE), late, args=args, train_dataset=EXAMPLES, processing_class=PROCESSOR, guard_dataset=held_out
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="held-out users lack 'session'"):
+        make(HELD_OUT.remove_columns("session"))
+    with pytest.raises(ValueError, match="held-out sessions with items of the catalogue: none of 2"):
+        make([{"history": ["m1"], "session": ["gone"]}] * 2)
 
 
 def test_bad_input_has_one_clear_error(tmp_path):
@@ -241,3 +294,36 @@ def test_the_variety_reward_prefers_what_few_users_get(tmp_path):
     dpo = trainer_of("dpo", tmp_path / "dpo", guards=False, variety_weight=100.0, max_steps=1)
     dpo.train()
     assert min(dpo.pairs["chosen_reward"]) > 10  # the bonus outweighs all else
+
+
+<<<<<<< ours
+def test_variety_is_no_reward_where_no_other_one_applies(tmp_path):
+    def even(histories, sessions):
+        return [None if int(session[0][1:]) % 2 else late([], [session])[0] for session in sessions]
+
+    settings = {"per_device_train_batch_size": 16, "num_generations": 4, "ntp_batch_size": 4, "guards": False, **QUIET}
+    args = OneRecGRPOConfig(str(tmp_path), max_steps=1, save_strategy="no", variety_weight=1.0, **settings)
+    trainer = OneRecGRPOTrainer(
+        make_model(CATALOGUE), even, args=args, train_dataset=EXAMPLES, processing_class=PROCESSOR
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._generate_and_score_completions([row for row in EXAMPLES.select(range(4)) for _ in range(4)])
+    sessions = PROCESSOR.batch_decode(batch["completion_ids"].flatten(0, 1))
+    without = torch.tensor([bool(int(session[0][1:]) % 2) for session in sessions])
+    assert without.any()
+    assert not batch["advantages"].flatten()[without].any()
+    assert trainer._metrics["train"]["rollouts/left_out"] == [without.float().mean().item()]
+=======
+def test_an_interrupted_training_leaves_its_arguments(tmp_path):
+    calls = []
+
+    def judge(histories, sessions):
+        calls.append(None)
+        return [float("nan") if len(calls) > 1 else 1.0] * len(sessions)
+
+    trainer = trainer_of("grpo", tmp_path, judge)
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.train()
+    assert not trainer.args.load_best_model_at_end
+>>>>>>> theirs

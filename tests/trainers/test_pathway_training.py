@@ -9,7 +9,14 @@ from datasets import Dataset
 from onerec_hf import ItemCatalogue, OneRecProcessor
 from onerec_hf.data.collators import OneRecDataCollator, PackedDataCollator
 from onerec_hf.data.packing import PackedDataset, example_sizes
-from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments, Seq2SeqDPOConfig, Seq2SeqDPOTrainer
+from onerec_hf.trainers import (
+    OneRecGRPOConfig,
+    OneRecGRPOTrainer,
+    OneRecTrainer,
+    OneRecTrainingArguments,
+    Seq2SeqDPOConfig,
+    Seq2SeqDPOTrainer,
+)
 from onerec_hf.workflows import chosen_settings, load_in_memory
 from onerec_hf.workflows.settings import sizes_of_pathways
 from tests.modeling.test_pathways import PATHWAYS, PROCESSOR, SCHEMA, make
@@ -76,6 +83,12 @@ def test_dpo_takes_a_step(tmp_path):
     trainer = Seq2SeqDPOTrainer(make(), args=arguments, train_dataset=pairs, processing_class=PROCESSOR)
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_policy_optimisation_is_refused(tmp_path):
+    args = OneRecGRPOConfig(str(tmp_path), per_device_train_batch_size=8, num_generations=4, **QUIET)
+    with pytest.raises(ValueError, match="OneRecGRPOTrainer does not read pathways"):
+        OneRecGRPOTrainer(make(), len, args, windows(), processing_class=PROCESSOR)
 
 
 def table(users=30):

@@ -234,3 +234,25 @@ def test_session_features_by_hand():
     made = session_features(features, [np.array([], dtype=int), np.array([1, 1])], [np.array([0, 1]), np.array([0])])
     assert made[0, :7].tolist() == [2, 1, 0, 0, 0, 0, 2]
     assert made[1, :7].tolist() == [1, 0, 3, 2, 3, 0, 1]
+
+
+def test_pairs_need_users(tmp_path):
+    with pytest.raises(ValueError, match=r"compares the sessions of a user.*no column 'user_id'"):
+        RewardTrainer(make_model(), arguments(tmp_path, pair_weight=1.0), synthetic(8, 1))
+
+
+def test_accuracy_within_users_is_that_of_the_rows_in_any_order_of_training(tmp_path):
+    rows = synthetic(60, 1)
+    rows = rows.add_column("user_id", [place // 4 for place in range(60)])
+    rows = rows.add_column("length", [len(history) for history in rows["history"]])
+    model = make_model()
+    with torch.no_grad():
+        for tower in model.towers:
+            tower.out_proj.weight.normal_(0, 0.5)
+    found = []
+    for strategy in ("random", "group_by_length"):
+        args = arguments(
+            tmp_path, train_sampling_strategy=strategy, remove_unused_columns=False, per_device_eval_batch_size=4
+        )
+        found.append(RewardTrainer(model, args, rows, rows).evaluate()["eval_vtr/within_user_accuracy"])
+    assert found[0] == found[1]

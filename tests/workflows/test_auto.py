@@ -200,6 +200,10 @@ def test_small_sets_get_more_epochs_and_evaluations_after_many_steps():
 
 
 def test_a_saved_model_keeps_its_sizes():
+    head = chosen(
+        saved={"encoder_is_causal": True, "session_length": 3, "item_head": {"num_items": 9}}, model="runs/mine"
+    )
+    assert head["session_share"] == chosen()["session_share"] < 1
     options = chosen(saved={"encoder_is_causal": False, "max_history": 7, "session_length": 3}, model="runs/mine")
     assert (options["train_on"], options["max_history"], options["session_length"]) == ("windows", 7, 3)
     assert not options.keys() & {"hidden_size", "item_head", "codebook_sizes", "item_score_weight"}

@@ -49,6 +49,17 @@ def test_windows_hold_what_is_older():
         data.on_prefixes().with_older(10)
 
 
+def test_windows_that_no_memory_holds_are_refused(monkeypatch):
+    data = load_in_memory(interactions=table(), min_item_interactions=1, session_length=1, max_history=4)
+    older = data.with_older(10)
+    monkeypatch.setattr("onerec_hf.workflows.dataset.os.sysconf", lambda name: 1)
+    held = sum(map(len, older.train["history"]))
+    with pytest.raises(
+        ValueError, match=f"histories of all windows hold {held:,} items.*lower longest, raise --stride"
+    ):
+        data.with_older(10)
+
+
 def test_a_trained_model_reads_them(tmp_path):
     result = train(output_dir=str(tmp_path / "model"), **SMALL)
     processor = OneRecProcessor.from_pretrained(tmp_path / "model")

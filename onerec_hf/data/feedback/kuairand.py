@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,15 +161,33 @@ def load_kuairand_feedback(
 
 
 def _counted_before(past: pd.DataFrame, item_ids: Any, objectives: list[str]) -> ItemStatistics:
-    """Impressions, views and likes of the earlier histories; they have no watch times and no follows."""
+    """
+    Impressions, views and likes of the earlier histories; they have no watch times and no follows. Each of the three lists ends with its latest 50 videos:
+    views and likes older than a user's oldest impression are not counted.
+    """
     index = pd.Index(item_ids)
-    rows = {name: index.get_indexer(np.concatenate(past[name].to_numpy())) for name in _HISTORIES}
+    lists = {
+        name: [_among(some, shown) for some, shown in zip(past[name], past["watch_seq"], strict=True)]
+        for name in _HISTORIES
+    }
+    rows = {name: index.get_indexer(np.concatenate(some)) for name, some in lists.items()}
     counts = {name: np.bincount(found[found >= 0], minlength=len(index)) for name, found in rows.items()}
     shown = counts["watch_seq"].astype(np.float64)
     observed = np.zeros((len(index), len(objectives)))
     for objective, name in (("vtr", "long_watch_seq"), ("ltr", "like_seq")):
         observed[:, objectives.index(objective)] = counts[name]
     return ItemStatistics(shown, observed, shown[:, None] * observed.sum(0) / shown.sum())
+
+
+def _among(videos: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Those of a user's videos that were among the shown ones, each as often as it was shown."""
+    left = Counter(np.asarray(shown).tolist())
+    kept = []
+    for video in np.asarray(videos).tolist():
+        if left[video] > 0:
+            left[video] -= 1
+            kept.append(video)
+    return np.array(kept, dtype=np.int64)
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.speed import device
 
@@ -36,3 +37,28 @@ def test_what_the_minutes_do_not_suffice_for_is_told(monkeypatch, tmp_path, caps
     assert {name.split("/")[0] for name in rows} == {"machine", "check"}
     assert {"train/1b", "generate/0.1b/1x4x1"} <= set(found["left_out"])
     assert "left out for lack of time: generate/0.1b/1x4x1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_many_shapes_may_be_compiled_in_turn(monkeypatch):
+    """As on a GPU without --quick: more cells than torch compiles of one function."""
+    bench = device.Bench("cpu", quick=True, minutes=5)
+    bench.bandwidth, bench.gemm = 1e9, {torch.bfloat16: 1e9}
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    monkeypatch.setattr(device, "CELLS", ((1, 4, 1), (2, 4, 2), (1, 8, 2)))
+    bench.quick, bench.config = False, lambda size: device.OneRecConfig(codebook_sizes=[64] * 3, **device.TINY)
+    monkeypatch.setattr(bench, "seconds", lambda run, *_, **__: [run() and 1.0])
+    device.generation(bench, "0.1b", bench.catalogue(500))
+    assert len(bench.rows) == 4 * len(device.CELLS)
+
+
+def test_a_part_that_fails_loses_no_rows(monkeypatch, tmp_path, capsys):
+    def fails(bench, *_):
+        raise RuntimeError("out of memory")
+
+    for name in ("check", "generation", "against_transformers", "constraint", "semantic_ids"):
+        monkeypatch.setattr(device, name, lambda *_: None)
+    monkeypatch.setattr(device, "training", fails)
+    rows, found = run(monkeypatch, tmp_path)
+    assert "machine/copy" in rows
+    assert found["left_out"] == [f"fails/{size} (RuntimeError: out of memory)" for size in ("0.1b", "1b")]

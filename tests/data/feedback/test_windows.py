@@ -147,7 +147,7 @@ def test_kuairand_pure(data_folder):
     # Statistics: views and likes of the histories, then also all objectives of the training days.
     before, later = feedback.statistics, feedback.later_statistics
     assert before.known.tolist() == [False, True, False, True]
-    assert (before.shown.sum(), before.observed[:, 1].sum(), before.observed[:, 3].sum()) == (817_187, 390_929, 22_534)
+    assert (before.shown.sum(), before.observed[:, 1].sum(), before.observed[:, 3].sum()) == (817_187, 291_530, 16_131)
     training = pd.read_parquet(folder / "log_standard_4_25_to_5_08_pure.parquet").drop_duplicates()
     training = training[training["date"] < 20220503]
     assert later.shown.sum() - before.shown.sum() == len(training)
@@ -163,3 +163,22 @@ def test_kuairand_pure_names_what_is_wrong(data_folder, tmp_path):
         load_kuairand_feedback(data_folder / "kuairand_pure", test_start=20220601)
     with pytest.raises(ValueError, match="history must be one of"):
         load_kuairand_feedback(data_folder / "kuairand_pure", history="future")
+
+
+def test_earlier_views_and_likes_are_those_of_the_counted_impressions():
+    """Each list of a user ends with the latest 50 videos: a view that is older than all impressions says nothing about a rate."""
+    from onerec_hf.data.feedback.kuairand import _counted_before
+
+    past = pd.DataFrame(
+        {
+            "user_id": [1, 2],
+            "watch_seq": [np.array([3, 4, 4]), np.array([5])],
+            "long_watch_seq": [np.array([7, 3, 4]), np.array([], dtype=np.int64)],
+            "like_seq": [np.array([7, 7, 4]), np.array([], dtype=np.int64)],
+        }
+    )
+    counted = _counted_before(past, np.arange(8), ["swt", "vtr", "wtr", "ltr"])
+    assert counted.shown.tolist() == [0, 0, 0, 1, 2, 1, 0, 0]
+    assert (counted.observed <= counted.shown[:, None]).all()
+    assert counted.observed[:, 1].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert counted.observed[:, 3].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
