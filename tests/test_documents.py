@@ -437,6 +437,7 @@ def test_the_table_of_alignment_is_that_of_the_results():
     values = {row["name"]: row["value"] for row in results}
     page = (ROOT / "docs" / "explanation" / "alignment.md").read_text(encoding="utf-8")
     variants = ("sasrec", "onerec", "ntp_only", "dpo", "s_dpo", "ipa_2_percent", "ipa")
+    page = page[page.index("| KuaiRand-Pure, three seeds |") :]
     rows = [row for row in re.findall(r"^\| (.*) \|$", page, re.MULTILINE) if row.count(" | ") == 6][1:]
     for variant, row in zip(variants, rows, strict=True):
         _, watch_time, views, likes, observed, recall, items = row.split(" | ")

@@ -296,7 +296,6 @@ def test_the_variety_reward_prefers_what_few_users_get(tmp_path):
     assert min(dpo.pairs["chosen_reward"]) > 10  # the bonus outweighs all else
 
 
-<<<<<<< ours
 def test_variety_is_no_reward_where_no_other_one_applies(tmp_path):
     def even(histories, sessions):
         return [None if int(session[0][1:]) % 2 else late([], [session])[0] for session in sessions]
@@ -314,7 +313,8 @@ def test_variety_is_no_reward_where_no_other_one_applies(tmp_path):
     assert without.any()
     assert not batch["advantages"].flatten()[without].any()
     assert trainer._metrics["train"]["rollouts/left_out"] == [without.float().mean().item()]
-=======
+
+
 def test_an_interrupted_training_leaves_its_arguments(tmp_path):
     calls = []
 
@@ -326,4 +326,3 @@ def test_an_interrupted_training_leaves_its_arguments(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         trainer.train()
     assert not trainer.args.load_best_model_at_end
->>>>>>> theirs
