@@ -151,7 +151,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         verdict: [`Verdict`] of the last measurement.
 
     Raises:
-        ValueError: no held-out users, or a judge that returns no finite number.
+        ValueError: no held-out users, a judge that returns no finite number, or `load_best_model_at_end`, which would keep other weights.
 
     Example:
         >>> guard = GuardCallback(trainer, held_out, {"judge": [judge.reward]}, "judge")  # doctest: +SKIP
@@ -168,6 +168,10 @@ class GuardCallback(TrainerCallback, ExportableState):
     ):
         self._trainer, self._judges, self._value = trainer, judges, value
         self._limits: GuardOptions = trainer.args
+        if self._limits.guards and trainer.args.load_best_model_at_end:
+            raise ValueError(
+                "the guards keep the best weights by themselves: leave load_best_model_at_end out, or pass guards=False"
+            )
         self._exclude_seen = exclude_seen
         processor, length = trainer.processing_class, trainer.model.config.session_length
         if examples and "session" not in examples[0]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from onerec_hf import OneRecProcessor
 from onerec_hf.trainers import OneRecDPOConfig, OneRecDPOTrainer, OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.callbacks import LastStepCallback
-from onerec_hf.trainers.guards import GuardOptions, Verdict, variety_reward, verdict
+from onerec_hf.trainers.guards import GuardOptions, Verdict, guard, variety_reward, verdict
 from tests.conftest import make_catalogue, make_model
 from tests.ranks import on_ranks
 
@@ -274,6 +274,10 @@ def test_bad_input_has_one_clear_error(tmp_path):
         OneRecGRPOConfig(str(tmp_path), max_variety_drop=20, **QUIET)
     with pytest.raises(ValueError, match="guard_measurements must be at least 1"):
         OneRecDPOConfig(str(tmp_path), guard_measurements=0, **QUIET)
+    trainer = trainer_of("dpo", tmp_path, guards=False)
+    trainer.args.guards = trainer.args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match="leave load_best_model_at_end out, or pass guards=False"):
+        guard(trainer, HELD_OUT, late)
 
 
 def test_the_variety_reward_prefers_what_few_users_get(tmp_path):

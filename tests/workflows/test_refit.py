@@ -85,7 +85,7 @@ def test_the_folder_is_that_of_any_training(evaluated, refitted):
 
 
 def test_a_refit_lasts_as_long_as_the_best_weights_were_trained(data, tmp_path):
-    settings = {**STOPPING, "num_train_epochs": 12}
+    settings = {**STOPPING, "num_train_epochs": 12, "learning_rate": 0.05}  # it overfits soon
     refitted = train(data, output_dir=tmp_path / "out", refit=True, **settings)
     (best,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
     steps = int(best.name.removeprefix("checkpoint-"))
