@@ -334,22 +334,23 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     bench.measure_rates()
     catalogue = bench.catalogue(bench.items)
-    for part, arguments_ in (
-        (gpu_tests, ()),
-        (check, ()),
-        (generation, ("0.1b", catalogue)),
-        (against_transformers, (catalogue,)),
-        (training, ("0.1b",)),
-        (generation, ("1b", catalogue)),
-        (training, ("1b",)),
-        (constraint, ()),
-        (semantic_ids, ()),
-    ):
+    parts: dict[str, Callable[[], None]] = {
+        "gpu_tests": lambda: gpu_tests(bench),
+        "check": lambda: check(bench),
+        "generation/0.1b": lambda: generation(bench, "0.1b", catalogue),
+        "against_transformers": lambda: against_transformers(bench, catalogue),
+        "training/0.1b": lambda: training(bench, "0.1b"),
+        "generation/1b": lambda: generation(bench, "1b", catalogue),
+        "training/1b": lambda: training(bench, "1b"),
+        "constraint": lambda: constraint(bench),
+        "semantic_ids": lambda: semantic_ids(bench),
+    }
+    for name, part in parts.items():
         try:
-            part(bench, *arguments_)
+            part()
         except Exception as error:  # what was measured before is worth the minutes that it took
-            name = "/".join([part.__name__, *(each for each in arguments_ if isinstance(each, str))])
-            bench.left_out.append(f"{name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            first_line = str(error).partition("\n")[0]
+            bench.left_out.append(f"{name} ({type(error).__name__}: {first_line})")
             traceback.print_exc()
     if bench.left_out:
         say(f"left out for lack of time: {', '.join(bench.left_out)}")

@@ -215,7 +215,8 @@ def new_reward_model(
         if name not in ("score_weights", "behaviour_dim", "item_statistics")
     }
     statistics = _statistics(feedback, later=False) if settings.item_statistics else None
-    if settings.item_statistics and (statistics is None or not feedback.statistics.shown.any()):
+    counted = feedback.statistics
+    if settings.item_statistics and (statistics is None or counted is None or not counted.shown.any()):
         raise ValueError(
             "--item_statistics: there are no impressions before the training windows to count. Pass a later --history_end, or leave it out"
         )

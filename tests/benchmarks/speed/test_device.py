@@ -61,4 +61,4 @@ def test_a_part_that_fails_loses_no_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(device, "training", fails)
     rows, found = run(monkeypatch, tmp_path)
     assert "machine/copy" in rows
-    assert found["left_out"] == [f"fails/{size} (RuntimeError: out of memory)" for size in ("0.1b", "1b")]
+    assert found["left_out"] == [f"training/{size} (RuntimeError: out of memory)" for size in ("0.1b", "1b")]
