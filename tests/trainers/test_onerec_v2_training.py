@@ -59,11 +59,12 @@ def make_lazy(**config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_dataset", "settings"),
     [
-        pytest.param(WINDOWS, {}, marks=pytest.mark.slow),
-        pytest.param(PREFIXES, {}, marks=pytest.mark.slow),
+        (WINDOWS, {}),
+        (PREFIXES, {}),
         (PREFIXES, {"packing": True, "packing_length": 12, "session_share": 0.7}),
     ],
     ids=["windows", "prefixes", "packed prefixes, some of them"],

@@ -111,6 +111,7 @@ def test_what_does_not_go_with_it(tmp_path, options, message):
     assert not (tmp_path / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_refit_compresses_by_the_same_embeddings(tmp_path):
     items = pd.DataFrame(
         {"item_id": range(12), "title": [f"{'red' if item % 2 else 'blue'} {item}" for item in range(12)]}

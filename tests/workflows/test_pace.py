@@ -154,6 +154,7 @@ def test_early_stopping_keeps_the_best_weights(stopped):
     assert stopped.trainer.evaluate()["eval_ndcg@10"] == scores[best]
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_early_stopping_ends_as_the_whole_one(tables, stopped, tmp_path, monkeypatch):
     step, count = OneRecTrainer.training_step, iter(range(1, 10_000))
     last = stopped.trainer.state.global_step

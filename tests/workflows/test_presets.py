@@ -31,6 +31,7 @@ def test_small_takes_its_codebooks_from_the_data(tables):
     assert (rows["codebook_sizes"], rows["max_history"], rows["max_steps"]) == ([16] * 3, 10, 1200)
 
 
+@pytest.mark.slow
 def test_v2_trains_a_lazy_decoder_on_prefixes(tables, tmp_path):
     small = {
         "hidden_size": 16,

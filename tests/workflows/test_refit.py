@@ -94,6 +94,7 @@ def test_a_refit_lasts_as_long_as_the_best_weights_were_trained(data, tmp_path):
     assert refitted.trainer.state.max_steps == round(12 * 34 * 330 / 270)
 
 
+@pytest.mark.slow
 def test_a_refit_decays_as_the_training_that_a_plateau_ended(data, tmp_path):
     settings = {**STOPPING, "num_train_epochs": 12, "lr_scheduler_type": "constant_with_warmup"}
     settings |= {"early_stopping_patience": None, "decay_on_plateau": 1}
