@@ -44,11 +44,11 @@ def test_many_shapes_may_be_compiled_in_turn(monkeypatch):
     """As on a GPU without --quick: more cells than torch compiles of one function."""
     bench = device.Bench("cpu", quick=True, minutes=5)
     bench.bandwidth, bench.gemm = 1e9, {torch.bfloat16: 1e9}
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     monkeypatch.setattr(device, "CELLS", ((1, 4, 1), (2, 4, 2), (1, 8, 2)))
     bench.quick, bench.config = False, lambda size: device.OneRecConfig(codebook_sizes=[64] * 3, **device.TINY)
     monkeypatch.setattr(bench, "seconds", lambda run, *_, **__: [run() and 1.0])
-    device.generation(bench, "0.1b", bench.catalogue(500))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        device.generation(bench, "0.1b", bench.catalogue(500))
     assert len(bench.rows) == 4 * len(device.CELLS)
 
 
