@@ -321,13 +321,6 @@ class RequestFeatures:
         """Those of the latest `keep` items; None for all."""
         return self if keep is None else replace(self, history=self.history[-keep:])
 
-    def positive(self, schema: FeatureSchema) -> np.ndarray:
-        """(items,) bool, false for interactions that were not positive."""
-        if schema.not_positive is None:
-            return np.ones(len(self.history), dtype=bool)
-        place, code = schema.not_positive
-        return self.history[:, sum(feature.slots for feature in schema.interaction[:place])] != code
-
     @staticmethod
     def columns(features: Sequence[RequestFeatures | None]) -> dict[str, list]:
         """What the processor takes beside the histories; nothing for a model without features."""

@@ -421,7 +421,7 @@ class Recommender:
             allow = candidates
         if request.exclude_seen and not ranks:
             # Interactions that were not positive may be recommended, as in evaluation.
-            had = history if features is None else history[features.positive(self.schema)]
+            had = history if features is None else history[self.schema.are_positive(features.history)]
             exclude = np.concatenate([exclude, had])
         exclude = np.unique(exclude)
         if allow is None:

@@ -18,7 +18,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
-from onerec_hf.trainers.rewards import RewardFunction, as_function
+from onerec_hf.trainers.inputs import plain_rows
+from onerec_hf.trainers.rewards import RewardFunction, as_functions
 from onerec_hf.trainers.sharding import is_sharded, unsharded_model
 from onerec_hf.trainers.watching import TOP_K, draw_sessions, measured, session_log_probs, with_items_left
 
@@ -217,10 +218,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         return state.global_step % every == 0 or state.global_step == state.max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self._limits.guards:
-            return
-        args.load_best_model_at_end = False
-        if not self._trainer.is_world_process_zero():
+        if not self._limits.guards or not self._trainer.is_world_process_zero():
             return
         best, stop, last = self.verdict.best, self.verdict.stop, state.global_step
         why = f": {stop}" if stop else ""
@@ -330,15 +328,13 @@ def guard(trainer: Any, guard_dataset: Any, judge_funcs: Any) -> None:
     Raises:
         ValueError: judges without held-out users, or judges that are no reward functions.
     """
-    judges = judge_funcs if isinstance(judge_funcs, list) else [] if judge_funcs is None else [judge_funcs]
     if guard_dataset is None:
-        if judges:
+        if judge_funcs:
             raise ValueError(
                 "judge_funcs score the sessions of held-out users: pass guard_dataset, rows of history and session, or leave them out"
             )
         return
-    functions = [as_function(judge) for judge in judges]
-    rows = guard_dataset.to_list() if hasattr(guard_dataset, "to_list") else list(guard_dataset)
+    functions, rows = as_functions(judge_funcs), list(plain_rows(guard_dataset))
     trainer.add_callback(
         GuardCallback(trainer, rows, {"judge": functions} if functions else {}, "judge" if functions else None)
     )

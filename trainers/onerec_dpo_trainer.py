@@ -26,7 +26,7 @@ from onerec_hf.trainers.onerec_dpo_config import OneRecDPOConfig
 from onerec_hf.trainers.pair_selection import SELECTIONS, Selection
 from onerec_hf.trainers.preference_checks import check_item_rows
 from onerec_hf.trainers.preference_collators import OneRecPreferenceCollator
-from onerec_hf.trainers.rewards import RewardFunction, as_function
+from onerec_hf.trainers.rewards import RewardFunction, as_functions
 from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
 from onerec_hf.trainers.sharding import unsharded_model
 from onerec_hf.trainers.whole_evaluation import first_rows
@@ -94,8 +94,7 @@ class OneRecDPOTrainer(Seq2SeqDPOTrainer):
     ):
         args = own_arguments(args, OneRecDPOConfig, "onerec-dpo-output")
         train_dataset = plain_rows(train_dataset)
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
-        self.reward_funcs = [as_function(reward) for reward in rewards]
+        self.reward_funcs = as_functions(reward_funcs)
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(

@@ -26,7 +26,6 @@ from onerec_hf.hub_cards.alignment import Alignment
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.files import replacing
-from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
@@ -35,8 +34,8 @@ from onerec_hf.trainers.inputs import own_arguments, plain_rows
 from onerec_hf.trainers.onerec_grpo_config import OWN_LOSSES, OneRecGRPOConfig
 from onerec_hf.trainers.policy_losses import ecpo_old_logps, gbpo_old_logps
 from onerec_hf.trainers.preference_checks import check_item_rows
-from onerec_hf.trainers.rewards import RewardFunction, as_function, check_reward_items, reward_values
-from onerec_hf.trainers.rollouts import code_places, right_padded, roll_out, token_log_probs
+from onerec_hf.trainers.rewards import RewardFunction, as_functions, check_reward_items, reward_values
+from onerec_hf.trainers.rollouts import code_places, legal_codes, right_padded, roll_out, token_log_probs
 from onerec_hf.trainers.seq2seq_dpo_trainer import check_adapter, disable_plain_dropout, load_generator
 from onerec_hf.trainers.sharding import is_sharded, sharded_copy, unsharded_model
 
@@ -144,8 +143,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         self._num_logged = len(_logged_rows(train_dataset))
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset} if eval_dataset else {}
         self._ntp_rows = self._next_token_rows(train_dataset, plain_rows(ntp_dataset), processing_class, args)
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
-        functions = [as_function(reward) for reward in rewards]
+        functions = as_functions(reward_funcs)
         for function in functions:
             check_reward_items(function, processing_class.catalogue)
         if not functions and any(len(_logged_rows(each)) < len(each) for each in (train_dataset, *evaluated.values())):
@@ -494,8 +492,7 @@ class OneRecGRPOTrainer(StepFaults, AtomicCheckpointMixin, GRPOTrainer):
         if self.args.constrained:
             codes = None if feature_ids is None else feature_ids[order]
             seen = generator.history_indices(whole[order], codes) if self.args.exclude_seen else None
-            constraint = generator._constraint(seen, None, distinct=True)
-            legal = SemanticIDLogitsProcessor(constraint, config.level_offsets, config.bos_token_id)
+            legal = legal_codes(generator, seen)
         scores = token_log_probs(out.logits, sequences, places, self.temperature, legal)
         logps, entropies = (
             torch.nn.functional.pad(part.masked_fill(sequences[:, 1:] == self._pad, 0.0), (1, 0))[order.argsort()]

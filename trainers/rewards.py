@@ -39,6 +39,19 @@ def as_function(reward: Any) -> RewardFunction:
     return reward
 
 
+def as_functions(rewards: Any) -> list[RewardFunction]:
+    """
+    [`as_function`] of one reward, of a list of them, or of none.
+
+    Example:
+        >>> as_functions(None), as_functions([len]) == as_functions(len) == [len]
+        ([], True)
+    """
+    if rewards is None:
+        return []
+    return [as_function(reward) for reward in (rewards if isinstance(rewards, list) else [rewards])]
+
+
 def check_reward_items(function: RewardFunction, catalogue: ItemCatalogue) -> None:
     """
     Checks that a reward model can score every item that the generator may write.

@@ -128,6 +128,21 @@ def code_places(tokens: int, tokens_per_item: int, device: torch.device | None =
     return places[(places + 1) % tokens_per_item != 0]
 
 
+def legal_codes(model: OneRecForConditionalGeneration, seen: torch.Tensor | None) -> SemanticIDLogitsProcessor:
+    """
+    The legal continuations of [`roll_out`]'s constrained sessions: distinct items of the catalogue.
+
+    Args:
+        seen: (rows, e) indices of items that are left out, padded with -1; None for none.
+
+    Example:
+        >>> legal_codes(model, None)  # doctest: +SKIP
+    """
+    config = model.config
+    constraint = model._constraint(seen, None, distinct=True)
+    return SemanticIDLogitsProcessor(constraint, config.level_offsets, config.bos_token_id)
+
+
 def token_log_probs(
     logits: torch.Tensor,
     sequences: torch.Tensor,

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from onerec_hf.data.collators import feature_columns, positive_items
-from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.rewards import RewardFunction, reward_values
-from onerec_hf.trainers.rollouts import code_places, token_log_probs
+from onerec_hf.trainers.rollouts import code_places, legal_codes, token_log_probs
 
 TOP_K = 10
 _BATCH = 64
@@ -115,12 +114,9 @@ def session_log_probs(
         logits = model(**batch, use_cache=False).logits.float()
         if constrained:
             seen = model._rows_per_user([positive_items(row) for row in some], "exclude", len(some), "skip")
-            legal = SemanticIDLogitsProcessor(
-                model._constraint(seen, None, distinct=True), model.config.level_offsets, model.config.bos_token_id
-            )
             sequences = torch.cat([batch["decoder_input_ids"], labels[:, -1:]], dim=1)
             places = code_places(labels.shape[1], model.config.tokens_per_item, labels.device)
-            chosen, _ = token_log_probs(logits[:, places], sequences, places, legal=legal)
+            chosen, _ = token_log_probs(logits[:, places], sequences, places, legal=legal_codes(model, seen))
         else:
             logps = logits.log_softmax(-1)
             chosen = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0.0)

@@ -143,7 +143,7 @@ class ItemRecommender(Recommender):
             return ReadHistories(histories)
         codes = [of_places(each.user, each.history) for each in features]
         # As of examples: flags only where histories hold other interactions too.
-        positive = None if schema.not_positive is None else [each.positive(schema) for each in features]
+        positive = None if schema.not_positive is None else [schema.are_positive(each.history) for each in features]
         return ReadHistories(histories, codes, positive)
 
     def _sequential(

@@ -89,18 +89,6 @@ def command_line(prog: str, argv: Sequence[str]) -> str:
 
 
 @dataclass
-class DtypeArguments:
-    """The precision of a generator."""
-
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "float32, bfloat16, or auto: bfloat16 where this CPU multiplies clearly faster in it. For generators."
-        },
-    )
-
-
-@dataclass
 class ShownItemArguments:
     """Item fields in answers, in addition to the id."""
 

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse
+from onerec_hf.cli.arguments import ShownItemArguments, parse
 from onerec_hf.workflows.artefact import check_dtype, load_model, load_processor, naming
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import DtypeSettings
 
 if TYPE_CHECKING:
     from onerec_hf.data.item_fields import ItemFields
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DemoArguments(DtypeArguments, ShownItemArguments):
+class DemoArguments(DtypeSettings, ShownItemArguments):
     """The model, and the page's address."""
 
     model: str = field(default="", metadata={"help": "Saved OneRec model: folder or Hub id."})

@@ -11,24 +11,25 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
-from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse, parse_given
+from onerec_hf.cli.arguments import ShownItemArguments, parse, parse_given
 from onerec_hf.cli.recommend_inputs import Candidates, check_output, read_ids, table_requests, typed_ids, write_answers
+from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 from onerec_hf.modeling.files import short
 from onerec_hf.workflows.artefact import ITEMS_NAME, check_dtype, load_recommender
 from onerec_hf.workflows.data_options import excludes_seen, read_data_options
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 from onerec_hf.workflows.new_items import check_choice, with_new_items
+from onerec_hf.workflows.settings import DtypeSettings
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.features import FeatureSchema
     from onerec_hf.modeling.requests import AnswerCounts, Recommender, ResolvedRequest
 
 _LISTS = ("history", "exclude", "allow", "candidates")
-_CODES = ("user_features", "history_features")  # as in the rows of a dataset
 
 
 @dataclass
-class RecommendArguments(DtypeArguments, ShownItemArguments):
+class RecommendArguments(DtypeSettings, ShownItemArguments):
     """The model, the histories and the options of a recommendation."""
 
     model: str | None = field(
@@ -351,7 +352,7 @@ def answer_lines(
     for (_, request), answer in zip(numbered, recommender.answer(resolved), strict=True):
         counts.add(answer)
         answer.scores = [round(score, 4) for score in answer.scores]
-        echoed = {key: value for key, value in request.items() if key not in (*_LISTS, *_CODES)}
+        echoed = {key: value for key, value in request.items() if key not in (*_LISTS, *FEATURE_COLUMNS)}
         lines.append(json.dumps(echoed | answer.columns(), ensure_ascii=False))
     return lines, counts
 
@@ -372,7 +373,7 @@ def resolve_line(
     """
     from onerec_hf.modeling.requests import Request, RequestError
 
-    shared, lists = shared or SharedLists(), {key: request.get(key) for key in (*_LISTS, "user", *_CODES)}
+    shared, lists = shared or SharedLists(), {key: request.get(key) for key in (*_LISTS, "user", *FEATURE_COLUMNS)}
     if shared.candidates is not None and (of_user := shared.candidates.of(request, number)) is not None:
         lists["candidates"] = of_user
     try:

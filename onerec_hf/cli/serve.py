@@ -8,13 +8,14 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 
-from onerec_hf.cli.arguments import DtypeArguments, ShownItemArguments, parse
+from onerec_hf.cli.arguments import ShownItemArguments, parse
 from onerec_hf.workflows.artefact import check_dtype, naming, recommender_of
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.settings import DtypeSettings
 
 
 @dataclass
-class ServeArguments(DtypeArguments, ShownItemArguments):
+class ServeArguments(DtypeSettings, ShownItemArguments):
     """The model, the address and the limits."""
 
     model: str = field(

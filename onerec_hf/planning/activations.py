@@ -189,9 +189,8 @@ class _Counter:
             states = self.precision.matrix * (self.width + 1)
             slots = sum(slots for _, _, slots in side)
             total += rows * (8 * slots + inputs + states + several * self.precision.residual)
-        if (
-            own.pathways is not None
-        ):  # the other network, with a copy of the embeddings if they are cast, and which places read it
+        # The other network, with a copy of the embeddings if they are cast, and which places read it.
+        if own.pathways is not None:
             cast = self.inputs((len(own.all) - len(own.user or ())) * own.dim) if self.precision.autocast else 0
             total += places * (cast + self.inputs(self.width) + self.precision.matrix * self.width + 1)
         return total

@@ -86,12 +86,8 @@ def _head(config: OneRecConfig, batch: Batch) -> int:
 
 def content_flops(config: OneRecConfig, batch: Batch) -> int:
     """FLOPs of the projection of content vectors: those of the histories and, for the item loss, of all items."""
-    return (
-        2
-        * (batch.users * (history_places(config, batch.history) - static_places(config)) + scored_items(config))
-        * content_dim(config)
-        * config.hidden_size
-    )
+    items = batch.users * (history_places(config, batch.history) - static_places(config)) + scored_items(config)
+    return 2 * items * content_dim(config) * config.hidden_size
 
 
 def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) -> int:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 #: Users of a measurement.
 WATCHED_USERS = 200
-_PREFIX = "watched/"
 
 
 def watch(
@@ -65,11 +64,13 @@ def alignment_panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
         [('Margin of the pairs', {'margin': [(5, 0.2)]}), ('Reward', {'heldout_reward': [(5, 1.1)]}), ('Recall and variety', {'recall@10': [(5, 0.3)]})]
     """
 
+    from onerec_hf.trainers.guards import WATCHED
+
     def points(name: str) -> list[tuple[float, float]]:
         return [(row["step"], row[name]) for row in history if row.get(name) is not None and np.isfinite(row[name])]
 
-    watched = dict.fromkeys(name for row in history for name in row if name.startswith(_PREFIX))
-    named = {name: name.removeprefix(_PREFIX) for name in watched}
+    watched = dict.fromkeys(name for row in history for name in row if name.startswith(WATCHED))
+    named = {name: name.removeprefix(WATCHED) for name in watched}
     shares = [name for name in watched if named[name].startswith(("recall@", "variety"))]
     distances = [name for name in watched if named[name] in ("ntp", "kl")]
     panels = [

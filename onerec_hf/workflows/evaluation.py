@@ -31,7 +31,7 @@ from onerec_hf.workflows.distributed import is_first, joined_on_cpu, say, wait
 from onerec_hf.workflows.loading import as_dataset, data_and_options
 from onerec_hf.workflows.new_items import check_choice, settled
 from onerec_hf.workflows.results import Result
-from onerec_hf.workflows.settings import DataSettings, gather, given_options
+from onerec_hf.workflows.settings import DataSettings, DtypeSettings, gather, given_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluateSettings:
+class EvaluateSettings(DtypeSettings):
     """The model to evaluate and the options of the ranking."""
 
     model: str | None = field(
@@ -64,12 +64,6 @@ class EvaluateSettings:
     batch_size: int = field(default=64, metadata={"help": "Users per batch."})
     item_score_weight: float | None = field(
         default=None, metadata={"help": "Weight of the item head's scores; the model's default if not given."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "float32, bfloat16, or auto: bfloat16 where this CPU multiplies clearly faster in it. For generators."
-        },
     )
     new_items: str = field(
         default="error",

@@ -279,17 +279,15 @@ def baseline_features(
     """Rows of the training windows and of the split's with what the model reads: item features, and the statistics that it reads of each."""
     from onerec_hf.baselines.session_reward import session_features
 
-    made = []
-    for part, later in ((feedback.train, False), (split, True)):
-        read = _statistics(feedback, later=False)
-        if model.item_statistics is None or read is None:
-            table = features
-        else:
-            table = np.concatenate([features, model.item_statistics[1:].cpu().numpy() if later else read], axis=1)
-        made.append(
-            session_features(table, *([items.indices(row) for row in part[name]] for name in ("history", "session")))
-        )
-    return made[0], made[1]
+    earlier, tables = _statistics(feedback, later=False), (features, features)
+    if model.item_statistics is not None and earlier is not None:
+        read = (earlier, model.item_statistics[1:].cpu().numpy())
+        tables = tuple(np.concatenate([features, statistics], axis=1) for statistics in read)
+    of_train, of_split = (
+        session_features(table, *([items.indices(row) for row in part[name]] for name in ("history", "session")))
+        for table, part in zip(tables, (feedback.train, split), strict=True)
+    )
+    return of_train, of_split
 
 
 def metric_rows(predicted: dict[str, np.ndarray], feedback: SessionFeedback) -> list[dict[str, Any]]:

@@ -113,9 +113,8 @@ class Processes:
 
     def start(self, run: Run) -> None:
         """Starts a run; its messages go to a log beside its file."""
-        Path(run.spec["progress"]).unlink(
-            missing_ok=True
-        )  # of a comparison that was killed: it would be read as this run's
+        # Of a comparison that was killed: it would be read as this run's.
+        Path(run.spec["progress"]).unlink(missing_ok=True)
         spec = run.path.with_suffix(".spec.json")
         write_bytes(spec, json.dumps(run.spec).encode())
         order = {"spec": str(spec), "log": str(run.path.with_suffix(".log")), "threads": self._threads}
