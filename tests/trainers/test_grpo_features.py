@@ -10,8 +10,8 @@ from onerec_hf.modeling.features import Feature, FeatureSchema
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 from tests.conftest import make_model
 from tests.rounding import assert_close, distance
-from tests.trainers import test_onerec_grpo
-from tests.trainers.test_onerec_grpo import CATALOGUE
+from tests.trainers import grpo
+from tests.trainers.grpo import CATALOGUE
 
 SCHEMA = FeatureSchema(
     user=(Feature("city", values=("Rome", "Paris")),),
@@ -77,7 +77,7 @@ def inputs_of(example, session=None):
 def by_hand(model, example, session):
     """(codes,) log-probabilities of one session, from a forward of one row; positive items of the history are left out."""
     had = [item for item, kept in zip(example["history"], example["history_positive"], strict=True) if kept]
-    return test_onerec_grpo.by_hand(model, had, session, inputs=inputs_of(example, session)).detach()
+    return grpo.by_hand(model, had, session, inputs=inputs_of(example, session)).detach()
 
 
 @pytest.mark.parametrize("how", ["distinct", "sample"])

@@ -8,7 +8,7 @@ import torch
 from onerec_hf.trainers.faults import batch_examples
 from onerec_hf.trainers.rollouts import roll_out
 from tests.rounding import BACKWARD, assert_close, close, distance
-from tests.trainers.test_onerec_grpo import (
+from tests.trainers.grpo import (
     PROCESSOR,
     by_hand,
     examples,
