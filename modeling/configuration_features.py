@@ -44,6 +44,7 @@ class FeaturesConfig(PreTrainedConfig):
     item: list | None = None
     dim: int = 32
     dropout: float | int = 0.0
+    user_at_items: bool = False
     not_positive: list | None = None
     pathways: dict | None = None
 
@@ -54,8 +55,9 @@ class FeaturesConfig(PreTrainedConfig):
 
     def to_dict(self):
         output = super().to_dict()
-        if self.pathways is None:  # as earlier versions wrote it
-            output.pop("pathways", None)
+        for name in ("pathways", "user_at_items"):  # as earlier versions wrote it
+            if not output.get(name):
+                output.pop(name, None)
         return output
 
     def validate_architecture(self):

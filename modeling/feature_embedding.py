@@ -2,7 +2,8 @@
 What a model adds to a history for the features of users, interactions and items (technical report, arXiv 2506.13695, section 2.2).
 
 Each feature's codes have embeddings of a narrow width. Those of a place are concatenated and go through Dense(LeakyReLU(Dense)): one such network for
-the place of the user, the report's static pathway, and one for the places of items, or for those of each pathway (`pathways`).
+the place of the user, the report's static pathway, and one for the places of items, or for those of each pathway (`pathways`). With `user_at_items` what
+describes the user is added to the items of the history too.
 """
 
 from __future__ import annotations
@@ -101,12 +102,18 @@ class FeatureEmbedding(nn.Module):
             return added
         if packed:
             states = self._states(self.user, of_users, self.config.user, 0)
+            if self.config.user_at_items:  # each place has its history's user: the latest place of one
+                places = torch.arange(codes.shape[1], device=codes.device)
+                latest = torch.where(of_users.any(-1), places, 0).cummax(1).values
+                states = states.gather(1, latest.unsqueeze(-1).expand_as(states))
             return states if added is None else added + states
         # One place per row: the network runs there alone.
         place = of_users.any(-1).int().argmax(1)[:, None, None]
         states = self._states(self.user, of_users.gather(1, place.expand(-1, 1, users)), self.config.user, 0)
         if added is None:
             added = states.new_zeros(*codes.shape[:2], states.shape[-1])
+        if self.config.user_at_items:
+            return added + states * (torch.arange(codes.shape[1], device=codes.device)[:, None] >= place)
         return added.scatter_add(1, place.expand(-1, 1, states.shape[-1]), states)
 
     def _states(

@@ -31,10 +31,12 @@ _PUBLIC = {
     "SequentialTrainingArguments": "sequential_config",
     "StepFaults": "faults",
     "AtomicCheckpointMixin": "checkpoints",
+    "AveragedWeights": "weight_average",
     "fit_sequential": "sequential_trainer",
     "newest_checkpoint": "checkpoints",
     "shard": "sharding",
     "unsharded_model": "sharding",
+    "WeightAverage": "weight_average",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -60,5 +62,6 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
     from onerec_hf.trainers.sequential_trainer import SequentialTrainer, fit_sequential
     from onerec_hf.trainers.sharding import shard, unsharded_model
+    from onerec_hf.trainers.weight_average import AveragedWeights, WeightAverage
 else:
     __getattr__, __dir__ = lazy_exports(__name__, _PUBLIC)

@@ -26,6 +26,8 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
             when not given, as in the paper's equation 4. The item head's loss and the loss of evaluations are not weighted.
         session_share: share of the sessions that the decoder trains on, drawn anew in each step, with prefixes or packing; the item head's loss
             reads them all. Long sessions cost less.
+        average_weights: evaluations, checkpoints and the trained model have the average of the weights, in which later steps count more, see
+            [`~onerec_hf.trainers.WeightAverage`].
         router_bias_update_rate: step of the loss-free balancing bias of the experts (technical report, arXiv 2506.13695); 0 switches it off.
         stop_at_nonfinite: stop at a non-finite loss or gradient; see [`~onerec_hf.trainers.StepFaults`].
 
@@ -71,6 +73,10 @@ class OneRecTrainingArguments(Seq2SeqTrainingArguments):
         metadata={
             "help": "Share of the sessions that the decoder trains on in each step, with prefixes or packing; the item head reads all."
         },
+    )
+    average_weights: bool = field(
+        default=False,
+        metadata={"help": "Evaluate, save and keep the average of the weights, in which later steps count more."},
     )
     router_bias_update_rate: float = field(
         default=0.001, metadata={"help": "Step of the experts' loss-free balancing bias; 0 switches it off."}

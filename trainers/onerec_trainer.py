@@ -37,12 +37,15 @@ from onerec_hf.trainers.inputs import RankingSearch, first_model, own_arguments,
 from onerec_hf.trainers.onerec_config import OneRecTrainingArguments
 from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sharding import unsharded_model
+from onerec_hf.trainers.weight_average import AveragedWeights
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 
-class OneRecTrainer(RankingSearch, StepFaults, AtomicCheckpointMixin, RankingEvaluation, Seq2SeqTrainer):
+class OneRecTrainer(
+    RankingSearch, StepFaults, AtomicCheckpointMixin, AveragedWeights, RankingEvaluation, Seq2SeqTrainer
+):
     """
     Trains a OneRec generator on examples `{"history": [item ids], "session": [item ids]}` with the session-wise next-token loss (paper,
     equation 4) and, with `args.predict_with_generate`, evaluates by ranking the full catalogue: Recall@k, NDCG@k, MRR@k, coverage@k

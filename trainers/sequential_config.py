@@ -19,6 +19,8 @@ class SequentialTrainingArguments(TrainingArguments):
         early_stopping_patience: evaluations without an improvement of `metric_for_best_model` before training stops; None trains to the end.
         target_share: share of a batch's targets that a step trains on, drawn anew in each. The scores of all items for all targets are most of the
             work: 0.25 takes a third of the time with large catalogues.
+        average_weights: evaluations, checkpoints and the trained model have the average of the weights, in which later steps count more, see
+            [`~onerec_hf.trainers.WeightAverage`].
         stop_at_nonfinite: stop on a loss or gradient that is not finite; see [`~onerec_hf.trainers.StepFaults`].
         label_smoothing_factor: share of a target's probability that is spread over all items; for `loss="ce"`.
 
@@ -40,6 +42,10 @@ class SequentialTrainingArguments(TrainingArguments):
     )
     target_share: float = field(
         default=1.0, metadata={"help": "Share of a batch's targets that a step trains on, drawn anew in each."}
+    )
+    average_weights: bool = field(
+        default=False,
+        metadata={"help": "Evaluate, save and keep the average of the weights, in which later steps count more."},
     )
     stop_at_nonfinite: bool = field(
         default=True,

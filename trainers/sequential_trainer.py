@@ -28,13 +28,14 @@ from onerec_hf.trainers.faults import StepFaults
 from onerec_hf.trainers.inputs import first_model, own_arguments, plain_rows
 from onerec_hf.trainers.ranking_evaluation import RankingEvaluation
 from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
+from onerec_hf.trainers.weight_average import AveragedWeights
 
 if TYPE_CHECKING:
     from onerec_hf.data.feature_tables import DatasetFeatures
     from onerec_hf.modeling.features import FeatureSchema
 
 
-class SequentialTrainer(StepFaults, AtomicCheckpointMixin, RankingEvaluation, Trainer):
+class SequentialTrainer(StepFaults, AtomicCheckpointMixin, AveragedWeights, RankingEvaluation, Trainer):
     """
     Trains a [`~onerec_hf.baselines.SequentialRecommender`]. Every item of a training sequence but the first is a target once; sequences longer than
     `config.max_history` are cut into pieces. Evaluation ranks the full catalogue: Recall@k, NDCG@k, MRR@k and coverage@k.

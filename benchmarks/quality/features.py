@@ -229,7 +229,7 @@ class Bench:
         model = fit_sequential(
             data.train_sequences, sample(data.validation, 50 if self.quick else 3000), item_ids=data.item_ids.tolist(), coded=data.features,
             feature_dim=16, feature_dropout=0.2, hidden_size=64, dropout_rate=0.3, max_history=data.max_history, label_smoothing_factor=0.1,
-            num_train_epochs=0.02 if self.quick else 60, early_stopping_patience=4, per_device_train_batch_size=128, eval_top_k=[10],
+            average_weights=True, num_train_epochs=0.02 if self.quick else 60, early_stopping_patience=4, per_device_train_batch_size=128, eval_top_k=[10],
             seed=seed, use_cpu=True,
         )  # fmt: skip
         users = self._users(data)

@@ -300,6 +300,7 @@ def _model(found: Statistics, table: Table) -> None:
         several = f"{found.features} feature{'s' if found.features > 1 else ''}"
         table.add("feature_dim", max(8, width // 2), f"half the width of {width}, for {several}")
         table.add("feature_dropout", FEATURE_DROPOUT, "a value that is missing costs less")
+        table.add("feature_user_at_items", True, "short histories attend little to a token of the user")
     _item_head(found, table, width)
 
 
@@ -357,6 +358,8 @@ def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> 
     total = total if total > 0 else int(steps * epochs)
     table.add("warmup_steps", min(WARMUP, total // 10), f"of about {total:,} steps")
     table.add("weight_decay", 0.05, "as tuned")
+    if table.given.get("fsdp_size", 1) == 1:  # the average is of whole weights
+        table.add("average_weights", True, "the noise of single steps averages out")
     dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
     table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)
     table.add("logging_steps", 50, "a line of losses every 50 steps")

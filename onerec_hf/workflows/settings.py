@@ -281,6 +281,10 @@ class ModelSettings:
         default=0.0,
         metadata={"help": "Share of features that are hidden in training, so that a missing one costs less."},
     )
+    feature_user_at_items: bool = field(
+        default=False,
+        metadata={"help": "Add what the user's features say to each item of the history, not to a token alone."},
+    )
     pathways: list[str] | None = field(
         default=None,
         metadata={
@@ -347,6 +351,7 @@ class ModelSettings:
                 **features.config(),
                 "dim": self.feature_dim,
                 "dropout": self.feature_dropout,
+                "user_at_items": self.feature_user_at_items,
                 "not_positive": features.not_positive,
                 "pathways": sizes_of_pathways(self.pathways),
             }

@@ -1,0 +1,192 @@
+"""The average of a training's weights, which evaluations, checkpoints and the trained model have in place of the latest ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from onerec_hf.trainers.sharding import is_sharded
+
+#: The latest weights in a checkpoint, whose own weights are the average.
+LATEST_NAME = "latest_weights.safetensors"
+# The weights of step t count as t^8: the last ninth of a training makes most of the average, however long it is.
+_POWER = 8
+
+
+class WeightAverage:
+    """
+    Polynomial-decay average of the weights that train (Shamir and Zhang, arXiv 1212.1824, section 4): weights of step t count as t^8. It has no
+    horizon to choose, and what it averages grows with the training. Kept in float32.
+
+    Args:
+        model: its trainable weights are the first ones of the average.
+        steps: steps that the average holds already.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> average = WeightAverage(model)
+        >>> for value in (1.0, 4.0):
+        ...     _ = nn.init.constant_(model.weight, value)
+        ...     average.update()
+        >>> with average.swapped():
+        ...     round(model.weight.item(), 2)  # (1 * 1 + 4 * 9) / 10
+        3.7
+        >>> model.weight.item()
+        4.0
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 0):
+        self.steps = steps
+        self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self._average = {name: each.detach().float().clone() for name, each in self._parameters.items()}
+        self._latest: dict[str, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Adds the weights of a step."""
+        self.steps += 1
+        latest = [each.detach().float() for each in self._parameters.values()]
+        torch._foreach_lerp_(list(self._average.values()), latest, (_POWER + 1) / (_POWER + self.steps))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model has the average inside the context. Contexts may be nested."""
+        if self._latest is not None or not self.steps:
+            yield
+            return
+        self._latest = {name: each.detach().clone() for name, each in self._parameters.items()}
+        self._fill(self._average)
+        try:
+            yield
+        finally:
+            self._fill(self._latest)
+            self._latest = None
+
+    def finish(self) -> None:
+        """Leaves the average in the model."""
+        if self.steps:
+            self._fill(self._average)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the latest weights beside those of the average, inside `swapped`."""
+        latest = self._latest or {}
+        tensors = {name: each.detach().cpu().contiguous() for name, each in latest.items()}
+        save_file(tensors, os.path.join(folder, LATEST_NAME), metadata={"format": "pt", "steps": str(self.steps)})
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: str | os.PathLike) -> WeightAverage | None:
+        """
+        The average that a model was loaded with, and the latest weights into the model; None for a checkpoint without.
+
+        Raises:
+            ValueError: weights of another model.
+        """
+        path = os.path.join(folder, LATEST_NAME)
+        if not os.path.isfile(path):
+            return None
+        with safe_open(path, "pt") as file:
+            latest, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        average = cls(model, int(metadata["steps"]))
+        shapes = {name: each.shape for name, each in average._parameters.items()}
+        if {name: each.shape for name, each in latest.items()} != shapes:
+            raise ValueError(f"{path} holds weights of another model: resume from a checkpoint of this training")
+        average._fill(latest)
+        return average
+
+    @torch.no_grad()
+    def _fill(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+
+
+class AveragedWeights(Trainer):
+    """
+    Trainer mixin, after [`AtomicCheckpointMixin`] in the order of bases. With `args.average_weights` evaluations, checkpoints and the model after the
+    training have the average of the weights ([`WeightAverage`]). Checkpoints hold the latest weights beside it, so that a resumed training goes on
+    from these.
+
+    Raises:
+        ValueError: a sharded model.
+
+    Example:
+        >>> OneRecTrainer(model, OneRecTrainingArguments("out", average_weights=True), ...).train()  # doctest: +SKIP
+    """
+
+    _average: WeightAverage | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self._averages:
+            return
+        if is_sharded(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("average_weights keeps whole weights, and the model is sharded: leave the option out")
+        self.add_callback(_AverageCallback(self))
+
+    @property
+    def _averages(self) -> bool:
+        args: Any = self.args
+        return args.average_weights
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        if self._average is None:
+            yield
+            return
+        with self._average.swapped():
+            yield
+
+    def train(self, *args, **kwargs):
+        self._average = None  # of a training that failed
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self._averaged():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self._average.steps and self.args.should_save:
+            self._average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._averages:
+            self._average = WeightAverage.load(self.model, checkpoint)
+
+
+class _AverageCallback(TrainerCallback):
+    """Tells the trainer's average of steps and of the end."""
+
+    def __init__(self, trainer: AveragedWeights):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._average is None:
+            self.trainer._average = WeightAverage(self.trainer.model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._average.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        average, self.trainer._average = self.trainer._average, None
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            average.finish()
+
+
+__all__ = ["LATEST_NAME", "AveragedWeights", "WeightAverage"]
