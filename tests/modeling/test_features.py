@@ -117,6 +117,24 @@ def test_the_embedding_equals_its_definition():
     assert not embedding.table.weight[0].any()
 
 
+def test_the_user_may_stand_at_each_item_of_its_history():
+    alone, each = (
+        make(features={"user_at_items": at_items}, hidden_size=32).model.encoder.features for at_items in (False, True)
+    )
+    histories, users = random_examples(4)
+    codes = PROCESSOR(histories, users=users)["feature_ids"]
+    added, found = alone(codes), each(codes)
+    for row, history in enumerate(histories):
+        user = added[row, 0]
+        assert_close(found[row, : len(history) + 1], torch.cat([user[None], added[row, 1 : len(history) + 1] + user]))
+    # A packed row of two histories: the places of each have its own user.
+    row = torch.cat([codes[0, : len(histories[0]) + 1], codes[1, : len(histories[1]) + 1]])[None]
+    assert_close(
+        each(row, packed=True)[0],
+        torch.cat([found[user, : len(histories[user]) + 1] for user in (0, 1)]),
+    )
+
+
 def test_features_stand_at_the_separators():
     model = make(encoder_layers=0)
     inputs, tokens = PROCESSOR(HISTORIES, users=USERS), {}
@@ -151,7 +169,14 @@ def test_missing_and_unknown_values_begin_at_zero_and_nothing_stays_zero():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"encoder_pools_items": True}, {"encoder_is_causal": True}, {"encoder_scales_embeddings": True}]
+    "options",
+    [
+        {},
+        {"encoder_pools_items": True},
+        {"encoder_is_causal": True},
+        {"encoder_scales_embeddings": True},
+        {"features": {"user_at_items": True}},
+    ],
 )
 def test_padded_equals_alone_and_permuting_users_changes_nothing(options):
     model = make(**options)
@@ -171,10 +196,16 @@ def test_padded_equals_alone_and_permuting_users_changes_nothing(options):
     assert not torch.allclose(other[-1], together[-1])
 
 
+@pytest.mark.parametrize("at_items", [False, True])
 @pytest.mark.parametrize("pools", [False, True])
 @pytest.mark.parametrize("schema", [SCHEMA, FeatureSchema(interaction=SCHEMA.interaction, item=SCHEMA.item)])
-def test_packed_equals_unpacked(schema, pools):
-    model = make(schema, encoder_pools_items=pools, item_head={"num_items": len(CATALOGUE), "loss_weight": 1.0})
+def test_packed_equals_unpacked(schema, pools, at_items):
+    model = make(
+        schema,
+        {"user_at_items": at_items},
+        encoder_pools_items=pools,
+        item_head={"num_items": len(CATALOGUE), "loss_weight": 1.0},
+    )
     processor = OneRecProcessor.from_catalogue(CATALOGUE, 8, schema, ITEM_FEATURES)
     examples = columns(*random_examples(5))
     sessions = [["m1", "m2"], ["m3"], ["m4"], ["m5", "m6"], ["m7"]]
@@ -186,13 +217,19 @@ def test_packed_equals_unpacked(schema, pools):
     assert_close(model(**packed).loss, model(**padded).loss)
 
 
+@pytest.mark.parametrize("at_items", [False, True])
 @pytest.mark.parametrize("pools", [False, True])
-def test_packed_rows_of_a_lazy_decoder_equal_unpacked_ones(pools):
+def test_packed_rows_of_a_lazy_decoder_equal_unpacked_ones(pools, at_items):
     """Each of a row's users has features of its own, at a place of its own."""
     config = {"codebook_sizes": CATALOGUE.codebook_sizes, "hidden_size": 32, "decoder_layers": 2, "dropout_rate": 0.0}
     torch.manual_seed(0)
     model = OneRecV2ForConditionalGeneration(
-        OneRecV2Config(**config, initializer_range=0.2, features=SCHEMA.config(), encoder_pools_items=pools)
+        OneRecV2Config(
+            **config,
+            initializer_range=0.2,
+            features={**SCHEMA.config(), "user_at_items": at_items},
+            encoder_pools_items=pools,
+        )
     ).eval()
     model.model.encoder.features.table.weight.data[1:].normal_(std=0.5)
     examples = [{**example, "session": [f"m{i}"]} for i, example in enumerate(columns(*random_examples(5)))]
@@ -200,9 +237,10 @@ def test_packed_rows_of_a_lazy_decoder_equal_unpacked_ones(pools):
     assert_close(model(**packed).loss, model(**OneRecDataCollator(PROCESSOR)(examples)).loss)
 
 
+@pytest.mark.parametrize("at_items", [False, True])
 @pytest.mark.parametrize("pools", [False, True])
-def test_prefixes_equal_windows(pools):
-    model = make(encoder_is_causal=True, encoder_pools_items=pools)
+def test_prefixes_equal_windows(pools, at_items):
+    model = make(features={"user_at_items": at_items}, encoder_is_causal=True, encoder_pools_items=pools)
     histories, users = random_examples(2, seed=3)
     while min(map(len, histories)) < 4:
         histories, users = random_examples(2, seed=len(histories[0]) + 4)
@@ -257,7 +295,7 @@ HEAD = {"num_items": len(CATALOGUE), "loss_weight": 1.0}
 @pytest.mark.parametrize("head", [None, HEAD, {**HEAD, "evidence": True, "neighbours": 4}])
 @pytest.mark.parametrize("length", [1, 2])
 def test_recommend_equals_generate(head, length):
-    model = make(item_head=head)
+    model = make(features={"user_at_items": length == 2}, item_head=head)
     weight = 0.0
     if head is not None:
         weight = 0.7

@@ -124,4 +124,4 @@ def test_auto_sets_sizes_of_features_only_where_there_are_some():
         return {row.option: row.value for row in rows if row.option.startswith("feature_")}
 
     assert chosen(0) == {}
-    assert chosen(9) == {"feature_dim": 32, "feature_dropout": 0.2}
+    assert chosen(9) == {"feature_dim": 32, "feature_dropout": 0.2, "feature_user_at_items": True}
