@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onerec_hf.cli.arguments import command_line, parse
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.feature_options import check_feature_options, feature_options
 from onerec_hf.workflows.settings import OutputSettings, WindowSettings
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ class PreparedFeatures:
         default=None,
         metadata={"help": "Your items, which are read into memory: item_id and the columns of --item_features."},
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: the model reads every column that is a feature, of --users, --items and the log, and interactions that are not positive. none (the default): items only. The four options below choose one by one, also beside auto."
+        },
+    )
     user_features: list[str] | None = field(
         default=None, metadata={"help": "Columns of --users that the model reads; auto guesses them."}
     )
@@ -35,9 +42,11 @@ class PreparedFeatures:
         default=None,
         metadata={"help": "Columns of the log that the model reads of a history, and time; auto guesses them."},
     )
-    history_feedback: str = field(
-        default="positive",
-        metadata={"help": "Interactions of a history: positive, or all, also those that are no targets."},
+    history_feedback: str | None = field(
+        default=None,
+        metadata={
+            "help": "Interactions of a history: positive (the default), or all, also those that are no targets."
+        },
     )
 
     def read(self, user_column: str, item_column: str) -> LogFeatures | None:
@@ -50,22 +59,20 @@ class PreparedFeatures:
         from onerec_hf.data import read_items, read_users
         from onerec_hf.data.shards.features import LogFeatures
 
-        if self.history_feedback not in ("positive", "all"):
-            raise ValueError(f"--history_feedback {self.history_feedback}: choose positive or all")
-        for option, table, names in (
-            ("user", self.users, self.user_features),
-            ("item", self.items, self.item_features),
-        ):
-            if (table is None) != (names is None):
-                raise ValueError(f"--{option}s goes with --{option}_features; pass both or neither")
-        names = {"user": self.user_features, "interaction": self.interaction_features, "item": self.item_features}
-        if not any(names.values()) and self.history_feedback == "positive":
+        check_feature_options(self)
+        options = feature_options(self, self.users is not None, self.items is not None, everything=None)
+        names = {side: options[f"{side}_features"] for side in ("user", "interaction", "item")}
+        for side, table in (("user", self.users), ("item", self.items)):
+            if (table is None) != (names[side] is None):
+                raise ValueError(f"--{side}s goes with --{side}_features or --features auto; pass both or neither")
+        feedback = options["history_feedback"]
+        if not any(names.values()) and feedback == "positive":
             return None
         return LogFeatures(
             {side: value or () for side, value in names.items()},
             None if self.users is None else read_users(self.users, user_column=user_column),
             None if self.items is None else read_items(self.items, item_column=item_column),
-            self.history_feedback == "all",
+            None if feedback is None else feedback == "all",
         )
 
 

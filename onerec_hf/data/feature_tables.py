@@ -251,6 +251,7 @@ class FeatureTables:
         if guess and table is not None:
             others = {*_IDS[side], TIME, POSITIVE, FRACTION} if side == "interaction" else {*_IDS[side]}
             others |= {"text"} if side == "item" else set()
+            others |= set(self._not_everywhere()) if side == "interaction" else set()
             names = [
                 str(name) for name in table.columns if name not in others and not ROW_NUMBERS.fullmatch(str(name))
             ]
@@ -261,6 +262,12 @@ class FeatureTables:
             *(name for name in names if side != "interaction" or name != TIME),
             *([TIME] if side == "interaction" and TIME in names else []),
         ], guess
+
+    def _not_everywhere(self) -> list[str]:
+        """Columns of the interactions that a table of given targets lacks."""
+        first, *others = self.interactions
+        names = [name for name in first.columns if any(name not in table.columns for table in others)]
+        return [str(name) for name in names if name not in (*_IDS["interaction"], FRACTION)]
 
     def learn(self, parts: Sequence[TrainingRows]) -> dict[str, dict[str, Learned]]:
         """What each column becomes, by side and name; the features of the time are named `time_gap`, `time_hour` and `time_weekday`."""
@@ -281,6 +288,8 @@ class FeatureTables:
                 rows = table.rows_of(users if side == "user" else items)
                 columns = {name: column_of(table.frame, name).iloc[rows[rows >= 0]] for name in names}
             found[side] = learn_features(columns, columns if guess else ())
+            if side == "interaction" and guess:
+                found[side] |= {name: Learned(None, "not in every table") for name in self._not_everywhere()}
             if side == "interaction" and TIME in names:
                 for name in DERIVED:
                     values = pd.concat([part.columns[TIME, name] for part in parts], ignore_index=True)

@@ -1,4 +1,4 @@
-"""What to try where a model is not above every baseline: reasons and commands."""
+"""What to try where a model is not above every baseline, or does not read what the tables hold: reasons and commands."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ def what_to_try(
         comparison = ["onerec-hf", "compare", *words, "--output_dir", f"{folder}-comparison"]
         tries.append(("other models, all with the same number of trials", shlex.join(comparison)))
     return tries
+
+
+def with_features(
+    unread: str, folder: Path, command: str | None = None, data: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """
+    The training with features, for one without.
+
+    Args:
+        unread: what the model does not read, from [`~onerec_hf.workflows.unread.unread`].
+        folder, command, data: as in [`what_to_try`].
+
+    Example:
+        >>> with_features("age, city of users", Path("mine"), "onerec-hf train --dataset kuairand-pure --output_dir mine")
+        [('features, which the model does not read: age, city of users', 'onerec-hf train --dataset kuairand-pure --features auto --output_dir mine-2')]
+    """
+    in_dataset = command is None and data is None  # a dataset of the caller's
+    again = "load_dataset(..., features='auto')" if in_dataset else _again(command, {"features": "auto"}, folder)
+    return [(f"features, which the model does not read: {unread}", again)]
 
 
 def _why_longer(trainer: OneRecTrainer) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.advice import what_to_try
+from onerec_hf.workflows.advice import what_to_try, with_features
 from onerec_hf.workflows.artefact import catalogue_of
 from onerec_hf.workflows.distributed import num_ranks
 from onerec_hf.workflows.evaluation import Ranking
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def verdict_on(
-    ranking: Ranking, ks: Sequence[int], name: str = "onerec", notes: Sequence[str] = (), advice: Sequence = ()
+    ranking: Ranking,
+    ks: Sequence[int],
+    name: str = "onerec",
+    notes: Sequence[str] = (),
+    advice: Sequence = (),
+    always: Sequence = (),
 ) -> Verdict | None:
     """
     The verdict on a ranking; None without baselines.
@@ -32,6 +37,7 @@ def verdict_on(
     Args:
         ks: the cut-offs of the ranking; NDCG@10 is compared, or that at the largest.
         name: the model.
+        notes, advice, always: as in [`Verdict.on`].
     """
     from onerec_hf.evaluation import ndcg_at_k
 
@@ -42,7 +48,7 @@ def verdict_on(
         each: np.asarray(ndcg_at_k(ranked, ranking.relevant, k, per_row=True))
         for each, ranked in ranking.ranked.items()
     }
-    return Verdict.on(gains, name, f"NDCG@{k}", notes, advice)
+    return Verdict.on(gains, name, f"NDCG@{k}", notes, advice, always)
 
 
 def conclude(
@@ -55,6 +61,7 @@ def conclude(
     command: str | None = None,
     given: Mapping[str, Any] | None = None,
     fixed_sizes: bool = False,
+    unread: str = "",
 ) -> Verdict | None:
     """
     The verdict on a training, on the first rank; None without baselines.
@@ -63,6 +70,7 @@ def conclude(
         ranking: of the test users by model and baselines; a SASRec is added to it.
         sasrec: time of a small SASRec, from `Pace.of_sasrec`; None trains none.
         command, given, fixed_sizes: as in [`what_to_try`].
+        unread: what features would add, from [`~onerec_hf.workflows.unread.unread`].
     """
     if len(ranking.ranked) < 2:
         return None
@@ -70,7 +78,9 @@ def conclude(
     ks = tuple(args.eval_top_k)
     if sasrec is not None:
         notes.append(_add_sasrec(trainer, data, ranking, sasrec))
-    return verdict_on(ranking, ks, notes=notes, advice=what_to_try(trainer, folder, command, given, fixed_sizes))
+    features = with_features(unread, folder, command, given) if unread else ()
+    advice = what_to_try(trainer, folder, command, given, fixed_sizes)
+    return verdict_on(ranking, ks, notes=notes, advice=advice, always=features)
 
 
 def _add_sasrec(trainer: OneRecTrainer, data: RecommendationDataset, ranking: Ranking, time: TimeLimit) -> str:

@@ -436,8 +436,8 @@ def with_features(options: dict[str, Any], schema: FeatureSchema | None) -> dict
         {'stride': 1, 'user_features': ['age']}
     """
     named = {} if schema is None else named_features(schema)
-    feedback = options.get("history_feedback", "positive")
-    features = {"history_feedback": feedback} if feedback != "positive" else {}
+    feedback = options.get("history_feedback")
+    features = {"history_feedback": feedback} if feedback not in (None, "positive") else {}
     features |= {name: columns for name, columns in named.items() if columns}
     return {name: value for name, value in options.items() if name not in FEATURE_OPTIONS} | features
 

@@ -12,6 +12,7 @@ from onerec_hf.workflows.artefact import RANKINGS, model_type
 from onerec_hf.workflows.data_options import options_to_take, read_data_options, saved_schema, say_differences
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
+from onerec_hf.workflows.feature_options import check_feature_options, feature_tables, options_on
 from onerec_hf.workflows.settings import FEATURE_OPTIONS, DataSettings, gather, given_options
 from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts, split_table
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from onerec_hf.data import ItemTable, PositiveFeedback, PreparedFolder, RecommendationData
-    from onerec_hf.data.feature_tables import FeatureTables
     from onerec_hf.data.tables import TableSource
     from onerec_hf.modeling.features import FeatureSchema
 
@@ -65,7 +65,10 @@ def load_dataset(
     """
     if model is not None and settings is None:
         known = {**options, "interactions": _given(interactions, options.get("interactions"))}
-        options = {**options_to_take(known, read_data_options("--model", model)), **options}
+        trained = read_data_options("--model", model)
+        if any(name in trained for name in FEATURE_OPTIONS):  # those that auto stood for when the model was trained
+            options.pop("features", None)
+        options = {**options_to_take(known, trained), **options}
     given = settings
     (settings,) = gather((DataSettings,), [] if given is None else [given], options)
     assert isinstance(settings, DataSettings)
@@ -115,10 +118,12 @@ def load_in_memory(
         raise ValueError("--eval_users goes with --prepared")
     if (settings.dataset is None) == (interactions is None):
         raise ValueError("pass either --dataset (a named source) or --interactions (your own table)")
+    check_feature_options(settings)
+    reads_users = schema is not None or settings.features == "auto" or settings.user_features
     for option, value, needs, given in (
         ("--items", items, "--interactions", interactions),
         ("--embeddings", embeddings, "--items", items),
-        ("--users", users, "--user_features", settings.user_features if schema is None else schema.user),
+        ("--users", users, "--user_features or --features auto", reads_users),
         ("--data_dir", settings.data_dir, "--dataset", settings.dataset),
     ):
         if value is not None and given is None:
@@ -136,8 +141,6 @@ def load_in_memory(
             raise ValueError(f"--{option} must be at most {largest:,}; got {getattr(settings, option)!s:.40}")
     if settings.ties not in ("file", "shuffle"):
         raise ValueError(f"--ties {settings.ties}: choose file or shuffle")
-    if settings.history_feedback not in ("positive", "all"):
-        raise ValueError(f"--history_feedback {settings.history_feedback}: choose positive or all")
     check_holdout(settings)
     given = frozenset(given_options((DataSettings,), whole, options))
     source, parts = _read(settings, interactions, items, embeddings, users), read_parts(settings)
@@ -184,9 +187,16 @@ def _split(
     from onerec_hf.data.feature_tables import about_features
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
-    features = _features(source, parts, positive, settings, schema)
+    settings = replace(settings, positive=positive.rules or None)
+    kept = [positive.holds(table) for table in (source.interactions, *parts)]
+    if schema is None:
+        settings = replace(settings, **options_on(settings, source, kept))
+    elif settings.features == "none":
+        raise ValueError("--features none: a saved model keeps its features. Leave the option out, or train a new model")
+    features = feature_tables(source, parts, kept, settings, schema)
     if features is None:
-        tables = [UserSequences.from_interactions(positive.apply(table)) for table in (source.interactions, *parts)]
+        masked = zip((source.interactions, *parts), kept, strict=True)
+        tables = [UserSequences.from_interactions(table.loc[mask]) for table, mask in masked]
     else:
         tables = features.sequences()
     sequences, split, said = split_table(tables, settings, features)
@@ -206,43 +216,11 @@ def _split(
     )
     if said:
         say(said)
-    settings = replace(settings, positive=positive.rules or None)
     dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
     if dataset.features is None:
         return dataset
     return replace(
         dataset, protocol=protocol + about_features(dataset.features.schema, settings.history_feedback == "all")
-    )
-
-
-def _features(
-    source: RecommendationData,
-    parts: list[pd.DataFrame],
-    positive: PositiveFeedback,
-    settings: DataSettings,
-    schema: FeatureSchema | None,
-) -> FeatureTables | None:
-    """The tables with the columns of features; None without features, where histories hold positive interactions."""
-    from onerec_hf.data.feature_tables import FeatureTables
-
-    names = {
-        "user": settings.user_features,
-        "interaction": settings.interaction_features,
-        "item": settings.item_features,
-    }
-    everything = settings.history_feedback == "all"
-    if schema is None and not everything and not any(names.values()):
-        return None
-    tables = [source.interactions, *parts]
-    items = source.items if source.item_features is None else source.item_features
-    return FeatureTables(
-        tables,
-        [positive.holds(table) for table in tables],
-        source.users,
-        items,
-        {side: value or () for side, value in names.items()},
-        everything,
-        schema,
     )
 
 
@@ -272,7 +250,7 @@ def _open_shards(
             raise ValueError(
                 f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
             )
-    for name in ("users", *FEATURE_OPTIONS):
+    for name in ("users", "features", *FEATURE_OPTIONS):
         if getattr(settings, name) != defaults[name]:
             raise ValueError(
                 f"--{name} goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare`"

@@ -76,6 +76,12 @@ class DataSettings(WindowSettings):
     users: str | None = field(
         default=None, metadata={"help": "Your users: the same formats, user_id and the columns of --user_features."}
     )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: the model reads every column that is a feature, of --users, --items and --interactions, and interactions that are not positive. none (the default): items only. The four options below choose one by one, also beside auto."
+        },
+    )
     user_features: list[str] | None = field(
         default=None, metadata={"help": "Columns of --users that the model reads; auto guesses them."}
     )
@@ -88,10 +94,10 @@ class DataSettings(WindowSettings):
             "help": "Columns of --interactions that the model reads of a history, and time (time since, hour, weekday); auto guesses them."
         },
     )
-    history_feedback: str = field(
-        default="positive",
+    history_feedback: str | None = field(
+        default=None,
         metadata={
-            "help": "Interactions of a history: positive (those of --positive), or all, also those that are no targets."
+            "help": "Interactions of a history: positive (those of --positive; the default), or all, also those that are no targets."
         },
     )
     ties: str = field(
@@ -131,7 +137,7 @@ class DataSettings(WindowSettings):
     )
 
 
-#: Options of features, which data without features do not have.
+#: Options of features, which data without features do not have; `features` stands for them.
 FEATURE_OPTIONS = ("user_features", "item_features", "interaction_features", "history_feedback")
 
 
@@ -150,6 +156,7 @@ def data_options() -> list[Field]:
         "column_names",
         "item_column_names",
         "users",
+        "features",
         "missing_items",
         "embeddings",
         "prepared",

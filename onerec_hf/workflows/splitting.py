@@ -92,48 +92,79 @@ def split_table(
         ValueError, DataError: too few interactions of frequent items, or periods outside the data's times.
     """
     from onerec_hf.data import DataError, given_split
-    from onerec_hf.data.sequences import concatenated
-    from onerec_hf.data.splits import lengths_of, training_rows
 
     for name in ("user_ids", "item_ids"):
         if len({getattr(part, name).dtype for part in tables}) > 1:
             raise ValueError(
                 f"--holdout given: {name} are integers in one table and texts in another; write them alike"
             )
-    try:
-        sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
-    except DataError as error:
-        raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
-    kept, said = sequences.item_counts()[0], ""
-    sizes = (settings.session_length, settings.max_history, settings.stride)
-    if (
-        settings.ties == "shuffle" and settings.holdout != "given"
-    ):  # of the rows that are kept, as `with_shuffled_ties` does
-        sequences = sequences.shuffled_ties(settings.ties_seed)
+    sequences, tables = kept_sequences(tables, settings)
     if settings.holdout == "last":
         return SplitTable(*split_last(sequences, settings, features))
-    if settings.holdout == "temporal":
-        if features is not None:
-            start, _ = period_starts(settings, sequences.timestamps)
-            early = sequences.timestamps < start
-            lengths = np.bincount(sequences.user_rows[early], minlength=len(sequences))
-            training = training_rows(sequences, lengths) & (features.events.timestamps < start)
-            sequences, said = features.coded(sequences, training)
-        return SplitTable(sequences, split_by_time(sequences, settings, sequences.timestamps), said)
-    tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
-    if settings.ties == "shuffle":
-        tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
-        sequences = concatenated(*tables).reading(kept)
+    said = ""
     if features is not None:
-        training = training_rows(sequences, lengths_of(tables[0], sequences.user_ids)) & features.of_table(0)
-        sequences, said = features.coded(sequences, training)
+        sequences, said = features.coded(sequences, training_interactions(sequences, tables, settings, features))
+    if settings.holdout == "temporal":
+        return SplitTable(sequences, split_by_time(sequences, settings, sequences.timestamps), said)
+    if features is not None:
         tables = [replace(part, events=sequences.events) for part in tables]
+    sizes = (settings.session_length, settings.max_history, settings.stride)
     try:
         train, validation, test = tables
         split = given_split(train, validation, test, *sizes, targets=_TARGETS)
     except DataError as error:
         raise ValueError(f"--holdout given: {error}") from error
     return SplitTable(sequences, split, said)
+
+
+def kept_sequences(
+    tables: list[UserSequences], settings: DataSettings
+) -> tuple[UserSequences, list[UserSequences]]:
+    """
+    What is kept of positive interactions: all together, and each table; with `ties="shuffle"` in random order.
+
+    Raises:
+        ValueError: no item is frequent enough.
+    """
+    from onerec_hf.data import DataError
+    from onerec_hf.data.sequences import concatenated
+
+    try:
+        sequences = concatenated(*tables).k_core(min_user=1, min_item=settings.min_item_interactions)
+    except DataError as error:
+        raise ValueError(f"--min_item_interactions {settings.min_item_interactions}: {error}") from error
+    if settings.holdout != "given":
+        if settings.ties == "shuffle":  # of the rows that are kept, as `with_shuffled_ties` does
+            sequences = sequences.shuffled_ties(settings.ties_seed)
+        return sequences, [sequences]
+    kept = sequences.item_counts()[0]
+    tables = [part.where(np.isin(part.item_ids, kept)) for part in tables]
+    if settings.ties == "shuffle":
+        tables = [part.shuffled_ties(settings.ties_seed) for part in tables]
+        sequences = concatenated(*tables).reading(kept)
+    return sequences, tables
+
+
+def training_interactions(
+    sequences: UserSequences, tables: list[UserSequences], settings: DataSettings, features: FeatureTables
+) -> np.ndarray:
+    """
+    (N,) bool: the interactions that a schema of features is learned from.
+
+    Args:
+        sequences, tables: of `kept_sequences`.
+        features: from which they come.
+    """
+    from onerec_hf.data.splits import hold_out_last_two, lengths_of, training_rows
+
+    if settings.holdout == "last":
+        return training_rows(sequences, hold_out_last_two(sequences)[0].lengths)
+    if settings.holdout == "given":
+        return training_rows(sequences, lengths_of(tables[0], sequences.user_ids)) & features.of_table(0)
+    start, _ = period_starts(settings, sequences.timestamps)
+    early = sequences.timestamps < start
+    lengths = np.bincount(sequences.user_rows[early], minlength=len(sequences))
+    return training_rows(sequences, lengths) & (features.events.timestamps < start)
 
 
 def split_by_time(sequences: UserSequences, settings: DataSettings, times: np.ndarray) -> Split:
@@ -191,12 +222,10 @@ def split_last(
     stands in its description.
     """
     from onerec_hf.data import leave_one_out
-    from onerec_hf.data.splits import hold_out_last_two, training_rows
 
     said = ""
     if features is not None:
-        train = hold_out_last_two(sequences)[0]
-        sequences, said = features.coded(sequences, training_rows(sequences, train.lengths))
+        sequences, said = features.coded(sequences, training_interactions(sequences, [], settings, features))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A tie in time", UserWarning)
         split = leave_one_out(sequences, settings.session_length, settings.max_history, settings.stride)

@@ -65,6 +65,7 @@ from onerec_hf.workflows.settings import (
 )
 from onerec_hf.workflows.sharding import ShardingSettings
 from onerec_hf.workflows.training_report import REPORT_HTML, report_panels, write_training_report
+from onerec_hf.workflows.unread import unread
 from onerec_hf.workflows.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ def _train(
         as_dataset(source, place, option), first, settings, options, own_checkpoint, before
     )
     chosen = {row.option: row.value for row in choices}
+    left = "" if place is not None else unread(dataset)
+    choices = [*_without_features(left), *choices]
     record = record_of(
         before, first.args.resume_from_checkpoint, given, of_data(dataset), _kinds(), final.args, chosen
     )
@@ -235,7 +238,7 @@ def _train(
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.model.model is None:
-        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks)
+        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks, left)
     with settled(dataset, final.model.model, final.run.new_items, for_training=True) as (dataset, model):
         if isinstance(dataset, InMemoryDataset):
             dataset = newer(dataset, model, final.model.model)
@@ -255,6 +258,7 @@ def _train_on(
     pace: Pace,
     command: str | None,
     callbacks: Sequence[TrainerCallback],
+    left: str = "",
 ) -> GeneratorResult:
     """`train` once its data and the model to start from are final."""
     if final.run.train_on == "prefixes":
@@ -291,6 +295,7 @@ def _train_on(
             command=command,
             given=source if isinstance(source, Mapping) else None,
             fixed_sizes=place is not None,
+            unread=left,
         )
         worth = feature_worth(trainer, dataset, final.args.seed, pace.worth_users())
         panels = report_panels(trainer, ranking)  # of the evaluated model, and before the counts of a refit
@@ -360,7 +365,14 @@ def chosen_settings(
         ...     print(option, value, reason)
     """
     first, source, options = given_settings(data, settings, options)
-    return final_settings(as_dataset(source, first.model.model), first, settings, options)[1]
+    _, place = _trained_before(first)
+    dataset, choices, _ = final_settings(as_dataset(source, first.model.model), first, settings, options)
+    return [*_without_features("" if place is not None else unread(dataset)), *choices]
+
+
+def _without_features(left: str) -> list[Choice]:
+    """The row of a model that reads no features, where tables hold some."""
+    return [Choice("features", "none", f"auto would also read {left}")] if left else []
 
 
 class Settings(NamedTuple):

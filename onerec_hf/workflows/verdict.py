@@ -71,7 +71,7 @@ class Verdict:
     Args:
         sentences: what can be concluded, and what cannot.
         differences: by baseline.
-        advice: what to try, as (reason, command), where the model is not above every baseline.
+        advice: what to try, as (reason, command).
 
     Example:
         >>> gains = {"onerec": np.full(100, 0.5), "popularity": np.full(100, 0.25)}
@@ -91,6 +91,7 @@ class Verdict:
         metric: str,
         notes: Sequence[str] = (),
         advice: Sequence[tuple[str, str]] = (),
+        always: Sequence[tuple[str, str]] = (),
     ) -> Verdict:
         """
         Args:
@@ -99,6 +100,7 @@ class Verdict:
             metric: what the values are, for the text.
             notes: further sentences.
             advice: kept where the model is not above every baseline.
+            always: advice that is kept in any case.
         """
         differences = {each: Difference.of(gains[name], gains[each]) for each in gains if each != name}
         users = len(gains[name])
@@ -115,7 +117,7 @@ class Verdict:
                 sentences.append(text.format(_listed(listed), users=f"{users:,}", s=many[0], be=many[1]))
                 scale = ""
         above_all = all(gap.outcome == "better" or gap.mean > 0 for gap in differences.values())
-        return cls(" ".join([*sentences, *notes]), differences, () if above_all else tuple(advice))
+        return cls(" ".join([*sentences, *notes]), differences, (*always, *(() if above_all else advice)))
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Differences with their standard errors, for `results.json`."""

@@ -313,7 +313,7 @@ def test_auto_guesses_and_says_why(capsys):
         ({"interaction_features": ["timestamp"]}, "--interaction_features timestamp: write time for the times"),
         ({"interaction_features": ["like", "like"]}, "name each column once"),
         ({"users": None}, "--user_features age city: pass --users, the table with these columns"),
-        ({"user_features": None}, "--users goes with --user_features; pass both or neither"),
+        ({"user_features": None}, "--users goes with --user_features or --features auto; pass both or neither"),
         ({"items": None}, "--item_features genres: pass --items"),
         ({"history_feedback": "every"}, "--history_feedback every: choose positive or all"),
     ],

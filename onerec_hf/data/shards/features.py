@@ -42,7 +42,7 @@ class LogFeatures:
     Args:
         names: by side ("user", "interaction", "item") the columns that are features, or ["auto"].
         users, items: None where there is no such table.
-        everything: histories hold the interactions that are not positive too.
+        everything: histories hold the interactions that are not positive too; None: if there are any, which the first pass finds out.
 
     Example:
         >>> LogFeatures({"interaction": ["like"]}).names["interaction"]
@@ -52,7 +52,7 @@ class LogFeatures:
     names: Mapping[str, Sequence[str]]
     users: UserTable | None = None
     items: ItemTable | None = None
-    everything: bool = False
+    everything: bool | None = False
     schema: FeatureSchema | None = field(default=None, init=False)
     said: list[str] = field(default_factory=list, init=False)
     _parts: list[TrainingRows] = field(default_factory=list, init=False)
@@ -76,7 +76,7 @@ class LogFeatures:
             self.users,
             self.items,
             self.names,
-            self.everything,
+            bool(self.everything),
         )
         return tables, tables.sequences()[0]
 
@@ -135,7 +135,7 @@ class LogFeatures:
 
     def options(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"history_feedback": "all" if self.everything else "positive"}
+        return {"history_feedback": None if self.everything is None else "all" if self.everything else "positive"}
 
 
 @dataclass

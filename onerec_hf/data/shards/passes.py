@@ -123,7 +123,7 @@ class Run:
             settings.stride,
         )
         ties = str(Ties.sum(self.ties))
-        features = "" if self.features is None else about_features(self.features.schema, self.features.everything)
+        features = "" if self.features is None else about_features(self.features.schema, bool(self.features.everything))
         return (
             f"Positive feedback: {self.log.positive}; items with fewer than {settings.min_item_interactions} positive interactions are "
             f"left out. {split}{ties and ' '}{ties}{features}"
@@ -147,6 +147,8 @@ class Run:
         """Counts the rows of the log; raises as [`Log.require_good`]."""
         self.log.require_good(checks)
         self.counts.rows, self.counts.not_positive = checks.rows, checks.rows - checks.positive
+        if self.features is not None and self.features.everything is None:
+            self.features.everything = self.counts.not_positive > 0
 
     def _order_and_count(self, scratch: Path, checks: Checks) -> pl.DataFrame:
         """Second pass: sorts and deduplicates every bucket. Returns `item` and `interactions` of all items."""

@@ -106,7 +106,7 @@ def prepare_log(
     positive, settings = positive or PositiveFeedback(), settings or ExampleSettings()
     log = Log(find_log_files(source), user_column, item_column, timestamp_column, positive, 0, column_names)
     if features is not None:
-        log.features, log.everything = list(features.names.get("interaction") or ()), features.everything
+        log.features, log.everything = list(features.names.get("interaction") or ()), features.everything is not False
     parts = (log, settings, num_shards, _number_of_buckets(log, rows_per_bucket), seed, features)
     if engine == "ray":
         import_ray()
