@@ -4,8 +4,7 @@ What features are worth: OneRec and SASRec with and without them, paired over te
     python benchmarks/quality/features.py --dataset kuairand-pure --data_dir ../shared/data/kuairand_pure \
         --with runs/with-0 runs/with-1 runs/with-2 --without runs/without-0 runs/without-1 runs/without-2 --json benchmarks/results/features.json
 
-The folders hold models that `onerec-hf train --dataset NAME` saved, one per seed, with `--user_features auto --item_features auto
---interaction_features auto --history_feedback all` (as far as the data set has them) and without; with --quick they are trained here. Rows:
+The folders hold models that `onerec-hf train --dataset NAME` saved, one per seed, with `--features auto` and without; with --quick they are trained here. Rows:
 
     NAME/ndcg@10_with_over_without     OneRec: ratio of the means over seeds; spread: of single seeds
     NAME/MODEL/VARIANT/METRIC          test users; MODEL: onerec (with, without), sasrec (none, all, all-user, all-item, all-interaction, all-feedback)

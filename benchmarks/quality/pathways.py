@@ -1,8 +1,8 @@
 """
 Short-term and positive feedback as pathways apart against one history whose interactions say whether they were positive, paired over users.
 
-    OPTIONS="--dataset kuairand-pure --data_dir ../shared/data/kuairand_pure --user_features auto --item_features auto --interaction_features auto
-             --history_feedback all --baselines false --use_cpu true --budget 6m-cpu --keep_checkpoints true"
+    OPTIONS="--dataset kuairand-pure --data_dir ../shared/data/kuairand_pure --features auto
+             --baselines false --use_cpu true --budget 6m-cpu --keep_checkpoints true"
     OMP_NUM_THREADS=1 onerec-hf train $OPTIONS --output_dir runs/flagged
     OMP_NUM_THREADS=1 onerec-hf train $OPTIONS --pathways short_term=20 positive=256 --output_dir runs/pathways
     python benchmarks/quality/pathways.py --dataset kuairand-pure --data_dir ../shared/data/kuairand_pure \

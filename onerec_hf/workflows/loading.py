@@ -19,7 +19,7 @@ from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts,
 if TYPE_CHECKING:
     import pandas as pd
 
-    from onerec_hf.data import ItemTable, PositiveFeedback, PreparedFolder, RecommendationData
+    from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
     from onerec_hf.data.tables import TableSource
     from onerec_hf.modeling.features import FeatureSchema
 
@@ -192,7 +192,9 @@ def _split(
     if schema is None:
         settings = replace(settings, **options_on(settings, source, kept))
     elif settings.features == "none":
-        raise ValueError("--features none: a saved model keeps its features. Leave the option out, or train a new model")
+        raise ValueError(
+            "--features none: a saved model keeps its features. Leave the option out, or train a new model"
+        )
     features = feature_tables(source, parts, kept, settings, schema)
     if features is None:
         masked = zip((source.interactions, *parts), kept, strict=True)

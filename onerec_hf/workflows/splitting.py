@@ -117,9 +117,7 @@ def split_table(
     return SplitTable(sequences, split, said)
 
 
-def kept_sequences(
-    tables: list[UserSequences], settings: DataSettings
-) -> tuple[UserSequences, list[UserSequences]]:
+def kept_sequences(tables: list[UserSequences], settings: DataSettings) -> tuple[UserSequences, list[UserSequences]]:
     """
     What is kept of positive interactions: all together, and each table; with `ties="shuffle"` in random order.
 

@@ -238,7 +238,9 @@ def _train(
         say(choices_table(choices))
     final.args.resume_from_checkpoint = first.args.resume_from_checkpoint
     if final.model.model is None:
-        return _train_on(dataset, folder, final, choices, record, place, started, source, pace, command, callbacks, left)
+        return _train_on(
+            dataset, folder, final, choices, record, place, started, source, pace, command, callbacks, left
+        )
     with settled(dataset, final.model.model, final.run.new_items, for_training=True) as (dataset, model):
         if isinstance(dataset, InMemoryDataset):
             dataset = newer(dataset, model, final.model.model)

@@ -123,7 +123,9 @@ class Run:
             settings.stride,
         )
         ties = str(Ties.sum(self.ties))
-        features = "" if self.features is None else about_features(self.features.schema, bool(self.features.everything))
+        features = (
+            "" if self.features is None else about_features(self.features.schema, bool(self.features.everything))
+        )
         return (
             f"Positive feedback: {self.log.positive}; items with fewer than {settings.min_item_interactions} positive interactions are "
             f"left out. {split}{ties and ' '}{ties}{features}"
