@@ -12,7 +12,7 @@ QUICK = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "report_to": "no
 
 
 def test_paper_is_the_defaults_of_the_settings(tables):
-    assert chosen_settings(**tables, preset="paper") == []
+    assert chosen_settings(**tables, features="none", preset="paper") == []
 
 
 def test_tiger(tables, tmp_path):
