@@ -65,7 +65,7 @@ from onerec_hf.workflows.settings import (
 )
 from onerec_hf.workflows.sharding import ShardingSettings
 from onerec_hf.workflows.training_report import REPORT_HTML, report_panels, write_training_report
-from onerec_hf.workflows.unread import unread
+from onerec_hf.workflows.unread import unread, without_features
 from onerec_hf.workflows.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _train(
     )
     chosen = {row.option: row.value for row in choices}
     left = "" if place is not None else unread(dataset)
-    choices = [*_without_features(left), *choices]
+    choices = [*without_features(left), *choices]
     record = record_of(
         before, first.args.resume_from_checkpoint, given, of_data(dataset), _kinds(), final.args, chosen
     )
@@ -369,12 +369,7 @@ def chosen_settings(
     first, source, options = given_settings(data, settings, options)
     _, place = _trained_before(first)
     dataset, choices, _ = final_settings(as_dataset(source, first.model.model), first, settings, options)
-    return [*_without_features("" if place is not None else unread(dataset)), *choices]
-
-
-def _without_features(left: str) -> list[Choice]:
-    """The row of a model that reads no features, where tables hold some."""
-    return [Choice("features", "none", f"auto would also read {left}")] if left else []
+    return [*without_features("" if place is not None else unread(dataset)), *choices]
 
 
 class Settings(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from onerec_hf.workflows.auto import Choice
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 from onerec_hf.workflows.feature_options import feature_tables, options_on
 from onerec_hf.workflows.splitting import kept_sequences, read_parts, training_interactions
@@ -50,6 +51,20 @@ def unread(data: RecommendationDataset) -> str:
         if names := [name for name in names if (side, name) != ("interaction", TIME)]:
             said.append(f"{_listed(names)} of {side}s")
     return "; ".join([*said, *(["interactions that are not positive"] if tables.everything else [])])
+
+
+def without_features(left: str) -> list[Choice]:
+    """
+    The row of a model that reads no features in the table of choices, where tables hold some.
+
+    Args:
+        left: from `unread`.
+
+    Example:
+        >>> without_features("age of users"), without_features("")
+        ([Choice(option='features', value='none', reason='auto would also read age of users')], [])
+    """
+    return [Choice("features", "none", f"auto would also read {left}")] if left else []
 
 
 def _listed(names: Sequence[str]) -> str:
