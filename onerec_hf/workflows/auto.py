@@ -236,8 +236,9 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
     if pathways is not None:  # as many interactions as hold the positive ones of that pathway
         most = max(pathways["short_term"], pathways["positive"] / found.positive_share)
     length = 10 * -(-int(min(most, max(SHORTEST_HISTORY, longest))) // 10)
+    latest = f", of which the latest {length} are read" if length < longest else ""
     for option, value, reason in (
-        ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions"),
+        ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions{latest}"),
         ("session_length", SESSION, "the paper's sessions; the next item is their first"),
     ):
         if saved is None:

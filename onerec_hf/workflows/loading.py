@@ -185,6 +185,7 @@ def _split(
     """Positive feedback on frequent enough items as examples."""
     from onerec_hf.data import PositiveFeedback, UserSequences
     from onerec_hf.data.feature_tables import about_features
+    from onerec_hf.data.positives import about_every_row
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
     settings = replace(settings, positive=positive.rules or None)
@@ -218,6 +219,8 @@ def _split(
     )
     if said:
         say(said)
+    if settings.dataset is None and not positive.any_of and (note := about_every_row(source.interactions)):
+        say(note)
     dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
     if dataset.features is None:
         return dataset

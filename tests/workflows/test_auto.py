@@ -128,6 +128,8 @@ def test_codebooks_grow_with_the_catalogue():
 def test_reasons_hold_the_number():
     reasons = {row.option: row.reason for row in choose(LARGE)}
     assert reasons["max_history"] == "95 % of users have at most 19 training interactions"
+    longer = {row.option: row.reason for row in choose(Statistics(**{**vars(LARGE), "per_user": (30.0, 300.0)}))}
+    assert longer["max_history"].endswith("at most 300 training interactions, of which the latest 50 are read")
     assert reasons["codebook_sizes"] == "12,101 items, about 47 to a code"
     assert reasons["dropout_rate"] == "16 interactions per item"
     assert all(reasons.values())
