@@ -140,7 +140,9 @@ def named_otherwise(absent: Iterable[str]) -> str:
         'Pass --item_column and --timestamp_column with the right ones (--timestamp_column none: the rows of a user are in the order of time).'
     """
     options = [f"--{_option(what)}" for what in absent]
-    untimed = " (--timestamp_column none: the rows of a user are in the order of time)" if "timestamp" in absent else ""
+    untimed = (
+        " (--timestamp_column none: the rows of a user are in the order of time)" if "timestamp" in absent else ""
+    )
     return f"Pass {' and '.join(options)} with the right one{'s' if len(options) > 1 else ''}{untimed}."
 
 

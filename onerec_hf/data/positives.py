@@ -251,7 +251,17 @@ def _seen(table: pd.DataFrame, column: str) -> str:
 
 
 # Columns of feedback by their usual names, without case and underscores.
-_EVENTS = {"event", "eventtype", "eventname", "behavior", "behaviour", "behaviortype", "action", "actiontype", "interactiontype"}
+_EVENTS = {
+    "event",
+    "eventtype",
+    "eventname",
+    "behavior",
+    "behaviour",
+    "behaviortype",
+    "action",
+    "actiontype",
+    "interactiontype",
+}
 _RATINGS = {"rating", "ratings", "overall", "stars"}
 _YES = {"click", "clicked", "isclick", "like", "liked", "islike"}
 
@@ -268,7 +278,10 @@ def about_every_row(interactions: pd.DataFrame) -> str:
         "Every row counts as positive, whatever its 'rating' (1 to 5): pass --positive 'rating>=...' to choose."
     """
     for column in interactions.columns:
-        name, series = re.sub(r"[\W_]", "", str(column).lower()), plain_column(column_of(interactions, column)).dropna()
+        name, series = (
+            re.sub(r"[\W_]", "", str(column).lower()),
+            plain_column(column_of(interactions, column)).dropna(),
+        )
         if name in _EVENTS and 1 < series.nunique() <= 20:
             shares = series.value_counts(normalize=True)
             found = ", ".join(f"{short(value, 20)} {share:.0%}" for value, share in shares[:4].items())

@@ -114,7 +114,11 @@ def test_a_date_is_not_compared_with_milliseconds():
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [
-        ("event_type", ["view", "view", "view", "buy"], "'event_type' (view 75%, buy 25%): pass --positive 'event_type=...'"),
+        (
+            "event_type",
+            ["view", "view", "view", "buy"],
+            "'event_type' (view 75%, buy 25%): pass --positive 'event_type=...'",
+        ),
         ("Behavior", ["pv", "cart", "fav", None], "'Behavior' (pv 33%, cart 33%, fav 33%)"),
         ("action", [*"abcde", "a"], "'action' (a 33%, b 17%, c 17%, d 17%, ...)"),
         ("rating", [0.5, 5.0, 3.0], "'rating' (0.5 to 5): pass --positive 'rating>=...'"),

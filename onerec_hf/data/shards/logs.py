@@ -298,7 +298,10 @@ class Log:
             time = None if listed and time not in names and self.timestamp_column == "timestamp" else time
         columns = {"user_id": user, "item_id": item, **({} if time is None else {"timestamp": time})}
         absent = [what for what, column in columns.items() if column not in names]
-        if missing := [*(columns[what] for what in absent), *(each for each in self.positive.columns if each not in names)]:
+        if missing := [
+            *(columns[what] for what in absent),
+            *(each for each in self.positive.columns if each not in names),
+        ]:
             cure = named_otherwise(absent) if absent else "Name the right one, or rename it."
             hint = (
                 " If the file has no header, pass --column_names." if any(name.isdecimal() for name in names) else ""
