@@ -6,7 +6,6 @@ import pytest
 
 from onerec_hf.data import DataError, PositiveFeedback, read_interactions
 from onerec_hf.data.positives import about_every_row
-from onerec_hf.workflows import load_dataset
 from tests.data.test_types import prepared
 
 ROWS = pd.DataFrame({"item_id": [1, 2, 3, 4], "rating": [5.0, 3.9, np.nan, 4.0], "like": [False, True, False, False]})
@@ -133,12 +132,3 @@ def test_columns_that_tell_positive_rows_from_others(column, values, said):
     note = about_every_row(pd.DataFrame({"user_id": range(len(values)), column: values}))
     assert said in note
     assert bool(said) == bool(note)
-
-
-def test_a_log_of_several_events_is_asked_for_its_positive_ones(capsys):
-    log = pd.DataFrame({"user_id": [1] * 5 + [2] * 5, "item_id": [*range(5)] * 2, "timestamp": [*range(5)] * 2})
-    log["event"] = ["view", "buy"] * 5
-    load_dataset(interactions=log, min_item_interactions=1)
-    assert "Every row counts as positive, whatever its 'event'" in capsys.readouterr().err
-    load_dataset(interactions=log, min_item_interactions=1, positive=["event=view"])
-    assert "Every row counts as positive" not in capsys.readouterr().err
