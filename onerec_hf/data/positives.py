@@ -283,7 +283,7 @@ def about_every_row(interactions: pd.DataFrame) -> str:
             plain_column(column_of(interactions, column)).dropna(),
         )
         if name in _EVENTS and 1 < series.nunique() <= 20:
-            shares = series.value_counts(normalize=True)
+            shares: Any = series.value_counts(normalize=True)
             found = ", ".join(f"{short(value, 20)} {share:.0%}" for value, share in shares[:4].items())
             found, rule = found + (", ..." if len(shares) > 4 else ""), "=..."
         elif name in _RATINGS | _YES and pd.api.types.is_numeric_dtype(series.dtype) and series.nunique() > 1:
