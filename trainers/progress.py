@@ -80,11 +80,15 @@ class RunProgress(TrainerCallback):
         """
         self._after = after
         self._forget_training()
-        for former in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(former)
+        self.replace_bars(trainer)
         trainer.add_callback(self)
         self._budget = callback_of(trainer, BudgetCallback)
         self._plateau = callback_of(trainer, PlateauDecayCallback)
+
+    def replace_bars(self, trainer: Any) -> None:
+        """Removes transformers' own bars and logs, where something runs before `attach`."""
+        for former in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(former)
 
     # -- training ------------------------------------------------------------------------------
     def on_train_begin(self, args, state, control, **kwargs):
@@ -122,17 +126,19 @@ class RunProgress(TrainerCallback):
 
     def seconds_left(self, args, state) -> float:
         """Seconds until the end of the run, from the mean times of a step and of an evaluation so far."""
-        last_step = state.max_steps
-        if self._plateau is not None and self._plateau.decay is not None and self._budget is None:
-            last_step = self._plateau.decay[1]
-        left = (last_step - state.global_step) * self._train_seconds / max(self._steps, 1)
+        last_step, step = state.max_steps, state.global_step
+        if self._plateau is not None and self._plateau.decay is not None:
+            last_step, step = self._plateau.decay[1], self._plateau.step
+        left = (last_step - step) * self._train_seconds / max(self._steps, 1)
         if self._evaluations and state.num_train_epochs and args.eval_strategy == "epoch":
             evaluations = state.num_train_epochs * last_step / state.max_steps - self._evaluations
             left += max(evaluations, 0) * self._evaluation_seconds / self._evaluations
         if self._budget is not None and not self._budget.budget.cpu:
-            left = min(left, max(self._budget.seconds_left, 0.0))
+            share = (last_step - step) / max(state.max_steps - step, 1)
+            left = min(left, max(self._budget.seconds_left * share, 0.0))
         elif self._budget is not None and self._budget.progress:
-            left = min(left, self._train_seconds * (1 / self._budget.progress - 1))
+            share = 1 - self._budget.progress if self._plateau is None else (last_step - step) / state.max_steps
+            left = min(left, self._train_seconds * share / self._budget.progress)
         return left + self._after
 
     # -- evaluation ----------------------------------------------------------------------------

@@ -49,6 +49,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
             "appid",
             "sku",
             "listingid",
+            "stockcode",
             "poi",
         ),
         *("itemids", "items", "itemsequence", "itemseq", "sequence", "history"),
@@ -67,6 +68,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
             "eventtime",
         ),
         *("eventtimestamp", "datetime", "date", "createdat", "epoch"),
+        *("orderdate", "invoicedate", "purchasedate", "transactiondate", "tdat", "playedat", "clickedat", "viewedat"),
     ),
 }
 
@@ -122,6 +124,26 @@ def usual_column(columns: Iterable, name: str, what: str | None = None) -> str:
             f"no column {what!r}, and several could be it: {', '.join(map(repr, found))}. Pass --{_option(what)} with the right one."
         )
     return found[0] if found else name
+
+
+def named_otherwise(absent: Iterable[str]) -> str:
+    """
+    What to do where columns have unusual names, a sentence.
+
+    Args:
+        absent: their default names; the columns are not in the table.
+
+    Example:
+        >>> named_otherwise(["user_id"])
+        'Pass --user_column with the right one.'
+        >>> named_otherwise(["item_id", "timestamp"])
+        'Pass --item_column and --timestamp_column with the right ones (--timestamp_column none: the rows of a user are in the order of time).'
+    """
+    options = [f"--{_option(what)}" for what in absent]
+    untimed = (
+        " (--timestamp_column none: the rows of a user are in the order of time)" if "timestamp" in absent else ""
+    )
+    return f"Pass {' and '.join(options)} with the right one{'s' if len(options) > 1 else ''}{untimed}."
 
 
 def _option(what: str) -> str:

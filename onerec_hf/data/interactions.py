@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.aliases import find_column
+from onerec_hf.data.aliases import find_column, named_otherwise
 from onerec_hf.data.columns import (
     DataError,
     canonical_ids,
@@ -26,7 +26,7 @@ from onerec_hf.data.lists import is_listed, one_item_per_row
 from onerec_hf.data.positives import numeric_column
 from onerec_hf.data.tables import is_text, load_table
 from onerec_hf.data.times import FRACTION, Instants, instants
-from onerec_hf.modeling.files import map_npy
+from onerec_hf.modeling.files import listed, map_npy
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
@@ -136,15 +136,19 @@ def read_interactions(
 
 
 def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Sequence[str] | None) -> None:
-    try:
-        require_columns(table, [*names.values(), *(feedback_columns or ())], "interactions")
-    except DataError as error:
-        hint = ""
-        if [name for name in names.values() if name not in table.columns] == [names.get("timestamp")]:
-            hint = " Without times pass --timestamp_column none: rows are then in the order of time."
-        elif any(str(name).isdecimal() for name in table.columns):
-            hint = " If the file has no header, pass --column_names."
-        raise DataError(f"{error}{hint}") from None
+    """
+    Raises:
+        DataError: missing columns.
+    """
+    absent = [what for what, column in names.items() if column not in table.columns]
+    if not absent:
+        return require_columns(table, list(feedback_columns or ()), "interactions")
+    hint = ""
+    if any(str(name).isdecimal() for name in table.columns):
+        hint = " If the file has no header, pass --column_names."
+    raise DataError(
+        f"interactions: no column {', '.join(repr(names[what]) for what in absent)} among: {listed(table.columns)}. {named_otherwise(absent)}{hint}"
+    )
 
 
 def ids_of(source: TableSource, series: pd.Series, column: str) -> np.ndarray:

@@ -250,6 +250,51 @@ def _seen(table: pd.DataFrame, column: str) -> str:
     return f"{column} e.g. {short(', '.join(map(str, series.unique()[:3])), 80)}"
 
 
+# Columns of feedback by their usual names, without case and underscores.
+_EVENTS = {
+    "event",
+    "eventtype",
+    "eventname",
+    "behavior",
+    "behaviour",
+    "behaviortype",
+    "action",
+    "actiontype",
+    "interactiontype",
+}
+_RATINGS = {"rating", "ratings", "overall", "stars"}
+_YES = {"click", "clicked", "isclick", "like", "liked", "islike"}
+
+
+def about_every_row(interactions: pd.DataFrame) -> str:
+    """
+    A sentence about a column that tells positive interactions from others, for a rule that takes every row; empty without such a column.
+
+    Example:
+        >>> rows = pd.DataFrame({"item_id": [1, 2, 3], "event": ["view", "view", "buy"]})
+        >>> about_every_row(rows)
+        "Every row counts as positive, whatever its 'event' (view 67%, buy 33%): pass --positive 'event=...' to choose."
+        >>> about_every_row(pd.DataFrame({"item_id": [1, 2], "rating": [1.0, 5.0]}))
+        "Every row counts as positive, whatever its 'rating' (1 to 5): pass --positive 'rating>=...' to choose."
+    """
+    for column in interactions.columns:
+        name, series = (
+            re.sub(r"[\W_]", "", str(column).lower()),
+            plain_column(column_of(interactions, column)).dropna(),
+        )
+        if name in _EVENTS and 1 < series.nunique() <= 20:
+            shares: Any = series.value_counts(normalize=True)
+            found = ", ".join(f"{short(value, 20)} {share:.0%}" for value, share in shares[:4].items())
+            found, rule = found + (", ..." if len(shares) > 4 else ""), "=..."
+        elif name in _RATINGS | _YES and pd.api.types.is_numeric_dtype(series.dtype) and series.nunique() > 1:
+            found = f"{float(series.min()):g} to {float(series.max()):g}"
+            rule = ">=..." if name in _RATINGS else ">=1"
+        else:
+            continue
+        return f"Every row counts as positive, whatever its {column!r} ({found}): pass --positive '{column}{rule}' to choose."
+    return ""
+
+
 def numeric_column(table: pd.DataFrame, column: str) -> np.ndarray:
     """
     (N,) float64 values of a feedback column, NaN where null.

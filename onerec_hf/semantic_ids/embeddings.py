@@ -265,7 +265,7 @@ def _reduce(matrix, dim: int, seed: int, scale_power: float = 1.0) -> tuple[np.n
         return (first * largest ** (scale_power - 1)).astype(np.float32), direction.astype(np.float32)
     dim = max(1, min(dim, min(matrix.shape) - 1))
     svd = TruncatedSVD(dim, random_state=seed)
-    with np.errstate(invalid="ignore"):  # a single text, or equal ones, have no variance
+    with np.errstate(invalid="ignore", divide="ignore"):  # a single text, or equal ones, have no variance
         reduced = svd.fit_transform(matrix)
     scale = np.maximum(svd.singular_values_, 1e-12) ** (scale_power - 1)
     return np.asarray(reduced * scale, dtype=np.float32), np.asarray(svd.components_, dtype=np.float32)

@@ -54,7 +54,8 @@ class Statistics:
 
     Args:
         users, items, interactions: after filtering; interactions with the held-out ones.
-        per_item, per_user: median and 95th percentile of training interactions; None for a prepared folder, which is not read for that.
+        per_item, per_user: median and 95th percentile of training interactions, of users with at least two; None for a prepared folder, which is
+            not read for that.
         repeats: share of training targets that stand in their own history.
         tied_targets: share of test targets whose time equals that of the item before.
         ties_in_order: share of neighbours of equal time with ascending item ids, or with descending ones if that is more.
@@ -108,7 +109,7 @@ class Statistics:
         return cls(
             **found,
             per_item=_spread(np.bincount(flat, minlength=len(data.item_ids))),
-            per_user=_spread(read),
+            per_user=_spread(read[read > 1]),  # one interaction is no history
             lengths=read,
             repeats=float((len(flat) - len(pairs)) / max(1, len(flat) - len(rows))),
             **_ties(data),
@@ -236,8 +237,9 @@ def _examples(found: Statistics, table: Table, saved: Mapping[str, Any] | None) 
     if pathways is not None:  # as many interactions as hold the positive ones of that pathway
         most = max(pathways["short_term"], pathways["positive"] / found.positive_share)
     length = 10 * -(-int(min(most, max(SHORTEST_HISTORY, longest))) // 10)
+    latest = f", of which the latest {length} are read" if length < longest else ""
     for option, value, reason in (
-        ("max_history", length, f"95 % of users have at most {longest:,.0f} training interactions"),
+        ("max_history", length, f"95 % of histories hold at most {longest:,.0f} training interactions{latest}"),
         ("session_length", SESSION, "the paper's sessions; the next item is their first"),
     ):
         if saved is None:

@@ -65,7 +65,8 @@ def fit_evidence(
         features, candidates, targets = candidate_features(model, processor, users, exclude_seen)
         head.evidence.set_weights(fit_weights(features, candidates, targets))
     weights: dict[str, float] = dict(zip(FEATURES, head.evidence.weights.tolist(), strict=True))
-    say("evidence weights: " + ", ".join(f"{name} {value:.2f}" for name, value in weights.items()))
+    counted = [name for name in weights if head.content is not None or not name.startswith("content")]
+    say("evidence weights: " + ", ".join(f"{name} {weights[name]:.2f}" for name in counted))
     return weights
 
 

@@ -19,9 +19,12 @@ from onerec_hf.workflows.splitting import about_ties, check_holdout, read_parts,
 if TYPE_CHECKING:
     import pandas as pd
 
-    from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData
+    from onerec_hf.data import ItemTable, PreparedFolder, RecommendationData, UserSequences
     from onerec_hf.data.tables import TableSource
     from onerec_hf.modeling.features import FeatureSchema
+
+# Share of the positive interactions from which it is said how many are left out with rare items.
+_RARE_SHARE = 0.2
 
 
 def load_dataset(
@@ -185,6 +188,7 @@ def _split(
     """Positive feedback on frequent enough items as examples."""
     from onerec_hf.data import PositiveFeedback, UserSequences
     from onerec_hf.data.feature_tables import about_features
+    from onerec_hf.data.positives import about_every_row
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
     settings = replace(settings, positive=positive.rules or None)
@@ -218,11 +222,27 @@ def _split(
     )
     if said:
         say(said)
+    if rare := _about_rare_items(tables, item_ids, settings.min_item_interactions):
+        say(rare)
+    if settings.dataset is None and not positive.any_of and (note := about_every_row(source.interactions)):
+        say(note)
     dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
     if dataset.features is None:
         return dataset
     return replace(
         dataset, protocol=protocol + about_features(dataset.features.schema, settings.history_feedback == "all")
+    )
+
+
+def _about_rare_items(tables: list[UserSequences], kept: np.ndarray, least: int) -> str:
+    """A sentence where the items that are left out have much of the feedback; empty elsewhere."""
+    ids = np.concatenate([table.item_ids for table in tables])
+    share, items = float(np.mean(~np.isin(ids, kept))), len(np.unique(ids))
+    if share < _RARE_SHARE:
+        return ""
+    return (
+        f"--min_item_interactions {least} leaves out {items - len(kept):,} of {items:,} items, with {share:.0%} of the positive interactions: they "
+        "are never recommended. A lower one keeps them."
     )
 
 

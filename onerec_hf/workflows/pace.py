@@ -104,6 +104,8 @@ class Pace:
             if self.progress is not None:
                 self.progress.attach(trainer)
             return
+        if self.progress is not None:
+            self.progress.replace_bars(trainer)
         seconds, per_user = estimate_evaluation(trainer, data, self.budget, self.baselines)
         args = cast("OneRecTrainingArguments", trainer.args)
         if args.eval_strategy != "no":  # one more evaluation, of the weights at the end of the budget

@@ -96,7 +96,7 @@ def fit_small_sasrec(
         fp16=args.fp16,
     )
     if limit.ended:
-        end = "its share of the run's time was over"
+        end = "its share of the run's time was over: a longer training may be better"
     else:
         end = "validation NDCG@10 no longer rose" if limit.epochs < _EPOCHS else "its last epoch"
     note = f"The SASRec has width {HIDDEN_SIZE} and was trained for {limit.epochs:.3g} epochs in {limit.seconds_used:.0f} seconds, until {end}."

@@ -126,7 +126,7 @@ def source_without_folder(folder):
 
 # What is wrong, and what the message has to name: the column or option, how many or where, an example, and the cure.
 TABLES = [
-    (rename_user_column, ["no column 'user_id'", "person, item_id, timestamp", "rename"]),
+    (rename_user_column, ["no column 'user_id'", "person, item_id, timestamp", "--user_column"]),
     (null_item, ["column 'item_id'", "1 of 360", "row 3", "Drop these rows"]),
     (null_user, ["column 'user_id'", "2 of 360", "row 0", "Drop these rows"]),
     (mixed_items, ["column 'item_id'", "mixed types", "359 str, 1 int", "row 5, 7", "Convert"]),

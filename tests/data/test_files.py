@@ -160,6 +160,38 @@ def test_other_names_of_columns_are_said(tmp_path):
             read(both)
 
 
+@pytest.mark.parametrize(
+    ("header", "cure"),
+    [
+        ("email,sku,date", "no column 'user_id' among: email, sku, date. Pass --user_column with the right one."),
+        (
+            "who,what,at",
+            "no column 'user_id', 'item_id', 'timestamp' among: who, what, at. Pass --user_column and --item_column and --timestamp_column with the "
+            "right ones (--timestamp_column none: the rows of a user are in the order of time).",
+        ),
+        (
+            "customer_id,StockCode,shipped",
+            "no column 'timestamp' among: customer_id, StockCode, shipped. Pass --timestamp_column with the right one (--timestamp_column none: the "
+            "rows of a user are in the order of time).",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:column .* is read as")
+def test_a_column_of_an_unusual_name_is_passed(tmp_path, header, cure):
+    path = write(tmp_path / "x.csv", f"{header}\n1,a,3\n")
+    for read in (in_memory, prepared):
+        with pytest.raises(DataError) as refused:
+            read(path)
+        assert str(refused.value).endswith(cure)
+
+
+@pytest.mark.parametrize("time", ["order_date", "InvoiceDate", "played_at", "t_dat"])
+@pytest.mark.filterwarnings("ignore:column .* is read as")
+def test_times_of_shops_and_players(tmp_path, time):
+    path = write(tmp_path / "x.csv", f"customer_id,StockCode,{time}\n07,a,2024-03-02\n07,b,2024-01-02\n")
+    assert in_memory(path) == prepared(path) == [("07", "b"), ("07", "a")]
+
+
 def test_columns_that_occur_twice(tmp_path):
     with pytest.raises(DataError, match="column 'item_id' occurs more than once"):
         read_interactions(write(tmp_path / "x.csv", "user_id,item_id,item_id,timestamp\n1,2,3,4\n"))

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf.data import DataError, PositiveFeedback, read_interactions
+from onerec_hf.data.positives import about_every_row
 from tests.data.test_types import prepared
 
 ROWS = pd.DataFrame({"item_id": [1, 2, 3, 4], "rating": [5.0, 3.9, np.nan, 4.0], "like": [False, True, False, False]})
@@ -107,3 +108,27 @@ def test_a_date_is_not_compared_with_milliseconds():
     rows = pd.DataFrame({"day": [1_700_000_000_000]})
     with pytest.raises(DataError, match="no seconds since 1970"):
         PositiveFeedback({"day": ">=2024-01-01"}).apply(rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        (
+            "event_type",
+            ["view", "view", "view", "buy"],
+            "'event_type' (view 75%, buy 25%): pass --positive 'event_type=...'",
+        ),
+        ("Behavior", ["pv", "cart", "fav", None], "'Behavior' (pv 33%, cart 33%, fav 33%)"),
+        ("action", [*"abcde", "a"], "'action' (a 33%, b 17%, c 17%, d 17%, ...)"),
+        ("rating", [0.5, 5.0, 3.0], "'rating' (0.5 to 5): pass --positive 'rating>=...'"),
+        ("is_click", [False, True], "'is_click' (0 to 1): pass --positive 'is_click>=1'"),
+        ("rating", [5, 5, 5], ""),
+        ("rating", ["good", "bad"], ""),
+        ("event", [f"page {number}" for number in range(50)], ""),
+        ("country", ["fr", "de"], ""),
+    ],
+)
+def test_columns_that_tell_positive_rows_from_others(column, values, said):
+    note = about_every_row(pd.DataFrame({"user_id": range(len(values)), column: values}))
+    assert said in note
+    assert bool(said) == bool(note)

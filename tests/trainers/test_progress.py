@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from onerec_hf.trainers import Budget, BudgetCallback, RunProgress
+from onerec_hf.trainers import Budget, BudgetCallback, PlateauDecayCallback, RunProgress
 from onerec_hf.workflows.distributed import say
 from tests.trainers.test_packed_training import WINDOWS, make_trainer
 
@@ -98,3 +98,32 @@ def test_a_budget_bounds_the_time_left(tmp_path):
     trainer.train()
     assert all(1.0 <= seconds <= 3.0 for seconds in left)
     assert left[-1] < 1.5
+
+
+def test_a_decay_under_a_budget_bounds_the_time_left(tmp_path, monkeypatch):
+    """A budget may last longer than a training that validation ends."""
+    clock = [0.0]
+    monkeypatch.setattr("onerec_hf.trainers.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Budget, "_now", lambda budget: clock[0])
+    trainer = make_trainer(
+        tmp_path, WINDOWS, lr_scheduler_type="constant", **{**EPOCHS, "max_steps": 100, "num_train_epochs": 1}
+    )
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = "ndcg@10", True
+    step, plateau, left = trainer.training_step, PlateauDecayCallback(1), []
+
+    def training_step(*args, **kwargs):
+        clock[0] += 2
+        if trainer.state.global_step in (2, 5):  # no better: the decay is from step 5 to 7
+            plateau.on_evaluate(trainer.args, trainer.state, trainer.control, {"eval_ndcg@10": 0.5})
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    progress = RunProgress(bar=False)
+    monkeypatch.setattr(progress, "_show", left.append)
+    trainer.add_callback(plateau)
+    trainer.add_callback(BudgetCallback(Budget.parse("1000s").start(), reserve=100.0))
+    progress.attach(trainer, after=10)
+    trainer.train()
+    assert plateau.decay == (5, 7)
+    assert left[0] == 2 * 99 + 10  # the steps, which are fewer than the budget has time for
+    assert left[-2:] == [2 + 10, 10]

@@ -47,6 +47,15 @@ def test_statistics_count_training_interactions():
     assert found.memory > 2**28
 
 
+def test_users_with_one_interaction_shorten_no_history():
+    """Nine of ten users have one; the others' histories decide how much is read."""
+    longer = [list(range(start, start + 26)) for start in range(10)]
+    data = load_in_memory(interactions=sequences(*longer, *[[1]] * 90), min_item_interactions=1)
+    found = Statistics.of(data, use_cpu=True)
+    assert (found.users, found.per_user) == (100, (24.0, 24.0))
+    assert chosen(found)["max_history"] == 30
+
+
 @pytest.mark.parametrize("max_history", [4, 5, 10, 30])
 def test_items_read_are_those_of_the_prefixes(max_history):
     data = load_in_memory(interactions=walks(20, 60, length=24), min_item_interactions=1, max_history=max_history)
@@ -127,7 +136,9 @@ def test_codebooks_grow_with_the_catalogue():
 
 def test_reasons_hold_the_number():
     reasons = {row.option: row.reason for row in choose(LARGE)}
-    assert reasons["max_history"] == "95 % of users have at most 19 training interactions"
+    assert reasons["max_history"] == "95 % of histories hold at most 19 training interactions"
+    longer = {row.option: row.reason for row in choose(Statistics(**{**vars(LARGE), "per_user": (30.0, 300.0)}))}
+    assert longer["max_history"].endswith("at most 300 training interactions, of which the latest 50 are read")
     assert reasons["codebook_sizes"] == "12,101 items, about 47 to a code"
     assert reasons["dropout_rate"] == "16 interactions per item"
     assert all(reasons.values())

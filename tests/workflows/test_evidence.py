@@ -147,7 +147,11 @@ def test_content_vectors_keep_inner_products(tables, dim):
 def test_items_without_content_are_said(tables, capsys, tmp_path):
     dataset = load_dataset(interactions=tables["interactions"])
     train(dataset, output_dir=tmp_path / "model", **TINY, **HEAD, **RANKED)
-    assert "the item head has no content vectors" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the item head has no content vectors" in said
+    (weights,) = [line for line in said.splitlines() if line.startswith("evidence weights: head")]
+    assert "before" in weights
+    assert "content" not in weights  # none was fitted
     assert load_model("--model", str(tmp_path / "model")).config.item_head.content_dim == 0
 
 

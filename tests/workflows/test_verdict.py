@@ -26,6 +26,7 @@ from onerec_hf.workflows import (
 from onerec_hf.workflows.advice import what_to_try
 from onerec_hf.workflows.evaluation import item_indices, rank_beside_baselines
 from onerec_hf.workflows.pace import Pace
+from onerec_hf.workflows.small_sasrec import fit_small_sasrec
 from onerec_hf.workflows.verdict import Difference, Verdict
 from tests.cli.commands import onerec, refused
 from tests.workflows.conftest import TINY
@@ -109,6 +110,13 @@ def test_a_training_ends_with_it(trained, dataset):
     card = (trained.folder / "README.md").read_text()
     assert "NDCG@10 of OneRec is" in card
     assert "| sasrec |" in card
+
+
+def test_a_sasrec_that_ran_out_of_time_is_not_called_trained(trained, dataset):
+    trainer = trained.trainer
+    args, catalogue = trainer.args, trainer.processing_class.catalogue
+    note = fit_small_sasrec(dataset, catalogue, args, seconds=0).note
+    assert note.endswith("until its share of the run's time was over: a longer training may be better.")
 
 
 def test_rankings_are_in_the_order_of_the_users(trained, dataset):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.data.aliases import ALIASES, find_column, usual_column
+from onerec_hf.data.aliases import ALIASES, find_column, named_otherwise, usual_column
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
 from onerec_hf.data.duplicates import ROW_NUMBERS
@@ -291,21 +291,23 @@ class Log:
         names = [name for name in schema if name not in OWN]
         user = find_column(names, self.user_column, "user_id")
         item = find_column(names, self.item_column, "item_id")
-        time, hint = None, ""
+        time = None
         if self.timestamp_column not in (None, "none"):
             time = find_column(names, str(self.timestamp_column), "timestamp")
             listed = item in names and isinstance(schema[item], pl.List | pl.Array)
             time = None if listed and time not in names and self.timestamp_column == "timestamp" else time
-        wanted = [user, item, *([] if time is None else [time]), *self.positive.columns]
-        missing = [name for name in wanted if name not in names]
-        if missing == [time]:
-            hint = " Without times pass --timestamp_column none: rows are then in the order of time."
-        elif any(name.isdecimal() for name in names):
-            hint = " If the file has no header, pass --column_names."
-        if missing:
+        columns = {"user_id": user, "item_id": item, **({} if time is None else {"timestamp": time})}
+        absent = [what for what, column in columns.items() if column not in names]
+        if missing := [
+            *(columns[what] for what in absent),
+            *(each for each in self.positive.columns if each not in names),
+        ]:
+            cure = named_otherwise(absent) if absent else "Name the right one, or rename it."
+            hint = (
+                " If the file has no header, pass --column_names." if any(name.isdecimal() for name in names) else ""
+            )
             raise DataError(
-                f"{self.files[0]}: no column {', '.join(map(repr, missing))} among: {', '.join(names)}. Name the right one, or rename "
-                f"it.{hint}"
+                f"{self.files[0]}: no column {', '.join(map(repr, missing))} among: {', '.join(names)}. {cure}{hint}"
             )
         return user, item, time
 
