@@ -92,9 +92,12 @@ def _why_longer(trainer: OneRecTrainer) -> str | None:
 
 def _longer(trainer: OneRecTrainer, command: str | None) -> dict[str, Any]:
     """Twice what ended the training: its budget, steps or epochs."""
+    from onerec_hf.trainers.budget import Budget, duration
+
     args = cast("OneRecTrainingArguments", trainer.args)
     if budget := re.search(r"--budget[ =](\S+)", command or ""):
-        return {"budget": re.sub(r"[\d.]+", lambda number: f"{2 * float(number[0]):g}", budget[1])}
+        given = Budget.parse(budget[1])
+        return {"budget": duration(2 * given.seconds) + ("-cpu" if given.cpu else "")}
     if args.max_steps > 0:
         return {"max_steps": 2 * args.max_steps}
     return {"num_train_epochs": 2 * math.ceil(args.num_train_epochs)}

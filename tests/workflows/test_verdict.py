@@ -157,7 +157,7 @@ def test_commands_to_try_are_commands(trained):
     }
     assert "longer training: it read each training example 0.088 times" in tries
     budget = what_to_try(trained.trainer, Path("mine"), f"{command} --budget 1h30m-cpu", fixed_sizes=True)
-    assert [words.split("--budget ")[1] for _, words in budget] == ["2h60m-cpu --output_dir mine-2"]
+    assert [words.split("--budget ")[1] for _, words in budget] == ["3h-cpu --output_dir mine-2"]
 
 
 def test_a_training_that_a_plateau_ended_was_long_enough(tmp_path, dataset):
