@@ -101,11 +101,11 @@ class FeatureEmbedding(nn.Module):
         if self.user is None:
             return added
         if packed:
-            states = self._states(self.user, of_users, self.config.user, 0)
             if self.config.user_at_items:  # each place has its history's user: the latest place of one
                 places = torch.arange(codes.shape[1], device=codes.device)
                 latest = torch.where(of_users.any(-1), places, 0).cummax(1).values
-                states = states.gather(1, latest.unsqueeze(-1).expand_as(states))
+                of_users = of_users.gather(1, latest.unsqueeze(-1).expand_as(of_users))
+            states = self._states(self.user, of_users, self.config.user, 0)
             return states if added is None else added + states
         # One place per row: the network runs there alone.
         place = of_users.any(-1).int().argmax(1)[:, None, None]

@@ -128,7 +128,8 @@ class RunProgress(TrainerCallback):
         """Seconds until the end of the run, from the mean times of a step and of an evaluation so far."""
         last_step, step = state.max_steps, state.global_step
         if self._plateau is not None and self._plateau.decay is not None:
-            last_step, step = self._plateau.decay[1], self._plateau.step
+            step = self._plateau.step
+            last_step = max(self._plateau.decay[1], step)  # a budget's clock may be beyond it
         left = (last_step - step) * self._train_seconds / max(self._steps, 1)
         if self._evaluations and state.num_train_epochs and args.eval_strategy == "epoch":
             evaluations = state.num_train_epochs * last_step / state.max_steps - self._evaluations

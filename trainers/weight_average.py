@@ -17,6 +17,7 @@ from onerec_hf.trainers.sharding import is_sharded
 
 #: The latest weights in a checkpoint, whose own weights are the average.
 LATEST_NAME = "latest_weights.safetensors"
+_AVERAGE = "average/"  # before names in that file
 # The weights of step t count as t^8: the last ninth of a training makes most of the average, however long it is.
 _POWER = 8
 
@@ -63,8 +64,8 @@ class WeightAverage:
             yield
             return
         self._latest = {name: each.detach().clone() for name, each in self._parameters.items()}
-        self._fill(self._average)
         try:
+            self._fill(self._average)
             yield
         finally:
             self._fill(self._latest)
@@ -76,9 +77,11 @@ class WeightAverage:
             self._fill(self._average)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the latest weights beside those of the average, inside `swapped`."""
-        latest = self._latest or {}
-        tensors = {name: each.detach().cpu().contiguous() for name, each in latest.items()}
+        """Writes the latest weights beside those of the average, inside `swapped`; with narrower weights the float32 of the average too."""
+        tensors = {name: each.detach().cpu().contiguous() for name, each in (self._latest or {}).items()}
+        for name, each in self._average.items():
+            if self._parameters[name].dtype != each.dtype:
+                tensors[_AVERAGE + name] = each.cpu().contiguous()
         save_file(tensors, os.path.join(folder, LATEST_NAME), metadata={"format": "pt", "steps": str(self.steps)})
 
     @classmethod
@@ -93,11 +96,15 @@ class WeightAverage:
         if not os.path.isfile(path):
             return None
         with safe_open(path, "pt") as file:
-            latest, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         average = cls(model, int(metadata["steps"]))
+        latest = {name: each for name, each in found.items() if not name.startswith(_AVERAGE)}
         shapes = {name: each.shape for name, each in average._parameters.items()}
         if {name: each.shape for name, each in latest.items()} != shapes:
             raise ValueError(f"{path} holds weights of another model: resume from a checkpoint of this training")
+        for name, each in average._average.items():
+            if _AVERAGE + name in found:
+                each.copy_(found[_AVERAGE + name])
         average._fill(latest)
         return average
 
@@ -124,16 +131,19 @@ class AveragedWeights(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if not self._averages:
-            return
-        if is_sharded(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("average_weights keeps whole weights, and the model is sharded: leave the option out")
+        self._check_whole()
         self.add_callback(_AverageCallback(self))
 
     @property
     def _averages(self) -> bool:
         args: Any = self.args
         return args.average_weights
+
+    def _check_whole(self) -> None:
+        if self._averages and (is_sharded(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "average_weights keeps whole weights, and the model is sharded: set average_weights to false"
+            )
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -144,8 +154,10 @@ class AveragedWeights(Trainer):
             yield
 
     def train(self, *args, **kwargs):
-        self._average = None  # of a training that failed
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._average = None  # of a training that failed: its model has the latest weights
 
     def evaluate(self, *args, **kwargs):
         with self._averaged():
@@ -166,27 +178,37 @@ class AveragedWeights(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._averages:
-            self._average = WeightAverage.load(self.model, checkpoint)
+        if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, LATEST_NAME)):
+            return
+        if self.args.auto_find_batch_size:  # a second try, whose model is not the checkpoint's any more
+            self._load_from_checkpoint(checkpoint)
+        average = WeightAverage.load(self.model, checkpoint)
+        self._average = average if self._averages else None  # without an average the latest weights train on alone
+
+    def _finalize_training(self, *args, **kwargs):
+        average, self._average = self._average, None
+        if average is not None:
+            average.finish()  # the best checkpoint's weights replace them, where it is loaded
+        return super()._finalize_training(*args, **kwargs)
 
 
 class _AverageCallback(TrainerCallback):
-    """Tells the trainer's average of steps and of the end."""
+    """Begins the trainer's average, and tells it of steps."""
 
     def __init__(self, trainer: AveragedWeights):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer._average is None:
-            self.trainer._average = WeightAverage(self.trainer.model)
+        trainer = self.trainer
+        trainer._check_whole()  # the option may be set after the trainer was made
+        if not trainer._averages:
+            trainer._average = None
+        elif trainer._average is None or not state.global_step:  # not that of a try with a larger batch
+            trainer._average = WeightAverage(trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._average.update()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        average, self.trainer._average = self.trainer._average, None
-        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
-            average.finish()
+        if self.trainer._average is not None:
+            self.trainer._average.update()
 
 
 __all__ = ["LATEST_NAME", "AveragedWeights", "WeightAverage"]

@@ -360,12 +360,18 @@ def _training(found: Statistics, table: Table, goes_on: bool, plateau: bool) -> 
     total = total if total > 0 else int(steps * epochs)
     table.add("warmup_steps", min(WARMUP, total // 10), f"of about {total:,} steps")
     table.add("weight_decay", 0.05, "as tuned")
-    if table.given.get("fsdp_size", 1) == 1:  # the average is of whole weights
+    if not _shards(table.given):  # the average is of whole weights
         table.add("average_weights", True, "the noise of single steps averages out")
     dense, per_item = interactions >= DENSE * found.items, f"{interactions / found.items:,.0f} interactions per item"
     table.add("label_smoothing_factor", DENSE_SMOOTHING if dense else SMOOTHING, per_item)
     table.add("logging_steps", 50, "a line of losses every 50 steps")
     return steps
+
+
+def _shards(given: Mapping[str, Any]) -> bool:
+    """Whether the model is sharded, by our options, by Trainer's or by `accelerate launch`."""
+    by_launch = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    return given.get("fsdp_size", 1) != 1 or bool(given.get("fsdp") or given.get("deepspeed")) or by_launch
 
 
 def _validation_strategy(given: Mapping[str, Any]) -> str | None:

@@ -82,7 +82,7 @@ def fit_small_sasrec(
         dropout_rate=0.3,
         max_history=data.max_history,
         callbacks=[limit],
-        average_weights=True,
+        average_weights=args.average_weights,
         num_train_epochs=_EPOCHS,
         early_stopping_patience=_PATIENCE,
         per_device_train_batch_size=batch_size,

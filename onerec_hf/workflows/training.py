@@ -420,7 +420,12 @@ def final_settings(
     if before is not None:
         fixed = given.keys() | data_given(data).keys()
         earlier = {name: before.options[name] for name in before.chosen if name not in fixed}
-        choices = [row._replace(value=earlier.get(row.option, row.value)) for row in choices]
+        # An earlier version chose fewer options: those that it did not know stay at their defaults.
+        choices = [
+            row._replace(value=earlier.get(row.option, row.value))
+            for row in choices
+            if not before.complete or row.option in (*before.options, *fixed, *CUT)
+        ]
     chosen = {row.option: row.value for row in choices if row.option not in (*given, *CUT)}
     final = Settings(*gather(_kinds(), settings, {**chosen, **options}))
     final = final._replace(args=copy.copy(final.args))

@@ -159,6 +159,90 @@ def test_the_next_training_begins_anew(tmp_path):
     is_near(weights_of(trainer.model), by_hand(steps.weights))
 
 
+def test_a_training_that_failed_leaves_one_model(tmp_path):
+    """What is evaluated afterwards is what would be saved."""
+    trainer = make_trainer(tmp_path, average_weights=True)
+    step, calls = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("no memory")
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer.train()
+    seen, loop = [], trainer.evaluation_loop
+
+    def evaluation_loop(*args, **kwargs):
+        seen.append(weights_of(trainer.model))
+        return loop(*args, **kwargs)
+
+    trainer.evaluation_loop, before = evaluation_loop, weights_of(trainer.model)
+    trainer.evaluate()
+    assert all(torch.equal(seen[0][name], value) for name, value in before.items())
+
+
+def test_callbacks_at_the_end_see_the_average(tmp_path):
+    class Last(Steps):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.last = weights_of(model)
+
+    steps = Last()
+    make_trainer(tmp_path, callbacks=[steps], average_weights=True).train()
+    is_near(steps.last, by_hand(steps.weights))
+
+
+def test_a_second_try_with_smaller_batches_goes_on_from_the_checkpoint(tmp_path):
+    """accelerate calls the loop again on a model that the first try has changed."""
+    make_trainer(tmp_path, **SAVING, max_steps=4).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    trainer = make_trainer(tmp_path, **SAVING, auto_find_batch_size=True)
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.create_optimizer_and_scheduler(6)
+    saved, latest = (load_file(tmp_path / "checkpoint-4" / name) for name in ("model.safetensors", LATEST_NAME))
+    for _ in range(2):
+        trainer._load_optimizer_and_scheduler(checkpoint)
+        assert all(torch.equal(weights_of(trainer.model)[name], value) for name, value in latest.items())
+        with trainer._averaged():
+            averaged = weights_of(trainer.model)
+        assert all(torch.equal(averaged[name], value) for name, value in saved.items() if name in averaged)
+
+
+def test_without_the_option_the_latest_weights_train_on(tmp_path):
+    """A checkpoint's own weights are the average, and its optimizer is that of the latest ones."""
+    off = {**SAVING, "average_weights": False, "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path, **off)
+    whole.train()
+    make_trainer(tmp_path / "averaged", **{**off, "average_weights": True}, max_steps=4).train()
+    resumed = make_trainer(tmp_path / "averaged", **off)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    found = weights_of(resumed.model)
+    assert all(torch.equal(found[name], value) for name, value in weights_of(whole.model).items())
+
+
+def test_the_option_may_be_set_later(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[steps := Steps()])
+    trainer.args.average_weights = True
+    trainer.train()
+    is_near(weights_of(trainer.model), by_hand(steps.weights))
+
+
+def test_narrow_weights_keep_their_average_in_checkpoints(tmp_path):
+    model = nn.Linear(3, 2).to(torch.bfloat16)
+    average = WeightAverage(model)
+    for _ in range(3):
+        nn.init.normal_(model.weight)
+        average.update()
+    with average.swapped():
+        average.save(tmp_path)
+    loaded = WeightAverage.load(again := nn.Linear(3, 2).to(torch.bfloat16), tmp_path)
+    assert all(torch.equal(loaded._average[name], value) for name, value in average._average.items())
+    assert torch.equal(again.weight, model.weight)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, **SAVING)
     trainer.train()

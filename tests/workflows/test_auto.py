@@ -199,6 +199,15 @@ def test_a_schedule_of_the_caller_ends_by_early_stopping(given):
     assert options["num_train_epochs"] == (3 if "model" in given else 10)
 
 
+@pytest.mark.parametrize("given", [{"fsdp_size": 2}, {"fsdp": "full_shard"}, {"deepspeed": "zero.json"}, {}], ids=str)
+def test_sharded_weights_are_not_averaged(given, monkeypatch):
+    """By any option, or by `accelerate launch`."""
+    assert chosen()["average_weights"] is True
+    if not given:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "average_weights" not in chosen(**given)
+
+
 def test_small_sets_get_more_epochs_and_evaluations_after_many_steps():
     small = Statistics(
         users=120, items=60, interactions=1440, per_item=(20, 30), per_user=(10, 10), lengths=np.full(120, 10)

@@ -109,3 +109,22 @@ def test_a_checkpoint_without_a_record_tells_the_sizes_of_its_model(tables, stop
     with pytest.raises(ValueError, match=re.escape("(--hidden_size 32, not 16)")):
         resume(load_dataset(**tables), stopped, **{**_CALL, "hidden_size": 32})
     resume(load_dataset(**tables), stopped, **_CALL)
+
+
+def test_what_an_earlier_version_did_not_choose_keeps_its_default(tables, tmp_path):
+    folder = tmp_path / "run"
+    call = {"preset": "auto", "max_steps": 4, "save_steps": 2, "eval_steps": 2, "baselines": False, "use_cpu": True}
+    train(load_dataset(**tables), output_dir=folder, keep_checkpoints=True, report_to="none", **call)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    for name in ("results.json", "model.safetensors"):
+        (folder / name).unlink()
+    (folder / UNFINISHED_RUN).write_text('{"command": null}')
+    path = folder / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    record = state["stateful_callbacks"]["RunRecordCallback"]["args"]["record"]
+    assert record["options"].pop("average_weights") is True
+    record["chosen"].remove("average_weights")
+    path.write_text(json.dumps(state))
+    result = resume(load_dataset(**tables), folder, report_to="none", keep_checkpoints=True, **call)
+    assert result.trainer.state.global_step == 4
+    assert not result.trainer.args.average_weights

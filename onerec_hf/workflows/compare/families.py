@@ -43,7 +43,7 @@ class Family:
 
     Example:
         >>> load_families(["sasrec_text"])[0].settings
-        {'architecture': 'sasrec', 'features': 'content'}
+        {'architecture': 'sasrec', 'average_weights': True, 'features': 'content'}
     """
 
     name: str
