@@ -113,7 +113,14 @@ def test_a_checkpoint_without_a_record_tells_the_sizes_of_its_model(tables, stop
 
 def test_what_an_earlier_version_did_not_choose_keeps_its_default(tables, tmp_path):
     folder = tmp_path / "run"
-    call = {"preset": "auto", "max_steps": 4, "save_steps": 2, "eval_steps": 2, "baselines": False, "use_cpu": True}
+    call = {
+        "preset": "auto",
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "save_total_limit": 2,
+        "baselines": False,
+    }
     train(load_dataset(**tables), output_dir=folder, keep_checkpoints=True, report_to="none", **call)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
     for name in ("results.json", "model.safetensors"):
