@@ -24,7 +24,6 @@ from onerec_hf.workflows.run_folder import check_folder, finish, is_unfinished, 
 from onerec_hf.workflows.settings import OutputSettings
 from onerec_hf.workflows.training import final_settings, given_settings, report, stopping, train_generator
 from onerec_hf.workflows.training_report import report_panels
-from onerec_hf.workflows.unread import unread, without_features
 
 # Of a named data set, which is for a first look: a third of what `train` takes, for more than nine tenths of its NDCG on MovieLens.
 EPOCHS = 3
@@ -93,7 +92,6 @@ def _run(args: QuickstartOptions, argv: list[str]) -> None:
     )
     data, choices, (ids, model, _, run, training_args) = final_settings(table, first, (), options)
     assert isinstance(data, InMemoryDataset)
-    choices = [*without_features(unread(data)), *choices]
     say(choices_table(choices))
     read = data.on_prefixes() if run.train_on == "prefixes" else data
     pace = Pace.start(None, run.validation_users, run.baselines, quiet=bool(training_args.disable_tqdm))

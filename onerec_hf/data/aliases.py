@@ -49,7 +49,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
             "appid",
             "sku",
             "listingid",
-            "stockcode",
             "poi",
         ),
         *("itemids", "items", "itemsequence", "itemseq", "sequence", "history"),
@@ -68,6 +67,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
             "eventtime",
         ),
         *("eventtimestamp", "datetime", "date", "createdat", "epoch"),
+    ),
+}
+#: Names that stand beside one of those above in some tables, and mean the column only where there is none of them.
+RARER: dict[str, tuple[str, ...]] = {
+    "item_id": ("stockcode",),
+    "timestamp": (
         *("orderdate", "invoicedate", "purchasedate", "transactiondate", "tdat", "playedat", "clickedat", "viewedat"),
     ),
 }
@@ -118,7 +123,9 @@ def usual_column(columns: Iterable, name: str, what: str | None = None) -> str:
     what = what or name
     if name != what or name in names or what not in ALIASES:
         return name
-    found = [each for each in names if re.sub(r"[\W_]", "", each.lower()) in ALIASES[what]]
+    found = [each for each in names if _bare(each) in ALIASES[what]] or [
+        each for each in names if is_rarer(each, what)
+    ]
     if len(found) > 1:
         raise DataError(
             f"no column {what!r}, and several could be it: {', '.join(map(repr, found))}. Pass --{_option(what)} with the right one."
@@ -126,12 +133,28 @@ def usual_column(columns: Iterable, name: str, what: str | None = None) -> str:
     return found[0] if found else name
 
 
-def named_otherwise(absent: Iterable[str]) -> str:
+def is_rarer(name: object, what: str) -> bool:
+    """
+    Whether a column may be the user, item or time only where no more usual name is there.
+
+    Example:
+        >>> is_rarer("Order Date", "timestamp"), is_rarer("date", "timestamp")
+        (True, False)
+    """
+    return isinstance(name, str) and _bare(name) in RARER.get(what, ())
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def named_otherwise(absent: Iterable[str], columns: Iterable = ()) -> str:
     """
     What to do where columns have unusual names, a sentence.
 
     Args:
         absent: their default names; the columns are not in the table.
+        columns: of the table.
 
     Example:
         >>> named_otherwise(["user_id"])
@@ -139,10 +162,11 @@ def named_otherwise(absent: Iterable[str]) -> str:
         >>> named_otherwise(["item_id", "timestamp"])
         'Pass --item_column and --timestamp_column with the right ones (--timestamp_column none: the rows of a user are in the order of time).'
     """
-    options = [f"--{_option(what)}" for what in absent]
-    untimed = (
-        " (--timestamp_column none: the rows of a user are in the order of time)" if "timestamp" in absent else ""
-    )
+    # Sessions have no option on the command line.
+    options = [f"--{_option(what)}" if what in ALIASES else _option(what) for what in absent]
+    # The place of a row would take the name of a column that is there.
+    orders = "timestamp" in absent and "timestamp" not in columns
+    untimed = " (--timestamp_column none: the rows of a user are in the order of time)" if orders else ""
     return f"Pass {' and '.join(options)} with the right one{'s' if len(options) > 1 else ''}{untimed}."
 
 

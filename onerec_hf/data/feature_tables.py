@@ -252,9 +252,8 @@ class FeatureTables:
             others = {*_IDS[side], TIME, POSITIVE, FRACTION} if side == "interaction" else {*_IDS[side]}
             others |= {"text"} if side == "item" else set()
             others |= set(self._not_everywhere()) if side == "interaction" else set()
-            names = [
-                str(name) for name in table.columns if name not in others and not ROW_NUMBERS.fullmatch(str(name))
-            ]
+            named = [name for name in table.columns if isinstance(name, str)]  # an array's are numbers
+            names = [name for name in named if name not in others and not ROW_NUMBERS.fullmatch(name)]
             names += [TIME] if side == "interaction" else []
         if side == "interaction" and self.everything:
             names.append(POSITIVE)
@@ -267,7 +266,7 @@ class FeatureTables:
         """Columns of the interactions that a table of given targets lacks."""
         first, *others = self.interactions
         names = [name for name in first.columns if any(name not in table.columns for table in others)]
-        return [str(name) for name in names if name not in (*_IDS["interaction"], FRACTION)]
+        return [name for name in names if isinstance(name, str) and name not in (*_IDS["interaction"], FRACTION)]
 
     def learn(self, parts: Sequence[TrainingRows]) -> dict[str, dict[str, Learned]]:
         """What each column becomes, by side and name; the features of the time are named `time_gap`, `time_hour` and `time_weekday`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from onerec_hf.data.aliases import find_column, named_otherwise
+from onerec_hf.data.aliases import find_column, is_rarer, named_otherwise
 from onerec_hf.data.columns import (
     DataError,
     canonical_ids,
@@ -93,7 +93,13 @@ def read_interactions(
         names["session_id"] = session_column
     lists = names["item_id"] in table.columns and is_listed(column_of(table, names["item_id"]))
     if timestamp_column not in (None, "none"):
-        found = find_column(table.columns, str(timestamp_column), "timestamp")
+        # Beside a list of items a single date is when the row was written.
+        candidates = [
+            name
+            for name in table.columns
+            if not (lists and is_rarer(name, "timestamp")) or is_listed(column_of(table, name))
+        ]
+        found = find_column(candidates, str(timestamp_column), "timestamp")
         if found in table.columns or timestamp_column != "timestamp" or not lists:
             names["timestamp"] = found
     _require(table, names, feedback_columns)
@@ -147,7 +153,7 @@ def _require(table: pd.DataFrame, names: dict[str, str], feedback_columns: Seque
     if any(str(name).isdecimal() for name in table.columns):
         hint = " If the file has no header, pass --column_names."
     raise DataError(
-        f"interactions: no column {', '.join(repr(names[what]) for what in absent)} among: {listed(table.columns)}. {named_otherwise(absent)}{hint}"
+        f"interactions: no column {', '.join(repr(names[what]) for what in absent)} among: {listed(table.columns)}. {named_otherwise(absent, table.columns)}{hint}"
     )
 
 

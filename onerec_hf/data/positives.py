@@ -278,15 +278,19 @@ def about_every_row(interactions: pd.DataFrame) -> str:
         "Every row counts as positive, whatever its 'rating' (1 to 5): pass --positive 'rating>=...' to choose."
     """
     for column in interactions.columns:
-        name, series = (
-            re.sub(r"[\W_]", "", str(column).lower()),
-            plain_column(column_of(interactions, column)).dropna(),
-        )
-        if name in _EVENTS and 1 < series.nunique() <= 20:
+        name = re.sub(r"[\W_]", "", str(column).lower())
+        if name not in _EVENTS | _RATINGS | _YES:
+            continue
+        series = plain_column(column_of(interactions, column)).dropna()
+        try:
+            kinds = series.nunique()
+        except TypeError:  # lists or dictionaries, of which no rule can choose
+            continue
+        if name in _EVENTS and 1 < kinds <= 20:
             shares: Any = series.value_counts(normalize=True)
             found = ", ".join(f"{short(value, 20)} {share:.0%}" for value, share in shares[:4].items())
             found, rule = found + (", ..." if len(shares) > 4 else ""), "=..."
-        elif name in _RATINGS | _YES and pd.api.types.is_numeric_dtype(series.dtype) and series.nunique() > 1:
+        elif name in _RATINGS | _YES and pd.api.types.is_numeric_dtype(series.dtype) and kinds > 1:
             found = f"{float(series.min()):g} to {float(series.max()):g}"
             rule = ">=..." if name in _RATINGS else ">=1"
         else:

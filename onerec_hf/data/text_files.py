@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import pandas as pd
 
-from onerec_hf.data.aliases import ALIASES, usual_column
+from onerec_hf.data.aliases import ALIASES, RARER, usual_column
 from onerec_hf.data.columns import MISSING_TEXT, DataError, check_width
 from onerec_hf.data.compressed import open_table, table_name
 from onerec_hf.data.quoting import Quoting, quoting
@@ -243,7 +243,7 @@ def has_header(line: str) -> bool:
         (True, False)
     """
     words = {word.strip("\"'").lower().replace("_", "") for word in line.replace(",", " ").replace(";", " ").split()}
-    return bool(words & {name for names in ALIASES.values() for name in names})
+    return bool(words & {name for kind in (ALIASES, RARER) for names in kind.values() for name in names})
 
 
 def read_json(path: Path) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,12 +94,27 @@ def _longer(trainer: OneRecTrainer, command: str | None) -> dict[str, Any]:
     from onerec_hf.trainers.budget import Budget, duration
 
     args = cast("OneRecTrainingArguments", trainer.args)
-    if budget := re.search(r"--budget[ =](\S+)", command or ""):
-        given = Budget.parse(budget[1])
+    if (text := _value_of("--budget", shlex.split(command or ""))) is not None:
+        given = Budget.parse(text)
         return {"budget": duration(2 * given.seconds) + ("-cpu" if given.cpu else "")}
     if args.max_steps > 0:
         return {"max_steps": 2 * args.max_steps}
     return {"num_train_epochs": 2 * math.ceil(args.num_train_epochs)}
+
+
+def _value_of(option: str, words: list[str]) -> str | None:
+    """
+    What a command line gives an option, the last time that it names it.
+
+    Example:
+        >>> _value_of("--budget", ["train", "--budget", "10m"]), _value_of("--budget", ["--budget=1h"]), _value_of("--budget", ["train"])
+        ('10m', '1h', None)
+    """
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == option or word.startswith(f"{option}="):
+            found = following if word == option else word.removeprefix(f"{option}=")
+    return found
 
 
 def _again(command: str | None, options: Mapping[str, Any], folder: Path) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Share of the positive interactions from which it is said how many are left out with rare items.
 _RARE_SHARE = 0.2
+_KEEPS_FEATURES = "--features none: a saved model keeps its features. Leave the option out, or train a new model"
 
 
 def load_dataset(
@@ -69,16 +70,21 @@ def load_dataset(
     if model is not None and settings is None:
         known = {**options, "interactions": _given(interactions, options.get("interactions"))}
         trained = read_data_options("--model", model)
-        if any(name in trained for name in FEATURE_OPTIONS):  # those that auto stood for when the model was trained
-            options.pop("features", None)
+        if any(name in trained for name in FEATURE_OPTIONS):
+            if options.get("features") == "none":
+                raise ValueError(_KEEPS_FEATURES)
+            options.pop("features", None)  # the model has what auto stood for when it was trained
         options = {**options_to_take(known, trained), **options}
     given = settings
     (settings,) = gather((DataSettings,), [] if given is None else [given], options)
     assert isinstance(settings, DataSettings)
     if settings.prepared is None:
-        return load_in_memory(
+        data = load_in_memory(
             given, interactions=interactions, items=items, embeddings=embeddings, users=users, schema=schema, **options
         )
+        if model is None and schema is None:  # what is positive is not a model's to choose again
+            say_every_row(data)
+        return data
     if settings.dataset is not None or settings.interactions is not None or interactions is not None:
         raise ValueError("pass --prepared, --interactions or --dataset; one of them")
     items, embeddings = _given(items, settings.items), _given(embeddings, settings.embeddings)
@@ -188,7 +194,6 @@ def _split(
     """Positive feedback on frequent enough items as examples."""
     from onerec_hf.data import PositiveFeedback, UserSequences
     from onerec_hf.data.feature_tables import about_features
-    from onerec_hf.data.positives import about_every_row
 
     positive = source.positive if settings.positive is None else PositiveFeedback.parse(settings.positive)
     settings = replace(settings, positive=positive.rules or None)
@@ -196,9 +201,7 @@ def _split(
     if schema is None:
         settings = replace(settings, **options_on(settings, source, kept))
     elif settings.features == "none":
-        raise ValueError(
-            "--features none: a saved model keeps its features. Leave the option out, or train a new model"
-        )
+        raise ValueError(_KEEPS_FEATURES)
     features = feature_tables(source, parts, kept, settings, schema)
     if features is None:
         masked = zip((source.interactions, *parts), kept, strict=True)
@@ -224,14 +227,21 @@ def _split(
         say(said)
     if rare := _about_rare_items(tables, item_ids, settings.min_item_interactions):
         say(rare)
-    if settings.dataset is None and not positive.any_of and (note := about_every_row(source.interactions)):
-        say(note)
     dataset = InMemoryDataset(source, sequences, split, item_ids, protocol, settings, tables=features)
     if dataset.features is None:
         return dataset
     return replace(
         dataset, protocol=protocol + about_features(dataset.features.schema, settings.history_feedback == "all")
     )
+
+
+def say_every_row(data: InMemoryDataset) -> None:
+    """Prints a line where every row of a table counts as positive, and a column tells some from others."""
+    from onerec_hf.data.positives import about_every_row
+
+    chosen = data.settings.dataset is not None or data.settings.positive
+    if not chosen and (note := about_every_row(data.source.interactions)):
+        say(note)
 
 
 def _about_rare_items(tables: list[UserSequences], kept: np.ndarray, least: int) -> str:
@@ -272,8 +282,12 @@ def _open_shards(
             raise ValueError(
                 f"--{name} goes with --interactions: a prepared folder holds out each user's last two items"
             )
+    # What the folder has anyway may be named.
+    same = {"features": "none", "history_feedback": folder.settings.get("history_feedback", "positive")}
+    if folder.features is not None:
+        del same["features"]
     for name in ("users", "features", *FEATURE_OPTIONS):
-        if getattr(settings, name) != defaults[name]:
+        if getattr(settings, name) not in (defaults[name], same.get(name)):
             raise ValueError(
                 f"--{name} goes with --interactions; what a prepared folder holds was chosen by `onerec-hf prepare`"
             )
@@ -338,9 +352,11 @@ def as_dataset(
     trained = {} if model is None else read_data_options(option, model)
     schema = None if model is None else saved_schema(option, model)
     if isinstance(data, Mapping):
-        dataset = load_dataset(**{**options_to_take(data, trained), **data}, schema=schema)
+        dataset = load_dataset(**data, schema=schema, model=model)
     elif isinstance(data, DataSettings):
-        dataset = load_dataset(data, schema=schema)
+        if data.features == "auto" and data.history_feedback is None and data.prepared is None:
+            data = replace(data, history_feedback=trained.get("history_feedback"))  # what auto stood for
+        dataset = load_dataset(data, schema=schema, model=model)
     elif schema is not None and isinstance(data, InMemoryDataset):
         dataset = data.with_schema(schema)
     else:

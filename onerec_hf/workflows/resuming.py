@@ -16,7 +16,7 @@ from onerec_hf.workflows.artefact import saved_config
 from onerec_hf.workflows.data_options import option_words
 from onerec_hf.workflows.dataset import InMemoryDataset, ShardedDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.settings import gather, given_options
+from onerec_hf.workflows.settings import FEATURE_OPTIONS, gather, given_options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -179,9 +179,9 @@ class RunRecord:
         refused = {name: pair for name, pair in changed.items() if not _may_change(name)}
         now_data = _as_json(data)
         refused |= {
-            name: [before, now_data[name]]
+            name: [before, now_data.get(name)]  # data without features has no options of them
             for name, before in self.data.items()
-            if name != "fingerprint" and name in now_data and now_data[name] != before
+            if name != "fingerprint" and (name in now_data or name in FEATURE_OPTIONS) and now_data.get(name) != before
         }
         if refused:
             raise ValueError(

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from onerec_hf.workflows.auto import Choice
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset
 from onerec_hf.workflows.feature_options import feature_tables, options_on
-from onerec_hf.workflows.splitting import kept_sequences, read_parts, training_interactions
+from onerec_hf.workflows.splitting import kept_sequences, period_starts, read_parts, training_interactions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Columns of a side that are named; of more it is said how many.
 _NAMED = 2
+# Of more interactions those of some users are read: a sentence must not cost as much as the loading.
+_ROWS = 200_000
 
 
 def unread(data: RecommendationDataset) -> str:
@@ -37,9 +41,20 @@ def unread(data: RecommendationDataset) -> str:
     positive = PositiveFeedback.parse(data.settings.positive or ())
     parts = read_parts(data.settings)
     masks = [positive.holds(table) for table in (data.source.interactions, *parts)]
-    settings = replace(data.settings, features="auto", history_feedback=None)
+    feedback = data.settings.history_feedback if "history_feedback" in data.given else None
+    settings = replace(data.settings, features="auto", history_feedback=feedback)
     settings = replace(settings, **options_on(settings, data.source, masks))
-    tables = feature_tables(data.source, parts, masks, settings)
+    source = data.source
+    if len(source.interactions) > _ROWS:
+        rows = _some_rows(data, masks[0])
+        source = replace(source, interactions=source.interactions[rows].reset_index(drop=True))
+        masks[0] = masks[0][rows]
+        # Which items are frequent and where periods start is known of all rows.
+        settings = replace(settings, min_item_interactions=1)
+        if settings.holdout == "temporal":
+            starts = period_starts(settings, data.sequences.timestamps)
+            settings = replace(settings, validation_start=str(starts[0]), test_start=str(starts[1]))
+    tables = feature_tables(source, parts, masks, settings)
     assert tables is not None
     sequences, parts = kept_sequences(tables.sequences(), settings)
     training = training_interactions(sequences, parts, settings, tables)
@@ -51,6 +66,16 @@ def unread(data: RecommendationDataset) -> str:
         if names := [name for name in names if (side, name) != ("interaction", TIME)]:
             said.append(f"{_listed(names)} of {side}s")
     return "; ".join([*said, *(["interactions that are not positive"] if tables.everything else [])])
+
+
+def _some_rows(data: InMemoryDataset, positive: np.ndarray) -> np.ndarray:
+    """(rows,) bool: the interactions of some users with frequent items, about `_ROWS` of them; the same in each call."""
+    table = data.source.interactions
+    rows = table["item_id"].isin(data.item_ids).to_numpy()
+    users = table["user_id"][rows & positive].unique()
+    some = max(len(users) * _ROWS // len(table), 1)
+    chosen = np.random.default_rng(0).choice(users, some, replace=False)
+    return rows & table["user_id"].isin(chosen).to_numpy()
 
 
 def without_features(left: str) -> list[Choice]:

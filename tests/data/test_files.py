@@ -192,6 +192,34 @@ def test_times_of_shops_and_players(tmp_path, time):
     assert in_memory(path) == prepared(path) == [("07", "b"), ("07", "a")]
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["user_id,product_id,created_at,order_date", "user_id,sku,time,clicked_at", "user,product_id,date,StockCode"],
+)
+@pytest.mark.filterwarnings("ignore:column .* is read as")
+def test_rarer_names_yield(tmp_path, header):
+    path = write(tmp_path / "x.csv", f"{header}\n07,a,2024-03-02,2020-01-01\n07,b,2024-01-02,2021-01-01\n")
+    assert in_memory(path) == prepared(path) == [("07", "b"), ("07", "a")]
+
+
+@pytest.mark.filterwarnings("ignore:column .* is read as")
+def test_a_date_beside_lists_is_no_time_of_their_items(tmp_path):
+    rows = pd.DataFrame({"user_id": ["u"], "items": [["b", "a"]], "purchase_date": ["2024-01-02"]})
+    rows.to_parquet(tmp_path / "x.parquet")
+    assert in_memory(tmp_path / "x.parquet") == prepared(tmp_path / "x.parquet") == [("u", "b"), ("u", "a")]
+    assert read_interactions(rows)["purchase_date"].tolist() == ["2024-01-02"] * 2
+    rows = rows.assign(purchase_date=[["2024-01-02", "2024-01-01"]])
+    rows.to_parquet(tmp_path / "y.parquet")
+    assert in_memory(tmp_path / "y.parquet") == prepared(tmp_path / "y.parquet") == [("u", "a"), ("u", "b")]
+
+
+def test_the_cure_is_one_that_works(tmp_path):
+    path = write(tmp_path / "x.csv", "user_id,item_id,timestamp\n1,a,3\n")
+    for other, cure in (("timestamp_column", "--timestamp_column"), ("session_column", "session_column")):
+        with pytest.raises(DataError, match=rf"item_id, timestamp\. Pass {cure} with the right one\.$"):
+            read_interactions(path, **{other: "tm"})
+
+
 def test_columns_that_occur_twice(tmp_path):
     with pytest.raises(DataError, match="column 'item_id' occurs more than once"):
         read_interactions(write(tmp_path / "x.csv", "user_id,item_id,item_id,timestamp\n1,2,3,4\n"))

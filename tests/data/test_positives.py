@@ -126,6 +126,8 @@ def test_a_date_is_not_compared_with_milliseconds():
         ("rating", ["good", "bad"], ""),
         ("event", [f"page {number}" for number in range(50)], ""),
         ("country", ["fr", "de"], ""),
+        ("event", [{"type": "view"}, {"type": "buy"}], ""),
+        ("action", [["view"], ["buy"]], ""),
     ],
 )
 def test_columns_that_tell_positive_rows_from_others(column, values, said):

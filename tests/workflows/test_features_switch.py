@@ -5,11 +5,15 @@ import shlex
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import onerec_hf.workflows.loading
+import onerec_hf.workflows.unread
 from onerec_hf.cli.arguments import parse_given
 from onerec_hf.workflows import DataSettings, chosen_settings, load_dataset, train
 from onerec_hf.workflows.data_options import DATA_OPTIONS_NAME
+from onerec_hf.workflows.loading import as_dataset
 from onerec_hf.workflows.unread import unread
 from onerec_hf.workflows.verdict import Verdict
 from tests.cli.commands import onerec, refused, succeeded
@@ -70,7 +74,7 @@ def test_without_it_nothing_changes(features):
     assert not {*FOUR, "features"} & plain.options.keys()
 
 
-def test_columns_that_a_table_of_targets_lacks_are_no_features(tmp_path, capsys):
+def test_columns_that_a_table_of_targets_lacks_are_no_features(tmp_path, capsys, monkeypatch):
     table = made()["interactions"].sort_values("timestamp")
     files = {}
     for name, rows in (("validation", table[700:800].drop(columns="ratio")), ("test", table[800:])):
@@ -80,7 +84,9 @@ def test_columns_that_a_table_of_targets_lacks_are_no_features(tmp_path, capsys)
     data = load_dataset(**options, features="auto")
     assert data.options["interaction_features"] == ["like", "time"]
     assert "ratio (not in every table)" in capsys.readouterr().err
-    assert unread(load_dataset(**options)) == "like of interactions; interactions that are not positive"
+    for rows in (700, 300):  # all users, and some
+        monkeypatch.setattr(onerec_hf.workflows.unread, "_ROWS", rows)
+        assert unread(load_dataset(**options)) == "like of interactions; interactions that are not positive"
 
 
 def test_a_saved_schema_is_what_it_stands_for():
@@ -90,6 +96,20 @@ def test_a_saved_schema_is_what_it_stands_for():
     same(load_dataset(**tables, **LIKED, features="auto", schema=schema), first)
     with pytest.raises(ValueError, match="--features none: a saved model keeps its features"):
         load_dataset(**tables, **LIKED, features="none", schema=schema)
+
+
+def test_auto_beside_a_model_stands_for_the_feedback_that_it_reads(monkeypatch, files, tmp_path):
+    settings = DataSettings(**files, **LIKED, features="auto")
+    first = load_dataset(settings)
+    for name, value in (("saved_schema", first.features.schema), ("model_type", "onerec")):
+        monkeypatch.setattr(onerec_hf.workflows.loading, name, lambda *_, value=value: value)
+    (tmp_path / DATA_OPTIONS_NAME).write_text(json.dumps(first.options))
+    again = as_dataset(settings, str(tmp_path))
+    same(again, first)
+    assert again.options["history_feedback"] == "all"
+    for call in (load_dataset, lambda model, **options: as_dataset(options, model)):
+        with pytest.raises(ValueError, match="--features none: a saved model keeps its features"):
+            call(**files, model=str(tmp_path), features="none")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +143,12 @@ def test_prepare_has_the_same(tmp_path, positive):
     assert unread(prepared) == ""
     with pytest.raises(ValueError, match="--features goes with --interactions; what a prepared folder holds"):
         load_dataset(prepared=folder, features="auto")
+    with pytest.raises(ValueError, match="--features goes with"):
+        load_dataset(prepared=folder, features="none")
+    feedback = "all" if positive == ["like>=1"] else "positive"
+    assert load_dataset(prepared=folder, history_feedback=feedback).options == data.options
+    with pytest.raises(ValueError, match="--history_feedback goes with"):
+        load_dataset(prepared=folder, history_feedback="positive" if feedback == "all" else "all")
     refused(onerec("prepare", *options_of({**options, "features": "on"}), "--output_dir", folder), "--features on")
     del options["features"]
     refused(onerec("prepare", *options_of(options), "--output_dir", folder), "--users goes with", "--features auto")
@@ -136,8 +162,10 @@ def with_users(**options):
     return plain
 
 
+@pytest.mark.parametrize("rows", [200_000, 300])  # all users, and some
 @pytest.mark.parametrize("options", [{}, {"ties": "shuffle"}, {"holdout": "temporal"}])
-def test_what_is_not_read(options):
+def test_what_is_not_read(options, rows, monkeypatch):
+    monkeypatch.setattr(onerec_hf.workflows.unread, "_ROWS", rows)
     plain = with_users(**options)
     assert unread(plain) == HINT
     assert unread(load_dataset(**without_users(made()), **{**LIKED, **options}, features="none")) == ""
@@ -150,6 +178,20 @@ def test_times_alone_are_not_worth_a_word():
     assert unread(load_dataset(interactions=log, **SIZES)) == ""
     assert unread(load_dataset(interactions=log.assign(note=np.arange(len(log)).astype(str)), **SIZES)) == ""
     assert unread(load_dataset(interactions=log.assign(tab=log.item_id % 2), **SIZES)) == "tab of interactions"
+
+
+def test_feedback_that_was_refused_is_not_offered():
+    asked = {**without_users(made()), **LIKED, "history_feedback": "positive"}
+    assert unread(load_dataset(**asked)) == "genres of items; ratio of interactions"
+
+
+def test_columns_without_a_name_are_no_features():
+    tables = without_users(made())
+    tables["items"] = pd.concat([tables["items"], pd.DataFrame(np.eye(len(tables["items"]), 4))], axis=1)
+    tables["interactions"] = tables["interactions"].rename(columns={"ratio": 7})
+    assert unread(load_dataset(**tables, **SIZES)) == "genres of items; like of interactions"
+    data = load_dataset(**tables, **SIZES, features="auto")
+    assert (data.options["item_features"], data.options["interaction_features"]) == (["genres"], ["like", "time"])
 
 
 @pytest.mark.filterwarnings("ignore:interactions. dropped")

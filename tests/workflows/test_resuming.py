@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from onerec_hf.workflows import load_dataset, train
+from onerec_hf.workflows.resuming import RunRecord
 from onerec_hf.workflows.run_folder import UNFINISHED_RUN
 from tests.workflows.conftest import TINY
 
@@ -135,3 +137,14 @@ def test_what_an_earlier_version_did_not_choose_keeps_its_default(tables, tmp_pa
     result = resume(load_dataset(**tables), folder, report_to="none", keep_checkpoints=True, **call)
     assert result.trainer.state.global_step == 4
     assert not result.trainer.args.average_weights
+
+
+def test_data_without_the_features_of_the_run_are_other_data(tmp_path):
+    TrainerState().save_to_json(str(tmp_path / "trainer_state.json"))
+    data = {"stride": 1, "history_feedback": "all", "user_features": ["age"]}
+    record = RunRecord.of({}, {}, data)
+    record.check(tmp_path, {}, data, ())
+    with pytest.raises(ValueError, match="--history_feedback none, not all"):
+        record.check(tmp_path, {}, {"stride": 1, "user_features": ["age"]}, ())
+    with pytest.raises(ValueError, match="--user_features none, not age"):
+        record.check(tmp_path, {}, {"stride": 1, "history_feedback": "all"}, ())

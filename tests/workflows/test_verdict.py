@@ -4,6 +4,8 @@ import json
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from onerec_hf.workflows import (
     load_dataset,
     train,
 )
-from onerec_hf.workflows.advice import what_to_try
+from onerec_hf.workflows.advice import _longer, what_to_try
 from onerec_hf.workflows.evaluation import item_indices, rank_beside_baselines
 from onerec_hf.workflows.pace import Pace
 from onerec_hf.workflows.small_sasrec import fit_small_sasrec
@@ -158,6 +160,19 @@ def test_commands_to_try_are_commands(trained):
     assert "longer training: it read each training example 0.088 times" in tries
     budget = what_to_try(trained.trainer, Path("mine"), f"{command} --budget 1h30m-cpu", fixed_sizes=True)
     assert [words.split("--budget ")[1] for _, words in budget] == ["3h-cpu --output_dir mine-2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "longer"),
+    [
+        (["--budget", " 10m"], {"budget": "20m"}),
+        (["--budget=2h-cpu"], {"budget": "4h-cpu"}),
+        (["--interactions", "my --budget log.csv"], {"num_train_epochs": 6}),
+    ],
+)
+def test_a_budget_is_a_word_of_the_command(given, longer):
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(max_steps=-1, num_train_epochs=3))
+    assert _longer(trainer, shlex.join(["onerec-hf", "train", *given])) == longer
 
 
 def test_a_training_that_a_plateau_ended_was_long_enough(tmp_path, dataset):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onerec_hf.data.aliases import ALIASES, find_column, named_otherwise, usual_column
+from onerec_hf.data.aliases import ALIASES, find_column, is_rarer, named_otherwise, usual_column
 from onerec_hf.data.columns import DataError
 from onerec_hf.data.compressed import table_name
 from onerec_hf.data.duplicates import ROW_NUMBERS
@@ -293,8 +293,10 @@ class Log:
         item = find_column(names, self.item_column, "item_id")
         time = None
         if self.timestamp_column not in (None, "none"):
-            time = find_column(names, str(self.timestamp_column), "timestamp")
-            listed = item in names and isinstance(schema[item], pl.List | pl.Array)
+            lists = [name for name in names if isinstance(schema[name], pl.List | pl.Array)]
+            listed = item in lists
+            candidates = [name for name in names if not (listed and is_rarer(name, "timestamp")) or name in lists]
+            time = find_column(candidates, str(self.timestamp_column), "timestamp")
             time = None if listed and time not in names and self.timestamp_column == "timestamp" else time
         columns = {"user_id": user, "item_id": item, **({} if time is None else {"timestamp": time})}
         absent = [what for what, column in columns.items() if column not in names]
@@ -302,7 +304,7 @@ class Log:
             *(columns[what] for what in absent),
             *(each for each in self.positive.columns if each not in names),
         ]:
-            cure = named_otherwise(absent) if absent else "Name the right one, or rename it."
+            cure = named_otherwise(absent, names) if absent else "Name the right one, or rename it."
             hint = (
                 " If the file has no header, pass --column_names." if any(name.isdecimal() for name in names) else ""
             )

@@ -17,7 +17,7 @@ from onerec_hf.trainers.folder_lock import LOCK
 from onerec_hf.workflows.artefact import write_bytes
 from onerec_hf.workflows.compare.analysis import Quality, share_of_repeats
 from onerec_hf.workflows.compare.families import Family
-from onerec_hf.workflows.compare.processes import POLL, Processes, Run
+from onerec_hf.workflows.compare.processes import POLL, Processes, Run, as_now
 from onerec_hf.workflows.compare.ranking import METRIC, measure, rankable, sample
 from onerec_hf.workflows.compare.settings import CompareSettings
 from onerec_hf.workflows.dataset import InMemoryDataset
@@ -119,7 +119,7 @@ class Bench:
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             spaces = before.pop("families")
-            differ = [key for key in before if state[key] != before[key]]
+            differ = [key for key in before if as_now(key, state[key]) != as_now(key, before[key])]
             differ += [
                 f"space of {name}"
                 for name in state["families"]

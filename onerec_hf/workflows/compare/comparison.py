@@ -15,7 +15,7 @@ from onerec_hf.workflows.compare.processes import Processes
 from onerec_hf.workflows.compare.settings import CompareSettings
 from onerec_hf.workflows.dataset import InMemoryDataset
 from onerec_hf.workflows.distributed import say
-from onerec_hf.workflows.loading import load_in_memory
+from onerec_hf.workflows.loading import load_in_memory, say_every_row
 from onerec_hf.workflows.presets import choices_of
 from onerec_hf.workflows.results import Result
 from onerec_hf.workflows.run_folder import own_folder
@@ -104,6 +104,7 @@ def _chosen(table: DataSettings, given: dict[str, Any] | None) -> tuple[DataSett
         given: single options about data; None where the settings are given as a whole.
     """
     dataset = load_in_memory(table)
+    say_every_row(dataset)
     if given is None:
         return table, dataset
     rows = choices_of("auto", dataclasses.replace(dataset, given=frozenset(given)), {})

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from onerec_hf.modeling.files import short
 from onerec_hf.workflows.artefact import write_bytes
+from onerec_hf.workflows.settings import DataSettings
 
 #: Seconds between two looks at the processes.
 POLL = 0.1
@@ -55,10 +56,27 @@ class Run:
             spec = found["spec"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is damaged ({short(error)}). Remove it: the run is repeated") from None
-        if differ := [key for key, value in self.spec.items() if spec.get(key) != value]:
+        if differ := [key for key, value in self.spec.items() if as_now(key, spec.get(key)) != as_now(key, value)]:
             raise ValueError(f"{self.path} was measured with another {', '.join(differ)}. Pass another --output_dir")
         lost = self.spec["keep"] and not Path(self.spec["folder"], "config.json").is_file()
         return None if lost and found["state"] == "finished" else found
+
+
+def as_now(name: str, value: Any) -> Any:
+    """
+    What a file of a comparison holds under a name, as this version writes it: options of the data that it lacks have their defaults, and the default
+    feedback of histories is not named.
+
+    Example:
+        >>> as_now("data", {"history_feedback": "positive"}) == as_now("data", {"features": None})
+        True
+    """
+    if name != "data" or value is None:
+        return value
+    value = {**asdict(DataSettings()), **value}
+    if value["features"] != "auto" and value["history_feedback"] == "positive":
+        value["history_feedback"] = None
+    return value
 
 
 @dataclass

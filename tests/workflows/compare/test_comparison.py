@@ -15,7 +15,10 @@ from onerec_hf.modeling.requests import Request
 from onerec_hf.workflows import DataSettings, evaluate, load_in_memory
 from onerec_hf.workflows.artefact import recommender_of
 from onerec_hf.workflows.compare import compare_models
+from onerec_hf.workflows.compare.bench import Bench
+from onerec_hf.workflows.compare.families import Family
 from onerec_hf.workflows.compare.ranking import targets
+from onerec_hf.workflows.compare.settings import CompareSettings
 from tests.cli.commands import onerec, refused, succeeded
 from tests.rounding import close
 from tests.workflows.compare.conftest import write_table
@@ -153,6 +156,29 @@ def test_a_comparison_that_lost_runs_repeats_these_alone(compared, tmp_path):
         assert json.loads(path.read_text()).get("metrics") == content.get("metrics"), name
     assert again.best == compared.found.best
     assert json.loads((out / "comparison.json").read_text()) == state
+
+
+def test_a_folder_of_an_earlier_version_is_that_of_the_same_call(tmp_path):
+    """It has no `features`, and names the default feedback."""
+    data = DataSettings(interactions=str(write_table(tmp_path, users=30)))
+    bench = Bench(data, load_in_memory(data), CompareSettings(output_dir=str(tmp_path / "out")), 0.0)
+    family = Family("popularity", "Popularity", "ranking")
+    bench.open_folder([family])
+    run = bench.trial(family, 0, {})
+    run.path.write_text(json.dumps({"spec": run.spec, "state": "finished"}))
+    for path in (bench.folder / "comparison.json", run.path):
+        content = json.loads(path.read_text())
+        of_data = (content if "data" in content else content["spec"])["data"]
+        of_data["history_feedback"] = "positive"
+        del of_data["features"]
+        path.write_text(json.dumps(content))
+    bench.open_folder([family])
+    assert run.found()["state"] == "finished"
+    other = Bench(replace(data, history_feedback="all"), bench.dataset, bench.how, 0.0)
+    with pytest.raises(ValueError, match="another data"):
+        other.open_folder([family])
+    with pytest.raises(ValueError, match="another data"):
+        other.trial(family, 0, {}).found()
 
 
 def test_another_comparison_in_the_folder_is_refused(compared, spaces, tmp_path):
