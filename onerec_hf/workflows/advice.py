@@ -111,7 +111,7 @@ def _value_of(option: str, words: list[str]) -> str | None:
         ('10m', '1h', None)
     """
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == option or word.startswith(f"{option}="):
             found = following if word == option else word.removeprefix(f"{option}=")
     return found

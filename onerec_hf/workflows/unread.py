@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def unread(data: RecommendationDataset) -> str:
 
 def _some_rows(data: InMemoryDataset, positive: np.ndarray) -> np.ndarray:
     """(rows,) bool: the interactions of some users with frequent items, about `_ROWS` of them; the same in each call."""
-    table = data.source.interactions
+    table: Any = data.source.interactions
     rows = table["item_id"].isin(data.item_ids).to_numpy()
     users = table["user_id"][rows & positive].unique()
     some = max(len(users) * _ROWS // len(table), 1)

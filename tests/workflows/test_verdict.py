@@ -173,6 +173,7 @@ def test_commands_to_try_are_commands(trained):
 def test_a_budget_is_a_word_of_the_command(given, longer):
     trainer: Any = SimpleNamespace(args=SimpleNamespace(max_steps=-1, num_train_epochs=3))
     assert _longer(trainer, shlex.join(["onerec-hf", "train", *given])) == longer
+    assert _longer(trainer, None) == {"num_train_epochs": 6}  # a call from Python
 
 
 def test_a_training_that_a_plateau_ended_was_long_enough(tmp_path, dataset):
