@@ -95,6 +95,8 @@ def test_own_interactions(first, data):
     succeeded(onerec("train", *data.options, *options, "--output_dir", trained))
     assert weights(trained) == weights(folder)
     settings = [json.loads((path / "results.json").read_text())["settings"] for path in (folder, trained)]
+    unread = settings[1].pop(0)  # the quickstart has no such option
+    assert (unread["option"], unread["reason"]) == ("features", "auto would also read genre of items")
     assert settings[0] == settings[1]
 
 
