@@ -43,6 +43,7 @@ def killed(monkeypatch, owner, name, *argv, calls=1):
             onerec(*argv)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_by_one_option(data, tmp_path, monkeypatch):
     whole, folder = tmp_path / "whole", tmp_path / "shop"
     settings = [*data.options, *CODES, *TINY, *SAVING]

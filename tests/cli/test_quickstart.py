@@ -100,6 +100,7 @@ def test_own_interactions(first, data):
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 def test_ratings_end_in_a_round_of_alignment(tmp_path):
     rated = write_csv(tmp_path / "rated.csv", rated_rows())
     folder = tmp_path / "out"

@@ -44,6 +44,7 @@ def test_push_and_load(hub, pushed):
     assert processor.batch_decode(model.recommend(**inputs, **options)) == PROCESSOR.batch_decode(wanted)
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_reads_features(hub, pushed, tmp_path):
     asked = [os.path.dirname(__file__), REPO, json.dumps(HISTORIES), json.dumps(USERS)]
     printed, _ = stranger(hub, tmp_path, "-c", STRANGER, *asked)

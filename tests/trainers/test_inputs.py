@@ -109,6 +109,7 @@ def test_rows_made_for_a_causal_encoder_need_one_in_every_trial(processor, tmp_p
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_search_maximises_the_ranking(processor, rows, tmp_path):
     pytest.importorskip("optuna").logging.set_verbosity(40)
     trainer = OneRecTrainer(

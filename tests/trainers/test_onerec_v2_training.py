@@ -94,6 +94,7 @@ def test_it_learns_the_next_item(train_dataset, settings, tmp_path):
     assert torch.equal(*(each.recommend(**PROCESSOR([["m3"]])) for each in (loaded, trainer.model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"loss_type": ["sigmoid"], "use_weighting": True}], ids=["sigmoid", "weighted"]
 )

@@ -115,6 +115,7 @@ def every_kind(folder):
     return {kind: metrics_of(kind, folder, 4) for kind in TRAINERS}
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_metric(tmp_path):
     """Two ranks with batches of 4: the last of 11 examples fill three quarters of one rank's batch, and none of the other's."""
     wanted = {kind: metrics_of(kind, tmp_path, COUNT) for kind in TRAINERS}

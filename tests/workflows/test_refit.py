@@ -127,6 +127,7 @@ def test_a_refit_needs_a_table(files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_refit_says_how_to_go_on(data, tmp_path, monkeypatch):
     import signal
 
