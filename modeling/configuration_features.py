@@ -19,7 +19,9 @@ class FeaturesConfig(PreTrainedConfig):
             Width of each feature's embedding, before all of a place are concatenated (technical report: 64 of users, 128 of items at a width of 1,024).
         dropout (`float`, defaults to 0.0):
             Share of features that are hidden in training, so that a missing one costs less later.
-
+        user_at_items (`bool`, defaults to `False`):
+            Add what the user's features say to each item of the history too. In the report they are a token of their own alone, which short histories
+            attend to less.
         not_positive (`list`, *optional*):
             `[place, code]`: the feature of interactions, by its place in `interaction`, whose code says that one was not positive. Its item is read, and
             neither part of the evidence nor excluded as seen.

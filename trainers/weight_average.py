@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from onerec_hf.modeling.files import read_safetensors
 from onerec_hf.trainers.sharding import is_sharded
 
 #: The latest weights in a checkpoint, whose own weights are the average.
@@ -85,18 +85,15 @@ class WeightAverage:
         save_file(tensors, os.path.join(folder, LATEST_NAME), metadata={"format": "pt", "steps": str(self.steps)})
 
     @classmethod
-    def load(cls, model: nn.Module, folder: str | os.PathLike) -> WeightAverage | None:
+    def load(cls, model: nn.Module, folder: str | os.PathLike) -> WeightAverage:
         """
-        The average that a model was loaded with, and the latest weights into the model; None for a checkpoint without.
+        The average that a model was loaded with, and the latest weights into the model.
 
         Raises:
-            ValueError: weights of another model.
+            ValueError: weights of another model, or a damaged file. OSError: no such file.
         """
         path = os.path.join(folder, LATEST_NAME)
-        if not os.path.isfile(path):
-            return None
-        with safe_open(path, "pt") as file:
-            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        found, metadata = read_safetensors(path)
         average = cls(model, int(metadata["steps"]))
         latest = {name: each for name, each in found.items() if not name.startswith(_AVERAGE)}
         shapes = {name: each.shape for name, each in average._parameters.items()}
