@@ -28,6 +28,8 @@ class ItemHeadConfig(PreTrainedConfig):
             Adds evidence about pairs of items to the scores: counts from training sequences and cosines of content ([`ItemEvidence`]).
         neighbours (`int`, defaults to 50):
             Length of the neighbour lists of the evidence.
+        recent (`bool`, defaults to `False`):
+            The evidence has counts of what is asked for lately; the fit of the evidence sets it where they predict better.
 
     Raises:
         ValueError: a size or weight outside its range.
@@ -48,6 +50,7 @@ class ItemHeadConfig(PreTrainedConfig):
     content_dim: int = 0
     evidence: bool = False
     neighbours: int = 50
+    recent: bool = False
 
     def validate_architecture(self):
         if self.num_items is None:
@@ -61,6 +64,8 @@ class ItemHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "item_head: evidence=True needs a loss_weight above 0, otherwise there are no item scores to add it to"
             )
+        if self.recent and not self.evidence:
+            raise ValueError("item_head: recent=True is a part of the evidence; set evidence=True as well")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")
         if self.loss_weight < 0:

@@ -10,8 +10,10 @@ head, it names items that the learned vectors miss, because counts need no gradi
     content        the largest cosine of i's content and that of a history item
     content_last   the cosine of i's content and that of item n
     popular        log(1 + interactions of i)
+    recent         log(1 + sum over i's interactions of e^(-a / (N / 10))),  a: interactions of the log, of N, that are later
 
-The counts are neighbour lists, the largest `neighbours` per item. The seven weights are fitted on validation users after training.
+The counts are neighbour lists, the largest `neighbours` per item. The weights are fitted on validation users after training; `recent` is there where
+it predicts them better.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ FEATURES = ("head", *LISTS, "content", "content_last", "popular")
 #: Weights where there are no validation users: those of Amazon Beauty without `before`, whose sign depends on how a log orders equal times, and
 #: `popular`, which depends on the data.
 DEFAULT_WEIGHTS = (0.57, 1.1, 0.2, 0.0, 2.05, 0.6, 0.0)
+RECENT = "recent"
 _DECAY = 0.8
 
 
@@ -40,6 +43,7 @@ class ItemEvidence(PreciseBuffers):
         num_items: rows, without row 0.
         neighbours: length of a list.
         candidates: items per user whose content is compared: the best by the head and the counts.
+        recent: has the evidence `recent`, and an eighth weight.
 
     Example:
         >>> evidence = ItemEvidence(num_items=3, neighbours=2)
@@ -51,17 +55,23 @@ class ItemEvidence(PreciseBuffers):
     """
 
     #: Buffers that bfloat16 could not hold.
-    FLOATS = ("near_counts", "next_counts", "before_counts", "interactions", "evidence.weights")
+    FLOATS = ("near_counts", "next_counts", "before_counts", "interactions", "recent_counts", "evidence.weights")
 
-    def __init__(self, num_items: int, neighbours: int = 50, candidates: int = 200):
+    def __init__(self, num_items: int, neighbours: int = 50, candidates: int = 200, recent: bool = False):
         super().__init__()
         self.candidates = candidates
         for name in LISTS:
             self.register_buffer(f"{name}_items", torch.zeros(num_items + 1, neighbours, dtype=torch.int32))
             self.register_buffer(f"{name}_counts", torch.zeros(num_items + 1, neighbours))
         self.interactions = nn.Buffer(torch.zeros(num_items + 1))
+        self.register_buffer("recent_counts", torch.zeros(num_items + 1) if recent else None)
         # Nothing is known before lists and weights are set: the head alone.
-        self.weights = nn.Buffer(torch.tensor([1.0] + [0.0] * (len(FEATURES) - 1)))
+        self.weights = nn.Buffer(torch.tensor([1.0] + [0.0] * (len(self.names) - 1)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The evidence in the order of its weights."""
+        return FEATURES if self.recent_counts is None else (*FEATURES, RECENT)
 
     def list_of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(num_items + 1, neighbours) rows of the neighbours, 0 where a list ends, and their counts."""
@@ -93,6 +103,18 @@ class ItemEvidence(PreciseBuffers):
         rows[1:, : items.shape[1]] = items.to(rows)
         values[1:, : items.shape[1]] = torch.where(items > 0, counts.to(items.device), 0.0).to(values)
 
+    @torch.no_grad()
+    def set_recent(self, counts: torch.Tensor | None) -> None:
+        """
+        Sets the counts of `recent`, whose weight is 0 until `set_weights`; None takes this evidence away.
+
+        Args:
+            counts: (num_items,) sums of the formula.
+        """
+        weights = self.weights[: len(FEATURES)]
+        self.recent_counts = None if counts is None else F.pad(counts.to(self.interactions), (1, 0))
+        self.weights = weights if counts is None else F.pad(weights, (0, 1))
+
     def extend(self, spread, row: torch.Tensor) -> None:
         """For [`ItemHead.extend`]: `spread` moves a table's rows to their new places, `row` has the new row of each old one."""
         for name in LISTS:
@@ -100,6 +122,8 @@ class ItemEvidence(PreciseBuffers):
             setattr(self, f"{name}_items", spread(row[rows.long()].to(rows)))
             setattr(self, f"{name}_counts", spread(counts))
         self.interactions = spread(self.interactions)
+        if self.recent_counts is not None:
+            self.recent_counts = spread(self.recent_counts)
 
     def _from_lists(self, history: torch.Tensor, columns: torch.Tensor, width: int):
         """Per list its name, the columns that it names (users, m) and the evidence there; a column that is named twice has it twice."""
@@ -129,12 +153,20 @@ class ItemEvidence(PreciseBuffers):
         """D^-1/2 of rows."""
         return (self.interactions[rows].float() + 1).rsqrt()
 
-    def _popularity(self) -> torch.Tensor:
-        """(num_items + 1,) of each row."""
-        return torch.log1p(self.interactions.float())
+    def _of_rows(self) -> dict[str, torch.Tensor]:
+        """(num_items + 1,) evidence that a history does not change, by name."""
+        counts = {"popular": self.interactions, RECENT: self.recent_counts}
+        return {name: torch.log1p(count.float()) for name, count in counts.items() if count is not None}
+
+    def _with_head(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The head's scores (users, items), and the evidence that a history does not change, of rows of the same shape or (items,)."""
+        scores = self._weight("head") * scores
+        for name, value in self._of_rows().items():
+            scores = scores + self._weight(name) * value[rows]
+        return scores
 
     def _weight(self, name: str) -> torch.Tensor:
-        return self.weights[FEATURES.index(name)].float()
+        return self.weights[self.names.index(name)].float()
 
     def add(
         self,
@@ -162,8 +194,7 @@ class ItemEvidence(PreciseBuffers):
         items = scores.shape[1]
         if columns is None or rows is None:
             columns, rows = self._places(items)
-        base = scores.float() * self._weight("head") + self._weight("popular") * self._popularity()[rows]
-        out = F.pad(base, (0, 1))  # what is in no column goes into the last one
+        out = F.pad(self._with_head(scores.float(), rows), (0, 1))  # what is in no column goes into the last one
         for name, where, value in self._from_lists(history, columns, items + 1):
             out.scatter_(1, where, out.gather(1, where) + self._weight(name) * value)
         out = out[:, :items]
@@ -196,7 +227,7 @@ class ItemEvidence(PreciseBuffers):
             excluded: (users, e) rows that are no candidates, padded with 0.
 
         Returns:
-            (users, candidates, 7) the head's score and the evidence in the order of `FEATURES`, and (users, candidates) rows; 0 for an excluded
+            (users, candidates, weights) the head's score and the evidence in the order of `names`, and (users, candidates) rows; 0 for an excluded
             item, which is there only where fewer items than candidates are left.
         """
         items = scores.shape[1]
@@ -216,13 +247,13 @@ class ItemEvidence(PreciseBuffers):
             parts += [torch.zeros_like(parts[0])] * 2
         else:
             parts += similarities(content, history, rows[found])
-        parts.append(self._popularity()[rows[found]])
+        parts += [value[rows[found]] for value in self._of_rows().values()]
         which = rows[found] if legal is None else rows[found].masked_fill(~legal.gather(1, found), 0)
         return torch.stack(parts, dim=-1), which
 
     @torch.no_grad()
     def set_weights(self, weights: torch.Tensor) -> None:
-        """Sets the seven weights, in the order of `FEATURES`."""
+        """Sets the weights, in the order of `names`."""
         self.weights.copy_(weights)
 
 
@@ -242,9 +273,7 @@ class SessionEvidence:
 
     def __init__(self, evidence: ItemEvidence, scores, history, content, columns, rows, found):
         self.evidence, self.columns, self.found, self.rows = evidence, columns, found, rows
-        self.base = (
-            evidence._weight("head") * scores + evidence._weight("popular") * evidence._popularity()[rows[found]]
-        )
+        self.base = evidence._with_head(scores, rows[found])
         self.near = evidence.near_sums(history, columns, len(rows) + 1)[1].gather(1, found)
         self.last = latest(history)
         self.content = None if content is None or content.shape[1] == 0 else content
@@ -342,10 +371,10 @@ def fit_weights(
     Args:
         features, rows: of [`ItemEvidence.features`].
         targets: (users,) rows of the held-out items. Users whose target is no candidate are left out.
-        start: (7,) weights; `DEFAULT_WEIGHTS` when not given.
+        start: (weights,); `DEFAULT_WEIGHTS`, and 0 for further evidence, when not given.
 
     Returns:
-        (7,) float32; `start` where no target is a candidate.
+        (weights,) float32; `start` where no target is a candidate.
 
     Example:
         >>> features = torch.randn(64, 10, 7)
@@ -354,7 +383,8 @@ def fit_weights(
         >>> bool((fit_weights(features, rows, targets).argmax() == 1))
         True
     """
-    start = torch.tensor(DEFAULT_WEIGHTS) if start is None else start
+    if start is None:
+        start = F.pad(torch.tensor(DEFAULT_WEIGHTS), (0, features.shape[-1] - len(DEFAULT_WEIGHTS)))
     start = start.to(features.device, torch.float32)
     hit = rows == targets[:, None]
     there = hit.any(1) & (targets > 0)
@@ -386,6 +416,7 @@ __all__ = [
     "DEFAULT_WEIGHTS",
     "FEATURES",
     "LISTS",
+    "RECENT",
     "ItemEvidence",
     "SessionEvidence",
     "fit_weights",

@@ -57,7 +57,9 @@ class ItemHead(PreciseBuffers):
         self.register_buffer("content_mean", torch.zeros(width) if width else None)
         self.register_buffer("content_scale", torch.ones(()) if width else None)
         self.content_proj = nn.Linear(width, config.hidden_size, bias=False) if width else None
-        self.evidence = ItemEvidence(rows - 1, self.config.neighbours) if self.config.evidence else None
+        self.evidence = None
+        if self.config.evidence:
+            self.evidence = ItemEvidence(rows - 1, self.config.neighbours, recent=self.config.recent)
 
     def set_codes(self, codes: torch.Tensor) -> None:
         """

@@ -282,7 +282,12 @@ def fit_sequential(
             raise ValueError("features needs item_ids: the item of each row")
         held_out = [] if validation is None else [*validation["history"], *validation["session"]]
         item_ids = np.unique(np.concatenate([*sequences, *map(np.asarray, held_out)])).tolist()
-    names = {field.name for field in dataclasses.fields(SequentialConfig)} - {"evidence", "content_dim", "features"}
+    names = {field.name for field in dataclasses.fields(SequentialConfig)} - {
+        "evidence",
+        "recent",
+        "content_dim",
+        "features",
+    }
     names |= {"feature_dim", "feature_dropout"}
     config = {name: settings.pop(name) for name in list(settings) if name in names}
     with tempfile.TemporaryDirectory() as scratch:
@@ -304,7 +309,7 @@ def fit_sequential(
             trainer.remove_callback(PrinterCallback)
         trainer.train()
         if evidence:
-            add_evidence(model, sequences, validation, features, exclude_seen=args.eval_exclude_seen)
+            add_evidence(model, read, validation, features, exclude_seen=args.eval_exclude_seen)
         if output_dir:
             model.save_pretrained(output_dir)
             trainer.create_model_card()

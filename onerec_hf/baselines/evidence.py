@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
-from onerec_hf.data.evidence_counts import count_evidence
-from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, ItemEvidence, fit_weights
+from onerec_hf.data.evidence_counts import count_evidence, fit_evidence_weights, recent_counts
+from onerec_hf.data.sequences import UserSequences
+from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, ItemEvidence
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +29,7 @@ _BATCH = 256
 @torch.no_grad()
 def add_evidence(
     model: SequentialRecommender,
-    train_sequences: Sequence,
+    train_sequences: Sequence | UserSequences,
     validation: Dataset | None = None,
     content: np.ndarray | None = None,
     *,
@@ -41,7 +42,8 @@ def add_evidence(
 
     Args:
         model: with its item ids.
-        train_sequences: sequences of item ids in time order, one per user.
+        train_sequences: sequences of item ids in time order, one per user. Those of a table with times ([`~onerec_hf.data.UserSequences`]) tell what
+            is asked for lately, which counts where it predicts `validation` better.
         validation: examples with the columns `history` and `session` (item ids); the default weights when not given.
         content: (num_items, d) content vectors of the items, a row of zeros for an item without; no content evidence when not given.
         exclude_seen: the items of a history are no candidates, as in rankings that leave them out.
@@ -71,11 +73,17 @@ def add_evidence(
     count_evidence(model.evidence, (flat, np.cumsum([0, *lengths])))
     model.evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
     if validation is not None and len(validation):
-        model.evidence.set_weights(_fitted(model, items, validation, exclude_seen))
+        recent = None
+        if isinstance(train_sequences, UserSequences) and train_sequences.timed:
+            recent = recent_counts(flat, train_sequences.timestamps, len(items))
+        fit_evidence_weights(model.evidence, *_candidates(model, items, validation, exclude_seen), recent=recent)
+    config.recent = model.evidence.recent_counts is not None
 
 
-def _fitted(model: SequentialRecommender, items: ItemIndex, validation: Dataset, exclude_seen: bool) -> torch.Tensor:
-    """The weights that rank the items held out of a sample of the users best."""
+def _candidates(
+    model: SequentialRecommender, items: ItemIndex, validation: Dataset, exclude_seen: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a sample of the users: features and rows of candidates, and the rows of the items held out."""
     assert model.evidence is not None
     if len(validation) > _USERS:
         validation = validation.select(np.sort(np.random.default_rng(0).permutation(len(validation))[:_USERS]))
@@ -96,7 +104,7 @@ def _fitted(model: SequentialRecommender, items: ItemIndex, validation: Dataset,
         model.train(training)
     features, rows = (torch.cat(part) for part in zip(*parts, strict=True))
     targets = items.indices([session[0] for session in sessions]) + 1
-    return fit_weights(features, rows, torch.from_numpy(targets).to(rows.device))
+    return features, rows, torch.from_numpy(targets).to(rows.device)
 
 
 def _content(content: np.ndarray, num_items: int) -> torch.Tensor:
@@ -110,7 +118,7 @@ def _content(content: np.ndarray, num_items: int) -> torch.Tensor:
     return F.pad(F.normalize(torch.from_numpy(content), dim=1), (0, 0, 1, 0)).half()
 
 
-def _flat(sequences: Sequence, items: ItemIndex) -> np.ndarray:
+def _flat(sequences: Sequence | UserSequences, items: ItemIndex) -> np.ndarray:
     """Indices of all sequences' items, one after the other."""
     arrays = [np.asarray(sequence) for sequence in sequences if len(sequence)]
     return items.indices(np.concatenate(arrays)) if arrays else np.zeros(0, dtype=np.int64)

@@ -93,7 +93,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         self.item_codes = nn.Buffer(torch.zeros(config.num_items + 1, codes, dtype=torch.int32)) if codes else None
         self.encoder = ENCODERS[config.architecture](config)
         # Set by `add_evidence`, after training.
-        self.evidence = ItemEvidence(config.num_items, config.neighbours) if config.evidence else None
+        self.evidence = None
+        if config.evidence:
+            self.evidence = ItemEvidence(config.num_items, config.neighbours, recent=config.recent)
         content = (config.num_items + 1, config.content_dim)
         self.register_buffer("content", torch.zeros(content, dtype=torch.float16) if config.content_dim else None)
         keys = None

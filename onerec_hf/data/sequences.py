@@ -89,6 +89,11 @@ class UserSequences:
         """(T,) int64: the user row (0..U-1) of every item."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    @property
+    def timed(self) -> bool:
+        """Whether the timestamps are times, and not the places of a user's items, which begin at 0."""
+        return bool((self.timestamps[self.offsets[:-1]] == 0).mean() < 0.5)
+
     @cached_property
     def histories(self) -> Histories:
         """What the encoder reads: the items, and with `events` the codes of features and the interactions that are not positive."""

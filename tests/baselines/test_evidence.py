@@ -1,12 +1,14 @@
 """Evidence about pairs of items beside a sequence model: what it ranks, by which weights, in files, and from which rows."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 
 from onerec_hf.baselines import SequentialRecommender, add_evidence
 from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.data import UserSequences
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, FEATURES, LISTS
 from onerec_hf.trainers import fit_sequential
 from tests.rounding import assert_close, close
@@ -159,3 +161,22 @@ def test_bad_input():
     model = make(["only"])
     add_evidence(model, [["only", "only"]])
     assert model.recommend([["only"]], top_k=1, exclude_seen=False)[0][0][0] == "only"
+
+
+def test_what_is_asked_for_lately_counts(tmp_path):
+    """The items of lately are told by the times of the training sequences; lists of items have none."""
+    draw = np.random.default_rng(0)
+    rows = [(u, f"m{draw.integers(10)}", int(draw.integers(1, 99))) for u in range(200) for _ in range(3)]
+    rows += [(u, f"m{10 + draw.integers(2)}", 200 + u) for u in range(60)]
+    sequences = UserSequences.from_interactions(pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]))
+    validation = held_out(*((["m0"], f"m{10 + draw.integers(2)}") for _ in range(100)))
+    model, without = make(), make()
+    add_evidence(model, sequences, validation)
+    add_evidence(without, sequences.lists(), validation)
+    assert model.config.recent
+    assert model.evidence.names[-1] == "recent"
+    assert float(model.evidence.weights[-1]) > 0
+    assert not without.config.recent
+    assert len(without.evidence.weights) == len(FEATURES)
+    model.save_pretrained(tmp_path)
+    same_answers(SequentialRecommender.from_pretrained(tmp_path), model)

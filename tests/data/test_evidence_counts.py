@@ -1,12 +1,14 @@
-"""Sequences counted into neighbour lists at once, or some of them later."""
+"""Sequences counted into neighbour lists at once, or some of them later; what is asked for lately, and whether it counts."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from onerec_hf.data.evidence_counts import add_to_evidence, count_evidence
+from onerec_hf.data.evidence_counts import add_to_evidence, count_evidence, fit_evidence_weights, recent_counts
 from onerec_hf.data.item_pairs import follow_counts, near_counts, top_neighbours
-from onerec_hf.modeling.item_evidence import LISTS, ItemEvidence
+from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS, ItemEvidence, fit_weights
 from tests.rounding import assert_close
 
 NUM_ITEMS = 15
@@ -88,3 +90,67 @@ def test_what_no_list_has_room_for_is_told():
         [3],
         [3.0],
     )  # its first count was cut
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 9)), min_size=1, max_size=40))
+def test_interactions_fade_by_how_many_are_later(rows):
+    """In any order of the rows, with ties, and in any unit of time."""
+    items, times = map(np.array, zip(*rows, strict=True))
+    wanted = np.zeros(5)
+    for item, time in rows:
+        if item >= 0:
+            wanted[item] += np.exp(-sum(other > time for _, other in rows) / (len(rows) / 10))
+    assert_close(recent_counts(items, times, 5), wanted, terms=64)
+    assert np.array_equal(recent_counts(items, times * 86_400 + 7, 5), recent_counts(items, times, 5))
+
+
+def test_new_interactions_are_the_latest():
+    """Old counts fade as they would have in one log, but for their horizon; the new ones share what their places would have had."""
+    old, new = np.arange(1000) % 7, np.array([7, 7, 8, 7, 8, 8])
+    evidence = ItemEvidence(NUM_ITEMS, NUM_ITEMS)
+    count_evidence(evidence, [old])
+    evidence.set_recent(torch.from_numpy(recent_counts(old, np.arange(1000), NUM_ITEMS)))
+    before = evidence.recent_counts.clone()
+    add_to_evidence(evidence, [new])
+    assert_close(evidence.recent_counts[1:8], before[1:8] * np.exp(-0.06), terms=8)
+    both = evidence.recent_counts[[8, 9]]
+    assert float(both[0]) == float(both[1])
+    # The sum over places stands for an integral: off by half a step of 1/100.
+    assert float(both.sum()) == pytest.approx(np.exp(-np.arange(6) / 100).sum(), rel=0.01)
+    add_to_evidence(evidence, [np.array([-1])])
+    assert torch.equal(evidence.recent_counts[[8, 9]], both)
+
+
+def users(count, seed, lately):
+    """Features of candidates, their rows, and targets that the head explains, and where `lately` items 9 to 12 as well."""
+    draw = torch.Generator().manual_seed(seed)
+    features, rows = torch.randn(count, 12, 7, generator=draw), torch.arange(1, 13).expand(count, 12)
+    logits = features[..., 0] + lately * (rows > 8)
+    return features, rows, torch.distributions.Categorical(logits=logits).sample() + 1
+
+
+@pytest.mark.parametrize(("count", "lately", "enters"), [(600, 2.0, True), (600, 0.0, False), (4, 2.0, False)])
+def test_what_is_asked_for_lately_enters_where_it_predicts_other_users(count, lately, enters):
+    """A planted trend is found; without one, or from four users, the evidence is what it is without times, bit for bit."""
+    torch.manual_seed(1)
+    found = users(count, 0, lately)
+    recent = np.repeat([0.0, 20.0, 0.0], [8, 4, NUM_ITEMS - 12])
+    evidence = ItemEvidence(NUM_ITEMS)
+    fit_evidence_weights(evidence, *found, recent=recent)
+    assert (evidence.recent_counts is not None) == enters
+    if enters:
+        assert evidence.recent_counts.tolist() == [0, *recent]
+        # On log(1 + 20) the planted 2.
+        assert float(evidence.weights[-1]) == pytest.approx(2 / np.log(21), rel=0.3)
+    else:
+        assert torch.equal(evidence.weights, fit_weights(*found))
+    fit_evidence_weights(evidence, *found)  # without times
+    assert evidence.recent_counts is None
+    assert torch.equal(evidence.weights, fit_weights(*found))
+
+
+def test_without_users_the_default_weights_stay():
+    evidence, nobody = ItemEvidence(NUM_ITEMS), users(1, 0, 0.0)
+    fit_evidence_weights(evidence, *(part[:0] for part in nobody), recent=np.ones(NUM_ITEMS))
+    assert evidence.weights.tolist() == pytest.approx(DEFAULT_WEIGHTS)

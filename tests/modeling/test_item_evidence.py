@@ -7,13 +7,15 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecProcessor
 from onerec_hf.cli.export import export_onnx
-from onerec_hf.modeling.item_evidence import FEATURES, LISTS, ItemEvidence, fit_weights
+from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
+from onerec_hf.modeling.item_evidence import LISTS, ItemEvidence, fit_weights
 from onerec_hf.modeling.item_head import history_states
 from tests.conftest import make_catalogue, make_model
 from tests.rounding import assert_close
@@ -24,16 +26,18 @@ HISTORIES = [["m1", "m2", "m3"], ["m5"]]
 ITEMS, WIDTH = len(CATALOGUE), 6
 
 
-def filled(items, neighbours=4, candidates=200, seed=0):
+def filled(items, neighbours=4, candidates=200, seed=0, recent=False):
     """Evidence with random lists and weights, all positive."""
     random = torch.Generator().manual_seed(seed)
     evidence = ItemEvidence(items, neighbours, candidates)
+    if recent:
+        evidence.set_recent(5 * torch.rand(items, generator=random))
     for name in LISTS:
         rows = torch.stack([torch.randperm(items, generator=random)[:neighbours] + 1 for _ in range(items)])
         rows[torch.rand(rows.shape, generator=random) < 0.3] = 0  # lists of different lengths
         evidence.set_list(name, rows, torch.randint(1, 9, rows.shape, generator=random).float())
     evidence.interactions[1:] = torch.randint(0, 20, (items,), generator=random)
-    evidence.set_weights(torch.rand(len(FEATURES), generator=random) + 0.2)
+    evidence.set_weights(torch.rand(len(evidence.names), generator=random) + 0.2)
     return evidence
 
 
@@ -45,7 +49,7 @@ def content_of(items, seed=0):
 
 def by_hand(evidence, scores, history, content):
     """The formula of the file's head, item by item."""
-    weights = dict(zip(FEATURES, evidence.weights.tolist(), strict=True))
+    weights = dict(zip(evidence.names, evidence.weights.tolist(), strict=True))
     lists = {
         name: [
             dict(zip(*map(torch.Tensor.tolist, pair), strict=True))
@@ -66,6 +70,8 @@ def by_hand(evidence, scores, history, content):
                 for j, other in enumerate(known)
             )
             total = weights["head"] * score + weights["popular"] * math.log1p(float(evidence.interactions[item]))
+            if evidence.recent_counts is not None:
+                total += weights["recent"] * math.log1p(float(evidence.recent_counts[item]))
             total += weights["near"] * math.log1p(10 * near)
             if known:
                 total += weights["next"] * math.log1p(lists["next"][known[-1]].get(item, 0))
@@ -82,22 +88,24 @@ def by_hand(evidence, scores, history, content):
 @given(
     st.lists(st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 99),
 )
-def test_scores_are_those_of_the_formula(history, with_content, seed):
+def test_scores_are_those_of_the_formula(history, with_content, recent, seed):
     """For all histories, with padding and unknown items in any place; per user up to a constant, which no ranking sees."""
-    evidence, history = filled(12, seed=seed), torch.tensor(history)
+    evidence, history = filled(12, seed=seed, recent=recent), torch.tensor(history)
     content = content_of(12, seed) if with_content else None
     scores = torch.randn(len(history), 12, generator=torch.Generator().manual_seed(seed))
     found, wanted = evidence.add(scores, history, content), by_hand(evidence, scores, history, content)
     assert_close(found - found[:, :1], wanted - wanted[:, :1], terms=64)
 
 
-def test_features_times_weights_are_the_scores():
-    evidence, content = filled(12), content_of(12)
+@pytest.mark.parametrize("recent", [False, True])
+def test_features_times_weights_are_the_scores(recent):
+    evidence, content = filled(12, recent=recent), content_of(12)
     history, scores = torch.tensor([[1, 5, 0], [0, 7, 7]]), torch.randn(2, 12)
     features, rows = evidence.features(scores, history, content, excluded=torch.tensor([[1, 5], [7, 0]]))
-    assert features.shape == (2, 12, 7)
+    assert features.shape == (2, 12, 7 + recent)
     assert (rows == 0).sum(1).tolist() == [2, 1]  # in place of the excluded ones, which are last
     assert not (rows[0, :, None] == torch.tensor([1, 5])).any()
     total, direct = features @ evidence.weights, evidence.add(scores, history, content).gather(1, (rows - 1).clamp(0))
@@ -157,9 +165,9 @@ def test_lists_that_do_not_fit(items, match):
         ItemEvidence(3, neighbours=2).set_list("near", items, torch.ones(items.shape))
 
 
-def make(content=True, evidence=True, **config):
+def make(content=True, evidence=True, recent=False, **config):
     """A model whose head has evidence, random lists and content."""
-    head = {"num_items": ITEMS, "score_codes": True, "evidence": evidence, "neighbours": 4}
+    head = {"num_items": ITEMS, "score_codes": True, "evidence": evidence, "neighbours": 4, "recent": recent}
     head |= {"content_dim": WIDTH} if content else {}
     model = make_model(CATALOGUE, item_head=head, **config)
     item_head = model.get_encoder().item_head
@@ -167,7 +175,7 @@ def make(content=True, evidence=True, **config):
         codes = torch.tensor(CATALOGUE.codes, dtype=torch.long)
         item_head.set_content(codes, torch.randn(ITEMS, WIDTH, generator=torch.Generator().manual_seed(1)))
     if evidence:
-        item_head.evidence.load_state_dict(filled(ITEMS).state_dict())
+        item_head.evidence.load_state_dict(filled(ITEMS, recent=recent).state_dict())
     return model.eval()
 
 
@@ -202,10 +210,10 @@ def test_the_head_alone_ranks_items():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("content", [True, False])
-def test_each_item_of_a_session_has_the_evidence_of_those_before_it(content):
+@pytest.mark.parametrize(("content", "recent"), [(True, True), (False, False)])
+def test_each_item_of_a_session_has_the_evidence_of_those_before_it(content, recent):
     """With all items as candidates a session's score is the sum of its items', each scored for the history and what was written before."""
-    model, inputs = make(content=content), PROCESSOR(HISTORIES)
+    model, inputs = make(content=content, recent=recent), PROCESSOR(HISTORIES)
     options = {
         "session_length": 3,
         "num_beams": 20,
@@ -318,6 +326,21 @@ def test_scores_follow_the_weights(optimizer):
         assert not torch.equal(found, first)
 
 
+def test_what_is_recent_comes_and_goes():
+    """Its weight is 0 until it is set, and without it the scores are what they were, bit for bit."""
+    evidence, history, scores = filled(12), torch.tensor([[1, 5]]), torch.randn(1, 12)
+    before = evidence.add(scores, history)
+    evidence.set_recent(torch.arange(12.0))
+    assert torch.equal(evidence.add(scores, history), before)
+    evidence.set_weights(evidence.weights + F.pad(torch.tensor([2.0]), (7, 0)))
+    assert_close(evidence.add(scores, history) - before, 2 * torch.log1p(torch.arange(12.0))[None], terms=64)
+    evidence.set_recent(None)
+    assert torch.equal(evidence.add(scores, history), before)
+    assert "recent_counts" not in evidence.state_dict()
+    with pytest.raises(StrictDataclassError, match="recent=True is a part of the evidence"):
+        ItemHeadConfig(num_items=3, recent=True)
+
+
 def test_nothing_left_to_rank_by():
     model, inputs = make(), PROCESSOR(HISTORIES)
     with pytest.raises(ValueError, match="decoder_weight=0 leaves nothing to rank by"):
@@ -327,14 +350,16 @@ def test_nothing_left_to_rank_by():
 
 
 @torch.no_grad()
-def test_everything_is_saved(tmp_path):
-    model, inputs = make(), PROCESSOR(HISTORIES)
+@pytest.mark.parametrize("recent", [False, True])
+def test_everything_is_saved(tmp_path, recent):
+    model, inputs = make(recent=recent), PROCESSOR(HISTORIES)
     model.generation_config.item_score_weight, model.generation_config.decoder_weight = 3.0, 0.0
     model.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     head = again.get_encoder().item_head
     assert head.content.dtype == torch.float16
     assert head.evidence.near_items.dtype == torch.int32
+    assert head.config.recent == recent == (head.evidence.recent_counts is not None)
     options = {"num_beams": 20, "num_return_sequences": 20, "session_length": 1}
     assert torch.equal(again.recommend(**inputs, **options), model.recommend(**inputs, **options))
 
@@ -358,7 +383,7 @@ def test_content_is_learned_where_vectors_are_not():
 
 @torch.no_grad()
 def test_items_that_join_are_scored_by_content_at_once():
-    model, inputs = make(), PROCESSOR(HISTORIES)
+    model, inputs = make(recent=True), PROCESSOR(HISTORIES)
     before = scores_of(model, HISTORIES)
     taken = {tuple(code) for code in CATALOGUE.codes.tolist()}
     free = next(code for code in np.ndindex(*CATALOGUE.codebook_sizes) if code not in taken)

@@ -172,3 +172,37 @@ def test_weights_are_fitted_with_a_lifelong_pathway():
         assert int(targets[0]) in rows[0].tolist()
         features.append(found[0, rows[0].argsort()])
     assert not torch.equal(*features)
+
+
+def test_what_is_asked_for_lately(tables, tmp_path):
+    """
+    In the last days everybody takes one of five items. The model finds and saves that, goes on with the weights of another one, and forgets it in data
+    without times.
+    """
+    draw = np.random.default_rng(0)
+    days = {u: 10 + draw.permutation(200)[:4] for u in range(120)}
+    rows = [(f"n{u}", f"m{draw.integers(35)}", day) for u in range(120) for day in days[u]]
+    rows += [(f"n{u}", f"m{35 + draw.integers(5)}", 1000 + draw.integers(50)) for u in range(120) for _ in range(3)]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).drop_duplicates(["user_id", "item_id"])
+    items = pd.DataFrame({"item_id": [f"m{i}" for i in range(40)], "title": [f"word{i % 9}" for i in range(40)]})
+    dataset = load_dataset(interactions=log, items=items, min_item_interactions=1)
+    model, processor = untrained(dataset)
+    found = fit_evidence(model, processor, dataset)
+    head = model.get_encoder().item_head
+    assert found["recent"] > 0.2
+    assert fit_evidence(model, processor, dataset) == found  # whatever was fitted before
+    train_items, times = dataset.train_sequences.item_ids, dataset.train_sequences.timestamps
+    row = dict(zip(train_items.tolist(), rows_of_items(model, processor.catalogue.indices(train_items)), strict=True))
+    by_hand = dict.fromkeys(row, 0.0)
+    for item, time in zip(train_items.tolist(), times, strict=True):
+        by_hand[item] += np.exp(-(times > time).sum() / (len(times) / 10))
+    assert_close(head.evidence.recent_counts[[row[item] for item in row]], np.array(list(by_hand.values())), terms=200)
+    model.save_pretrained(tmp_path)
+    again = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.get_encoder().item_head.evidence.recent_counts, head.evidence.recent_counts)
+    other, _ = untrained(dataset)
+    assert fit_evidence(other, processor, dataset, weights_of=model) == found
+    assert torch.equal(other.get_encoder().item_head.evidence.recent_counts, head.evidence.recent_counts)
+    places = log.sort_values("timestamp").assign(timestamp=log.groupby("user_id").cumcount())
+    assert "recent" not in fit_evidence(model, processor, load_dataset(interactions=places, items=items))
+    assert not model.config.item_head.recent

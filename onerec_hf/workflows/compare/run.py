@@ -121,9 +121,8 @@ def _fit_sequential(
         how = SemanticIDSettings(embedding=settings.pop("features"), semantic_id_seed=spec["seed"])
         features = embed_items(data, how)[0]
     options = {"max_history": data.max_history, "eval_exclude_seen": spec["exclude_seen"], "seed": spec["seed"]}
-    sequences = data.train_sequences
     model = fit_sequential(
-        sequences.lists() if data.features is None else sequences,  # pyright: ignore[reportArgumentType] (arrays are sequences of ids)
+        data.train_sequences,  # pyright: ignore[reportArgumentType] (arrays are sequences of ids)
         data.validation,
         item_ids=data.item_ids,
         features=features,
