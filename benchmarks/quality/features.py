@@ -9,6 +9,7 @@ The folders hold models that `onerec-hf train --dataset NAME` saved, one per see
     NAME/ndcg@10_with_over_without     OneRec: ratio of the means over seeds; spread: of single seeds
     NAME/MODEL/VARIANT/METRIC          test users; MODEL: onerec (with, without), sasrec (none, all, all-user, all-item, all-interaction, all-feedback)
     NAME/MODEL/VARIANT/gain            NDCG@10 beyond the model without features, mean over seeds; `standard_error` over the users
+    NAME/onerec/VARIANT/over_sasrec    NDCG@10 beyond the SASRec with the same features and seeds, and its `over_sasrec_error` over the users
 
 all-feedback reads the features, but positive interactions only. Other rows stay in the file, such as those of another data set.
 
@@ -69,7 +70,7 @@ def main() -> None:
     if options.drop:
         rows = bench.dropped(options.drop, options.models, options.seeds, Path(options.output_dir))
     else:
-        rows = bench.onerec(options.models, options.without) + bench.sasrec(options.seeds)
+        rows = bench.onerec(options.models, options.without) + bench.sasrec(options.seeds) + bench.over_sasrec()
     before = json.loads(Path(options.json).read_text()) if options.json and Path(options.json).is_file() else {}
     measured = {row["name"] for row in rows}
     others = [row for row in before.get("rows", ()) if row["name"] not in measured]
@@ -82,6 +83,8 @@ class Bench:
     def __init__(self, named: dict[str, Any], quick: bool):
         self.named, self.name, self.quick = named, named["dataset"], quick
         self.loaded: dict[str, Any] = {}
+        #: Per model and variant the metrics of the test users, one entry per seed.
+        self.found: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {}
 
     def data(self, groups: tuple[str, ...], everything: bool):
         """The data set with these groups of features, as far as it has them, and histories of all interactions."""
@@ -220,6 +223,20 @@ class Bench:
             say(f"sasrec/{name}: " + ", ".join(f"{each['ndcg@10'].mean():.4f}" for each in found[name]))
         return self._rows("sasrec", found, "none") if seeds else []
 
+    def over_sasrec(self) -> list[dict[str, Any]]:
+        """Rows of OneRec's differences to SASRec, where both have as many seeds."""
+        from onerec_hf.evaluation.results import result_row
+
+        rows = []
+        for mine, its in (("with", "all"), ("without", "none")):
+            pair = self.found.get("onerec", {}).get(mine, []), self.found.get("sasrec", {}).get(its, [])
+            if pair[0] and len(pair[0]) == len(pair[1]):
+                gains = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(*pair, strict=True)], axis=0)
+                name, against = f"{self.name}/onerec/{mine}/over_sasrec", f"{self.name}/sasrec/{its}"
+                rows.append(result_row(name, gains.mean(), "ndcg@10", against=against))
+                rows.append(result_row(f"{name}_error", gains.std(ddof=1) / len(gains) ** 0.5, "ndcg@10"))
+        return rows
+
     def _fitted(self, data, seed: int) -> dict[str, np.ndarray]:
         from onerec_hf.evaluation.metrics import ndcg_at_k, recall_at_k
         from onerec_hf.trainers import fit_sequential
@@ -241,6 +258,7 @@ class Bench:
         from onerec_hf.evaluation.results import result_row
 
         rows = []
+        self.found[model] = found
         for variant, seeds in found.items():
             for metric in METRICS:
                 values = [each[metric].mean() for each in seeds]
