@@ -63,6 +63,9 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
         encoder_scales_embeddings (`bool`, defaults to `False`):
             Multiply the encoder's embeddings by `sqrt(hidden_size)`. The embeddings then outweigh the updates of the layers for longer, and item
             scores are learned in fewer steps. `inputs_embeds` are not scaled.
+        decoder_scales_embeddings (`bool`, defaults to `False`):
+            Multiply the decoder's embeddings by `sqrt(hidden_size)`. New embeddings are small: unscaled, the code before is drowned by the updates of
+            the layers, and an item's second and third code are learned in many more steps. `decoder_inputs_embeds` are not scaled.
         cross_attention_rope (`bool`, defaults to `True`):
             Rotary positions in cross-attention too, with the session placed right after the history, so that the decoder sees how long
             ago each history item was. `False` is the plain cross-attention of T5.
@@ -113,6 +116,7 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
     encoder_attention: str = "softmax"
     encoder_pools_items: bool = False
     encoder_scales_embeddings: bool = False
+    decoder_scales_embeddings: bool = False
     cross_attention_rope: bool = True
     num_experts: int = 24
     num_experts_per_tok: int = 2
@@ -224,6 +228,11 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
     def encoder_stride(self) -> int:
         """Tokens of a history that share a position in the encoder: all of an item with `encoder_pools_items`, otherwise one."""
         return self.tokens_per_item if self.encoder_pools_items else 1
+
+    @property
+    def decoder_input_scale(self) -> float:
+        """Factor of the embeddings that the decoder reads."""
+        return self.hidden_size**0.5 if self.decoder_scales_embeddings else 1.0
 
     @property
     def sparse_layers(self) -> int:

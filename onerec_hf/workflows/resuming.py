@@ -270,6 +270,7 @@ _SIZES = (
         "encoder_attention",
         "encoder_pools_items",
         "encoder_scales_embeddings",
+        "decoder_scales_embeddings",
         "cross_attention_rope",
     ),
 )

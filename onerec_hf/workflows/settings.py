@@ -240,6 +240,9 @@ class ModelSettings:
     encoder_scales_embeddings: bool = field(
         default=False, metadata={"help": "Multiply the encoder's embeddings by the square root of the hidden size."}
     )
+    decoder_scales_embeddings: bool = field(
+        default=False, metadata={"help": "Multiply the decoder's embeddings by the square root of the hidden size."}
+    )
     cross_attention_rope: bool = field(default=True, metadata={"help": "Rotary positions in cross-attention."})
     item_head: bool = field(
         default=False,

@@ -420,7 +420,7 @@ def test_content_that_does_not_fit(content, match):
 @pytest.mark.slow
 def test_evidence_is_exported(tmp_path):
     """The encoder's graph has the scores with the evidence."""
-    model = make()
+    model = make(recent=True)
     export_onnx(model, PROCESSOR, tmp_path)
     batch = PROCESSOR(HISTORIES)
     inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
