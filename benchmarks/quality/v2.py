@@ -61,10 +61,13 @@ def make(kind: str, codebook_sizes: list[int], width: int, layers: int):
         "num_experts": 1,
         "session_length": 1,
         "encoder_pools_items": True,
+        "decoder_scales_embeddings": True,  # without it most of the loss is that of the second and third code
     }
     if kind == "lazy":
         return OneRecV2ForConditionalGeneration(OneRecV2Config(decoder_layers=layers, **shared))
-    config = OneRecConfig(encoder_layers=layers // 2, decoder_layers=layers // 2, **shared)
+    config = OneRecConfig(
+        encoder_layers=layers // 2, decoder_layers=layers // 2, encoder_scales_embeddings=True, **shared
+    )
     return OneRecForConditionalGeneration(config)
 
 
