@@ -1,4 +1,4 @@
-"""The card of a sequence model (SASRec, HSTU, GRU4Rec): architecture, data, and how well it ranks."""
+"""The card of a sequence model (SASRec, HSTU, GRU4Rec, ACVAE): architecture, data, and how well it ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _ARCHITECTURES = {
     "sasrec": ("SASRec", "1808.09781"),
     "hstu": ("HSTU, positions only,", "2402.17152"),
     "gru4rec": ("GRU4Rec", "1511.06939"),
+    "acvae": ("ACVAE", "2103.10693"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The trainer of the sequence models SASRec, HSTU and GRU4Rec: every next item is a target, held-out users select the checkpoint."""
+"""The trainer of the sequence models SASRec, HSTU, GRU4Rec and ACVAE: every next item is a target, held-out users select the checkpoint."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ Experiments of the quality benchmark: YAML files under experiments/, read with c
 
     description: SASRec          # the row's text in tables
     extends: small               # another experiment whose recipe and settings these extend (instead of kind and recipe)
-    kind: sequential             # ranking (nothing is trained), sequential (SASRec, HSTU, GRU4Rec) or onerec
+    kind: sequential             # ranking (nothing is trained), sequential (SASRec, HSTU, GRU4Rec, ACVAE) or onerec
     recipe: amazon_beauty.yaml   # under recipes/: how the data is cut, and the sizes of a generator
     settings: {...}              # of that kind, over the recipe's: options of `onerec-hf train` for onerec
     alignment: {...}             # train on by preference alignment, with these settings over alignment.DEFAULTS

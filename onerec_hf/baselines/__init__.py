@@ -1,4 +1,4 @@
-"""Baselines: popularity, item-kNN, and the sequence models SASRec, HSTU and GRU4Rec. Names are imported on first use."""
+"""Baselines: popularity, item-kNN, and the sequence models SASRec, HSTU, GRU4Rec and ACVAE. Names are imported on first use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Configuration of the sequence models SASRec, HSTU and GRU4Rec."""
+"""Configuration of the sequence models SASRec, HSTU, GRU4Rec and ACVAE."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from onerec_hf.modeling.configuration_features import FeaturesConfig
 from onerec_hf.modeling.hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
-ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
+ARCHITECTURES = ("sasrec", "hstu", "gru4rec", "acvae")
+_RECURRENT = ("gru4rec", "acvae")
 
 
 @strict
@@ -19,18 +20,19 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     Args:
         architecture (`str`, defaults to `"sasrec"`):
             `"sasrec"`: causal self-attention (arXiv 1808.09781), pre-norm. `"hstu"`: pointwise attention with gates (arXiv 2402.17152), positions
-            only. `"gru4rec"`: a gated recurrent network (arXiv 1511.06939).
+            only. `"gru4rec"`: a gated recurrent network (arXiv 1511.06939). `"acvae"`: a variational autoencoder with a recurrent and a convolutional
+            layer (arXiv 2103.10693).
         num_items (`int`, defaults to 1):
             Size of the catalogue.
         hidden_size (`int`, defaults to 64):
             Width of embeddings and states.
         num_hidden_layers (`int`, *optional*):
-            2 when not given; 1 for `"gru4rec"`.
+            2 when not given; 1 for `"gru4rec"` and `"acvae"`.
         num_attention_heads (`int`, defaults to 2):
             Attention heads of `"sasrec"` and `"hstu"`.
         intermediate_size (`int`, *optional*):
             Width of the feed-forward layers of `"sasrec"` (4 x `hidden_size` when not given), or of the recurrent state of `"gru4rec"`
-            (2 x `hidden_size`).
+            and `"acvae"` (2 x `hidden_size`).
         dropout_rate (`float`, defaults to 0.2):
             Dropout of embeddings and layers.
         max_history (`int`, defaults to 50):
@@ -40,6 +42,10 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
         loss (`str`, defaults to `"ce"`):
             `"ce"`: cross-entropy over all items, the stronger one on public data (arXiv 2309.07602). `"bce"`: binary cross-entropy with one random
             negative per target (SASRec, equation 6).
+        latent_size (`int`, *optional*):
+            Width of the latent variable of `"acvae"`; half of `hidden_size` when not given.
+        kl_weight, contrast_weight (`float`, default to 0.05 and 0.1):
+            Weights of the adversarial KL term and of the contrastive term of `"acvae"`, beside the `loss`; those of the authors' code.
         item_feature_dim (`int`, defaults to 0):
             Width of the fixed item features (such as text embeddings), in addition to the learned item embeddings; 0 for none.
         features (`FeaturesConfig` or `dict`, *optional*):
@@ -79,6 +85,9 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     max_history: int = 50
     scale_embeddings: bool | None = None
     loss: str = "ce"
+    latent_size: int | None = None
+    kl_weight: float | int = 0.05
+    contrast_weight: float | int = 0.1
     item_feature_dim: int = 0
     features: FeaturesConfig | dict | None = None
     score_features: bool = False
@@ -92,11 +101,13 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
-        recurrent = self.architecture == "gru4rec"
+        recurrent = self.architecture in _RECURRENT
         if self.num_hidden_layers is None:
             self.num_hidden_layers = 1 if recurrent else 2
         if self.intermediate_size is None:
             self.intermediate_size = (2 if recurrent else 4) * self.hidden_size
+        if self.latent_size is None:
+            self.latent_size = max(1, self.hidden_size // 2)
         if self.scale_embeddings is None:
             self.scale_embeddings = not recurrent
         if isinstance(self.features, dict):
@@ -110,9 +121,12 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             raise ValueError(f'loss must be "ce" or "bce"; got {self.loss!r}')
         check_sizes(
             self,
-            sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size max_history neighbours",
+            sizes="num_items hidden_size num_hidden_layers num_attention_heads intermediate_size latent_size max_history neighbours",
             layers="num_hidden_layers",
         )
+        for name in ("kl_weight", "contrast_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 on")
         features: Any = self.features
         if features and features.pathways is not None:
             raise ValueError("a sequence model reads one history: leave pathways out of its features")
@@ -122,7 +136,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
         for name, most in widths.items():
             if not 0 <= (getattr(self, name) or 0) < most:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, nor larger than any item's")
-        if self.architecture != "gru4rec" and self.hidden_size % self.num_attention_heads:
+        if self.architecture not in _RECURRENT and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )

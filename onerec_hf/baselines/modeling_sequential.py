@@ -1,5 +1,5 @@
 """
-SASRec, HSTU and GRU4Rec as one model: a history of item embeddings becomes one state per position, and items are ranked by their inner products
+SASRec, HSTU, GRU4Rec and ACVAE as one model: a history of item embeddings becomes one state per position, and items are ranked by their inner products
 with the last one.
 """
 
@@ -18,11 +18,12 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from onerec_hf.baselines.acvae import ACVAEEncoder
 from onerec_hf.baselines.configuration_sequential import SequentialConfig
 from onerec_hf.baselines.item_index import ItemIndex
 from onerec_hf.baselines.next_items import IGNORED, draw_negatives, pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
-from onerec_hf.baselines.sequential_encoders import ENCODERS, HSTULayer
+from onerec_hf.baselines.sequential_encoders import GRU4RecEncoder, HSTUEncoder, HSTULayer, SASRecEncoder
 from onerec_hf.modeling.feature_codes import check_schema
 from onerec_hf.modeling.feature_embedding import FeatureEmbedding
 from onerec_hf.modeling.features import MISSING, FeatureSchema
@@ -33,13 +34,15 @@ from onerec_hf.modeling.item_evidence import ItemEvidence
 if TYPE_CHECKING:
     from onerec_hf.data.feature_tables import DatasetFeatures
 
+_ENCODERS = {"sasrec": SASRecEncoder, "hstu": HSTUEncoder, "gru4rec": GRU4RecEncoder, "acvae": ACVAEEncoder}
+
 
 @dataclass
 class SequentialOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor`, *optional*):
-            Mean over targets, with labels.
+            Mean over targets, with labels; in training with the other terms of `"acvae"`.
         logits (`torch.FloatTensor` of shape `(users, num_items)`, *optional*):
             Scores of all items as the next one, without labels.
         last_hidden_state (`torch.FloatTensor` of shape `(users, t, hidden_size)`):
@@ -53,7 +56,7 @@ class SequentialOutput(ModelOutput):
 
 class SequentialRecommender(HubModel, PreTrainedModel):
     """
-    A sequence model of one of three architectures (`config.architecture`), with the ids of its items and, optionally, fixed item features. Saved
+    A sequence model of one of four architectures (`config.architecture`), with the ids of its items and, optionally, fixed item features. Saved
     in safetensors and loaded like any transformers model, also by `AutoModel`.
 
     Example:
@@ -91,7 +94,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         codes = own.item_slots if own is not None else 0
         # Of input ids; without the values of an item they are missing ones, which begin at zero.
         self.item_codes = nn.Buffer(torch.zeros(config.num_items + 1, codes, dtype=torch.int32)) if codes else None
-        self.encoder = ENCODERS[config.architecture](config)
+        self.encoder = _ENCODERS[config.architecture](config)
         # Set by `add_evidence`, after training.
         self.evidence = None
         if config.evidence:
@@ -107,8 +110,9 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear | nn.GRU):  # torch's own initialisation
-            bound = (module.in_features if isinstance(module, nn.Linear) else module.hidden_size) ** -0.5
+        if isinstance(module, nn.Linear | nn.GRU | nn.Conv1d):  # torch's own initialisation
+            inputs = module.hidden_size if isinstance(module, nn.GRU) else module.weight[0].numel()
+            bound = inputs**-0.5
             for weight in module.parameters(recurse=False):
                 init.uniform_(weight, -bound, bound)
             return
@@ -258,13 +262,17 @@ class SequentialRecommender(HubModel, PreTrainedModel):
 
     def encode(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None = None) -> torch.Tensor:
         """(users, t) input ids to (users, t, hidden_size) states; a state depends on its position and those before it."""
+        return self.encoder(self._embedded(input_ids, feature_ids), input_ids != 0)
+
+    def _embedded(self, input_ids: torch.Tensor, feature_ids: torch.Tensor | None) -> torch.Tensor:
+        """(users, t, hidden_size) that the encoder reads."""
         if input_ids.shape[1] > self.config.max_history:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} positions and max_history is {self.config.max_history}. Cut histories to the latest items"
             )
         scale = self.config.hidden_size**0.5 if self.config.scale_embeddings else 1.0
         embedded = self.embed(input_ids) + self._of_features(input_ids, feature_ids)
-        return self.encoder(scale * embedded, input_ids != 0)
+        return scale * embedded
 
     def forward(
         self,
@@ -288,21 +296,24 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             With `config.features`: codes of the user and of the interaction at each item, 0 at padding; those of items are the model's. Without
             them the values are missing.
         """
-        states = self.encode(input_ids, feature_ids)
+        if labels is not None and self.training and isinstance(self.encoder, ACVAEEncoder):
+            states, added = self.encoder.with_loss(self._embedded(input_ids, feature_ids), input_ids != 0)
+        else:
+            states, added = self.encode(input_ids, feature_ids), 0.0
         if labels is None:
             return SequentialOutput(logits=self._scores(states, input_ids), last_hidden_state=states)
         real = labels != IGNORED
         if self.config.loss == "ce":
             scores = states[real] @ self.item_vectors().T
             loss = F.cross_entropy(scores, labels[real] - 1, label_smoothing=label_smoothing)
-            return SequentialOutput(loss=loss, last_hidden_state=states)
+            return SequentialOutput(loss=loss + added, last_hidden_state=states)
         if label_smoothing:
             raise ValueError(f'label_smoothing={label_smoothing} needs loss="ce"; "bce" has no labels to smooth')
         seen = torch.cat([input_ids, labels.clamp(min=0)], dim=1) if seen_ids is None else seen_ids
         negatives = draw_negatives(seen, real.nonzero()[:, 0], self.config.num_items)
         positive, negative = ((states[real] * self.embed(ids)).sum(-1) for ids in (labels[real], negatives))
         loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative)).mean()
-        return SequentialOutput(loss=loss, last_hidden_state=states)
+        return SequentialOutput(loss=loss + added, last_hidden_state=states)
 
     def _scores(self, states, input_ids, vectors=None, legal=None) -> torch.Tensor:
         """(users, num_items) scores of all items after the last state, with the evidence; only `legal` items take places among its candidates."""

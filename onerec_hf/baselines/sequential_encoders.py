@@ -35,6 +35,16 @@ class SASRecEncoder(nn.Module):
         return self.layers(states, mask=~attends.repeat_interleave(self.heads, dim=0))
 
 
+def roll(states: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """
+    (users, t, width) states rolled along t by the (users, 1) places of each row, as `torch.roll`. By the histories' lengths, leading padding comes last:
+    after it, recurrent states would depend on how much of it there is.
+    """
+    t = states.shape[1]
+    places = (torch.arange(t, device=states.device) - by).remainder(t)
+    return states.take_along_dim(places.unsqueeze(-1), dim=1)
+
+
 class GRU4RecEncoder(nn.Module):
     """A gated recurrent network (Hidasi et al., arXiv 1511.06939)."""
 
@@ -47,12 +57,9 @@ class GRU4RecEncoder(nn.Module):
         self.out = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        # Rolled so that padding comes last: after leading padding, states would depend on how much of it there is.
-        t, lengths = states.shape[1], real.sum(1, keepdim=True)
-        positions = torch.arange(t, device=real.device)
-        to_left, back = ((positions + shift).remainder(t).unsqueeze(-1) for shift in (-lengths, lengths))
-        states = self.dropout(states).take_along_dim(to_left, dim=1)
-        return self.out(self.gru(states)[0].take_along_dim(back, dim=1))
+        lengths = real.sum(1, keepdim=True)
+        states = roll(self.dropout(states), lengths)
+        return self.out(roll(self.gru(states)[0], -lengths))
 
 
 class HSTULayer(nn.Module):
@@ -94,6 +101,3 @@ class HSTUEncoder(nn.Module):
         for layer in self.layers:
             states = layer(states, real)
         return self.norm(states)
-
-
-ENCODERS = {"sasrec": SASRecEncoder, "hstu": HSTUEncoder, "gru4rec": GRU4RecEncoder}

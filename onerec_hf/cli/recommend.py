@@ -34,7 +34,7 @@ class RecommendArguments(DtypeSettings, ShownItemArguments):
 
     model: str | None = field(
         default=None,
-        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, ACVAE, popularity or item-kNN: folder or Hub id."},
     )
     histories: str = field(
         default="-",

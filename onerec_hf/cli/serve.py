@@ -20,7 +20,7 @@ class ServeArguments(DtypeSettings, ShownItemArguments):
 
     model: str = field(
         default="",
-        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, ACVAE, popularity or item-kNN: folder or Hub id."},
     )
     host: str = field(
         default="127.0.0.1",

@@ -214,7 +214,7 @@ def saved_config(repo: str, name: str) -> dict[str, Any]:
 
 def load_sequential(option: str, repo: str) -> SequentialRecommender:
     """
-    The sequence model (SASRec, HSTU, GRU4Rec) of a folder or Hub repository.
+    The sequence model (SASRec, HSTU, GRU4Rec, ACVAE) of a folder or Hub repository.
 
     Raises:
         ValueError: it is absent, damaged or without item ids.

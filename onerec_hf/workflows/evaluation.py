@@ -51,7 +51,7 @@ class EvaluateSettings(DtypeSettings):
 
     model: str | None = field(
         default=None,
-        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, popularity or item-kNN: folder or Hub id."},
+        metadata={"help": "A saved OneRec, SASRec, HSTU, GRU4Rec, ACVAE, popularity or item-kNN: folder or Hub id."},
     )
     split: str = field(default="test", metadata={"help": "test or validation."})
     top_k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "The k of the metrics."})

@@ -44,7 +44,7 @@ class UpdateSettings:
     """The model, the columns of the tables, and the output folder."""
 
     model: str | None = field(
-        default=None, metadata={"help": "A saved OneRec, or a SASRec, HSTU or GRU4Rec: folder or Hub id."}
+        default=None, metadata={"help": "A saved OneRec, or a SASRec, HSTU, GRU4Rec or ACVAE: folder or Hub id."}
     )
     user_column: str = field(default="user_id", metadata={"help": "Name of the user column."})
     item_column: str = field(default="item_id", metadata={"help": "Name of the item column."})

@@ -13,6 +13,7 @@ NAMES = {
     "sasrec": "SASRec",
     "hstu": "HSTU",
     "gru4rec": "GRU4Rec",
+    "acvae": "ACVAE",
     "popularity": "popularity",
     "item_knn": "item-kNN",
 }

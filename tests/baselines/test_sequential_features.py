@@ -44,7 +44,7 @@ def codes(random, length):
     return np.stack([np.full(length, random.integers(3, 5)), random.integers(3, 5, length)], axis=1)
 
 
-@pytest.mark.parametrize("architecture", ["sasrec", "hstu", "gru4rec"])
+@pytest.mark.parametrize("architecture", ["sasrec", "hstu", "gru4rec", "acvae"])
 def test_features_are_added_to_the_items_of_a_history(architecture):
     model = make(architecture)
     ids, of_user = pad_left([np.array([3, 1, 4])]), codes(np.random.default_rng(0), 3)

@@ -1,4 +1,4 @@
-"""SASRec, HSTU and GRU4Rec: losses by hand, padding, causality, features, ranking, files."""
+"""SASRec, HSTU, GRU4Rec and ACVAE: losses by hand, padding, causality, features, ranking, files."""
 
 import json
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 from onerec_hf.baselines import PopularityBaseline, SequentialConfig, SequentialRecommender
 from onerec_hf.baselines.next_items import draw_negatives, pad_left
 
-ARCHITECTURES = ("sasrec", "hstu", "gru4rec")
+ARCHITECTURES = ("sasrec", "hstu", "gru4rec", "acvae")
 IDS = [f"m{i}" for i in range(12)]
 
 
@@ -71,12 +71,12 @@ def test_negatives_are_all_items_but_the_seen():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_changes_nothing(architecture):
-    model, alone = make(architecture), batch([3, 1, 4])
-    beside = batch([3, 1, 4], [7, 2, 9, 5, 6, 0])
+    model, alone = make(architecture), batch([3, 1, 4, 8])
+    beside = batch([3, 1, 4, 8], [7, 2, 9, 5, 6, 0])
     expected = model.encode(alone)[0]
-    torch.testing.assert_close(model.encode(beside)[0, -3:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode(beside)[0, -4:], expected, rtol=1e-4, atol=1e-5)
     model.item_embedding.weight.data[0] = 100.0  # whatever the padding's vector
-    torch.testing.assert_close(model.encode(beside)[0, -3:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode(beside)[0, -4:], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -210,12 +210,15 @@ def test_bad_items_and_features_are_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"architecture": "bert4rec"}, "architecture must be one of sasrec, hstu, gru4rec; got 'bert4rec'"),
+        ({"architecture": "bert4rec"}, "architecture must be one of sasrec, hstu, gru4rec, acvae; got 'bert4rec'"),
         ({"loss": "bpr"}, 'loss must be "ce" or "bce"'),
         ({"hidden_size": 15}, "hidden_size=15 must be a multiple of num_attention_heads=2"),
         ({"max_history": 0}, "max_history=0 must lie between"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must lie between"),
         ({"item_feature_dim": -1}, "item_feature_dim=-1"),
+        ({"latent_size": 0}, "latent_size=0 must lie between"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must be a number from 0 on"),
+        ({"contrast_weight": float("nan")}, "contrast_weight=nan must be a number from 0 on"),
     ],
 )
 def test_bad_configurations_are_refused(setting, message):

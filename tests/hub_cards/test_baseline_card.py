@@ -14,7 +14,7 @@ def make(item_ids=("a", "b", "c", "d"), **config) -> SequentialRecommender:
     return SequentialRecommender.from_items(list(item_ids), hidden_size=8, **config).eval()
 
 
-@pytest.mark.parametrize("architecture", ["sasrec", "hstu", "gru4rec"])
+@pytest.mark.parametrize("architecture", ["sasrec", "hstu", "gru4rec", "acvae"])
 def test_the_snippet_runs(architecture, tmp_path):
     model = make(architecture=architecture)
     model.save_pretrained(tmp_path)

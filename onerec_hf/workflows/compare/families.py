@@ -3,7 +3,7 @@ Model families of a comparison: YAML files under spaces/, or in a folder of the 
 
     title: SASRec                # in the report
     extends: gru4rec             # a family of the same folder, whose keys these override; settings, space and first one by one
-    kind: sequential             # ranking (popularity, item_knn), sequential (SASRec, HSTU, GRU4Rec) or onerec
+    kind: sequential             # ranking (popularity, item_knn), sequential (SASRec, HSTU, GRU4Rec, ACVAE) or onerec
     needs_content: true          # left out where the table has neither item texts nor embeddings
     data: {session_length: 1}    # options about data in place of the comparison's, for kind onerec
     settings: {NAME: VALUE}      # those that no trial changes: of the kind's workflow (onerec: options of `onerec-hf train`)
@@ -96,7 +96,7 @@ def load_families(names: Sequence[str] | None = None, folder: str | Path | None 
 
     Example:
         >>> [family.name for family in load_families()]
-        ['gru4rec', 'hstu', 'item_knn', 'onerec', 'onerec_head', 'popularity', 'sasrec', 'sasrec_text', 'sasrec_text_evidence', 'tiger']
+        ['acvae', 'gru4rec', 'hstu', 'item_knn', 'onerec', 'onerec_head', 'popularity', 'sasrec', 'sasrec_text', 'sasrec_text_evidence', 'tiger']
     """
     folder = SPACES if folder is None else Path(folder)
     known = sorted(path.stem for path in folder.glob("*.yaml"))
