@@ -67,8 +67,8 @@ class ACVAEEncoder(nn.Module):
     Item embeddings to states, by way of z. Outside training the noise has its mean, zero, so that a history has one z.
 
     The authors' code has an output layer over items beside embeddings of unit variance, and one optimiser for each player. Here items are scored by
-    the vectors that they are read by, as in the other models, so that these are small: a layer norm brings them to unit variance, without which the
-    noise drowns them. One optimiser takes gradients that are cut where the players part.
+    the vectors that they are read by, as in the other models, so that these are small: a layer norm brings them to unit variance. The critic of the
+    prior has no dropout. One optimiser takes gradients that are cut where the players part.
     """
 
     def __init__(self, config: SequentialConfig):
