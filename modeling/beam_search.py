@@ -350,12 +350,7 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     Gumbel keys of the children (users, beams, children) of nodes whose keys are `maximum` (users, beams): drawn independently, then shifted
     so that their largest equals the node's key (Kool et al., section 3.2 and appendix B.3).
     """
-    noise = torch.empty_like(log_probabilities)
-    if isinstance(generator, Sequence):
-        for of_user, own in zip(noise, generator, strict=True):
-            of_user.exponential_(generator=own)
-    else:
-        noise.exponential_(generator=generator)
+    noise = exponential_noise(torch.empty_like(log_probabilities), generator)
     keys = log_probabilities + noise.log_().neg_()
     largest = keys.amax(-1, keepdim=True)
     maximum = maximum[..., None]
@@ -364,4 +359,15 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     return shifted.masked_fill(log_probabilities == float("-inf"), float("-inf"))
 
 
-__all__ = ["BeamDecoder", "Beams", "beam_search", "between_steps"]
+def exponential_noise(
+    values: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> torch.Tensor:
+    """Fills (users, ...) values with exponential noise, of one generator or of one per user."""
+    if isinstance(generator, Sequence):
+        for of_user, own in zip(values, generator, strict=True):
+            of_user.exponential_(generator=own)
+        return values
+    return values.exponential_(generator=generator)
+
+
+__all__ = ["BeamDecoder", "Beams", "beam_search", "between_steps", "exponential_noise"]

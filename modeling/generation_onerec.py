@@ -26,11 +26,10 @@ from .cpu_experts import packed
 from .diversity import SessionDiversity
 from .feature_codes import BESIDE_HISTORIES
 from .feature_embedding import positive_places
-from .files import find_file, read_json_object
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
 from .layers_onerec import at_places
-from .top_candidates import top_candidates
+from .session_head import decoder_of
 
 # Beams of all users that exist at once.
 _CPU_ROWS_AT_ONCE, _ROWS_AT_ONCE = 1024, 1 << 16
@@ -313,6 +312,7 @@ class OneRecGenerationMixin(GenerationMixin):
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
         unknown: str = "error",
+        session_decoding: str = "beam",
         diversity: float = 0.0,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -340,6 +340,8 @@ class OneRecGenerationMixin(GenerationMixin):
             decoder_weight: factor of the decoder's log-probabilities beside the item scores. With 0 and sessions of one item the item head
                 alone ranks, and no decoder runs. When not given, `generation_config.decoder_weight` for sessions of one item (1 where that has
                 none), and 1 for longer ones.
+            session_decoding: "beam", or "parallel" for sessions in one pass without the decoder, by a session head ([`ParallelDecoder`]): sessions that
+                differ in their first items, sorted by their log-probability under the head. `num_beams` does not matter.
             diversity: penalty on items that the returned sessions of a user share; 0 returns the best beams, which differ by an item or two. With 1,
                 three sessions of five share almost none; each shared item takes `log(items)`, the score of an item drawn at random. The first session
                 is the best one, each other the best beside those before it, and `sequences_scores` say what that costs: they are without the penalty.
@@ -358,7 +360,7 @@ class OneRecGenerationMixin(GenerationMixin):
             legal sessions exist than requested, the missing ones are BOS and padding, with score -inf.
 
         Raises:
-            ValueError: no catalogue, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a
+            ValueError: no catalogue, `session_decoding="parallel"` without a session head or with options of beam search, an `item_score_weight` for a model without item scores, a `decoder_weight` of 0 without one, `num_return_sequences > num_beams`, a
                 `diversity` that is negative or goes with `do_sample`, a temperature that is not positive, another number of generators than users, or
                 exclusions that leave a user no item.
             KeyError: an id in `exclude` or `allow` that the catalogue lacks, unless `unknown="skip"`.
@@ -383,6 +385,13 @@ class OneRecGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"temperature={temperature} must be positive; for the most probable sessions leave do_sample out"
             )
+        parallel = decoder_of(
+            self,
+            session_decoding,
+            session_length,
+            **{"distinct=False": not distinct, "diversity": diversity, "decoder_weight": decoder_weight is not None},
+            item_score_weight=item_score_weight is not None,
+        )
         if isinstance(generator, Sequence) and len(generator) != len(input_ids):
             raise ValueError(f"{len(generator)} generators for {len(input_ids)} users: pass one each, or one for all")
         input_ids = input_ids.to(self.device)
@@ -406,7 +415,7 @@ class OneRecGenerationMixin(GenerationMixin):
             attention_mask = at_places(attention_mask, self.config.encoder_stride)
             sampling = {"sample": do_sample, "temperature": temperature, "generator": generator}
             item_scores = None
-            if weight := self._item_score_weight(item_score_weight):
+            if weight := 1.0 if parallel is not None else self._item_score_weight(item_score_weight):
                 item_scores = self._item_scores(
                     history, attention_mask, constraint.trie, weight, input_ids, feature_ids
                 )
@@ -417,22 +426,25 @@ class OneRecGenerationMixin(GenerationMixin):
                 if item_scores is not None:
                     weights[: session_length if item_scores.reads_sessions else 1] += weight
                 diverse = SessionDiversity(diversity, num_return_sequences, weights, constraint.trie)
-            beams = self._search(
-                history,
-                attention_mask,
-                constraint,
-                num_beams,
-                session_length,
-                item_scores=item_scores,
-                decoder_weight=decoder_weight,
-                diverse=diverse,
-                **sampling,
-            )
+            if parallel is not None:
+                beams = parallel.search(item_scores, constraint, session_length, num_return_sequences, **sampling)
+            else:
+                beams = self._search(
+                    history,
+                    attention_mask,
+                    constraint,
+                    num_beams,
+                    session_length,
+                    item_scores=item_scores,
+                    decoder_weight=decoder_weight,
+                    diverse=diverse,
+                    **sampling,
+                )
         sequences, scores = self._sequences(beams, num_return_sequences)
         if not return_dict_in_generate:
             return sequences
         output = ModelOutput(sequences=sequences, sequences_scores=scores)
-        if do_sample:
+        if do_sample and parallel is None:
             output["sampling_keys"] = _first(beams.perturbed, num_return_sequences).flatten()
             output["sampling_scores"] = _first(beams.sampled_from, num_return_sequences).flatten()
         return output
@@ -468,7 +480,8 @@ class OneRecGenerationMixin(GenerationMixin):
         **sampling,
     ) -> Beams:
         if decoder_weight == 0 and session_length == 1 and not sampling.get("sample") and item_scores is not None:
-            return _best_items(item_scores, constraint, num_beams)
+            scores, leaves = item_scores.best(constraint, num_beams)
+            return Beams(leaves[..., None], scores * item_scores.weight)
         # With a few users at a time, the search of a CPU stays in its caches; the answer is the same.
         users = len(history)
         at_once = max(1, (_CPU_ROWS_AT_ONCE if history.device.type == "cpu" else _ROWS_AT_ONCE) // num_beams)
@@ -650,33 +663,11 @@ class OneRecGenerationMixin(GenerationMixin):
         return past_key_values
 
 
-# Scores of this many users times items exist at once: 128 MiB of float32.
-_SCORES_AT_ONCE = 1 << 25
-
-
-def _best_items(item_scores: ItemScores, constraint: CatalogueConstraint, count: int) -> Beams:
-    """The items with the best item scores as sessions of one item, in the form of a beam search: a stable order, -inf where no item is left."""
-    users, items, parts = len(item_scores.states), item_scores.trie.num_leaves, []
-    at_once = max(1, _SCORES_AT_ONCE // items)
-    for start in range(0, users, at_once):
-        some = slice(start, start + at_once)
-        scores, leaves = top_candidates(item_scores.at_leaves(some, constraint.of(some)), count)
-        parts.append(Beams(leaves[..., None], scores * item_scores.weight))
-    return Beams.cat(parts)
-
-
 def _first(values: torch.Tensor, count: int, fill: float = float("-inf")) -> torch.Tensor:
     """The first `count` beams of (users, beams, ...), `fill` where there are fewer."""
     values = values[:, :count]
     missing = values.new_full((len(values), count - values.shape[1], *values.shape[2:]), fill)
     return torch.cat([values, missing], dim=1)
-
-
-def former_item_score_weight(repo, **kwargs) -> float | None:
-    """The `item_score_weight` of a config.json of format version 1, where it was an option of the model; None in later ones."""
-    path = find_file(repo, "config.json", **kwargs)
-    config = {} if path is None else read_json_object(path)
-    return config.get("item_score_weight") if config.get("format_version", 1) == 1 else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from .constraint import CatalogueConstraint, SemanticIDTrie
 from .item_evidence import SessionEvidence
+from .top_candidates import top_candidates
 
 
 class ItemScorer:
@@ -75,6 +76,8 @@ class ItemScorer:
 
 
 _PROBES = 1024
+# Scores of this many users times items exist at once: 128 MiB of float32.
+_SCORES_AT_ONCE = 1 << 25
 # The scorer of each encoder, with what it was made from: at a million items its vectors take longer to compute than an answer.
 _SCORERS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, list, ItemScorer]] = weakref.WeakKeyDictionary()
 
@@ -142,6 +145,15 @@ class ItemScores:
         history = None if self.history is None else self.history[users]
         leaves = self.scorer.log_probs(self.states[users], history, legal)
         return leaves if legal is None else leaves.masked_fill(~legal, float("-inf"))
+
+    def best(self, constraint: CatalogueConstraint, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(users, count) log-probabilities and leaves of the best items, in a stable order; -inf where no item is left."""
+        at_once, parts = max(1, _SCORES_AT_ONCE // self.trie.num_leaves), []
+        for start in range(0, len(self.states), at_once):
+            some = slice(start, start + at_once)
+            parts.append(top_candidates(self.at_leaves(some, constraint.of(some)), count))
+        scores, leaves = zip(*parts, strict=True)
+        return torch.cat(scores), torch.cat(leaves)
 
     def guide(self, users: slice, constraint: CatalogueConstraint) -> SessionGuide:
         """The guide of beam search for some of the users."""

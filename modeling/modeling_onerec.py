@@ -28,11 +28,11 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .catalogue import CATALOGUE_NAME, ItemCatalogue
+from .beside_weights import BesideWeights
 from .configuration_onerec import OneRecConfig
 from .cpu_experts import EXPERTS_IMPLEMENTATION
 from .feature_embedding import FeatureEmbedding, with_features
-from .generation_onerec import OneRecGenerationMixin, former_item_score_weight
+from .generation_onerec import OneRecGenerationMixin
 from .hub import HubModel
 from .item_head import ItemHead
 from .layers_onerec import (
@@ -510,10 +510,9 @@ class OneRecModel(OneRecPreTrainedModel):
     equation 4) as a mean over code tokens.
     """
 )
-class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedModel):
+class OneRecForConditionalGeneration(BesideWeights, OneRecGenerationMixin, OneRecPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _files_beside = (CATALOGUE_NAME,)
     _custom_pipelines = {
         "generative-recommendation": {
             "impl": "pipeline_onerec.GenerativeRecommendationPipeline",
@@ -664,16 +663,6 @@ class OneRecForConditionalGeneration(OneRecGenerationMixin, OneRecPreTrainedMode
         for layer, counts in zip((each for each in self.model.decoder.layers if each.is_sparse), load, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
             bias += rate * torch.sign(counts.mean() - counts).to(bias.device)
-
-    def _save_beside(self, folder):
-        if self.catalogue is not None:
-            self.catalogue.save(f"{folder}/{CATALOGUE_NAME}")
-
-    def _load_beside(self, repo, **kwargs):
-        if (catalogue := ItemCatalogue.find(repo, **kwargs)) is not None:
-            self.set_catalogue(catalogue)
-        if weight := former_item_score_weight(repo, **kwargs):
-            self.generation_config.item_score_weight = weight
 
 
 __all__ = ["OneRecForConditionalGeneration", "OneRecModel", "OneRecPreTrainedModel"]

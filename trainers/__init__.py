@@ -29,11 +29,14 @@ _PUBLIC = {
     "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
     "SequentialTrainer": "sequential_trainer",
     "SequentialTrainingArguments": "sequential_config",
+    "SessionHeadArguments": "session_head",
     "StepFaults": "faults",
     "AtomicCheckpointMixin": "checkpoints",
     "AveragedWeights": "weight_average",
     "fit_sequential": "sequential_trainer",
+    "fit_session_head": "session_head",
     "newest_checkpoint": "checkpoints",
+    "pick_sessions": "session_head",
     "shard": "sharding",
     "unsharded_model": "sharding",
     "WeightAverage": "weight_average",
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
     from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
     from onerec_hf.trainers.sequential_trainer import SequentialTrainer, fit_sequential
+    from onerec_hf.trainers.session_head import SessionHeadArguments, fit_session_head, pick_sessions
     from onerec_hf.trainers.sharding import shard, unsharded_model
     from onerec_hf.trainers.weight_average import AveragedWeights, WeightAverage
 else:

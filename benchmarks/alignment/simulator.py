@@ -162,10 +162,10 @@ _SILENT: dict[str, Any] = {
 }
 
 
-def _generator(processor, examples, seed: int, sizes: Sizes):
+def _generator(processor, examples, seed: int, sizes: Sizes, item_head: bool = False):
     import torch
 
-    from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
+    from onerec_hf import ItemHeadConfig, OneRecConfig, OneRecForConditionalGeneration
     from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 
     torch.manual_seed(seed)
@@ -179,8 +179,11 @@ def _generator(processor, examples, seed: int, sizes: Sizes):
         num_attention_heads=2,
         num_experts=1,
         num_experts_per_tok=1,
+        item_head=ItemHeadConfig(num_items=len(processor.catalogue), loss_weight=1.0) if item_head else None,
     )
     model = OneRecForConditionalGeneration(config)
+    if item_head:
+        model.set_catalogue(processor.catalogue)
     with tempfile.TemporaryDirectory() as scratch:
         args = OneRecTrainingArguments(
             scratch,
