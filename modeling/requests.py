@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from .feature_codes import RequestFeatures, check_lifelong, check_schema, split_history
+from .session_head import DECODINGS
 from .top_candidates import top_candidates
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Request:
         unknown: "skip" leaves out and counts ids that the catalogue does not hold, "error" raises.
         max_history: the latest items of the history that the model reads; the processor's when not given.
         diversity: penalty on items that the sessions share; 1 leaves hardly any.
+        session_decoding: "beam", or "parallel" for sessions of a model with a session head in one pass.
         name: of the history in messages.
         candidates: items to rank: the answer has all of them, best first, those of the history too, with the model's exact scores. `top_k`,
             `num_beams` and `exclude_seen` do not count then.
@@ -115,6 +117,7 @@ class Request:
     unknown: str = "skip"
     max_history: int | None = None
     diversity: float = 0.0
+    session_decoding: str = "beam"
     name: str = "the history"
     candidates: Any = None
     user: Any = None
@@ -128,6 +131,8 @@ class Request:
                 raise RequestError(f"{option} must be at least 1; got {value}")
         if not 0 <= self.diversity < math.inf:
             raise RequestError(f"diversity must be a finite number, at least 0; got {self.diversity}")
+        if self.session_decoding not in DECODINGS:
+            raise RequestError(f"session_decoding must be beam or parallel; got {self.session_decoding!r:.40}")
         if self.unknown not in ("skip", "error"):
             raise RequestError(f'unknown must be "skip" or "error"; got {self.unknown!r:.40}')
         if self.candidates is not None:
@@ -152,6 +157,7 @@ class BatchKind(NamedTuple):
     has_allow: bool
     diversity: float = 0.0
     diverse_sessions: int = 0
+    session_decoding: str = "beam"
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +199,9 @@ class ResolvedRequest:
         request = self.request
         if self.ranks:  # a beam for each candidate: none is pruned. Similar numbers share a batch.
             return BatchKind(1, 1 << max(0, self.candidates - 1).bit_length(), has_allow=True)
-        kind = BatchKind(request.session_length, request.beams, self.allow is not None)
+        kind = BatchKind(
+            request.session_length, request.beams, self.allow is not None, session_decoding=request.session_decoding
+        )
         if request.diversity and min(request.session_length, request.top_k) > 1:
             # How many sessions are returned decides which.
             return kind._replace(diversity=request.diversity, diverse_sessions=request.top_k)
@@ -546,6 +554,7 @@ class Recommender:
             session_length=kind.session_length,
             num_beams=kind.num_beams,
             num_return_sequences=most,
+            session_decoding=kind.session_decoding,
             diversity=kind.diversity,
             exclude=_padded([resolved.exclude for resolved in requests]),
             allow=_padded([resolved.allow for resolved in requests if resolved.allow is not None]),

@@ -285,4 +285,12 @@ def decoder_of(model: Any, decoding: str, session_length: int, **unread: Any) ->
     return parallel
 
 
-__all__ = ["SESSION_HEAD_NAME", "ParallelDecoder", "SessionHead", "decoder_of", "read_sessions", "session_head_loss"]
+__all__ = [
+    "DECODINGS",
+    "SESSION_HEAD_NAME",
+    "ParallelDecoder",
+    "SessionHead",
+    "decoder_of",
+    "read_sessions",
+    "session_head_loss",
+]

@@ -29,7 +29,7 @@ _PUBLIC = {
     "Seq2SeqDPOTrainer": "seq2seq_dpo_trainer",
     "SequentialTrainer": "sequential_trainer",
     "SequentialTrainingArguments": "sequential_config",
-    "SessionHeadArguments": "session_head",
+    "SessionHeadArguments": "session_head_config",
     "StepFaults": "faults",
     "AtomicCheckpointMixin": "checkpoints",
     "AveragedWeights": "weight_average",
@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from onerec_hf.trainers.seq2seq_dpo_trainer import Seq2SeqDPOTrainer
     from onerec_hf.trainers.sequential_config import SequentialTrainingArguments
     from onerec_hf.trainers.sequential_trainer import SequentialTrainer, fit_sequential
-    from onerec_hf.trainers.session_head import SessionHeadArguments, fit_session_head, pick_sessions
+    from onerec_hf.trainers.session_head import fit_session_head, pick_sessions
+    from onerec_hf.trainers.session_head_config import SessionHeadArguments
     from onerec_hf.trainers.sharding import shard, unsharded_model
     from onerec_hf.trainers.weight_average import AveragedWeights, WeightAverage
 else:

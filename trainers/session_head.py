@@ -19,55 +19,15 @@ from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES
 from onerec_hf.modeling.layers_onerec import at_places
 from onerec_hf.modeling.session_head import ParallelDecoder, SessionHead, read_sessions, session_head_loss
 from onerec_hf.trainers.rewards import as_functions, check_reward_items, reward_values
+from onerec_hf.trainers.session_head_config import SessionHeadArguments
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.modeling_onerec import OneRecForConditionalGeneration
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
 
 #: Weights of likeness that held-out histories choose from.
-ALPHAS = (0.0, 0.003, 0.01, 0.03, 0.1)
+ALPHAS = (0.0, 0.01, 0.03, 0.1, 0.2)
 _ENCODE_BATCH, _MOST_HELD_OUT = 256, 1000
-
-
-@dataclass
-class SessionHeadArguments:
-    """
-    How a session head is trained.
-
-    Args:
-        candidates: the item head's best items that sessions are made of.
-        width: of the head.
-        epochs: passes over the examples.
-        batch_size: examples of a step.
-        learning_rate: of AdamW, falls to zero along a cosine.
-        drawn: sessions that are drawn for a history, of which the best and the worst by reward count; they are drawn from the second epoch on.
-        unlikelihood: weight of sessions of low utility.
-        alpha: weight of likeness to placed items; the best of [`ALPHAS`] on held-out histories when not given.
-        seed: of weights, order and sessions.
-    """
-
-    candidates: int = 100
-    width: int = 64
-    epochs: int = 6
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    drawn: int = 8
-    unlikelihood: float = 1.0
-    alpha: float | None = None
-    seed: int = 0
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: a count below 1, fewer than two drawn sessions, or a negative weight.
-        """
-        for name, least in (("candidates", 2), ("width", 4), ("epochs", 1), ("batch_size", 1), ("drawn", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.unlikelihood < math.inf:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} must be positive, and unlikelihood={self.unlikelihood} at least 0"
-            )
 
 
 @dataclass
@@ -146,7 +106,9 @@ def fit_session_head(
     head.eval()
     alpha, found = _choose_alpha(head, encoded[:held_out], vectors, args.alpha, rewarded)
     model.parallel_decoder = ParallelDecoder(head.cpu(), args.candidates, alpha)
-    covered = float((encoded.sessions >= 0).sum() / sum(min(len(row["session"]), encoded.sessions.shape[1]) for row in rows))
+    covered = float(
+        (encoded.sessions >= 0).sum() / sum(min(len(row["session"]), encoded.sessions.shape[1]) for row in rows)
+    )
     return {"loss": loss, "covered": covered, "alpha": alpha, "heldout": found}
 
 
@@ -191,7 +153,9 @@ def _likely(rows: list, column: str | None) -> torch.Tensor:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"utility_column {column!r} must hold a number in each example ({error!r:.80})") from error
     if not np.isfinite(values).all():
-        raise ValueError(f"utility_column {column!r}: {int((~np.isfinite(values)).sum())} values are not finite numbers")
+        raise ValueError(
+            f"utility_column {column!r}: {int((~np.isfinite(values)).sum())} values are not finite numbers"
+        )
     return torch.from_numpy(values >= np.median(values))
 
 
@@ -214,9 +178,7 @@ def _encode(
         beside = {name: batch.get(name) for name in BESIDE_HISTORIES}
         states = encoder(batch["input_ids"], batch["attention_mask"], **beside).last_hidden_state
         mask = at_places(batch["attention_mask"], model.config.encoder_stride)
-        item_scores = model._item_scores(
-            states, mask, trie, 1.0, batch["input_ids"], batch.get("feature_ids")
-        )
+        item_scores = model._item_scores(states, mask, trie, 1.0, batch["input_ids"], batch.get("feature_ids"))
         scores, leaves = item_scores.best(constraint, candidates)
         targets = torch.full((len(some), length), -1, device=model.device)
         for place, row in enumerate(some):
@@ -303,7 +265,9 @@ def _drawn_loss(
     noise = torch.empty(shape).exponential_(generator=generator).log_().neg_().to(matrix.device)
     likeness = matrix.new_zeros(len(leaves), matrix.shape[1], matrix.shape[1])
     chosen, totals = read_sessions(matrix, likeness, count, noise=noise)
-    values = torch.from_numpy(rewarded(places, leaves.gather(1, chosen.flatten(1)).view(chosen.shape))).to(matrix.device)
+    values = torch.from_numpy(rewarded(places, leaves.gather(1, chosen.flatten(1)).view(chosen.shape))).to(
+        matrix.device
+    )
     complete = totals.isfinite()  # fewer candidates than positions leave none
     best = values.masked_fill(~complete, -math.inf).argmax(1, keepdim=True)
     worst = values.masked_fill(~complete, math.inf).argmin(1, keepdim=True)

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "compute memory per GPU, communication and time per step of a model from its config",
     "reward": "train a reward model that scores sessions, from impressions with feedback",
     "align": "align a trained generator with preferences, from reward models or given pairs",
+    "session-head": "train a session head on a saved generator, for sessions in one pass",
     "add-items": "add new items to a saved model, without training",
     "update": "count new interactions into a saved model, without training",
     "evaluate": "rank the full catalogue for held-out items, with popularity and item-kNN as baselines",

@@ -15,7 +15,7 @@ from onerec_hf.cli.arguments import ShownItemArguments, parse, parse_given
 from onerec_hf.cli.recommend_inputs import Candidates, check_output, read_ids, table_requests, typed_ids, write_answers
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 from onerec_hf.modeling.files import short
-from onerec_hf.workflows.artefact import ITEMS_NAME, check_dtype, load_recommender
+from onerec_hf.workflows.artefact import ITEMS_NAME, check_dtype, load_recommender, model_type
 from onerec_hf.workflows.data_options import excludes_seen, read_data_options
 from onerec_hf.workflows.distributed import all_ranks, is_first, say
 from onerec_hf.workflows.new_items import check_choice, with_new_items
@@ -89,6 +89,10 @@ class RecommendArguments(DtypeSettings, ShownItemArguments):
     session_length: int = field(default=1, metadata={"help": "Items per session; 1 returns a ranked list of items."})
     top_k: int = field(default=10, metadata={"help": "Sessions (or items) per user, best first."})
     num_beams: int = field(default=50, metadata={"help": "Beam width; raised to top_k if smaller."})
+    session_decoding: str = field(
+        default="beam",
+        metadata={"help": "beam, or parallel: sessions in one pass, by the session head that `session-head` trained."},
+    )
     diversity: float = field(
         default=0.0,
         metadata={"help": "Penalty on items that a user's sessions share; with 1 they share hardly any."},
@@ -119,7 +123,7 @@ class RecommendArguments(DtypeSettings, ShownItemArguments):
 
     def options(self) -> dict[str, Any]:
         """The options of every request, by the names of [`~onerec_hf.modeling.requests.Request`]."""
-        names = ("top_k", "session_length", "exclude_seen", "diversity")
+        names = ("top_k", "session_length", "exclude_seen", "diversity", "session_decoding")
         options = {name: getattr(self, name) for name in names} | {"num_beams": max(self.num_beams, self.top_k)}
         return options | {"unknown": self.unknown or "error"}
 
@@ -164,6 +168,7 @@ def main(argv: list[str]) -> None:
 
 def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
     """Checks the options against each other, and fills in the defaults that depend on others or on the model."""
+    from onerec_hf.baselines.requests import ITEM_MODEL_TYPES
     from onerec_hf.modeling.requests import Request, RequestError
 
     if args.model is None:
@@ -184,6 +189,13 @@ def _check(args: RecommendArguments, given: dict[str, Any]) -> None:
         raise ValueError("--candidates and --allow both name the items to choose from: pass one of them")
     if args.candidates is not None and args.session_length > 1:
         raise ValueError(f"--candidates ranks single items: leave out --session_length {args.session_length}")
+    if args.session_decoding != "beam":
+        if args.candidates is not None:
+            raise ValueError(f"--candidates ranks single items: leave out --session_decoding {args.session_decoding}")
+        if (kind := model_type(args.model)) in ITEM_MODEL_TYPES:
+            raise ValueError(
+                f"--session_decoding is for OneRec generators, and {args.model} holds a {kind}; leave it out"
+            )
     if args.histories != "-" and not os.path.isfile(args.histories):
         raise ValueError(f'--histories {args.histories}: no such file; name one, or "-" for stdin')
     check_choice(args.new_items)

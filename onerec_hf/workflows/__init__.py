@@ -31,6 +31,8 @@ _PUBLIC = {
     "RewardResult": "results",
     "RunComplete": "errors",
     "SemanticIDSettings": "settings",
+    "SessionHeadResult": "session_head",
+    "SessionHeadSettings": "session_head",
     "ShardedDataset": "dataset",
     "ShardingSettings": "sharding",
     "TrainSettings": "training",
@@ -50,6 +52,7 @@ _PUBLIC = {
     "ranking_table": "results",
     "train": "training",
     "train_reward": "reward_training",
+    "train_session_head": "session_head",
     "update": "updating",
 }
 
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from onerec_hf.workflows.reward_data import RewardDataSettings, load_feedback
     from onerec_hf.workflows.reward_training import RewardModelSettings, train_reward
     from onerec_hf.workflows.semantic_ids import FitSettings, compare_quantizers, fit_semantic_ids
+    from onerec_hf.workflows.session_head import SessionHeadResult, SessionHeadSettings, train_session_head
     from onerec_hf.workflows.settings import DataSettings, ModelSettings, OutputSettings, SemanticIDSettings
     from onerec_hf.workflows.sharding import ShardingSettings
     from onerec_hf.workflows.training import TrainSettings, chosen_settings, train

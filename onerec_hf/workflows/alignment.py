@@ -28,7 +28,7 @@ from onerec_hf.workflows.artefact import (
     write_origin,
 )
 from onerec_hf.workflows.data_options import excludes_seen, option_words, save_data_options
-from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue, sample
+from onerec_hf.workflows.dataset import RecommendationDataset, check_catalogue, drawn_examples
 from onerec_hf.workflows.distributed import all_ranks, is_first, say, wait
 from onerec_hf.workflows.evaluation import ranking_rows
 from onerec_hf.workflows.loading import as_dataset, data_and_options
@@ -174,6 +174,7 @@ def align(
             raise ValueError(f"--output_dir {folder} is the model itself; name another folder")
         started = time.perf_counter()
         processor, model = load_processor("--model", how.model), load_model("--model", how.model)
+        model.parallel_decoder = None  # trained on weights that change
         preferences = None if how.preferences is None else read_preferences(how.preferences, processor)
         rewards = [load_reward(path) for path in how.reward or []]
         dataset = as_dataset(where, how.model)
@@ -188,7 +189,7 @@ def align(
         args.output_dir = str(folder / "checkpoints")
         logged = None if how.impressions is None else _logged_samples(how, args, dataset, processor)
         rows_given = preferences if logged is None else logged
-        examples = _drawn(dataset.train if rows_given is None else rows_given, how.max_examples, args.seed)
+        examples = drawn_examples(dataset.train if rows_given is None else rows_given, how.max_examples, args.seed)
         real: Any = dataset.train
         trainer = make_trainer(
             sharding.shard(model), rewards, args, processor, examples, None if logged is None else real
@@ -221,18 +222,6 @@ def align(
             say(f"saved to {folder}")
         wait()
         return GeneratorResult(rows, folder, trainer)
-
-
-def _drawn(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
-    """`count` of the examples in their order, drawn at random; all for None. Shards are read as one data set: pairs refer to rows by number."""
-    from datasets import Dataset
-
-    from onerec_hf.data import ExampleStream
-
-    if isinstance(examples, ExampleStream):
-        files: Any = examples.files  # its annotation wants paths of one class
-        examples = Dataset.from_parquet(files, columns=examples.column_names)
-    return sample(examples, count, seed)
 
 
 def _logged_samples(how: AlignSettings, args: Any, dataset: RecommendationDataset, processor: OneRecProcessor) -> Any:
@@ -306,7 +295,7 @@ def make_trainer(
             args=args,
             train_dataset=examples,
             processing_class=processor,
-            ntp_dataset=_drawn(real_sessions, None, args.seed) if real_sessions is not None else None,
+            ntp_dataset=drawn_examples(real_sessions, None, args.seed) if real_sessions is not None else None,
         )
     if not rewards:
         args.remove_unused_columns = True

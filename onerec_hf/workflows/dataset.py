@@ -485,6 +485,18 @@ def sample(examples: datasets.Dataset, count: int | None, seed: int = 0) -> data
     return examples.select(np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False)))
 
 
+def drawn_examples(examples: Any, count: int | None, seed: int) -> datasets.Dataset:
+    """As [`sample`]. Shards are read as one data set: what refers to rows by number needs that."""
+    from datasets import Dataset
+
+    from onerec_hf.data import ExampleStream
+
+    if isinstance(examples, ExampleStream):
+        files: Any = examples.files  # its annotation wants paths of one class
+        examples = Dataset.from_parquet(files, columns=examples.column_names)
+    return sample(examples, count, seed)
+
+
 class ItemLookup(Protocol):
     """The items of a model: a [`~onerec_hf.ItemCatalogue`], or the item index of a sequence model."""
 

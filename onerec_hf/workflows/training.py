@@ -599,6 +599,7 @@ def _start(
         processor.lifelong = lifelong_history(data, ids, settings, processor)
         return model, processor, origin, encoder
     model = load_model(option, place, settings.attn_implementation)
+    model.parallel_decoder = None  # trained on weights that change
     set_ranking_weights(model, settings.item_score_weight, settings.decoder_weight)
     return model, processor, origin, None
 
