@@ -197,8 +197,9 @@ class ParallelDecoder:
         try:
             settings = json.loads(metadata["settings"])
             own = {name: settings.pop(name) for name in ("candidates", "alpha")}
-            head = SessionHead(**settings)
-            head.load_state_dict(tensors)
+            with torch.device("meta"):  # sizes of a damaged file take no memory
+                head = SessionHead(**settings)
+            head.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
             return cls(head, **own)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} is damaged ({short(error)}); copy or download it again") from error
