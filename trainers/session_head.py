@@ -7,7 +7,7 @@ high, the worst as low.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class _Encoded:
 def fit_session_head(
     model: OneRecForConditionalGeneration,
     processor: OneRecProcessor,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Iterable[Any],
     reward_funcs: Any = None,
     args: SessionHeadArguments | None = None,
     *,
@@ -77,7 +77,7 @@ def fit_session_head(
     args = args or SessionHeadArguments()
     args.check()
     rewards, rows = as_functions(reward_funcs), list(examples)
-    head_config = model.config.item_head
+    head_config: Any = model.config.item_head
     if head_config is None or not head_config.loss_weight:
         raise ValueError(
             "a session head reads the candidates of an item head, and this model has none with a loss_weight above 0. Train one: onerec-hf train --item_head"
@@ -187,12 +187,12 @@ def _encode(
         hits = (targets[..., None] == leaves[:, None]) & scores.isfinite()[:, None]
         sessions = torch.where(hits.any(2), hits.long().argmax(2), -1)
         parts.append((item_scores.states.float(), scores, leaves, sessions))
-    columns = [torch.cat(part) for part in zip(*parts, strict=True)]
-    if not (columns[3] >= 0).any():
+    states, scores, leaves, sessions = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not (sessions >= 0).any():
         raise ValueError(
             f"no item of {len(rows):,} sessions is among the {candidates} best candidates of the item head: train the model longer, or raise candidates"
         )
-    return _Encoded(*columns, likely.to(model.device)), item_scores.scorer.vectors
+    return _Encoded(states, scores, leaves, sessions, likely.to(model.device)), item_scores.scorer.vectors
 
 
 def _ids_of_leaves(model: Any) -> np.ndarray:
