@@ -15,12 +15,16 @@ Simulator (`simulator.py`, its world, data and reward models): one OneRec with a
   parallel_no_unlikely   the same without unlikelihood
   parallel_alpha_0       the head of `parallel_reward` without contrastive decoding
   parallel_picked        the best of 32 sessions of `parallel_reward` by the reward model, the evaluator
+
+Parts are kept in PATH.runs.jsonl until all are complete, so that a killed benchmark resumes.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +137,35 @@ def methods(setting: Setting, sizes: Sizes) -> dict[str, dict[str, float]]:
     return found
 
 
-def simulator(folder: str, seeds: list[int], sizes: Sizes) -> list[dict[str, Any]]:
+class Parts:
+    """What earlier runs of this benchmark have measured, by part."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.found = {each["part"]: each["found"] for each in map(json.loads, lines)}
+
+    def get(self, part: str, measure: Callable[[], Any]) -> Any:
+        if part not in self.found:
+            self.found[part] = measure()
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"part": part, "found": self.found[part]}) + "\n")
+        return self.found[part]
+
+    def complete(self) -> None:
+        if self.path is not None:
+            self.path.unlink()
+
+
+def simulator(parts: Parts, folder: str, seeds: list[int], sizes: Sizes) -> list[dict[str, Any]]:
     from onerec_hf.evaluation.results import result_row
 
     runs: dict[int, dict[str, dict[str, float]]] = {}
     for seed in seeds:
-        runs[seed] = methods(load_setting(folder, seed, sizes), sizes)
+        runs[seed] = parts.get(
+            f"simulator/{seed}", lambda seed=seed: methods(load_setting(folder, seed, sizes), sizes)
+        )
         for method, columns in runs[seed].items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in columns.items())
             say(f"seed {seed}, {method}: {values}")
@@ -173,10 +200,12 @@ def main() -> None:
     options.add_argument("--data_dir", default=f"{DATA}/movielens_latest_small", help="folder of MovieLens' tables")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = options.parse_args()
-    rows = speed(arguments.quick, 2 if arguments.quick else 7)
+    parts = Parts(Path(f"{arguments.json}.runs.jsonl") if arguments.json else None)
+    rows = parts.get("speed", lambda: speed(arguments.quick, 2 if arguments.quick else 7))
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    rows += simulator(arguments.data_dir, seeds, QUICK if arguments.quick else Sizes())
+    rows += simulator(parts, arguments.data_dir, seeds, QUICK if arguments.quick else Sizes())
     finish(rows, arguments.json, settings={"users": 8, "beams": 50, "session_length": 5, "picked_among": PICKED})
+    parts.complete()
 
 
 if __name__ == "__main__":
