@@ -181,12 +181,15 @@ class SemanticIDSettings:
     embedding: str = field(
         default="auto",
         metadata={
-            "help": "Sources of the item embeddings, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
+            "help": "Sources of the item embeddings, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour. graph smooths the others (alone: those of auto) over the user-item graph (MMGRec)."
         },
     )
     embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
     behaviour_weight: float = field(
         default=1.0, metadata={"help": "Weight of behaviour relative to the other embeddings."}
+    )
+    graph_layers: int = field(
+        default=1, metadata={"help": "With --embedding graph: steps from items to their users and back."}
     )
     quantizer: str = field(
         default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
@@ -194,7 +197,7 @@ class SemanticIDSettings:
     on_collision: str = field(
         default="assign",
         metadata={
-            "help": "Items with equal codes: assign moves items to other codes at the least cost, extra-digit adds a level (TIGER)."
+            "help": "Items with equal codes: assign moves items to other codes at the least cost, extra-digit adds a level (TIGER), popularity-rank adds one that ranks them by popularity (MMGRec)."
         },
     )
     kmeans_iterations: int = field(default=20, metadata={"help": "Maximum number of k-means iterations per level."})
