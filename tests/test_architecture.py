@@ -186,7 +186,7 @@ def lines(file: Path) -> int:
 def test_the_model_is_read_in_one_sitting():
     # The model of the paper and what it needs: 24, of which two for the Hub. Beside it, unknown to it: item scores, evidence, diversity; and five files
     # of features.
-    assert len(list(ROOMS["modeling"].glob("*.py"))) <= 39
+    assert len(list(ROOMS["modeling"].glob("*.py"))) <= 40
     assert sum(lines(ROOMS["modeling"] / name) for name in ("modeling_onerec.py", "layers_onerec.py")) <= 1200
 
 

@@ -277,6 +277,12 @@ class ModelSettings:
             "help": "Add evidence about pairs of items to the item scores: counts from training rows, cosines of content; weights from validation users."
         },
     )
+    item_head_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the rarest items' vectors: low rank in blocks by popularity, several times fewer parameters (CpRec); by default all vectors are full."
+        },
+    )
     item_score_weight: float | None = field(
         default=None,
         metadata={
@@ -382,8 +388,11 @@ class ModelSettings:
             # A head without them is saved as earlier versions saved it.
             sizes["item_head"] |= {"content_dim": content_dim} if content_dim else {}
             sizes["item_head"] |= {"evidence": True} if self.item_head_evidence else {}
+            sizes["item_head"] |= {"rank": self.item_head_rank} if self.item_head_rank is not None else {}
         if (self.item_head_content or self.item_head_evidence) and not self.item_head:
             raise ValueError("--item_head_content and --item_head_evidence need --item_head true")
+        if self.item_head_rank is not None and not self.item_head:
+            raise ValueError("--item_head_rank needs --item_head true")
         if self.item_score_weight and not (self.item_head and self.item_head_loss_weight):
             raise ValueError(
                 f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"
