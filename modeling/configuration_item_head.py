@@ -30,6 +30,11 @@ class ItemHeadConfig(PreTrainedConfig):
             Length of the neighbour lists of the evidence.
         recent (`bool`, defaults to `False`):
             The evidence has counts of what is asked for lately; the fit of the evidence sets it where they predict better.
+        rank (`int`, *optional*):
+            Rank of the rarest items' vectors, below the hidden size: the vectors are then of low rank in blocks by popularity ([`item_blocks`]), with
+            fewer parameters. None for full vectors.
+        blocks (`list[int]`, *optional*):
+            Items of the blocks, the most popular first; chosen when None. Items that join the catalogue later join the last block.
 
     Raises:
         ValueError: a size or weight outside its range.
@@ -51,6 +56,16 @@ class ItemHeadConfig(PreTrainedConfig):
     evidence: bool = False
     neighbours: int = 50
     recent: bool = False
+    rank: int | None = None
+    blocks: list[int] | None = None
+
+    def to_dict(self):
+        # A head without rank is saved as earlier versions saved it.
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if value is not None or name not in ("rank", "blocks")
+        }
 
     def validate_architecture(self):
         if self.num_items is None:
@@ -74,6 +89,47 @@ class ItemHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "item_head: score_codes=True needs a loss_weight above 0, otherwise nothing learns the scores"
             )
+        if self.rank is None and self.blocks is not None:
+            raise ValueError("item_head: blocks need a rank, the rank of the last block")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"item_head: rank={self.rank} must be at least 1")
+        if self.blocks is not None and (min(self.blocks, default=0) < 1 or sum(self.blocks) != self.num_items):
+            raise ValueError(
+                f"item_head: blocks={self.blocks!s:.80} must be positive and sum to num_items={self.num_items}"
+            )
 
 
-__all__ = ["ItemHeadConfig"]
+def item_blocks(config: ItemHeadConfig, width: int) -> list[tuple[int, int]]:
+    """
+    Items and rank of each block of an item head with `rank`, the most popular items first. Ranks are the width, a fourth of it, a sixteenth, ..., and at
+    last `rank`; without `config.blocks` each block has four times as many items as the one before, so that blocks have about as many parameters.
+
+    Args:
+        width: the model's hidden size.
+
+    Raises:
+        ValueError: a rank that is not below the width, fewer items than blocks, or another number of blocks.
+
+    Example:
+        >>> item_blocks(ItemHeadConfig(num_items=1_000_000, rank=8), width=128)
+        [(47619, 128), (190476, 32), (761905, 8)]
+    """
+    rank, items = config.rank or 0, config.num_items or 0
+    if rank >= width:
+        raise ValueError(f"item_head: rank={rank} must be below hidden_size={width}; leave it out for full vectors")
+    ranks = [width]
+    while ranks[-1] > rank:
+        ranks.append(max(rank, ranks[-1] // 4))
+    sizes = config.blocks
+    if sizes is None:
+        shares = sum(4**block for block in range(len(ranks)))
+        sizes = [max(1, items * 4**block // shares) for block in range(len(ranks) - 1)]
+        sizes.append(items - sum(sizes))
+    if len(sizes) != len(ranks) or min(sizes) < 1:
+        raise ValueError(
+            f"item_head: rank={rank} makes {len(ranks)} blocks of ranks {ranks}, num_items={items} and blocks={config.blocks} do not fit them"
+        )
+    return list(zip(sizes, ranks, strict=True))
+
+
+__all__ = ["ItemHeadConfig", "item_blocks"]

@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_features import FeaturesConfig
-from .configuration_item_head import ItemHeadConfig
+from .configuration_item_head import ItemHeadConfig, item_blocks
 from .configuration_lifelong import LifelongConfig
 from .hub import FEATURES_FORMAT_VERSION, FORMAT_VERSION, CheckedConfig, check_sizes
 
@@ -157,7 +157,8 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             self.features = FeaturesConfig(**self.features)
         if isinstance(self.lifelong, dict):
             self.lifelong = LifelongConfig(**self.lifelong)
-        if self.features is not None or self.lifelong is not None:
+        low_rank = isinstance(self.item_head, ItemHeadConfig) and self.item_head.rank is not None
+        if self.features is not None or self.lifelong is not None or low_rank:
             self.format_version = FEATURES_FORMAT_VERSION
         super().__post_init__(**kwargs)
 
@@ -200,6 +201,8 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
             raise ValueError(
                 f"item_head needs semantic IDs that fit into 63 bits; codebooks of {self.codebook_sizes} do not"
             )
+        if isinstance(self.item_head, ItemHeadConfig) and self.item_head.rank is not None:
+            item_blocks(self.item_head, self.hidden_size)
         if self.encoder_attention not in ("softmax", "pointwise"):
             raise ValueError(f"encoder_attention={self.encoder_attention!r:.80}: choose softmax or pointwise")
         if self.lifelong is not None and self.lifelong.queries * self.encoder_stride % self.tokens_per_item:

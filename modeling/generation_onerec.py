@@ -161,7 +161,8 @@ class OneRecGenerationMixin(GenerationMixin):
         if self.config.item_head is not None:
             item_head = self.get_encoder().item_head
             if own is None:
-                item_head.set_codes(torch.tensor(catalogue.codes, dtype=torch.long))
+                counts = None if catalogue.popularity is None else torch.tensor(catalogue.popularity)
+                item_head.set_codes(torch.tensor(catalogue.codes, dtype=torch.long), counts)
             elif self.catalogue is not None and own != catalogue.hash:
                 item_head.follow(self.catalogue, catalogue, content)
         self.config.catalogue_hash = catalogue.hash

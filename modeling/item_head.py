@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_item_head import item_blocks
 from .cpu_experts import PreciseBuffers
 from .item_evidence import ItemEvidence
+from .low_rank import LowRankVectors
 
 
 class ItemHead(PreciseBuffers):
@@ -49,7 +51,10 @@ class ItemHead(PreciseBuffers):
         )
         self.dropout = float(self.config.dropout)  # a float of the module, which alignment's `disable_dropout` finds
         # Row 0 is for items without a vector.
-        self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
+        if self.config.rank is None:
+            self.vectors = nn.Embedding(self.config.num_items + 1, config.hidden_size, padding_idx=0)
+        else:
+            self.vectors = LowRankVectors(item_blocks(self.config, config.hidden_size))
         self.keys = nn.Buffer(torch.full((self.config.num_items,), prod(self.sizes), dtype=torch.long))
         width, rows = self.config.content_dim, self.config.num_items + 1
         # Row 0 is for items without content, like all rows of zeros.
@@ -61,21 +66,32 @@ class ItemHead(PreciseBuffers):
         if self.config.evidence:
             self.evidence = ItemEvidence(rows - 1, self.config.neighbours, recent=self.config.recent)
 
-    def set_codes(self, codes: torch.Tensor) -> None:
+    def set_codes(self, codes: torch.Tensor, popularity: torch.Tensor | None = None) -> None:
         """
         Assigns the vectors to items.
 
         Args:
             codes: (num_items, levels) codes, all different.
+            popularity: (num_items,) interaction counts, for a head with `rank`; of equal counts the first item is the more popular one.
 
         Raises:
-            ValueError: another number of items.
+            ValueError: another number of items, or a head with `rank` and no popularity.
         """
         if len(codes) != len(self.keys):
             raise ValueError(
                 f"the model's item_head has num_items={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
             )
-        self.keys.copy_(self._keys(codes.to(self.keys.device)).sort().values)
+        keys, order = self._keys(codes.to(self.keys.device)).sort()
+        self.keys.copy_(keys)
+        if isinstance(self.vectors, LowRankVectors):
+            if popularity is None:
+                raise ValueError(
+                    "item_head.rank orders items by popularity, which the catalogue lacks; make it with popularity=..., or leave rank out"
+                )
+            counts = popularity.to(order.device)
+            place = torch.empty_like(order)
+            place[counts.argsort(descending=True, stable=True)] = torch.arange(len(order), device=order.device)
+            self.vectors.set_order(place[order])
 
     @torch.no_grad()
     def set_content(self, codes: torch.Tensor, content: torch.Tensor) -> None:
@@ -100,7 +116,7 @@ class ItemHead(PreciseBuffers):
         scale = centred.abs().sum(1).mean().clamp(min=1e-6).reciprocal()
         self.content_scale.fill_(scale)
         size = (centred * scale).square().sum(1).mean().sqrt().clamp(min=1e-6)
-        nn.init.normal_(self.content_proj.weight, std=float(self.vectors.weight[1:].std() / size))
+        nn.init.normal_(self.content_proj.weight, std=float(_table(self.vectors)[1:].std() / size))
 
     def check_content(self, content: torch.Tensor, items: int | None = None) -> torch.Tensor:
         """
@@ -141,8 +157,12 @@ class ItemHead(PreciseBuffers):
             larger[row[: old + 1]] = table
             return larger
 
-        self.vectors.weight = nn.Parameter(spread(self.vectors.weight))
-        self.vectors.num_embeddings = len(order) + 1
+        if isinstance(self.vectors, LowRankVectors):
+            self.vectors.extend(row)
+            self.config.blocks = [items for items, _ in self.vectors.blocks]
+        else:
+            self.vectors.weight = nn.Parameter(spread(self.vectors.weight))
+            self.vectors.num_embeddings = len(order) + 1
         self.keys = keys
         if self.content is not None:
             self.content = spread(self.content)
@@ -223,7 +243,7 @@ class ItemHead(PreciseBuffers):
         """(..., width) of content vectors (..., content_dim), zeros where there is no content."""
         known = content.any(-1, keepdim=True)
         centred = (content.to(self.content_mean.dtype) - self.content_mean) * self.content_scale
-        return self.content_proj((centred * known).to(self.vectors.weight.dtype))
+        return self.content_proj((centred * known).to(self.content_proj.weight.dtype))
 
     def tokens(self) -> torch.Tensor:
         """(num_items, levels) code tokens of the items, in the order of their vectors."""
@@ -245,14 +265,14 @@ class ItemHead(PreciseBuffers):
             code_tokens: (items, levels) code tokens of the items; those of `vectors` from row 1, in order, when None.
             dtype: in which the parts of a vector are added; that of the weights when None.
         """
-        vectors, rows = _table(self.vectors).to(dtype), None if code_tokens is None else self.rows(code_tokens)
+        vectors, rows = _table(self.vectors, dtype), None if code_tokens is None else self.rows(code_tokens)
         vectors = vectors[1:] if rows is None else F.embedding(rows, vectors)
         if self.content_proj is not None:
             vectors = vectors + self._projected(self.content[1:] if rows is None else self.content[rows])
         if not self.config.score_codes:
             return vectors
         code_tokens = self.tokens() if code_tokens is None else code_tokens
-        return vectors + F.embedding_bag(code_tokens, _table(token_embedding).to(dtype), mode="sum")
+        return vectors + F.embedding_bag(code_tokens, _table(token_embedding, dtype), mode="sum")
 
     def loss(
         self,
@@ -306,12 +326,17 @@ def history_states(
     return states[torch.arange(states.shape[0], device=states.device), last]
 
 
-def _table(embedding: nn.Module) -> torch.Tensor:
-    """(rows, width) all vectors of an embedding: its weight, or the output of an adapter around it (LoRA), which `weight` leaves out."""
+def _table(embedding: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    (rows, width) all vectors of an embedding: its weight, or the output of an adapter around it (LoRA), which `weight` leaves out. Products of low rank
+    are made in `dtype`.
+    """
+    if isinstance(embedding, LowRankVectors):
+        return embedding.table(dtype)
     if isinstance(embedding, nn.Embedding):
-        return embedding.weight
+        return embedding.weight.to(dtype)
     weight: torch.Tensor = embedding.weight  # pyright: ignore[reportAssignmentType]
-    return embedding(torch.arange(len(weight), device=weight.device))
+    return embedding(torch.arange(len(weight), device=weight.device)).to(dtype)
 
 
 __all__ = ["ItemHead", "history_states"]

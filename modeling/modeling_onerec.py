@@ -34,7 +34,7 @@ from .cpu_experts import EXPERTS_IMPLEMENTATION
 from .feature_embedding import FeatureEmbedding, with_features
 from .generation_onerec import OneRecGenerationMixin
 from .hub import HubModel
-from .item_head import ItemHead
+from .item_head import ItemHead, LowRankVectors
 from .layers_onerec import (
     OneRecCrossAttention,
     OneRecDecoderLayer,
@@ -102,7 +102,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         elif isinstance(module, OneRecTopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, FeatureEmbedding | LifelongPathway):
+        elif isinstance(module, FeatureEmbedding | LifelongPathway | LowRankVectors):
             module.initialize(self.config.initializer_range)
 
     def session_inputs(

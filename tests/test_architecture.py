@@ -185,8 +185,8 @@ def lines(file: Path) -> int:
 
 def test_the_model_is_read_in_one_sitting():
     # The model of the paper and what it needs: 24, of which two for the Hub. Beside it, unknown to it: item scores, evidence, diversity; and five files
-    # of features. Two for sessions in one pass: the session head, and what a generator has beside its weights.
-    assert len(list(ROOMS["modeling"].glob("*.py"))) <= 41
+    # of features. Two for sessions in one pass: the session head, and what a generator has beside its weights. One for item vectors of low rank.
+    assert len(list(ROOMS["modeling"].glob("*.py"))) <= 42
     assert sum(lines(ROOMS["modeling"] / name) for name in ("modeling_onerec.py", "layers_onerec.py")) <= 1200
 
 

@@ -17,6 +17,7 @@ from onerec_hf.planning.parameters import (
     item_head,
     scored_items,
     shared_inner,
+    vector_blocks,
 )
 
 if TYPE_CHECKING:
@@ -155,19 +156,28 @@ class _Counter:
     def item_head(self, users: int, history_items: int) -> int:
         """
         The vectors' indices; for the loss, the ends of the histories, a mask of sessions, states and targets; with `score_codes` or content the summed
-        vectors of all items, and the indices of `embedding_bag` or the content vectors.
+        vectors of all items, and the indices of `embedding_bag` or the content vectors. With `rank` the places and the short vectors of each block, and
+        the vectors of all items.
         """
         head = item_head(self.config)
         if head is None:
             return 0
         content, items = self.precision.matrix * head.content_dim, scored_items(self.config)
-        read = users * history_items * (8 + content)
+        blocks = vector_blocks(self.config)
+        # Per block where its vectors stand and a mask, and short vectors before their projection.
+        rows = 9 * len(blocks) + sum(self.precision.matrix * rank for _, rank in blocks[1:]) if blocks else 8
+        read = users * history_items * (rows + content)
         if not items:
             return read
         loss = users * (3 * 8 + 1 + self.inputs(self.width)) + 4
         of_item = content
-        if head.score_codes or content:
+        if head.score_codes or content or blocks:
             of_item += self.width * self.precision.matrix
+        if blocks:
+            of_item += 8
+            loss += 8  # row 0
+            if not (head.score_codes or content or self.precision.autocast):
+                loss += self.width * self.precision.matrix
         if head.score_codes:
             of_item += 8 * (self.config.num_codebooks + 3)
         return read + loss + items * of_item

@@ -13,8 +13,10 @@ from onerec_hf.planning.parameters import (
     is_lazy,
     is_pointwise,
     matrix_parameters,
+    projected_vectors,
     scored_items,
     static_places,
+    vector_blocks,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +51,14 @@ def forward_flops(config: OneRecConfig, batch: Batch) -> int:
     products += 2 * heads * config.encoder_layers * encoder_tokens * encoder_length
     products += 2 * heads * config.decoder_layers * decoder_tokens * (decoder_length + encoder_length)
     products += batch.users * scored_items(config) * width
-    return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
+    return 2 * products + vector_flops(config, batch) + content_flops(config, batch) + feature_flops(config, batch)
+
+
+def vector_flops(config: OneRecConfig, batch: Batch) -> int:
+    """FLOPs of the projections of an item head with `rank`: of every place of the histories by every block, and for the item loss of all items."""
+    places = batch.users * (history_places(config, batch.history) - static_places(config))
+    read = places * sum(rank for _, rank in vector_blocks(config)[1:]) * config.hidden_size
+    return 2 * (read + (projected_vectors(config) if scored_items(config) else 0))
 
 
 def feature_flops(config: OneRecConfig, batch: Batch) -> int:
@@ -74,7 +83,7 @@ def _lazy_flops(config: OneRecConfig, batch: Batch) -> int:
     blocks = matrix_parameters(config) - context - (config.vocab_size or 0) * width
     products = read * context + tokens * (blocks + _routed(config)) + _head(config, batch)
     products += 2 * heads * config.decoder_layers * tokens * (history_length + session_length)
-    return 2 * products + content_flops(config, batch) + feature_flops(config, batch)
+    return 2 * products + vector_flops(config, batch) + content_flops(config, batch) + feature_flops(config, batch)
 
 
 def _head(config: OneRecConfig, batch: Batch) -> int:
@@ -95,6 +104,12 @@ def step_flops(config: OneRecConfig, batch: Batch, checkpointing: bool = False) 
     forward = forward_flops(config, batch)
     outside = _head(config, batch) + batch.users * scored_items(config) * config.hidden_size
     outside += batch.tokens(config)[0] * context_width(config) * config.hidden_size
-    again = forward - content_flops(config, batch) - feature_flops(config, batch) - 2 * outside
+    again = (
+        forward
+        - vector_flops(config, batch)
+        - content_flops(config, batch)
+        - feature_flops(config, batch)
+        - 2 * outside
+    )
     # Content vectors are fixed: their projection has one gradient, that of its weight.
     return 3 * forward - content_flops(config, batch) + (again if checkpointing else 0)

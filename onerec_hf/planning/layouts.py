@@ -18,6 +18,7 @@ from onerec_hf.planning.parameters import (
     is_lazy,
     tied_parameters,
     units,
+    vector_blocks,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Layout:
             return "OneRec-V2 does not distribute its experts"
         if config.num_experts % self.experts or self.shards % self.experts:
             return f"ep_size {self.experts} must divide {config.num_experts} experts and {self.shards} shards"
+        if self.shards > 1 and vector_blocks(config):
+            return "the item head's vectors of low rank are not sharded: leave rank out, or use ddp"
         table = config.vocab_size or 0
         if "sdp" in self.strategy and config.tie_word_embeddings and table % self.shards:
             return f"the tied embedding has {table} rows, not a multiple of {self.shards} shards: set vocab_size to a multiple"

@@ -78,6 +78,19 @@ def item_vectors(config: OneRecConfig) -> int:
     return 0 if head is None else head.num_items or 0
 
 
+def vector_blocks(config: OneRecConfig) -> list[tuple[int, int]]:
+    """Items and rank of the blocks of an item head with `rank`; empty for full vectors."""
+    from onerec_hf.modeling.configuration_item_head import item_blocks
+
+    head = item_head(config)
+    return [] if head is None or head.rank is None else item_blocks(head, config.hidden_size)
+
+
+def projected_vectors(config: OneRecConfig) -> int:
+    """Weights that make the vectors of all items: a block's items times its rank times the width, without the first block, which is full."""
+    return sum(items * rank * config.hidden_size for items, rank in vector_blocks(config)[1:])
+
+
 def scored_items(config: OneRecConfig) -> int:
     """Classes of the item head's loss: the items of the catalogue, 0 without that loss."""
     head = item_head(config)
@@ -175,8 +188,10 @@ def units(config: OneRecConfig, expert_parallel: bool = False) -> list[Unit]:
     router = [(config.num_experts, width)] if experts else _feed_forward(config)
     decoder = [*_attention(config), *_attention(config), *router, norm, norm, norm]
     separate = expert_parallel and bool(experts)
+    blocks = vector_blocks(config)
+    items: list[Shape] = [*blocks, *((rank, width) for _, rank in blocks[1:])]
     # One vector more than items, for those that have none.
-    items = [(item_vectors(config) + 1, width)] if item_vectors(config) else []
+    items += [(item_vectors(config) + 1, width)] if item_vectors(config) and not blocks else []
     items += [(width, content_dim(config))] if content_dim(config) else []
     if is_lazy(config):
         return _lazy_units(config, vocabulary, items)
@@ -258,25 +273,29 @@ def matrix_parameters(config: OneRecConfig) -> int:
 
 
 def autocast_parameters(config: OneRecConfig) -> int:
-    """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where the loss multiplies with them directly."""
+    """Weights that autocast copies to bfloat16: all matrices, and the item head's vectors where they are multiplied."""
     head = item_head(config)
-    direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim) else 0
+    blocks = vector_blocks(config)
+    direct = scored_items(config) if head is not None and not (head.score_codes or head.content_dim or blocks) else 0
     if is_lazy(config):  # whose heads leave out the rows of no code
         direct -= (config.vocab_size or 0) - sum(config.codebook_sizes or ())
     of_features = sum(map(math.prod, feature_networks(config)))
-    return matrix_parameters(config) + direct * config.hidden_size + of_features
+    low_rank = sum((items + config.hidden_size) * rank for items, rank in blocks[1:])
+    return matrix_parameters(config) + direct * config.hidden_size + low_rank + of_features
 
 
 def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice; in both stacks of an encoder-decoder), all float32; the item head's 64-bit
-    keys, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
+    keys, with `rank` the items' 64-bit places, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
     counts and seven weights; three 64-bit numbers per slot of features.
     """
     own = features(config)
     biases, stacks = config.sparse_layers * config.num_experts, 1 if is_lazy(config) else 2
     head, rows, content = item_head(config), item_vectors(config) + 1, content_dim(config)
-    of_head = 8 * item_vectors(config) + (2 * rows * content + 4 * content + 4 if content else 0)
+    of_head = 8 * (item_vectors(config) + rows * bool(vector_blocks(config))) + (
+        2 * rows * content + 4 * content + 4 if content else 0
+    )
     if head is not None and head.evidence:
         of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7
     of_slots = 0 if own is None else 3 * 8 * own.slots

@@ -26,6 +26,7 @@ _PUBLIC = {
     "read_index_json": "formats.index_json",
     "read_semantic_id_strings": "formats.index_json",
     "write_index_json": "formats.index_json",
+    "graph_embeddings": "graph",
     "Quantizer": "quantizer",
     "make_quantizer": "quantizer",
     "Ranks": "process_group",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from onerec_hf.semantic_ids.formats.grid import read_grid_tensor, write_grid_tensor
     from onerec_hf.semantic_ids.formats.imported import ImportedIDs, ImportResult
     from onerec_hf.semantic_ids.formats.index_json import read_index_json, read_semantic_id_strings, write_index_json
+    from onerec_hf.semantic_ids.graph import graph_embeddings
     from onerec_hf.semantic_ids.process_group import Ranks
     from onerec_hf.semantic_ids.quantizer import Quantizer, make_quantizer
     from onerec_hf.semantic_ids.report import SemanticIDReport, compare_reports, plot_reports

@@ -24,6 +24,9 @@ from onerec_hf.semantic_ids.report import SemanticIDReport, describe_ids
 from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
 from onerec_hf.semantic_ids.unique_codes import add_digit, add_digit_over, make_unique, make_unique_over
 
+#: How items with equal codes get distinct ones.
+COLLISION_POLICIES = ("assign", "extra-digit", "popularity-rank")
+
 
 @dataclass(frozen=True, eq=False)
 class SemanticIDs:
@@ -41,7 +44,7 @@ def fit_semantic_ids(
     codebook_sizes: Sequence[int] = (256, 256, 256),
     *,
     method: str = "balanced",
-    on_collision: Literal["assign", "extra-digit"] = "assign",
+    on_collision: Literal["assign", "extra-digit", "popularity-rank"] = "assign",
     popularity: np.ndarray | None = None,
     recipe: str = "given",
     max_iter: int = 20,
@@ -63,8 +66,8 @@ def fit_semantic_ids(
         method: "balanced", "kmeans" or "rq-vae", see `make_quantizer`.
         on_collision: "assign" reassigns the last codes of colliding items at minimum cost ([`make_unique`]), and in one process moves the
             items of a prefix beyond the last level's codes to the nearest prefix with room; "extra-digit" adds a level that numbers them
-            (TIGER; [`add_digit`]).
-        popularity: (N,) interaction counts for the catalogue.
+            (TIGER; [`add_digit`]), "popularity-rank" one that ranks them by popularity (MMGRec).
+        popularity: (N,) interaction counts for the catalogue, and for "popularity-rank".
         recipe: name of the embedding method, for the fingerprint.
         max_iter: maximum number of k-means iterations per level.
         ranks: processes that share the items, `Ranks()` for torch.distributed: `item_ids`, `embeddings` and `popularity` are this rank's
@@ -72,8 +75,8 @@ def fit_semantic_ids(
         settings: further arguments of the quantiser class.
 
     Raises:
-        ValueError: unequal numbers of rows, NaN or infinite embeddings (with the first item), fewer items than codes, more items than
-            codes (with several ranks: under one prefix), or another method than "balanced" with several ranks.
+        ValueError: "popularity-rank" without popularity, unequal numbers of rows, NaN or infinite embeddings (with the first item), fewer items
+            than codes, more items than codes (with several ranks: under one prefix), or another method than "balanced" with several ranks.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(50, 8))
@@ -81,14 +84,19 @@ def fit_semantic_ids(
         >>> len(fitted.catalogue), fitted.report.cluster_sizes[0]
         (50, [10, 10])
     """
-    if on_collision not in ("assign", "extra-digit"):
-        raise ValueError(f'on_collision must be "assign" or "extra-digit"; got {on_collision!r}')
+    if on_collision not in COLLISION_POLICIES:
+        raise ValueError(f"on_collision {on_collision!r}: choose one of {', '.join(COLLISION_POLICIES)}")
+    if on_collision == "popularity-rank" and popularity is None:
+        raise ValueError(
+            'on_collision="popularity-rank" needs popularity; pass one count per item, or use "extra-digit"'
+        )
     quantizer = make_quantizer(method, codebook_sizes, max_iter=max_iter, seed=seed, **settings)
     if ranks is not None and ranks.size > 1:
         return _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, recipe, seed)
     item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
     points = _check_embeddings(item_ids, embeddings)
     check_enough(len(item_ids), max(codebook_sizes))
+    _check_counts(item_ids, popularity)
     quantizer.fit(points)
     codes, sizes = quantizer.codes_, list(quantizer.codebook_sizes)
     if on_collision == "assign":
@@ -103,7 +111,7 @@ def fit_semantic_ids(
         report = describe_ids(points, quantizer, unique.codes, int((unique.moved | spilt).sum()), seed=seed)
         codes = unique.codes
     else:
-        longer = add_digit(codes)
+        longer = add_digit(codes, _counts(popularity, on_collision, codes))
         sizes.append(int(longer[:, -1].max()) + 1)
         report = describe_ids(points, quantizer, codes, 0, sizes[-1], seed=seed)
         codes = longer
@@ -126,10 +134,7 @@ def _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, 
     with ranks.together():
         item_ids = item_ids if isinstance(item_ids, np.ndarray) else list(item_ids)
         points = _check_embeddings(item_ids, embeddings)
-        if popularity is not None and len(popularity) != len(item_ids):
-            raise ValueError(
-                f"popularity has {len(popularity)} counts for {len(item_ids)} items; pass one count per item"
-            )
+        _check_counts(item_ids, popularity)
     widths = ranks.gather_objects(points.shape[1])
     if len(set(widths)) > 1:
         raise ValueError(
@@ -142,7 +147,7 @@ def _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, 
         moved = int(ranks.sum(unique.moved.sum()))
         gathered = ranks.gather(unique.codes)
     else:
-        gathered = ranks.gather(add_digit_over(ranks, codes))
+        gathered = ranks.gather(add_digit_over(ranks, codes, _counts(popularity, on_collision, codes)))
         sizes.append(int(gathered[:, -1].max()) + 1)
     levels, digit = len(quantizer.codebook_sizes), sum(sizes[len(quantizer.codebook_sizes) :])
     report = describe_ids(points, quantizer, gathered[:, :levels], moved, digit, seed, ranks)
@@ -159,6 +164,18 @@ def _fit_over(ranks, quantizer, item_ids, embeddings, on_collision, popularity, 
         embedding_fingerprint=fingerprint,
     )
     return SemanticIDs(catalogue, quantizer, report)
+
+
+def _counts(popularity: np.ndarray | None, on_collision: str, codes: torch.Tensor) -> torch.Tensor | None:
+    """The counts that rank items of equal codes, where the policy does."""
+    if popularity is None or on_collision != "popularity-rank":
+        return None
+    return torch.as_tensor(np.asarray(popularity), dtype=torch.long, device=codes.device)
+
+
+def _check_counts(item_ids: Sequence | np.ndarray, popularity: np.ndarray | None) -> None:
+    if popularity is not None and len(popularity) != len(item_ids):
+        raise ValueError(f"popularity has {len(popularity)} counts for {len(item_ids)} items; pass one count per item")
 
 
 def extend_catalogue(

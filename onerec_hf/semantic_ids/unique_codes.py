@@ -112,10 +112,11 @@ def make_unique_over(
     return UniqueResult(codes, moved)
 
 
-def add_digit_over(ranks: Ranks, codes: torch.Tensor) -> torch.Tensor:
-    """[`add_digit`] for items distributed over ranks; codes and result are this rank's."""
-    (theirs,), answer = ranks.exchange(_numbers(codes) % ranks.size, codes)
-    return torch.cat([codes, answer(add_digit(theirs)[:, -1:])], dim=1)
+def add_digit_over(ranks: Ranks, codes: torch.Tensor, popularity: torch.Tensor | None = None) -> torch.Tensor:
+    """[`add_digit`] for items distributed over ranks; codes, popularity and result are this rank's."""
+    columns = (codes,) if popularity is None else (codes, popularity)
+    theirs, answer = ranks.exchange(_numbers(codes) % ranks.size, *columns)
+    return torch.cat([codes, answer(add_digit(*theirs)[:, -1:])], dim=1)
 
 
 def _numbers(codes: torch.Tensor) -> torch.Tensor:
@@ -126,23 +127,29 @@ def _numbers(codes: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def add_digit(codes: torch.Tensor) -> torch.Tensor:
+def add_digit(codes: torch.Tensor, popularity: torch.Tensor | None = None) -> torch.Tensor:
     """
     TIGER's policy (arXiv 2305.05065): an additional level numbers the items that share all other codes, in row order. Items without a
-    collision get 0.
+    collision get 0. With `popularity` it is MMGRec's (arXiv 2404.16555): the number is the item's popularity rank among them.
 
     Args:
         codes: (N, L) integers.
+        popularity: (N,) interaction counts; the most popular item of equal codes gets 0, and of equal counts the first row.
 
     Returns:
         (N, L + 1) int64, unique; the new level has as many codes as the largest group has items.
 
     Example:
-        >>> add_digit(torch.tensor([[0, 1], [2, 2], [0, 1]])).tolist()
-        [[0, 1, 0], [2, 2, 0], [0, 1, 1]]
+        >>> codes = torch.tensor([[0, 1], [2, 2], [0, 1]])
+        >>> add_digit(codes).tolist(), add_digit(codes, popularity=torch.tensor([3, 1, 8])).tolist()
+        ([[0, 1, 0], [2, 2, 0], [0, 1, 1]], [[0, 1, 1], [2, 2, 0], [0, 1, 0]])
     """
     group = torch.unique(codes, dim=0, return_inverse=True)[1]
-    order = group.argsort(stable=True)
+    if popularity is None:
+        order = group.argsort(stable=True)
+    else:
+        by_popularity = popularity.argsort(descending=True, stable=True)
+        order = by_popularity[group[by_popularity].argsort(stable=True)]
     first = torch.searchsorted(group[order], group)
     digit = torch.empty_like(group)
     digit[order] = torch.arange(len(group), device=group.device) - first[order]

@@ -112,19 +112,27 @@ class EmbeddedItems(NamedTuple):
 
 def embed_items(data: RecommendationDataset, settings: SemanticIDSettings, rows: slice = slice(None)) -> EmbeddedItems:
     """
-    Embeddings of the items. Behaviour is learned from training sequences only.
+    Embeddings of the items. Behaviour is learned, and the graph made, from training sequences only.
 
     Args:
         rows: the items to return. Given embeddings alone are read for these items only.
+
+    Raises:
+        ValueError: a source that is unknown or not in the data, or fewer than one layer of the graph.
     """
     from onerec_hf.semantic_ids import behaviour_embeddings, combine_embeddings, cooccurring_pairs
     from onerec_hf.semantic_ids.alignment import AlignmentMap
-    from onerec_hf.semantic_ids.embeddings import TextEncoder
+    from onerec_hf.semantic_ids.embeddings import TextEncoder, unit_rows
+    from onerec_hf.semantic_ids.graph import graph_embeddings
     from onerec_hf.semantic_ids.item_encoder import ItemEncoder
 
-    kinds = settings.embedding
+    kinds, smoothed = settings.embedding, "graph" in settings.embedding.split("+")
+    if smoothed and settings.graph_layers < 1:
+        raise ValueError(f"--graph_layers {settings.graph_layers}: pass at least 1, or leave graph out of --embedding")
     read = rows if kinds == "given" else slice(None)
     items = data.items.select(data.item_ids[read]) if data.items is not None else None
+    if smoothed:
+        kinds = "+".join(kind for kind in kinds.split("+") if kind != "graph") or "auto"
     if kinds == "auto":
         if items is None:
             kinds = "behaviour"
@@ -157,9 +165,12 @@ def embed_items(data: RecommendationDataset, settings: SemanticIDSettings, rows:
             )
         parts.append((name, vectors[-1].shape[1], weight))
     recipe = f"{kinds} (dim {dim}, behaviour weight {settings.behaviour_weight:g})"
+    if smoothed:
+        recipe = f"graph+{recipe[:-1]}, {settings.graph_layers} graph layer{'s' * (settings.graph_layers > 1)})"
+        vectors = [graph_embeddings(unit_rows(part), data.train_rows(), settings.graph_layers) for part in vectors]
     combined = combine_embeddings(vectors, [weight for _, _, weight in parts])
     return EmbeddedItems(
-        combined if kinds == "given" else combined[rows], recipe, ItemEncoder(parts, encoder, alignment)
+        combined if settings.embedding == "given" else combined[rows], recipe, ItemEncoder(parts, encoder, alignment)
     )
 
 

@@ -181,12 +181,15 @@ class SemanticIDSettings:
     embedding: str = field(
         default="auto",
         metadata={
-            "help": "Sources of the item embeddings, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour."
+            "help": "Sources of the item embeddings, joined by '+': given, text, behaviour, aligned (given or text, aligned with behaviour). auto: given+behaviour, or text+behaviour. graph smooths the others (alone: those of auto) over the user-item graph (MMGRec)."
         },
     )
     embedding_dim: int = field(default=64, metadata={"help": "Dimensions of text and of behaviour embeddings."})
     behaviour_weight: float = field(
         default=1.0, metadata={"help": "Weight of behaviour relative to the other embeddings."}
+    )
+    graph_layers: int = field(
+        default=1, metadata={"help": "With --embedding graph: steps from items to their users and back."}
     )
     quantizer: str = field(
         default="balanced", metadata={"help": "balanced k-means (the paper's), kmeans (faiss) or rq-vae (TIGER's)."}
@@ -194,7 +197,7 @@ class SemanticIDSettings:
     on_collision: str = field(
         default="assign",
         metadata={
-            "help": "Items with equal codes: assign moves items to other codes at the least cost, extra-digit adds a level (TIGER)."
+            "help": "Items with equal codes: assign moves items to other codes at the least cost, extra-digit adds a level (TIGER), popularity-rank adds one that ranks them by popularity (MMGRec)."
         },
     )
     kmeans_iterations: int = field(default=20, metadata={"help": "Maximum number of k-means iterations per level."})
@@ -272,6 +275,12 @@ class ModelSettings:
         default=False,
         metadata={
             "help": "Add evidence about pairs of items to the item scores: counts from training rows, cosines of content; weights from validation users."
+        },
+    )
+    item_head_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the rarest items' vectors: low rank in blocks by popularity, several times fewer parameters (CpRec); by default all vectors are full."
         },
     )
     item_score_weight: float | None = field(
@@ -379,8 +388,11 @@ class ModelSettings:
             # A head without them is saved as earlier versions saved it.
             sizes["item_head"] |= {"content_dim": content_dim} if content_dim else {}
             sizes["item_head"] |= {"evidence": True} if self.item_head_evidence else {}
+            sizes["item_head"] |= {"rank": self.item_head_rank} if self.item_head_rank is not None else {}
         if (self.item_head_content or self.item_head_evidence) and not self.item_head:
             raise ValueError("--item_head_content and --item_head_evidence need --item_head true")
+        if self.item_head_rank is not None and not self.item_head:
+            raise ValueError("--item_head_rank needs --item_head true")
         if self.item_score_weight and not (self.item_head and self.item_head_loss_weight):
             raise ValueError(
                 f"--item_score_weight {self.item_score_weight:g} needs item scores: add --item_head true and a --item_head_loss_weight above 0"

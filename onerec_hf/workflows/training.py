@@ -474,6 +474,10 @@ def _check(settings: Settings) -> None:
         raise ValueError(
             "--item_head_evidence is fitted after training on unsharded weights: leave it out, or train without --fsdp_size"
         )
+    if sharding.fsdp_size > 1 and model.item_head_rank is not None:
+        raise ValueError(
+            "--item_head_rank: vectors of low rank are not sharded; leave it out, or train without --fsdp_size"
+        )
 
 
 def stopping(run: TrainSettings) -> list[TrainerCallback]:

@@ -30,6 +30,8 @@ VARIANTS = {
     "item head": {"item_head": {"num_items": 56, "dropout": 0.2}},
     "item head with codes": {"item_head": {"num_items": 56, "score_codes": True}, "encoder_pools_items": True},
     "content": {"item_head": {"num_items": 56, "content_dim": 6, "evidence": True}, "encoder_pools_items": True},
+    "item head of low rank": {"item_head": {"num_items": 56, "rank": 3}},
+    "low rank with codes": {"item_head": {"num_items": 56, "rank": 6, "score_codes": True, "content_dim": 5}},
     "features": {"features": {"user": [["age", 9, 1], ["tags", 7, 2]], "item": [["year", 6, 1]], "dim": 5}},
     "pathways": {
         "features": {
@@ -50,7 +52,8 @@ def make_model(config: OneRecConfig) -> OneRecForConditionalGeneration:
     """A model whose item head, if it has one, knows all combinations of codes."""
     model = OneRecForConditionalGeneration(config)
     if config.item_head is not None:
-        model.model.encoder.item_head.set_codes(torch.cartesian_prod(*map(torch.arange, config.codebook_sizes)))
+        codes = torch.cartesian_prod(*map(torch.arange, config.codebook_sizes))
+        model.model.encoder.item_head.set_codes(codes, popularity=torch.arange(len(codes)))
     return model
 
 

@@ -70,7 +70,7 @@ def test_saved_tensors_to_the_byte(size, dtype, padded):
     assert saved.copies == (2 * autocast_parameters(config) if dtype == "mixed" else 0)
 
 
-@pytest.mark.parametrize("variant", ["paper", "pointwise", "item head"])
+@pytest.mark.parametrize("variant", ["paper", "pointwise", "item head", "item head of low rank"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_the_sum_bounds_what_a_step_holds_at_its_peak(dtype, checkpointing, variant):

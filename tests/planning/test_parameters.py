@@ -19,7 +19,8 @@ def configs(draw):
     experts = draw(st.integers(1, 9))
     item_head = st.builds(
         dict,
-        num_items=st.integers(1, 500),
+        num_items=st.integers(5, 500),
+        rank=st.none() | st.integers(1, 7),
         score_codes=st.booleans(),
         content_dim=st.integers(0, 9),
         evidence=st.booleans(),

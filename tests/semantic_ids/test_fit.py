@@ -68,6 +68,16 @@ def test_new_items_without_room_are_refused():
         extend_catalogue(fitted.catalogue, fitted.quantizer, [8], np.array([[np.nan]]))
 
 
+def test_a_popularity_rank_needs_popularity():
+    fitted = fit_semantic_ids(IDS, VECTORS, [6, 5], on_collision="popularity-rank", popularity=np.arange(120))
+    assert fitted.catalogue.codes[119, 2] == 0
+    assert fitted.report.extra_digit == fitted.catalogue.codebook_sizes[2] > 1
+    with pytest.raises(ValueError, match="needs popularity; pass one count per item"):
+        fit_semantic_ids(IDS, VECTORS, [6, 5], on_collision="popularity-rank")
+    with pytest.raises(ValueError, match="popularity has 3 counts for 120 items"):
+        fit_semantic_ids(IDS, VECTORS, [6, 5], on_collision="popularity-rank", popularity=np.arange(3))
+
+
 def test_is_deterministic():
     first, second = (fit_semantic_ids(IDS, VECTORS, [6, 5, 10], seed=1) for _ in range(2))
     assert first.catalogue.hash == second.catalogue.hash

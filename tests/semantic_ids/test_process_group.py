@@ -147,6 +147,7 @@ def one_has_all(count, ranks):
         (3, uneven, {"seed": 4}),
         (2, one_has_all, {}),
         (3, even, {"on_collision": "extra-digit"}),
+        (3, uneven, {"on_collision": "popularity-rank"}),
     ],
 )
 def test_catalogue_and_report_are_those_of_one_process(size, split, options):

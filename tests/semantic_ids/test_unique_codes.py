@@ -76,6 +76,17 @@ def test_the_extra_digit_counts_each_group_in_row_order(rows):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30))
+def test_the_popularity_rank_counts_the_more_popular_of_each_group(rows):
+    codes, counts = torch.tensor(rows)[:, :2], torch.tensor(rows)[:, 2]
+    longer = add_digit(codes, counts)
+    assert torch.equal(longer[:, :2], codes)
+    for place, (first, second, count) in enumerate(rows):
+        group = [(-n, i) for i, (a, b, n) in enumerate(rows) if (a, b) == (first, second)]
+        assert int(longer[place, 2]) == sorted(group).index((-count, place))
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 24), st.integers(2, 4), st.integers(1, 8))
 def test_a_crowded_prefix_spills_into_the_nearest_ones(seed, count, last, used):
     """Up to as many items as there are semantic IDs, all under few prefixes: each gets one, and those who fit stay."""
