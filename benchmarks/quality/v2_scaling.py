@@ -6,7 +6,7 @@ figure of arXiv 2508.20900, at sizes for a CPU.
         --json benchmarks/results/v2_scaling.json --plot docs/images/v2_scaling.png
 
 Models, data and loss are those of `benchmarks/quality/v2.py`; all train for the same steps, with a learning rate that falls with the root of the
-width. Rows `KIND-WIDTH/loss`, `/flops` (of a target with a full history, forward and backward pass) and `/cpu_seconds`, and of the curve
+width. Rows `KIND-WIDTH/loss` and `/flops` (of a target with a full history, forward and backward pass), and of the curve
 loss = floor + scale * (GFLOP of the training) ^ -exponent `KIND/floor`, `KIND/scale`, `KIND/exponent` and `KIND/error` (root mean square, nats). With as
 many parameters as three, five sizes leave two degrees of freedom: the curve describes them and extrapolates little.
 """
@@ -66,7 +66,7 @@ def main() -> None:
         for kind in KINDS:
             runs = [trained(kind, options, data, processor, users, seed) for seed in options.seeds]
             say(f"{kind}-{width}: {runs}")
-            for metric, unit in {"loss": "nats", "flops": "FLOP", "cpu_seconds": "s"}.items():
+            for metric, unit in {"loss": "nats", "flops": "FLOP"}.items():
                 values = [run[metric] for run in runs]
                 name = f"{kind}-{width}/{metric}"
                 rows.append(result_row(name, statistics.mean(values), unit, spread=[min(values), max(values)]))

@@ -63,6 +63,7 @@ _V2 = {
     "item_head": True,
     "item_head_dropout": 0.2,
     "item_head_loss_weight": 0.0,
+    "decoder_scales_embeddings": True,
     "train_on": "prefixes",
 }
 _V2_TRAINING = {
