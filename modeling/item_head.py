@@ -82,12 +82,15 @@ class ItemHead(PreciseBuffers):
                 f"the model's item_head has num_items={len(self.keys)}, the catalogue {len(codes)} items; make the model for this catalogue"
             )
         keys, order = self._keys(codes.to(self.keys.device)).sort()
+        # The vectors of items that were ordered once stay theirs, whatever is popular now.
+        ordered = torch.equal(keys, self.keys)
+        if isinstance(self.vectors, LowRankVectors) and not ordered and popularity is None:
+            raise ValueError(
+                "item_head.rank orders items by popularity, which the catalogue lacks; make it with popularity=..., or leave rank out"
+            )
         self.keys.copy_(keys)
-        if isinstance(self.vectors, LowRankVectors):
-            if popularity is None:
-                raise ValueError(
-                    "item_head.rank orders items by popularity, which the catalogue lacks; make it with popularity=..., or leave rank out"
-                )
+        if isinstance(self.vectors, LowRankVectors) and not ordered:
+            assert popularity is not None
             counts = popularity.to(order.device)
             place = torch.empty_like(order)
             place[counts.argsort(descending=True, stable=True)] = torch.arange(len(order), device=order.device)

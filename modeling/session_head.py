@@ -141,10 +141,10 @@ class ParallelDecoder:
         self.head, self.candidates, self.alpha = head.eval(), candidates, alpha
 
     def matrix(
-        self, item_scores: ItemScores, constraint: CatalogueConstraint
+        self, item_scores: ItemScores, constraint: CatalogueConstraint, least: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(users, C, positions) log-probabilities, (users, C, width) representations and (users, C) leaves of the candidates."""
-        scores, leaves = item_scores.best(constraint, self.candidates)
+        """(users, C, positions) log-probabilities, (users, C, width) representations and (users, C) leaves of the candidates, `least` of them or more."""
+        scores, leaves = item_scores.best(constraint, max(self.candidates, least))
         head = self.head.to(leaves.device)
         return (*head(item_scores.states, item_scores.scorer.vectors[leaves], scores), leaves)
 
@@ -158,8 +158,8 @@ class ParallelDecoder:
         temperature: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Beams:
-        """`count` sessions per user, as [`read_sessions`] reads them."""
-        log_probs, representations, leaves = self.matrix(item_scores, constraint)
+        """`count` sessions per user, as [`read_sessions`] reads them; from `count` candidates where the head has fewer."""
+        log_probs, representations, leaves = self.matrix(item_scores, constraint, count)
         alike = F.normalize(representations, dim=-1)
         alike = alike @ alike.mT
         noise = None
@@ -257,6 +257,11 @@ def read_sessions(
     return sessions.gather(1, order[..., None].expand_as(sessions)), total
 
 
+def users_at_once(candidates: int) -> int:
+    """Histories whose pairs of candidates are compared at once: about a GiB of them."""
+    return max(1, 2**25 // candidates**2)
+
+
 def decoder_of(model: Any, decoding: str, session_length: int, **unread: Any) -> ParallelDecoder | None:
     """
     What `recommend()` decodes with: None for beam search.
@@ -294,4 +299,5 @@ __all__ = [
     "decoder_of",
     "read_sessions",
     "session_head_loss",
+    "users_at_once",
 ]

@@ -17,7 +17,13 @@ import torch
 from onerec_hf.data.collators import feature_columns, positive_items
 from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES
 from onerec_hf.modeling.layers_onerec import at_places
-from onerec_hf.modeling.session_head import ParallelDecoder, SessionHead, read_sessions, session_head_loss
+from onerec_hf.modeling.session_head import (
+    ParallelDecoder,
+    SessionHead,
+    read_sessions,
+    session_head_loss,
+    users_at_once,
+)
 from onerec_hf.trainers.rewards import as_functions, check_reward_items, reward_values
 from onerec_hf.trainers.session_head_config import SessionHeadArguments
 
@@ -92,10 +98,12 @@ def fit_session_head(
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     rows = [rows[place] for place in order]
-    training = model.training
+    likely, training = _likely(rows, utility_column), model.training
     model.eval()
-    encoded, vectors = _encode(model, processor, rows, args.candidates, _likely(rows, utility_column), exclude_seen)
-    model.train(training)
+    try:
+        encoded, vectors = _encode(model, processor, rows, args.candidates, likely, exclude_seen)
+    finally:
+        model.train(training)
     held_out = min(_MOST_HELD_OUT, max(1, len(rows) // 10))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
@@ -286,14 +294,23 @@ def _choose_alpha(
     head: SessionHead, encoded: _Encoded, vectors: torch.Tensor, given: float | None, rewarded: Callable | None
 ) -> tuple[float, float]:
     """The weight of likeness with the best held-out sessions, the smallest of equal ones, and how good they are."""
-    log_probs, representations = head(encoded.states, vectors[encoded.leaves], encoded.scores)
-    alike = torch.nn.functional.normalize(representations, dim=-1)
-    alike, found = alike @ alike.mT, {}
-    for alpha in ALPHAS if given is None else (given,):
-        sessions = read_sessions(log_probs, alike, 1, alpha)[0]
+    found = {}
+    alphas = ALPHAS if given is None else (given,)
+    read: dict[float, list[torch.Tensor]] = {alpha: [] for alpha in alphas}
+    # The likeness of all pairs of candidates is kept for some of the histories at a time.
+    for places in torch.arange(len(encoded.leaves)).split(users_at_once(encoded.leaves.shape[1])):
+        some = encoded[places]
+        log_probs, representations = head(some.states, vectors[some.leaves], some.scores)
+        alike = torch.nn.functional.normalize(representations, dim=-1)
+        alike = alike @ alike.mT
+        for alpha in alphas:
+            read[alpha].append(read_sessions(log_probs, alike, 1, alpha)[0])
+    real = encoded.sessions.where(encoded.likely[:, None], -1)
+    for alpha in alphas:
+        sessions = torch.cat(read[alpha])
         if rewarded is None:
-            hits = (encoded.sessions[:, :, None] == sessions).any(2).sum()
-            found[alpha] = float(hits / (encoded.sessions >= 0).sum().clamp(min=1))
+            hits = (real[:, :, None] == sessions).any(2).sum()
+            found[alpha] = float(hits / (real >= 0).sum().clamp(min=1))
         else:
             leaves = encoded.leaves.gather(1, sessions.flatten(1)).view(sessions.shape)
             found[alpha] = float(rewarded(range(len(leaves)), leaves).mean())

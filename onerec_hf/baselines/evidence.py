@@ -75,7 +75,7 @@ def add_evidence(
     if validation is not None and len(validation):
         recent = None
         if isinstance(train_sequences, UserSequences) and train_sequences.timed:
-            recent = recent_counts(flat, train_sequences.timestamps, len(items))
+            recent = recent_counts(flat, train_sequences.times, len(items))
         fit_evidence_weights(model.evidence, *_candidates(model, items, validation, exclude_seen), recent=recent)
     config.recent = model.evidence.recent_counts is not None
 

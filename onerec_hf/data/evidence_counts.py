@@ -165,7 +165,7 @@ def add_to_evidence(evidence: ItemEvidence, sequences: Sequences, new: np.ndarra
     added = _interactions(items if new is None else items[new], num_items)
     degree = added + evidence.interactions[1:].double().cpu().numpy()
     if evidence.recent_counts is not None:
-        horizon = _horizon(float(evidence.interactions.double().sum()))
+        horizon = _horizon(degree.sum())
         span = added.sum() / horizon
         before = evidence.recent_counts.double().cpu().numpy()
         mean = -np.expm1(-span) / span if span else 1.0  # of the new interactions' e^(-a / horizon)

@@ -25,7 +25,7 @@ from onerec_hf.data.duplicates import repeated_rows
 from onerec_hf.data.lists import is_listed, one_item_per_row
 from onerec_hf.data.positives import numeric_column
 from onerec_hf.data.tables import is_text, load_table
-from onerec_hf.data.times import FRACTION, Instants, instants
+from onerec_hf.data.times import FRACTION, TIMED, Instants, instants
 from onerec_hf.modeling.files import listed, map_npy
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def read_interactions(
     result = result.iloc[order[~repeated[order]]].reset_index(drop=True)
     if not timed:
         result["timestamp"] = result.groupby("user_id").cumcount()
+        result.attrs[TIMED] = False
     return result
 
 

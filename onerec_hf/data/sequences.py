@@ -10,7 +10,7 @@ import pandas as pd
 
 from onerec_hf.data.columns import DataError, canonical_ids, column_of, require_columns
 from onerec_hf.data.events import Events, Histories
-from onerec_hf.data.times import FRACTION, Instants, instants
+from onerec_hf.data.times import FRACTION, TIMED, Instants, instants
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class UserSequences:
         timestamps: (T,) int64.
         offsets: (U + 1,) int64; user u's items are `item_ids[offsets[u]:offsets[u + 1]]`.
         fractions: (T,) float64 in [0, 1), of the timestamps' unit; None where all times are whole.
+        timed: False where the timestamps are the places of a user's items in a table without times.
         rows, events: (T,) int64, the interaction of each item among all those of the table; None where histories are items and nothing else.
 
     Example:
@@ -40,6 +41,7 @@ class UserSequences:
     fractions: np.ndarray | None = None
     rows: np.ndarray | None = None
     events: Events | None = None
+    timed: bool = True
 
     @classmethod
     def from_interactions(
@@ -70,7 +72,8 @@ class UserSequences:
         offsets = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(user_ids)))]).astype(np.int64)
         fractions = None if times.rest is None else times.rest[order]
         rows = None if rows is None else rows[order]
-        return cls(np.asarray(user_ids), items[order], times.whole[order], offsets, fractions, rows, events)
+        timed = interactions.attrs.get(TIMED, True)
+        return cls(np.asarray(user_ids), items[order], times.whole[order], offsets, fractions, rows, events, timed)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -90,9 +93,9 @@ class UserSequences:
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @property
-    def timed(self) -> bool:
-        """Whether the timestamps are times, and not the places of a user's items, which begin at 0."""
-        return bool((self.timestamps[self.offsets[:-1]] == 0).mean() < 0.5)
+    def times(self) -> np.ndarray:
+        """(T,) timestamps with their fractions, in float64 where there are any."""
+        return self.timestamps if self.fractions is None else self.timestamps + self.fractions
 
     @cached_property
     def histories(self) -> Histories:
@@ -152,6 +155,7 @@ class UserSequences:
             fractions,
             rows,
             self.events,
+            self.timed,
         )
 
     def reading(self, item_ids: np.ndarray) -> UserSequences:
@@ -229,7 +233,8 @@ def concatenated(*parts: UserSequences) -> UserSequences:
     first, rows = parts[0], None
     if first.rows is not None:
         rows = np.concatenate([np.asarray(part.rows) for part in parts])[order]
-    return UserSequences(users, items, times, offsets, fractions, rows, first.events)
+    timed = all(part.timed for part in parts)
+    return UserSequences(users, items, times, offsets, fractions, rows, first.events, timed)
 
 
 def _times(interactions: pd.DataFrame) -> Instants:

@@ -21,6 +21,7 @@ from onerec_hf.data.users import UserTable, read_users
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
+from onerec_hf.data.times import TIMED
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 _AMAZON = "No licence is stated; research use, cite McAuley et al. 2015."
@@ -349,7 +350,9 @@ def _amazon_files(name: str, folder: str | Path | None) -> tuple[pd.DataFrame, p
         item_id=rows["item_ids"].astype(np.int64),
         timestamp=rows.groupby("user_id").cumcount(),  # the dataset has the order but no timestamps
     )
-    return read_interactions(rows, feedback_columns=[]), pd.read_parquet(items), embeddings
+    interactions = read_interactions(rows, feedback_columns=[])
+    interactions.attrs[TIMED] = False
+    return interactions, pd.read_parquet(items), embeddings
 
 
 def _load_kuairand_pure(folder: str | Path | None) -> RecommendationData:

@@ -18,6 +18,8 @@ ISO = r"^\s*[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]
 NUMBER = r"^\s*([+-]?)([0-9]+)(?:\.([0-9]*))?\s*$"
 #: The column of `read_interactions` with what was cut from its times.
 FRACTION = "timestamp_fraction"
+#: Attribute of a table: False where its timestamps are places, and not times.
+TIMED = "timed"
 FIX = "Use numbers (seconds since 1970), ISO dates (2024-01-31T12:00:00) or pandas.to_datetime(column)."
 BAD = "timestamps are neither finite numbers nor datetimes"
 

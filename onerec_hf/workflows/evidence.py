@@ -61,7 +61,7 @@ def fit_evidence(
     sequences = data.train_sequences
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
     count_evidence(head.evidence, (rows - 1, sequences.offsets))
-    recent = recent_counts(rows - 1, sequences.timestamps, len(head.keys)) if sequences.timed else None
+    recent = recent_counts(rows - 1, sequences.times, len(head.keys))
     if weights_of is not None:
         fitted = item_head(weights_of).evidence
         head.evidence.set_recent(None if fitted.recent_counts is None else torch.from_numpy(recent))
@@ -72,7 +72,8 @@ def fit_evidence(
             torch.tensor(DEFAULT_WEIGHTS)
         )  # they choose the candidates, in a second fit as in the first
         users = sample(data.validation, MOST_USERS, seed)
-        fit_evidence_weights(head.evidence, *candidate_features(model, processor, users, exclude_seen), recent=recent)
+        found = candidate_features(model, processor, users, exclude_seen)
+        fit_evidence_weights(head.evidence, *found, recent=recent if sequences.timed else None)
     head.config.recent = head.evidence.recent_counts is not None
     weights: dict[str, float] = dict(zip(head.evidence.names, head.evidence.weights.tolist(), strict=True))
     counted = [name for name in weights if head.content is not None or not name.startswith("content")]

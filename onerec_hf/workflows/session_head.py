@@ -102,6 +102,10 @@ def train_session_head(
     how.check()
     args.check()
     assert how.model is not None
+    if how.output_dir is None and not Path(how.model).is_dir():
+        raise ValueError(
+            f"--model {how.model} is no folder: pass --output_dir, where the model is saved with its session head"
+        )
     source = folder_of(how.model)
     target = source if how.output_dir is None else Path(how.output_dir)
     with own_folder(target):

@@ -113,11 +113,17 @@ def test_new_interactions_are_the_latest():
     evidence.set_recent(torch.from_numpy(recent_counts(old, np.arange(1000), NUM_ITEMS)))
     before = evidence.recent_counts.clone()
     add_to_evidence(evidence, [new])
-    assert_close(evidence.recent_counts[1:8], before[1:8] * np.exp(-0.06), terms=8)
+    assert_close(evidence.recent_counts[1:8], before[1:8] * np.exp(-6 / 100.6), terms=8)
     both = evidence.recent_counts[[8, 9]]
     assert float(both[0]) == float(both[1])
     # The sum over places stands for an integral: off by half a step of 1/100.
     assert float(both.sum()) == pytest.approx(np.exp(-np.arange(6) / 100).sum(), rel=0.01)
+    many = ItemEvidence(NUM_ITEMS, NUM_ITEMS)
+    count_evidence(many, [old])
+    many.set_recent(torch.from_numpy(recent_counts(old, np.arange(1000), NUM_ITEMS)))
+    add_to_evidence(many, [np.full(1000, 9)])  # as many again: what was counted at once
+    at_once = recent_counts(np.append(old, np.full(1000, 9)), np.arange(2000), NUM_ITEMS)
+    assert float(many.recent_counts[10]) == pytest.approx(at_once[9], rel=0.01)
     add_to_evidence(evidence, [np.array([-1])])
     assert torch.equal(evidence.recent_counts[[8, 9]], both)
 

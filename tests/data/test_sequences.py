@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.data import DataError, UserSequences
+from onerec_hf.data import DataError, PositiveFeedback, UserSequences, read_interactions
+from onerec_hf.data.sequences import concatenated
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=40)
 
@@ -80,3 +81,15 @@ def test_refuses():
         UserSequences.from_interactions(frame([(1, 1, 1)]).drop(columns="timestamp"))
     with pytest.raises(DataError, match="no rows"):
         UserSequences.from_interactions(frame([(1, 1, 1)]).iloc[:0])
+
+
+def test_places_of_a_table_without_times_are_no_times():
+    """Also where rows are left out, so that a user's first place is not 0."""
+    table = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [5, 6, 7, 8], "rating": [1, 5, 2, 5]})
+    for column, timed in (("none", False), ("timestamp", True)):
+        read = read_interactions(table.assign(timestamp=range(4)) if timed else table, timestamp_column=column)
+        kept = PositiveFeedback.parse(["rating>=4"]).apply(read)
+        sequences = UserSequences.from_interactions(kept)
+        assert sequences.timed == timed
+        assert sequences.where(sequences.item_ids > 6).timed == timed
+        assert concatenated(sequences, sequences).timed == timed

@@ -206,3 +206,13 @@ def test_blocks_are_chosen_and_given():
 def test_a_catalogue_without_popularity_is_refused():
     with pytest.raises(ValueError, match=r"item_head\.rank orders items by popularity, which the catalogue lacks"):
         make(_PLAIN)
+
+
+def test_vectors_stay_with_their_items_when_others_become_popular():
+    """A catalogue of the same codes whose popularity changed, as an update leaves it, is set again."""
+    model = make()
+    rows = rows_of(model)
+    before = head_of(model).vectors(rows)
+    model.config.catalogue_hash = None
+    model.set_catalogue(CATALOGUE.with_popularity(COUNTS[::-1].copy()))
+    assert torch.equal(head_of(model).vectors(rows_of(model)), before)

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf import OneRecForConditionalGeneration, OneRecProcessor
 from onerec_hf.modeling.session_head import (
@@ -341,3 +343,20 @@ def test_a_model_without_a_head_names_the_command():
 def test_sizes_that_no_head_has(sizes):
     with pytest.raises(ValueError, match="cannot be"):
         SessionHead(**{"item_width": 8, "positions": 2, "width": 8, "heads": 4, **sizes})
+
+
+def test_more_sessions_than_candidates_have_more_candidates():
+    few, many = make_parallel(candidates=3), make_parallel(candidates=20)
+    assert sessions_of(few, count=20) == sessions_of(many, count=20)
+    assert all(sessions_of(few, count=20))
+
+
+def test_an_adapter_does_not_bring_the_head_of_its_base_back(tmp_path):
+    model = make_parallel()
+    model.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    assert loaded.parallel_decoder is not None
+    loaded.parallel_decoder = None
+    loaded.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    loaded.save_pretrained(tmp_path / "adapter")
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").parallel_decoder is None

@@ -203,6 +203,10 @@ def test_what_is_asked_for_lately(tables, tmp_path):
     other, _ = untrained(dataset)
     assert fit_evidence(other, processor, dataset, weights_of=model) == found
     assert torch.equal(other.get_encoder().item_head.evidence.recent_counts, head.evidence.recent_counts)
-    places = log.sort_values("timestamp").assign(timestamp=log.groupby("user_id").cumcount())
-    assert "recent" not in fit_evidence(model, processor, load_dataset(interactions=places, items=items))
+    places = {
+        "interactions": log.sort_values("timestamp").drop(columns="timestamp"),
+        "items": items,
+        "timestamp_column": "none",
+    }
+    assert "recent" not in fit_evidence(model, processor, load_dataset(**places))
     assert not model.config.item_head.recent

@@ -148,4 +148,6 @@ class PreparedFolder:
         lengths = pc.call_function("list_value_length", [table["items"]]).to_numpy()
         items = column_ids(pc.call_function("list_flatten", [table["items"]]))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return UserSequences(column_ids(table["user_id"]), items, np.zeros(len(items), dtype=np.int64), offsets)
+        return UserSequences(
+            column_ids(table["user_id"]), items, np.zeros(len(items), dtype=np.int64), offsets, timed=False
+        )
