@@ -35,7 +35,7 @@ def graph_embeddings(embeddings: np.ndarray, sequences: Sequence[np.ndarray], la
 
     Example:
         >>> vectors = np.eye(3, dtype=np.float32)
-        >>> graph_embeddings(vectors, [np.array([0, 1])]).round(2).tolist()
+        >>> graph_embeddings(vectors, [np.array([0, 1])]).astype(float).round(2).tolist()
         [[0.95, 0.32, 0.0], [0.32, 0.95, 0.0], [0.0, 0.0, 1.0]]
     """
     import scipy.sparse

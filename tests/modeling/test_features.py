@@ -372,10 +372,10 @@ def test_round_trip(tmp_path):
     assert not (tmp_path / FEATURES_NAME).exists()
 
 
-#: Keys of a config.json that the version before features wrote.
+#: Keys of the config.json of a model without features.
 CONFIG_KEYS = (
     "architectures attention_dropout auto_map bos_token_id catalogue_hash codebook_sizes "
-    "cross_attention_rope custom_pipelines decoder_layers decoder_start_token_id dropout_rate dtype "
+    "cross_attention_rope custom_pipelines decoder_layers decoder_scales_embeddings decoder_start_token_id dropout_rate dtype "
     "encoder_attention encoder_is_causal encoder_layers encoder_pools_items encoder_scales_embeddings "
     "eos_token_id format_version head_dim hidden_act hidden_size initializer_range intermediate_size "
     "is_encoder_decoder item_head max_position_embeddings model_type moe_intermediate_size norm_topk_prob "

@@ -123,6 +123,7 @@ def test_preferences_are_scored_by_the_model_s_own_logits(settings, tmp_path):
     assert torch.equal(again.recommend(**PROCESSOR([["m3"]])), trainer.model.eval().recommend(**PROCESSOR([["m3"]])))
 
 
+@pytest.mark.slow
 def test_iterative_alignment_draws_and_trains(tmp_path):
     def prefers_small(histories, sessions):
         return [-float(session[0][1:]) for session in sessions]
