@@ -123,7 +123,7 @@ class BeamDecoder:
         if isinstance(places, slice):
             buffer = buffer[:, : places.stop]
             visible = visible[:, :, :, : places.stop]
-        hidden = self.decoder.embed_tokens(tokens) * self.decoder.config.decoder_input_scale
+        hidden = self.decoder.embedded(tokens)
         last = len(self.decoder.layers) - 1
         for index, layer in enumerate(self.decoder.layers):
             states = layer.input_layernorm(hidden)
@@ -350,8 +350,7 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     Gumbel keys of the children (users, beams, children) of nodes whose keys are `maximum` (users, beams): drawn independently, then shifted
     so that their largest equals the node's key (Kool et al., section 3.2 and appendix B.3).
     """
-    noise = exponential_noise(torch.empty_like(log_probabilities), generator)
-    keys = log_probabilities + noise.log_().neg_()
+    keys = log_probabilities + gumbel_noise(torch.empty_like(log_probabilities), generator)
     largest = keys.amax(-1, keepdim=True)
     maximum = maximum[..., None]
     v = maximum - keys + torch.log1p(-(keys - largest).exp())
@@ -359,15 +358,14 @@ def _conditional_gumbels(log_probabilities, maximum, generator):
     return shifted.masked_fill(log_probabilities == float("-inf"), float("-inf"))
 
 
-def exponential_noise(
-    values: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> torch.Tensor:
-    """Fills (users, ...) values with exponential noise, of one generator or of one per user."""
+def gumbel_noise(values: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:
+    """Fills (users, ...) values with Gumbel noise, of one generator or of one per user."""
     if isinstance(generator, Sequence):
         for of_user, own in zip(values, generator, strict=True):
             of_user.exponential_(generator=own)
-        return values
-    return values.exponential_(generator=generator)
+    else:
+        values.exponential_(generator=generator)
+    return values.log_().neg_()
 
 
-__all__ = ["BeamDecoder", "Beams", "beam_search", "between_steps", "exponential_noise"]
+__all__ = ["BeamDecoder", "Beams", "beam_search", "between_steps", "gumbel_noise"]

@@ -34,9 +34,8 @@ class BesideWeights:
                 raise ValueError(
                     f"{SESSION_HEAD_NAME} is another model's: it reads states of {width}, this model's have {model.config.hidden_size}. Remove it"
                 )
-        self.parallel_decoder = (
-            parallel  # that of the last place: an adapter changes the weights that the base's was trained for
-        )
+        # That of the last place, or none: an adapter changes the weights that the base's was trained for.
+        self.parallel_decoder = parallel
         if weight := former_item_score_weight(repo, **kwargs):
             model.generation_config.item_score_weight = weight
 

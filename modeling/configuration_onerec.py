@@ -233,11 +233,6 @@ class OneRecConfig(CheckedConfig, PreTrainedConfig):
         return self.tokens_per_item if self.encoder_pools_items else 1
 
     @property
-    def decoder_input_scale(self) -> float:
-        """Factor of the embeddings that the decoder reads."""
-        return self.hidden_size**0.5 if self.decoder_scales_embeddings else 1.0
-
-    @property
     def sparse_layers(self) -> int:
         """Decoder layers with experts."""
         return self.decoder_layers if self.num_experts > 1 else 0

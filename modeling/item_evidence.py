@@ -361,6 +361,13 @@ def similarities(
     return largest, last
 
 
+def among_candidates(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(users,) whether a user's target, a row, is one of the candidates (users, c), and of those where it is its place."""
+    hit = rows == targets[:, None]
+    there = hit.any(1) & (targets > 0)
+    return there, hit[there].float().argmax(1)
+
+
 def fit_weights(
     features: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, start: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -386,11 +393,10 @@ def fit_weights(
     if start is None:
         start = F.pad(torch.tensor(DEFAULT_WEIGHTS), (0, features.shape[-1] - len(DEFAULT_WEIGHTS)))
     start = start.to(features.device, torch.float32)
-    hit = rows == targets[:, None]
-    there = hit.any(1) & (targets > 0)
+    there, y = among_candidates(rows, targets)
     if not there.any():
         return start
-    x, y, absent = features[there], hit[there].float().argmax(1), rows[there] == 0
+    x, absent = features[there], rows[there] == 0
     deviation = x.flatten(0, 1).std(0, correction=0)
     known = deviation > 1e-6  # evidence that does not differ between candidates keeps its weight
     deviation = torch.where(known, deviation, 1.0)
@@ -419,6 +425,7 @@ __all__ = [
     "RECENT",
     "ItemEvidence",
     "SessionEvidence",
+    "among_candidates",
     "fit_weights",
     "latest",
     "similarities",

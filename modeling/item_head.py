@@ -83,18 +83,16 @@ class ItemHead(PreciseBuffers):
             )
         keys, order = self._keys(codes.to(self.keys.device)).sort()
         # The vectors of items that were ordered once stay theirs, whatever is popular now.
-        ordered = torch.equal(keys, self.keys)
-        if isinstance(self.vectors, LowRankVectors) and not ordered and popularity is None:
-            raise ValueError(
-                "item_head.rank orders items by popularity, which the catalogue lacks; make it with popularity=..., or leave rank out"
-            )
-        self.keys.copy_(keys)
-        if isinstance(self.vectors, LowRankVectors) and not ordered:
-            assert popularity is not None
+        if isinstance(self.vectors, LowRankVectors) and not torch.equal(keys, self.keys):
+            if popularity is None:
+                raise ValueError(
+                    "item_head.rank orders items by popularity, which the catalogue lacks; make it with popularity=..., or leave rank out"
+                )
             counts = popularity.to(order.device)
             place = torch.empty_like(order)
             place[counts.argsort(descending=True, stable=True)] = torch.arange(len(order), device=order.device)
             self.vectors.set_order(place[order])
+        self.keys.copy_(keys)
 
     @torch.no_grad()
     def set_content(self, codes: torch.Tensor, content: torch.Tensor) -> None:

@@ -105,6 +105,11 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         elif isinstance(module, FeatureEmbedding | LifelongPathway | LowRankVectors):
             module.initialize(self.config.initializer_range)
 
+    def embedded(self, tokens):
+        """Tokens as a decoder reads them."""
+        states = self.embed_tokens(tokens)
+        return states * self.config.hidden_size**0.5 if self.config.decoder_scales_embeddings else states
+
     def session_inputs(
         self, input_ids, inputs_embeds, position_ids, past_key_values, use_cache, attention_mask, packed: bool
     ):
@@ -112,7 +117,7 @@ class OneRecPreTrainedModel(HubModel, PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of decoder_input_ids and decoder_inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids) * self.config.decoder_input_scale
+            inputs_embeds = self.embedded(input_ids)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if position_ids is None:

@@ -332,7 +332,7 @@ class LazyBeamDecoder(BeamDecoder):
         if isinstance(places, slice):
             buffer = buffer[:, : places.stop]
             visible = visible[:, :, :, : places.stop]
-        hidden = self.decoder.embed_tokens(tokens) * self.decoder.config.decoder_input_scale
+        hidden = self.decoder.embedded(tokens)
         last = len(self.decoder.layers) - 1
         for index, layer in enumerate(self.decoder.layers):
             hidden = hidden + self._attend_history(

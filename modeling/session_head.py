@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .beam_search import Beams, exponential_noise
+from .beam_search import Beams, gumbel_noise
 from .constraint import CatalogueConstraint
 from .files import find_file, read_safetensors, replacing, short
 from .item_scores import ItemScores
@@ -160,14 +160,13 @@ class ParallelDecoder:
     ) -> Beams:
         """`count` sessions per user, as [`read_sessions`] reads them; from `count` candidates where the head has fewer."""
         log_probs, representations, leaves = self.matrix(item_scores, constraint, count)
-        alike = F.normalize(representations, dim=-1)
-        alike = alike @ alike.mT
         noise = None
         if sample:
             shape = (len(leaves), min(count, leaves.shape[1]), session_length, leaves.shape[1])
-            noise = exponential_noise(log_probs.new_empty(shape), generator).log_().neg_() * temperature
+            noise = gumbel_noise(log_probs.new_empty(shape), generator) * temperature
         log_probs = log_probs[..., :session_length]
-        chosen, scores = read_sessions(log_probs, alike, count, 0.0 if sample else self.alpha, noise)
+        alpha = 0.0 if sample else self.alpha
+        chosen, scores = read_sessions(log_probs, likeness(representations), count, alpha, noise)
         found = leaves.gather(1, chosen.flatten(1)).view(chosen.shape)
         return Beams(found, scores)
 
@@ -257,6 +256,12 @@ def read_sessions(
     return sessions.gather(1, order[..., None].expand_as(sessions)), total
 
 
+def likeness(representations: torch.Tensor) -> torch.Tensor:
+    """(users, candidates, candidates) cosines of representations (users, candidates, width)."""
+    unit = F.normalize(representations, dim=-1)
+    return unit @ unit.mT
+
+
 def users_at_once(candidates: int) -> int:
     """Histories whose pairs of candidates are compared at once: about a GiB of them."""
     return max(1, 2**25 // candidates**2)
@@ -297,6 +302,7 @@ __all__ = [
     "ParallelDecoder",
     "SessionHead",
     "decoder_of",
+    "likeness",
     "read_sessions",
     "session_head_loss",
     "users_at_once",

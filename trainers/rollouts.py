@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onerec_hf.modeling.beam_search import gumbel_noise
 from onerec_hf.modeling.generation_onerec import SemanticIDLogitsProcessor
 from onerec_hf.modeling.layers_onerec import at_places
 
@@ -107,10 +108,8 @@ def _sample_freely(model, inputs, count, generators, temperature, session_length
         begin = config.level_offsets[level]
         tokens = decoder.normalized_over(slice(begin, begin + config.codebook_sizes[level]))
         logits = model.lm_head(states)[:, tokens].float() / temperature
-        noise = torch.empty_like(logits).view(len(generators), count, -1)
-        for of_user, own in zip(noise, generators, strict=True):
-            of_user.exponential_(generator=own)
-        drawn = (logits - noise.flatten(0, 1).log()).argmax(-1, keepdim=True) + tokens.start
+        noise = gumbel_noise(torch.empty_like(logits).view(len(generators), count, -1), generators)
+        drawn = (logits + noise.flatten(0, 1)).argmax(-1, keepdim=True) + tokens.start
         written = torch.cat([written, drawn], dim=1)
     model.train(was_training)
     return written

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from onerec_hf.data.collators import feature_columns, positive_items
+from onerec_hf.modeling.beam_search import gumbel_noise
 from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES
 from onerec_hf.modeling.layers_onerec import at_places
 from onerec_hf.modeling.session_head import (
     ParallelDecoder,
     SessionHead,
+    likeness,
     read_sessions,
     session_head_loss,
     users_at_once,
@@ -270,9 +272,9 @@ def _drawn_loss(
     """Of the best and the worst of sessions that are drawn from the matrix."""
     matrix, count = log_probs.detach(), min(args.drawn, leaves.shape[1])
     shape = (len(leaves), count, matrix.shape[2], matrix.shape[1])
-    noise = torch.empty(shape).exponential_(generator=generator).log_().neg_().to(matrix.device)
-    likeness = matrix.new_zeros(len(leaves), matrix.shape[1], matrix.shape[1])
-    chosen, totals = read_sessions(matrix, likeness, count, noise=noise)
+    noise = gumbel_noise(torch.empty(shape), generator).to(matrix.device)
+    unread = matrix.new_zeros(len(leaves), matrix.shape[1], matrix.shape[1])
+    chosen, totals = read_sessions(matrix, unread, count, noise=noise)
     values = torch.from_numpy(rewarded(places, leaves.gather(1, chosen.flatten(1)).view(chosen.shape))).to(
         matrix.device
     )
@@ -301,8 +303,7 @@ def _choose_alpha(
     for places in torch.arange(len(encoded.leaves)).split(users_at_once(encoded.leaves.shape[1])):
         some = encoded[places]
         log_probs, representations = head(some.states, vectors[some.leaves], some.scores)
-        alike = torch.nn.functional.normalize(representations, dim=-1)
-        alike = alike @ alike.mT
+        alike = likeness(representations)
         for alpha in alphas:
             read[alpha].append(read_sessions(log_probs, alike, 1, alpha)[0])
     real = encoded.sessions.where(encoded.likely[:, None], -1)

@@ -149,10 +149,10 @@ class Bench:
                 found.append(self._of_folder(str(folder)))
             say(f"onerec/all-{name}: " + ", ".join(f"{each['ndcg@10'].mean():.4f}" for each in found))
             rows += self._rows("onerec", {f"all-{name}": found}, f"all-{name}")
-            lost = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(whole, found, strict=True)], axis=0)
+            lost, error = _paired(whole, found)
             row, against = f"{self.name}/onerec/all-{name}", f"{self.name}/onerec/with"
-            rows.append(result_row(f"{row}/lost", lost.mean(), "ndcg@10", against=against))
-            rows.append(result_row(f"{row}/standard_error", lost.std(ddof=1) / len(lost) ** 0.5, "ndcg@10"))
+            rows.append(result_row(f"{row}/lost", lost, "ndcg@10", against=against))
+            rows.append(result_row(f"{row}/standard_error", error, "ndcg@10"))
         return rows
 
     def _without(self, name: str) -> dict[str, Any]:
@@ -231,10 +231,10 @@ class Bench:
         for mine, its in (("with", "all"), ("without", "none")):
             pair = self.found.get("onerec", {}).get(mine, []), self.found.get("sasrec", {}).get(its, [])
             if pair[0] and len(pair[0]) == len(pair[1]):
-                gains = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(*pair, strict=True)], axis=0)
+                gain, error = _paired(*pair)
                 name, against = f"{self.name}/onerec/{mine}/over_sasrec", f"{self.name}/sasrec/{its}"
-                rows.append(result_row(name, gains.mean(), "ndcg@10", against=against))
-                rows.append(result_row(f"{name}_error", gains.std(ddof=1) / len(gains) ** 0.5, "ndcg@10"))
+                rows.append(result_row(name, gain, "ndcg@10", against=against))
+                rows.append(result_row(f"{name}_error", error, "ndcg@10"))
         return rows
 
     def _fitted(self, data, seed: int) -> dict[str, np.ndarray]:
@@ -269,12 +269,17 @@ class Bench:
                     )
                 )
             if variant != base:
-                gains = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(seeds, found[base], strict=True)], axis=0)
+                gain, error = _paired(seeds, found[base])
                 against, name = f"{self.name}/{model}/{base}", f"{self.name}/{model}/{variant}"
-                rows.append(result_row(f"{name}/gain", gains.mean(), "ndcg@10", against=against))
-                error = gains.std(ddof=1) / len(gains) ** 0.5
+                rows.append(result_row(f"{name}/gain", gain, "ndcg@10", against=against))
                 rows.append(result_row(f"{name}/standard_error", error, "ndcg@10"))
         return rows
+
+
+def _paired(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]) -> tuple[float, float]:
+    """NDCG@10 of models beyond that of others, seed by seed, and its standard error over the users."""
+    gains = np.mean([a["ndcg@10"] - b["ndcg@10"] for a, b in zip(ours, theirs, strict=True)], axis=0)
+    return gains.mean(), gains.std(ddof=1) / len(gains) ** 0.5
 
 
 if __name__ == "__main__":

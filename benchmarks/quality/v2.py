@@ -71,6 +71,22 @@ def make(kind: str, codebook_sizes: list[int], width: int, layers: int):
     return OneRecForConditionalGeneration(config)
 
 
+def loaded(options) -> tuple[Any, Any, Any]:
+    """The data on windows of one target, the processor of its semantic IDs, and a sample of validation users."""
+    from benchmarks.quality.runs import parsed, with_windows
+    from onerec_hf.modeling.processing_onerec import OneRecProcessor
+    from onerec_hf.workflows import load_in_memory
+    from onerec_hf.workflows.semantic_ids import fit_catalogue
+
+    shared: dict[str, Any] = {"session_length": 1, **({"kmeans_iterations": 4} if options.quick else {})}
+    data_args, id_args, *_ = parsed(train_options(options), shared)
+    data = with_windows(load_in_memory(data_args), data_args, "windows")
+    catalogue = fit_catalogue(data, id_args).catalogue
+    processor = OneRecProcessor.from_catalogue(catalogue, max_history=data_args.max_history)
+    users = data.split.validation.shuffle(seed=0).select(range(options.users))
+    return data, processor, users
+
+
 def code_loss(model, processor, examples) -> float:
     """Nats per code, among the codes of its level."""
     import torch
@@ -132,18 +148,9 @@ def main() -> None:
     one_thread()
     if options.quick:
         options.width, options.steps, options.users, options.seeds = 16, 5, 50, [0]
-    from benchmarks.quality.runs import parsed, with_windows
     from onerec_hf.evaluation.results import result_row
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows import load_in_memory
-    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
-    shared: dict[str, Any] = {"session_length": 1, **({"kmeans_iterations": 4} if options.quick else {})}
-    data_args, id_args, *_ = parsed(train_options(options), shared)
-    data = with_windows(load_in_memory(data_args), data_args, "windows")
-    catalogue = fit_catalogue(data, id_args).catalogue
-    processor = OneRecProcessor.from_catalogue(catalogue, max_history=data_args.max_history)
-    users = data.split.validation.shuffle(seed=0).select(range(options.users))
+    data, processor, users = loaded(options)
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for seed in options.seeds:
         for kind in KINDS:

@@ -17,14 +17,13 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/quality/v2_scaling.py`
 
-from benchmarks.harness import dataset_options, finish, one_thread, parser, say, train_options
-from benchmarks.quality.v2 import KINDS, trained
+from benchmarks.harness import dataset_options, finish, one_thread, parser, say
+from benchmarks.quality.v2 import KINDS, loaded, trained
 
 BATCH, AT_WIDTH = 128, 64
 LABELS = {"encoder_decoder": "encoder-decoder", "lazy": "lazy decoder"}
@@ -48,18 +47,9 @@ def main() -> None:
     one_thread()
     if options.quick:
         options.widths, options.steps, options.users = [16, 32, 48, 64], 3, 50
-    from benchmarks.quality.runs import parsed, with_windows
     from onerec_hf.evaluation.results import result_row
-    from onerec_hf.modeling.processing_onerec import OneRecProcessor
-    from onerec_hf.workflows import load_in_memory
-    from onerec_hf.workflows.semantic_ids import fit_catalogue
 
-    shared: dict[str, Any] = {"session_length": 1, **({"kmeans_iterations": 4} if options.quick else {})}
-    data_args, id_args, *_ = parsed(train_options(options), shared)
-    data = with_windows(load_in_memory(data_args), data_args, "windows")
-    catalogue = fit_catalogue(data, id_args).catalogue
-    processor = OneRecProcessor.from_catalogue(catalogue, max_history=data_args.max_history)
-    users = data.split.validation.shuffle(seed=0).select(range(options.users))
+    data, processor, users = loaded(options)
     rate, rows, points = options.learning_rate, [], {kind: [] for kind in KINDS}
     for width in options.widths:
         options.width, options.learning_rate = width, rate * math.sqrt(AT_WIDTH / width)

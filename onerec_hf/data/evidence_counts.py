@@ -98,15 +98,15 @@ def _unseen_losses(features: torch.Tensor, rows: torch.Tensor, targets: torch.Te
     import torch
     import torch.nn.functional as F
 
-    from onerec_hf.modeling.item_evidence import fit_weights
+    from onerec_hf.modeling.item_evidence import among_candidates, fit_weights
 
     fold, losses = torch.arange(len(features), device=features.device) % _FOLDS, []
     for each in range(_FOLDS):
         weights = fit_weights(*(part[fold != each] for part in (features, rows, targets)))
-        hits = (rows == targets[:, None]) & (targets > 0)[:, None] & (fold == each)[:, None]
-        there = hits.any(1)
-        logits = (features[there] @ weights).masked_fill(rows[there] == 0, float("-inf"))
-        losses.append(F.cross_entropy(logits, hits[there].float().argmax(1), reduction="none"))
+        x, of_fold, wanted = (part[fold == each] for part in (features, rows, targets))
+        there, places = among_candidates(of_fold, wanted)
+        logits = (x[there] @ weights).masked_fill(of_fold[there] == 0, float("-inf"))
+        losses.append(F.cross_entropy(logits, places, reduction="none"))
     return torch.cat(losses)
 
 

@@ -21,7 +21,6 @@ from onerec_hf.data.users import UserTable, read_users
 
 if TYPE_CHECKING:
     from onerec_hf.data.tables import TableSource
-from onerec_hf.data.times import TIMED
 
 _GROUPLENS = "GroupLens terms: research use, no commercial use without permission; cite Harper & Konstan 2015 (doi:10.1145/2827872)."
 _AMAZON = "No licence is stated; research use, cite McAuley et al. 2015."
@@ -346,12 +345,9 @@ def _amazon_files(name: str, folder: str | Path | None) -> tuple[pd.DataFrame, p
         name, folder, "sequences.parquet", "items.parquet", "minilm_l6_v2_f16.npy"
     )
     rows = pd.read_parquet(sequences).loc[:, ["user_id", "item_ids"]].explode("item_ids", ignore_index=True)
-    rows = rows.assign(
-        item_id=rows["item_ids"].astype(np.int64),
-        timestamp=rows.groupby("user_id").cumcount(),  # the dataset has the order but no timestamps
-    )
-    interactions = read_interactions(rows, feedback_columns=[])
-    interactions.attrs[TIMED] = False
+    rows = rows.assign(item_id=rows["item_ids"].astype(np.int64))
+    # The dataset has the order but no timestamps.
+    interactions = read_interactions(rows, timestamp_column="none", feedback_columns=[])
     return interactions, pd.read_parquet(items), embeddings
 
 

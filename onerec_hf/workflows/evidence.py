@@ -61,19 +61,19 @@ def fit_evidence(
     sequences = data.train_sequences
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
     count_evidence(head.evidence, (rows - 1, sequences.offsets))
-    recent = recent_counts(rows - 1, sequences.times, len(head.keys))
-    if weights_of is not None:
-        fitted = item_head(weights_of).evidence
-        head.evidence.set_recent(None if fitted.recent_counts is None else torch.from_numpy(recent))
+    fitted = None if weights_of is None else item_head(weights_of).evidence
+    fades = sequences.timed if fitted is None else fitted.recent_counts is not None
+    recent = recent_counts(rows - 1, sequences.times, len(head.keys)) if fades else None
+    if fitted is not None:
+        head.evidence.set_recent(None if recent is None else torch.from_numpy(recent))
         head.evidence.set_weights(fitted.weights)
     else:
         head.evidence.set_recent(None)
-        head.evidence.set_weights(
-            torch.tensor(DEFAULT_WEIGHTS)
-        )  # they choose the candidates, in a second fit as in the first
+        # The default weights choose the candidates, in a second fit as in the first.
+        head.evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
         users = sample(data.validation, MOST_USERS, seed)
         found = candidate_features(model, processor, users, exclude_seen)
-        fit_evidence_weights(head.evidence, *found, recent=recent if sequences.timed else None)
+        fit_evidence_weights(head.evidence, *found, recent=recent)
     head.config.recent = head.evidence.recent_counts is not None
     weights: dict[str, float] = dict(zip(head.evidence.names, head.evidence.weights.tolist(), strict=True))
     counted = [name for name in weights if head.content is not None or not name.startswith("content")]

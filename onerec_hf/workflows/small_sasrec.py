@@ -73,7 +73,7 @@ def fit_small_sasrec(
     batch_size = int(np.clip(len(sequences) // 50, 16, 128))
     targets = batch_size * min(sequences.lengths.mean(), data.max_history)
     model = fit_sequential(
-        cast("Any", sequences if data.features is not None else sequences.lists()),
+        cast("Any", sequences),
         sample(data.validation, _VALIDATION_USERS),
         item_ids=catalogue.item_ids,
         coded=of_catalogue(data, catalogue),
