@@ -28,8 +28,8 @@ class ItemHeadConfig(PreTrainedConfig):
             Adds evidence about pairs of items to the scores: counts from training sequences and cosines of content ([`ItemEvidence`]).
         neighbours (`int`, defaults to 50):
             Length of the neighbour lists of the evidence.
-        recent (`bool`, defaults to `False`):
-            The evidence has counts of what is asked for lately; the fit of the evidence sets it where they predict better.
+        recent (`int`, defaults to 0):
+            Interactions of the log by which the evidence counts what is asked for lately; the fit of the evidence sets it where it predicts better.
         rank (`int`, *optional*):
             Rank of the rarest items' vectors, below the hidden size: the vectors are then of low rank in blocks by popularity ([`item_blocks`]), with
             fewer parameters. None for full vectors.
@@ -55,7 +55,7 @@ class ItemHeadConfig(PreTrainedConfig):
     content_dim: int = 0
     evidence: bool = False
     neighbours: int = 50
-    recent: bool = False
+    recent: int = 0
     rank: int | None = None
     blocks: list[int] | None = None
 
@@ -79,8 +79,10 @@ class ItemHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "item_head: evidence=True needs a loss_weight above 0, otherwise there are no item scores to add it to"
             )
-        if self.recent and not self.evidence:
-            raise ValueError("item_head: recent=True is a part of the evidence; set evidence=True as well")
+        if self.recent < 0 or (self.recent and not self.evidence):
+            raise ValueError(
+                f"item_head: recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")
         if self.loss_weight < 0:

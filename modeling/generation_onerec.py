@@ -192,6 +192,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
+        request_times: torch.Tensor | None = None,
         **kwargs,
     ):
         """
@@ -203,7 +204,7 @@ class OneRecGenerationMixin(GenerationMixin):
             allow: (users, a) int64 item indices, the only items to choose from per user, padded with -1.
             distinct: whether an item may occur only once in a session.
             item_score_weight: weight of the item head's log-probabilities, added to the decoder's; see [`recommend`].
-            decoder_weight: factor of the decoder's log-probabilities; see [`recommend`].
+            decoder_weight, request_times: as for [`recommend`].
 
         Other arguments are those of `GenerationMixin.generate`; without a length it writes `config.session_length` items.
         """
@@ -216,7 +217,9 @@ class OneRecGenerationMixin(GenerationMixin):
             if weight := self._item_score_weight(item_score_weight, generation_config):
                 history, mask, input_ids = self._encoded(inputs, kwargs)
                 features = kwargs.get("feature_ids")
-                item_scores = self._item_scores(history, mask, constraint.trie, weight, input_ids, features)
+                item_scores = self._item_scores(
+                    history, mask, constraint.trie, weight, input_ids, features, request_times
+                )
             one_item = self._generates_one_item(kwargs, generation_config)
             decoder_weight = self._decoder_weight(decoder_weight, weight, one_item, generation_config)
             logits_processor = LogitsProcessorList(logits_processor or [])
@@ -312,6 +315,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
+        request_times: torch.Tensor | None = None,
         unknown: str = "error",
         session_decoding: str = "beam",
         diversity: float = 0.0,
@@ -341,6 +345,8 @@ class OneRecGenerationMixin(GenerationMixin):
             decoder_weight: factor of the decoder's log-probabilities beside the item scores. With 0 and sessions of one item the item head
                 alone ranks, and no decoder runs. When not given, `generation_config.decoder_weight` for sessions of one item (1 where that has
                 none), and 1 for longer ones.
+            request_times: (users,) int64 in the unit of the training table: when the requests were made, for evidence of what was asked for lately
+                ([`ItemEvidence`]). They are made now, after all that was counted, when not given.
             session_decoding: "beam", or "parallel" for sessions in one pass without the decoder, by a session head ([`ParallelDecoder`]): sessions that
                 differ in their first items, sorted by their log-probability under the head. `num_beams` does not matter.
             diversity: penalty on items that the returned sessions of a user share; 0 returns the best beams, which differ by an item or two. With 1,
@@ -418,7 +424,7 @@ class OneRecGenerationMixin(GenerationMixin):
             item_scores = None
             if weight := 1.0 if parallel is not None else self._item_score_weight(item_score_weight):
                 item_scores = self._item_scores(
-                    history, attention_mask, constraint.trie, weight, input_ids, feature_ids
+                    history, attention_mask, constraint.trie, weight, input_ids, feature_ids, request_times
                 )
             decoder_weight = self._decoder_weight(decoder_weight, weight, session_length == 1)
             diverse = None
@@ -569,13 +575,15 @@ class OneRecGenerationMixin(GenerationMixin):
         return weight
 
     def _item_scores(
-        self, history, attention_mask, trie, weight: float, input_ids=None, feature_ids=None
+        self, history, attention_mask, trie, weight: float, input_ids=None, feature_ids=None, request_times=None
     ) -> ItemScores:
         """Of encoder states and their mask; evidence reads the histories' tokens too, of positive interactions."""
         head, rows = self.get_encoder().item_head, None
         if head.evidence is not None and input_ids is not None:
             rows = head.history_rows(input_ids) * positive_places(self.config.features, feature_ids)
-        return ItemScores(self.item_scorer(trie), history_states(history, attention_mask), trie, weight, rows)
+        states = history_states(history, attention_mask)
+        times = None if request_times is None else request_times.to(states.device)
+        return ItemScores(self.item_scorer(trie), states, trie, weight, rows, times)
 
     def item_scorer(self, trie) -> ItemScorer:
         """The item head's scores of a trie's leaves. While no gradients are needed, it is kept until a weight changes."""

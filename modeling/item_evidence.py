@@ -10,10 +10,12 @@ head, it names items that the learned vectors miss, because counts need no gradi
     content        the largest cosine of i's content and that of a history item
     content_last   the cosine of i's content and that of item n
     popular        log(1 + interactions of i)
-    recent         log(1 + sum over i's interactions of e^(-a / (N / 10))),  a: interactions of the log, of N, that are later
+    recent         log(1 + interactions of i among the N / 10 that came last before the request),  N: interactions of the log
+    trending       the same of the last N / 100
 
-The counts are neighbour lists, the largest `neighbours` per item. The weights are fitted on validation users after training; `recent` is there where
-it predicts them better.
+The counts are neighbour lists, the largest `neighbours` per item. The weights are fitted on validation users after training; `recent` and `trending`
+are there where they predict them better. They read a log of items and times, so that a request of the past is answered as it was then; without a time a
+request is made at the end of the log.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ FEATURES = ("head", *LISTS, "content", "content_last", "popular")
 #: Weights where there are no validation users: those of Amazon Beauty without `before`, whose sign depends on how a log orders equal times, and
 #: `popular`, which depends on the data.
 DEFAULT_WEIGHTS = (0.57, 1.1, 0.2, 0.0, 2.05, 0.6, 0.0)
-RECENT = "recent"
+#: Evidence that depends on the time of a request, and the part of the log that it counts: one interaction of so many.
+RECENT = {"recent": 10, "trending": 100}
+# Interactions counted at once for several users: 128 MiB of their places.
+_COUNTED_AT_ONCE = 1 << 24
 _DECAY = 0.8
 
 
@@ -43,7 +48,7 @@ class ItemEvidence(PreciseBuffers):
         num_items: rows, without row 0.
         neighbours: length of a list.
         candidates: items per user whose content is compared: the best by the head and the counts.
-        recent: has the evidence `recent`, and an eighth weight.
+        recent: interactions of the log of `recent` and `trending`, which have two more weights; 0 without them.
 
     Example:
         >>> evidence = ItemEvidence(num_items=3, neighbours=2)
@@ -55,23 +60,29 @@ class ItemEvidence(PreciseBuffers):
     """
 
     #: Buffers that bfloat16 could not hold.
-    FLOATS = ("near_counts", "next_counts", "before_counts", "interactions", "recent_counts", "evidence.weights")
+    FLOATS = ("near_counts", "next_counts", "before_counts", "interactions", "evidence.weights")
 
-    def __init__(self, num_items: int, neighbours: int = 50, candidates: int = 200, recent: bool = False):
+    def __init__(self, num_items: int, neighbours: int = 50, candidates: int = 200, recent: int = 0):
         super().__init__()
         self.candidates = candidates
         for name in LISTS:
             self.register_buffer(f"{name}_items", torch.zeros(num_items + 1, neighbours, dtype=torch.int32))
             self.register_buffer(f"{name}_counts", torch.zeros(num_items + 1, neighbours))
         self.interactions = nn.Buffer(torch.zeros(num_items + 1))
-        self.register_buffer("recent_counts", torch.zeros(num_items + 1) if recent else None)
+        self.register_buffer("log_items", torch.zeros(recent, dtype=torch.int32) if recent else None)
+        self.register_buffer("log_times", torch.zeros(recent, dtype=torch.int64) if recent else None)
         # Nothing is known before lists and weights are set: the head alone.
         self.weights = nn.Buffer(torch.tensor([1.0] + [0.0] * (len(self.names) - 1)))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The evidence in the order of its weights."""
-        return FEATURES if self.recent_counts is None else (*FEATURES, RECENT)
+        return (*FEATURES, *RECENT) if self.recent else FEATURES
+
+    @property
+    def recent(self) -> int:
+        """Interactions of the log; 0 without the evidence of it."""
+        return 0 if self.log_items is None else len(self.log_items)
 
     def list_of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(num_items + 1, neighbours) rows of the neighbours, 0 where a list ends, and their counts."""
@@ -104,16 +115,51 @@ class ItemEvidence(PreciseBuffers):
         values[1:, : items.shape[1]] = torch.where(items > 0, counts.to(items.device), 0.0).to(values)
 
     @torch.no_grad()
-    def set_recent(self, counts: torch.Tensor | None) -> None:
+    def set_log(self, items: torch.Tensor | None = None, times: torch.Tensor | None = None) -> None:
         """
-        Sets the counts of `recent`, whose weight is 0 until `set_weights`; None takes this evidence away.
+        Sets the log that `recent` and `trending` count; their weights are 0 until `set_weights`. Without a log this evidence is taken away.
 
         Args:
-            counts: (num_items,) sums of the formula.
+            items: (N,) rows in the order of time.
+            times: (N,) int64, in any unit.
         """
-        weights = self.weights[: len(FEATURES)]
-        self.recent_counts = None if counts is None else F.pad(counts.to(self.interactions), (1, 0))
-        self.weights = weights if counts is None else F.pad(weights, (0, 1))
+        has, had = items is not None and len(items) > 0, self.recent > 0
+        self.log_items = items.to(self.near_items) if has else None
+        self.log_times = times.to(self.near_items.device, torch.int64) if has else None
+        if has != had:
+            weights = self.weights[: len(FEATURES)]
+            self.weights = F.pad(weights, (0, len(RECENT))) if has else weights
+
+    def recent_counts(self, times: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        (users, 2, num_items + 1) float32 counts of `recent` and `trending`; of one user when no times are given.
+
+        Args:
+            times: (users,) int64 of requests, in the unit of the log: interactions before them count. The end of the log when not given.
+        """
+        if times is None:
+            ends = torch.full((1,), self.recent, device=self.log_items.device)
+        else:
+            ends = torch.searchsorted(self.log_times, times.to(self.log_times))
+        widths = [-(-self.recent // share) for share in RECENT.values()]
+        at_once = max(1, _COUNTED_AT_ONCE // max(widths))
+        parts = [self._counted(some, widths) for some in ends.split(at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _counted(self, ends: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        """(users, widths, num_items + 1) counts of the rows of the log before each end."""
+        counts = self.interactions.new_zeros(len(ends), len(widths), len(self.interactions), dtype=torch.float32)
+        for number, width in enumerate(widths):
+            places = ends[:, None] - torch.arange(1, width + 1, device=ends.device)
+            rows = torch.where(places < 0, 0, self.log_items[places.clamp(min=0)].long())  # the log begins later
+            counts[:, number].scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float32))
+        counts[..., 0] = 0
+        return counts
+
+    def recent_features(self, rows: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
+        """(users, c, 2) the evidence `recent` and `trending` of rows (users, c), as [`features`] has it."""
+        counts = torch.log1p(self.recent_counts(times))
+        return torch.stack([_at(value, rows) for value in counts.unbind(1)], dim=-1)
 
     def extend(self, spread, row: torch.Tensor) -> None:
         """For [`ItemHead.extend`]: `spread` moves a table's rows to their new places, `row` has the new row of each old one."""
@@ -122,8 +168,8 @@ class ItemEvidence(PreciseBuffers):
             setattr(self, f"{name}_items", spread(row[rows.long()].to(rows)))
             setattr(self, f"{name}_counts", spread(counts))
         self.interactions = spread(self.interactions)
-        if self.recent_counts is not None:
-            self.recent_counts = spread(self.recent_counts)
+        if self.log_items is not None:
+            self.log_items = row[self.log_items.long()].to(self.log_items)
 
     def _from_lists(self, history: torch.Tensor, columns: torch.Tensor, width: int):
         """Per list its name, the columns that it names (users, m) and the evidence there; a column that is named twice has it twice."""
@@ -153,16 +199,18 @@ class ItemEvidence(PreciseBuffers):
         """D^-1/2 of rows."""
         return (self.interactions[rows].float() + 1).rsqrt()
 
-    def _of_rows(self) -> dict[str, torch.Tensor]:
-        """(num_items + 1,) evidence that a history does not change, by name."""
-        counts = {"popular": self.interactions, RECENT: self.recent_counts}
-        return {name: torch.log1p(count.float()) for name, count in counts.items() if count is not None}
+    def _of_rows(self, times: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """(users, num_items + 1) evidence that a history does not change, by name; of one user where it is the same for all."""
+        found = {"popular": self.interactions.float()[None]}
+        if self.recent:
+            found |= zip(RECENT, self.recent_counts(times).unbind(1), strict=True)
+        return {name: torch.log1p(count) for name, count in found.items()}
 
-    def _with_head(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _with_head(self, scores: torch.Tensor, rows: torch.Tensor, times: torch.Tensor | None) -> torch.Tensor:
         """The head's scores (users, items), and the evidence that a history does not change, of rows of the same shape or (items,)."""
         scores = self._weight("head") * scores
-        for name, value in self._of_rows().items():
-            scores = scores + self._weight(name) * value[rows]
+        for name, value in self._of_rows(times).items():
+            scores = scores + self._weight(name) * _at(value, rows)
         return scores
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -176,6 +224,7 @@ class ItemEvidence(PreciseBuffers):
         columns: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         legal: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Scores with the evidence.
@@ -187,6 +236,7 @@ class ItemEvidence(PreciseBuffers):
             columns: (num_items + 1,) the column of `scores` of each row, the number of items for none; row i is column i - 1 when not given.
             rows: (items,) the row of each column, given with `columns`.
             legal: (users, items) bool; other items take no place among the candidates whose content is compared.
+            times: (users,) int64, when the requests were made ([`recent_counts`]).
 
         Returns:
             (users, items) float32. An item that is no candidate gets the content evidence of the least similar candidate.
@@ -194,7 +244,7 @@ class ItemEvidence(PreciseBuffers):
         items = scores.shape[1]
         if columns is None or rows is None:
             columns, rows = self._places(items)
-        out = F.pad(self._with_head(scores.float(), rows), (0, 1))  # what is in no column goes into the last one
+        out = F.pad(self._with_head(scores.float(), rows, times), (0, 1))  # what is in no column goes into the last one
         for name, where, value in self._from_lists(history, columns, items + 1):
             out.scatter_(1, where, out.gather(1, where) + self._weight(name) * value)
         out = out[:, :items]
@@ -217,13 +267,14 @@ class ItemEvidence(PreciseBuffers):
         history: torch.Tensor,
         content: torch.Tensor | None = None,
         excluded: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The evidence of the best candidates, for [`fit_weights`].
 
         Args:
             scores: (users, num_items) float32 of the head.
-            history, content: as for `add`.
+            history, content, times: as for `add`.
             excluded: (users, e) rows that are no candidates, padded with 0.
 
         Returns:
@@ -236,7 +287,7 @@ class ItemEvidence(PreciseBuffers):
         if excluded is not None:
             legal = torch.ones_like(scores, dtype=torch.bool)
             legal = F.pad(legal, (1, 0)).scatter_(1, excluded, False)[:, 1:]
-        total = self.add(scores, history, content, legal=legal)
+        total = self.add(scores, history, content, legal=legal, times=times)
         total = total if legal is None else total.masked_fill(~legal, float("-inf"))
         found = total.topk(min(self.candidates, items), dim=1).indices
         parts = [scores.gather(1, found)]
@@ -247,7 +298,7 @@ class ItemEvidence(PreciseBuffers):
             parts += [torch.zeros_like(parts[0])] * 2
         else:
             parts += similarities(content, history, rows[found])
-        parts += [value[rows[found]] for value in self._of_rows().values()]
+        parts += [_at(value, rows[found]) for value in self._of_rows(times).values()]
         which = rows[found] if legal is None else rows[found].masked_fill(~legal.gather(1, found), 0)
         return torch.stack(parts, dim=-1), which
 
@@ -269,11 +320,12 @@ class SessionEvidence:
         columns: (num_items + 1,) the column of each row among all items, the number of items for none.
         rows: (items,) the row of each column.
         found: (users, c) columns of the candidates, ascending.
+        times: (users,) of the requests, or None.
     """
 
-    def __init__(self, evidence: ItemEvidence, scores, history, content, columns, rows, found):
+    def __init__(self, evidence: ItemEvidence, scores, history, content, columns, rows, found, times=None):
         self.evidence, self.columns, self.found, self.rows = evidence, columns, found, rows
-        self.base = evidence._with_head(scores, rows[found])
+        self.base = evidence._with_head(scores, rows[found], times)
         self.near = evidence.near_sums(history, columns, len(rows) + 1)[1].gather(1, found)
         self.last = latest(history)
         self.content = None if content is None or content.shape[1] == 0 else content
@@ -326,6 +378,13 @@ class SessionEvidence:
         place = torch.searchsorted(self.found, columns).clamp(max=self.found.shape[1] - 1)
         place = torch.where(self.found.gather(1, place) == columns, place, self.found.shape[1])
         return place.view_as(names)
+
+
+def _at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Values (users, num_items + 1), or (1, num_items + 1) for all users, of rows (users, c) or (items,)."""
+    if rows.dim() == 1:
+        return values[:, rows]
+    return values.expand(rows.shape[0], -1).gather(1, rows)
 
 
 def latest(history: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,11 @@ class ItemScorer:
         self.columns[0] = len(self.rows)
 
     def scores(
-        self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        history: torch.Tensor | None = None,
+        legal: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         (users, items) float32 logits. A new item without any score has -inf.
@@ -52,12 +56,13 @@ class ItemScorer:
             states: (users, width).
             history: (users, n) rows of the histories' items ([`ItemHead.history_rows`]), for a head with evidence.
             legal: (users, items) bool, the items that may be ranked; None for all.
+            times: (users,) int64, when the requests were made; None for now.
         """
         scores = self.head_scores(states)
         if self.evidence is not None:
             if history is None:
                 raise ValueError("the item head's evidence needs the history: pass input_ids")
-            scores = self.evidence.add(scores, history, self.content, self.columns, self.rows, legal)
+            scores = self.evidence.add(scores, history, self.content, self.columns, self.rows, legal, times)
         return scores
 
     def head_scores(self, states: torch.Tensor) -> torch.Tensor:
@@ -66,10 +71,14 @@ class ItemScorer:
         return scores if self.scored is None else scores.masked_fill(~self.scored, float("-inf"))
 
     def log_probs(
-        self, states: torch.Tensor, history: torch.Tensor | None = None, legal: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        history: torch.Tensor | None = None,
+        legal: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(users, items) float32, as `scores`. A new item without a vector scores as the least probable item that has one."""
-        scores = self.scores(states, history, legal).log_softmax(-1)
+        scores = self.scores(states, history, legal, times).log_softmax(-1)
         if self.scored is None:
             return scores
         return torch.where(self.scored, scores, scores.masked_fill(~self.scored, 0.0).amin(-1, keepdim=True))
@@ -122,6 +131,7 @@ class ItemScores:
         trie: the catalogue's semantic IDs, on the device of the states.
         weight: factor of the log-probabilities, positive.
         history: (users, n) rows of the histories' items, for a head with evidence.
+        times: (users,) int64, when the requests were made; None for now.
     """
 
     def __init__(
@@ -131,8 +141,10 @@ class ItemScores:
         trie: SemanticIDTrie,
         weight: float,
         history: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ):
-        self.scorer, self.states, self.trie, self.weight, self.history = scorer, states, trie, weight, history
+        self.scorer, self.states, self.trie, self.weight = scorer, states, trie, weight
+        self.history, self.times = history, times
 
     @property
     def reads_sessions(self) -> bool:
@@ -142,8 +154,8 @@ class ItemScores:
     def at_leaves(self, users: slice, constraint: CatalogueConstraint) -> torch.Tensor:
         """(users, leaves) float32 log-probabilities, -inf for items that `constraint` does not allow them."""
         legal = constraint.legal_leaves()
-        history = None if self.history is None else self.history[users]
-        leaves = self.scorer.log_probs(self.states[users], history, legal)
+        history, times = (None if part is None else part[users] for part in (self.history, self.times))
+        leaves = self.scorer.log_probs(self.states[users], history, legal, times)
         return leaves if legal is None else leaves.masked_fill(~legal, float("-inf"))
 
     def best(self, constraint: CatalogueConstraint, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +217,8 @@ class SessionGuide:
         self._session = None
         if item_scores.reads_sessions:
             assert item_scores.history is not None
-            self._session = item_scores.scorer, item_scores.states[users], item_scores.history[users], leaves
+            times = None if item_scores.times is None else item_scores.times[users]
+            self._session = item_scores.scorer, item_scores.states[users], item_scores.history[users], leaves, times
         self._evidence: SessionEvidence | None = None
 
     def guides(self, item: int) -> bool:
@@ -260,12 +273,12 @@ class SessionGuide:
 
     def _find_candidates(self) -> None:
         assert self._session is not None
-        scorer, states, history, leaves = self._session
+        scorer, states, history, leaves, times = self._session
         count = min(scorer.evidence.candidates, leaves.shape[1])
         found = leaves.topk(count, dim=1).indices.sort(dim=1).values
         head = scorer.head_scores(states)
         self._evidence = SessionEvidence(
-            scorer.evidence, head.gather(1, found), history, scorer.content, scorer.columns, scorer.rows, found
+            scorer.evidence, head.gather(1, found), history, scorer.content, scorer.columns, scorer.rows, found, times
         )
         self._legal = leaves.gather(1, found).isfinite()
         # The others keep the evidence of the history for the whole session. What log-probabilities and logits differ by is the same for all

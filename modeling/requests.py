@@ -97,6 +97,7 @@ class Request:
             `num_beams` and `exclude_seen` do not count then.
         user: values of the user's features by column. Values that the model does not read, here and in the history, are left out.
         user_features, history_features: in place of values, codes of the model's schema, as datasets hold them in columns of these names.
+        request_time: in the unit of the training table, for evidence of what was asked for lately: an answer as of then. Now when not given.
 
     Raises:
         RequestError: a count below 1, `top_k > num_beams`, a negative `diversity`, another value of `unknown`, or `candidates` beside `allow` or for
@@ -123,6 +124,7 @@ class Request:
     user: Any = None
     user_features: Any = None
     history_features: Any = None
+    request_time: int | None = None
 
     def __post_init__(self):
         for option in _COUNTS:
@@ -556,6 +558,7 @@ class Recommender:
             num_return_sequences=most,
             session_decoding=kind.session_decoding,
             diversity=kind.diversity,
+            request_times=request_times(requests),
             exclude=_padded([resolved.exclude for resolved in requests]),
             allow=_padded([resolved.allow for resolved in requests if resolved.allow is not None]),
             return_dict_in_generate=True,
@@ -573,6 +576,14 @@ class Recommender:
                 answer.fields = [[dict(self.items.get(item, {})) for item in session] for session in answer.sessions]
             answers.append(answer)
         return answers
+
+
+def request_times(requests: Sequence[ResolvedRequest]) -> torch.Tensor | None:
+    """(users,) int64, when the requests were made; None where all are made now."""
+    times = [resolved.request.request_time for resolved in requests]
+    if all(time is None for time in times):
+        return None
+    return torch.tensor([torch.iinfo(torch.int64).max if time is None else time for time in times])
 
 
 def _padded(lists: list[np.ndarray]) -> torch.Tensor | None:

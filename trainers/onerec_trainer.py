@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS, OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
+from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
@@ -172,7 +173,7 @@ class OneRecTrainer(
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [*EXAMPLE_COLUMNS, "history_positive", "examples"]
+            self._signature_columns = [*EXAMPLE_COLUMNS, REQUEST_TIME, "history_positive", "examples"]
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -314,13 +315,13 @@ class OneRecTrainer(
         invalid ID; a user without candidates has empty places only.
         """
         inputs = self._prepare_inputs(dict(inputs))
-        exclude = inputs.pop("exclude", None)
+        exclude, request_times = (inputs.pop(name, None) for name in ("exclude", "request_times"))
         targets = inputs.get("labels")  # predict() needs none
         loss = None if targets is None else self._count_loss(model, inputs)
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         targets = None if targets is None else self.processing_class.item_indices(targets)
-        return loss, self._rank(inputs, exclude), targets
+        return loss, self._rank(inputs, exclude, request_times), targets
 
     def _count_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch, counted per token of its real users."""
@@ -331,7 +332,9 @@ class OneRecTrainer(
         self.count("loss", loss, (labels != -100).sum())
         return loss
 
-    def _rank(self, inputs: dict[str, Any], exclude: torch.Tensor | None) -> torch.Tensor:
+    def _rank(
+        self, inputs: dict[str, Any], exclude: torch.Tensor | None, request_times: torch.Tensor | None
+    ) -> torch.Tensor:
         """(users, largest k) item indices, best first; -1 for an empty place, -2 for an invalid ID."""
         top, users = max(self.args.eval_top_k), len(inputs["input_ids"])
         head_alone = self.args.eval_head_alone and self.is_in_train
@@ -348,6 +351,7 @@ class OneRecTrainer(
             num_beams=self.args.eval_num_beams,
             num_return_sequences=top,
             exclude=exclude,
+            request_times=request_times,
             **({"decoder_weight": 0.0, "item_score_weight": 1.0} if head_alone else {}),
         )
         ranked = self.processing_class.item_indices(sequences).view(users, top)

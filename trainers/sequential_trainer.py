@@ -22,6 +22,7 @@ from onerec_hf.baselines.modeling_sequential import SequentialRecommender
 from onerec_hf.baselines.next_items import IGNORED, NextItemCollator, NextItemDataset, pad_left
 from onerec_hf.baselines.read_histories import ReadHistories, of_places
 from onerec_hf.data.sequences import UserSequences
+from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.trainers.checkpoints import AtomicCheckpointMixin
 from onerec_hf.trainers.faults import StepFaults
@@ -113,7 +114,7 @@ class SequentialTrainer(StepFaults, AtomicCheckpointMixin, AveragedWeights, Rank
         if self._signature_columns is None:
             self._signature_columns = [
                 *("history", "session", "inputs", "targets", "sequence", "codes"),
-                *("history_features", "history_positive", "user_features"),
+                *("history_features", "history_positive", "user_features", REQUEST_TIME),
             ]
 
     def _ranked_items(self):

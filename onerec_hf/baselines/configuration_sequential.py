@@ -58,8 +58,8 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
             Length of the evidence's neighbour lists.
         content_dim (`int`, defaults to 0):
             Width of the content vectors that the evidence compares; 0 for none.
-        recent (`bool`, defaults to `False`):
-            The evidence has counts of what is asked for lately (`add_evidence` sets it where they predict better).
+        recent (`int`, defaults to 0):
+            Interactions of the log by which the evidence counts what is asked for lately (`add_evidence` sets it where it predicts better).
         item_id_bytes (`int`, *optional*):
             How the item ids are saved with the weights: 0 for integers, the length of the longest string in UTF-8 otherwise, `None` without ids.
         initializer_range (`float`, defaults to 0.02):
@@ -92,7 +92,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     features: FeaturesConfig | dict | None = None
     score_features: bool = False
     evidence: bool = False
-    recent: bool = False
+    recent: int = 0
     neighbours: int = 50
     content_dim: int = 0
     item_id_bytes: int | None = None

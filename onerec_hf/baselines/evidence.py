@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from onerec_hf.baselines.next_items import pad_left
 from onerec_hf.baselines.read_histories import ReadHistories
-from onerec_hf.data.evidence_counts import count_evidence, fit_evidence_weights, recent_counts
+from onerec_hf.data.evidence_counts import count_evidence, event_log, fit_evidence_weights
 from onerec_hf.data.sequences import UserSequences
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, ItemEvidence
 
@@ -73,17 +73,18 @@ def add_evidence(
     count_evidence(model.evidence, (flat, np.cumsum([0, *lengths])))
     model.evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
     if validation is not None and len(validation):
-        recent = None
+        log = None
         if isinstance(train_sequences, UserSequences) and train_sequences.timed:
-            recent = recent_counts(flat, train_sequences.times, len(items))
-        fit_evidence_weights(model.evidence, *_candidates(model, items, validation, exclude_seen), recent=recent)
-    config.recent = model.evidence.recent_counts is not None
+            log = event_log(flat, train_sequences.times)
+        features, rows, targets, times = _candidates(model, items, validation, exclude_seen)
+        fit_evidence_weights(model.evidence, features, rows, targets, log, times)
+    config.recent = model.evidence.recent
 
 
 def _candidates(
     model: SequentialRecommender, items: ItemIndex, validation: Dataset, exclude_seen: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a sample of the users: features and rows of candidates, and the rows of the items held out."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray | None]:
+    """Of a sample of the users: features and rows of candidates, the rows of the items held out, and when the requests were made."""
     assert model.evidence is not None
     if len(validation) > _USERS:
         validation = validation.select(np.sort(np.random.default_rng(0).permutation(len(validation))[:_USERS]))
@@ -104,7 +105,7 @@ def _candidates(
         model.train(training)
     features, rows = (torch.cat(part) for part in zip(*parts, strict=True))
     targets = items.indices([session[0] for session in sessions]) + 1
-    return features, rows, torch.from_numpy(targets).to(rows.device)
+    return features, rows, torch.from_numpy(targets).to(rows.device), read.times
 
 
 def _content(content: np.ndarray, num_items: int) -> torch.Tensor:

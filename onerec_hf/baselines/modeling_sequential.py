@@ -315,12 +315,12 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         loss = -(F.logsigmoid(positive) + F.logsigmoid(-negative)).mean()
         return SequentialOutput(loss=loss + added, last_hidden_state=states)
 
-    def _scores(self, states, input_ids, vectors=None, legal=None) -> torch.Tensor:
+    def _scores(self, states, input_ids, vectors=None, legal=None, times=None) -> torch.Tensor:
         """(users, num_items) scores of all items after the last state, with the evidence; only `legal` items take places among its candidates."""
         scores = states[:, -1] @ (self.item_vectors() if vectors is None else vectors).T
         if self.evidence is None:
             return scores
-        return self.evidence.add(scores.float(), input_ids, self.content, legal=legal)
+        return self.evidence.add(scores.float(), input_ids, self.content, legal=legal, times=times)
 
     @torch.no_grad()
     def top_items(
@@ -332,6 +332,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         vectors: torch.Tensor | None = None,
         feature_ids: torch.Tensor | None = None,
         positive_ids: torch.Tensor | None = None,
+        request_times: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The k best next items among all of the catalogue.
@@ -343,6 +344,7 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             vectors: `item_vectors()`, precomputed for many batches.
             feature_ids: as for `forward`.
             positive_ids: (users, p) input ids of the positive interactions, padded with 0: what evidence is about; `input_ids` when not given.
+            request_times: (users,) int64 in the unit of the training table, for evidence of what was asked for lately; now when not given.
 
         Returns:
             (users, k) item indices, best first, -1 where fewer than k items remain, and their scores.
@@ -354,7 +356,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
         if exclude_ids is not None:
             legal.scatter_(1, exclude_ids, False)
         states = self.encode(input_ids, feature_ids)
-        scores = self._scores(states, input_ids if positive_ids is None else positive_ids, vectors, legal[:, 1:])
+        positive = input_ids if positive_ids is None else positive_ids
+        scores = self._scores(states, positive, vectors, legal[:, 1:], request_times)
         values, ids = F.pad(scores, (1, 0)).masked_fill_(~legal, -torch.inf).topk(min(k, self.config.num_items))
         indices = (ids - 1).masked_fill(values == -torch.inf, -1)
         more = k - indices.shape[1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onerec_hf.baselines.next_items import pad_codes, pad_left
+from onerec_hf.data.windows import request_times
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS, interaction_codes, user_codes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class ReadHistories:
         items: per user item indices, oldest first.
         codes: per user (items, slots) codes of the user and of each interaction; None without features.
         positive: per user (items,) bool; None where all interactions are positive.
+        times: (users,) int64, when their requests were made; None for now.
 
     Example:
         >>> read = ReadHistories([np.array([4, 2])], [np.array([[3, 5], [3, 6]])], [np.array([True, False])])
@@ -36,6 +38,7 @@ class ReadHistories:
     items: Sequence[np.ndarray]
     codes: Sequence[np.ndarray] | None = None
     positive: Sequence[np.ndarray] | None = None
+    times: np.ndarray | None = None
 
     @classmethod
     def of_examples(cls, examples: Any, index: ItemIndex, schema: FeatureSchema | None) -> ReadHistories:
@@ -57,7 +60,7 @@ class ReadHistories:
             positive = [np.asarray(flags, dtype=bool) for flags in examples["history_positive"]]
         columns = {name: examples[name] for name in FEATURE_COLUMNS if name in names}
         if schema is None or not columns:
-            return cls(items, None, positive)
+            return cls(items, None, positive, request_times(examples))
         for name, features in zip(FEATURE_COLUMNS, (schema.user, schema.interaction), strict=True):
             if features and name not in columns:
                 raise ValueError(
@@ -67,13 +70,11 @@ class ReadHistories:
         of_users = user_codes(schema, len(items), codes=columns.get("user_features"))
         entries = interaction_codes(schema, lengths, codes=columns.get("history_features"))
         codes = np.concatenate([np.repeat(of_users, lengths, axis=0), entries], axis=1)
-        return cls(items, np.split(codes, np.cumsum(lengths)[:-1]), positive)
+        return cls(items, np.split(codes, np.cumsum(lengths)[:-1]), positive, request_times(examples))
 
     def __getitem__(self, rows: slice) -> ReadHistories:
-        parts = (self.items, self.codes, self.positive)
-        items, codes, positive = (None if part is None else part[rows] for part in parts)
-        assert items is not None
-        return ReadHistories(items, codes, positive)
+        parts: tuple[Any, ...] = (self.items, self.codes, self.positive, self.times)
+        return ReadHistories(*(None if part is None else part[rows] for part in parts))
 
     @property
     def seen(self) -> Sequence[np.ndarray]:
@@ -83,7 +84,10 @@ class ReadHistories:
         return [items[flags] for items, flags in zip(self.items, self.positive, strict=True)]
 
     def inputs(self, longest: int | None = None) -> dict[str, torch.Tensor]:
-        """`input_ids`, with features `feature_ids`, and where some interactions are not positive `positive_ids`, padded on the left."""
+        """
+        `input_ids`, with features `feature_ids`, and where some interactions are not positive `positive_ids`, padded on the left; with times
+        `request_times`.
+        """
         found = {"input_ids": pad_left(self.items, longest)}
         if self.codes is not None:
             found["feature_ids"] = pad_codes(self.codes, found["input_ids"].shape[1])
@@ -92,6 +96,8 @@ class ReadHistories:
             read = zip(self.items, self.positive, strict=True)
             latest = slice(None) if longest is None else slice(-longest, None)
             found["positive_ids"] = pad_left([items[latest][flags[latest]] for items, flags in read])
+        if self.times is not None:
+            found["request_times"] = torch.from_numpy(self.times)
         return found
 
 

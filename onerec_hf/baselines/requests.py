@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from onerec_hf.modeling.requests import (
     Request,
     RequestError,
     ResolvedRequest,
+    request_times,
 )
 
 #: The `model_type` of the artefacts that [`load_item_recommender`] reads.
@@ -111,7 +113,9 @@ class ItemRecommender(Recommender):
         allow = [resolved.allow for resolved in requests if resolved.allow is not None] or None
         if isinstance(self.model, SequentialRecommender):
             features = [resolved.features for resolved in requests if resolved.features is not None]
-            best = self._sequential(self._read(histories, features), most, exclude, allow)
+            times = request_times(requests)
+            read = replace(self._read(histories, features), times=None if times is None else times.numpy())
+            best = self._sequential(read, most, exclude, allow)
         else:
             best = self.model.top_items(histories, most, exclude, allow)
         answers = []

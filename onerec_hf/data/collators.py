@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class OneRecDataCollator:
     Batches examples with the columns `history` and, for training, `session` (lists of item ids, oldest first).
 
     The encoder reads the latest `max_history` items of a history (default: the processor's `max_history`). For a processor with features, examples
-    also have the columns that its schema reads ([`feature_columns`]).
+    also have the columns that its schema reads ([`feature_columns`]). Examples with the column `request_time` give `request_times` for `recommend()`.
 
     Args:
         processor: the model's processor, with its catalogue.
@@ -66,6 +67,8 @@ class OneRecDataCollator:
             batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
         if self.with_seen:
             batch["exclude"] = self._seen([positive_items(example) for example in examples])
+        if REQUEST_TIME in examples[0]:
+            batch["request_times"] = torch.tensor([example[REQUEST_TIME] for example in examples])
         return batch
 
     def _seen(self, histories) -> torch.Tensor:

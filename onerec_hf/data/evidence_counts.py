@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
     from onerec_hf.modeling.item_evidence import ItemEvidence
 
+    #: Rows of items and times of a log ([`event_log`]).
+    Log = tuple[torch.Tensor, torch.Tensor]
+
 # Parts of the validation users, each ranked by weights that the others fitted.
 _FOLDS = 5
 # Two standard errors of fewer users' gains say little.
 _FEWEST = 30
+# Interactions of a log that is saved with a model: 120 MB.
+_LONGEST_LOG = 10_000_000
+_USERS_AT_ONCE = 256
 
 
 def count_evidence(evidence: ItemEvidence, sequences: Sequences) -> None:
@@ -56,40 +62,47 @@ def fit_evidence_weights(
     features: torch.Tensor,
     rows: torch.Tensor,
     targets: torch.Tensor,
-    recent: np.ndarray | None = None,
+    log: Log | None = None,
+    times: np.ndarray | None = None,
 ) -> None:
     """
-    Sets the weights that rank the targets of validation users best. The evidence `recent` enters where it improves the likelihood of targets that its
-    weight was not fitted on, in five folds of at least 30 users, by more than two standard errors.
+    Sets the weights that rank the targets of validation users best. The evidence `recent` and `trending` enters where it improves the likelihood of
+    targets that its weights were not fitted on, in five folds of at least 30 users, by more than two standard errors.
 
     Args:
-        features, rows: of [`~onerec_hf.modeling.item_evidence.ItemEvidence.features`], without `recent`.
+        features, rows: of [`~onerec_hf.modeling.item_evidence.ItemEvidence.features`], without `recent` and `trending`.
         targets: (users,) rows of the held-out items.
-        recent: (num_items,) of [`recent_counts`]; None without times.
+        log: of [`event_log`]; None without times.
+        times: (users,) int64, when the users' requests were made; without them as without a log.
 
     Example:
         >>> import torch
         >>> from onerec_hf.modeling.item_evidence import ItemEvidence
         >>> evidence, draw = ItemEvidence(num_items=10), torch.Generator().manual_seed(0)
         >>> features, rows = torch.randn(400, 10, 7, generator=draw), torch.arange(1, 11).expand(400, 10)
-        >>> targets = torch.randint(9, 11, (400,), generator=draw)  # the two items of lately
-        >>> fit_evidence_weights(evidence, features, rows, targets, recent=np.repeat([0.0, 9.0], [8, 2]))
-        >>> evidence.names[-1], bool(evidence.weights[-1] > 1)
-        ('recent', True)
+        >>> log = event_log(np.arange(1000) // 100, np.arange(1000))  # each item has its time
+        >>> times = np.random.default_rng(0).integers(100, 1000, 400)
+        >>> targets = torch.from_numpy(times // 100 + 1)
+        >>> fit_evidence_weights(evidence, features, rows, targets, log, times)
+        >>> evidence.names[-2:], bool(evidence.weights[-2:].sum() > 1)
+        (('recent', 'trending'), True)
     """
     import torch
 
     from onerec_hf.modeling.item_evidence import fit_weights
 
-    evidence.set_recent(None)
-    if recent is not None and len(features):
-        (counts,) = (part.to(features.device) for part in _tensors(recent))
-        column = torch.log1p(torch.cat([counts.new_zeros(1), counts]))[rows].to(features)
-        more = torch.cat([features, column.unsqueeze(-1)], dim=-1)
+    evidence.set_log()
+    if log is not None and times is not None and len(features):
+        evidence.set_log(*log)
+        (when,) = _tensors(times)
+        parts = zip(rows.split(_USERS_AT_ONCE), when.to(rows.device).split(_USERS_AT_ONCE), strict=True)
+        found = [evidence.recent_features(some, then) for some, then in parts]
+        more = torch.cat([features, torch.cat(found).to(features)], dim=-1)
         gains = _unseen_losses(features, rows, targets) - _unseen_losses(more, rows, targets)
         if len(gains) >= _FEWEST and gains.mean() > 2 * gains.std() / len(gains) ** 0.5:
-            evidence.set_recent(counts)
             features = more
+        else:
+            evidence.set_log()
     evidence.set_weights(fit_weights(features, rows, targets))
 
 
@@ -110,40 +123,40 @@ def _unseen_losses(features: torch.Tensor, rows: torch.Tensor, targets: torch.Te
     return torch.cat(losses)
 
 
-def recent_counts(items: np.ndarray, timestamps: np.ndarray, num_items: int) -> np.ndarray:
+def event_log(items: np.ndarray, timestamps: np.ndarray) -> Log:
     """
-    Interactions of items that fade with age: each counts e^(-a / (N / 10)), where a of the N interactions are later. So the last tenth of a log counts
-    most, however long it is; interactions of one time have one age.
+    The log that the evidence `recent` and `trending` counts: the latest ten million interactions of known items, in the order of time.
 
     Args:
         items: (N,) item indices, -1 for an item without a row.
         timestamps: (N,), in any unit.
 
     Returns:
-        (num_items,) float64.
+        (n,) rows int32 and (n,) whole times int64.
 
     Example:
-        >>> recent_counts(np.array([0, 1, 1]), np.array([10, 20, 30]), num_items=3).round(4).tolist()
-        [0.0013, 1.0357, 0.0]
+        >>> rows, times = event_log(np.array([0, -1, 1]), np.array([30, 20, 10.5]))
+        >>> rows.tolist(), times.tolist()
+        ([2, 1], [10, 30])
     """
-    later = len(items) - np.searchsorted(np.sort(timestamps), timestamps, side="right")
     known = items >= 0
-    return np.bincount(items[known], np.exp(-later[known] / _horizon(len(items))), minlength=num_items)
+    order = np.argsort(timestamps[known], kind="stable")[-_LONGEST_LOG:]
+    rows, times = _tensors((items[known][order] + 1).astype(np.int32), timestamps[known][order].astype(np.int64))
+    return rows, times
 
 
-def _horizon(interactions: float) -> float:
-    return max(interactions, 1.0) / 10
-
-
-def add_to_evidence(evidence: ItemEvidence, sequences: Sequences, new: np.ndarray | None = None) -> dict[str, int]:
+def add_to_evidence(
+    evidence: ItemEvidence, sequences: Sequences, new: np.ndarray | None = None, times: np.ndarray | None = None
+) -> dict[str, int]:
     """
     Adds the counts of new items of sequences to the neighbour lists. Lists that would grow beyond their length lose their smallest counts; a
-    neighbour that was cut before begins at its new counts. In the evidence `recent` the new interactions are the latest, and all count alike.
+    neighbour that was cut before begins at its new counts. New interactions join the log of `recent` and `trending`.
 
     Args:
         evidence: of n items.
         sequences: as for [`count_evidence`]; items that were counted before stand in them so that pairs of an old and a new item count.
         new: bool for each item of the concatenated sequences; all are new when not given.
+        times: of each item of the concatenated sequences; the new ones are as late as the latest of the log when not given.
 
     Returns:
         `interactions` and `pairs` (directly following ones) that were added, and `cut`, the neighbours that fell out of the three lists.
@@ -164,13 +177,11 @@ def add_to_evidence(evidence: ItemEvidence, sequences: Sequences, new: np.ndarra
     counts = _counts(sequences, num_items, new)
     added = _interactions(items if new is None else items[new], num_items)
     degree = added + evidence.interactions[1:].double().cpu().numpy()
-    if evidence.recent_counts is not None:
-        horizon = _horizon(degree.sum())
-        span = added.sum() / horizon
-        before = evidence.recent_counts.double().cpu().numpy()
-        mean = -np.expm1(-span) / span if span else 1.0  # of the new interactions' e^(-a / horizon)
-        (values,) = _tensors(before * np.exp(-span) + np.concatenate([[0.0], added * mean]))
-        evidence.recent_counts.copy_(values)
+    if evidence.recent:
+        rows, held = evidence.log_items.cpu().numpy() - 1, evidence.log_times.cpu().numpy()
+        which = slice(None) if new is None else new
+        later = np.full(len(items), held[-1]) if times is None else times
+        evidence.set_log(*event_log(np.append(rows, items[which]), np.append(held, later[which])))
     _set_interactions(evidence, degree)
     cut = 0
     for name, matrix in counts.items():

@@ -23,7 +23,8 @@ class Split:
     """
     The result of `leave_one_out`, `temporal_split` or `given_split`.
 
-    Every dataset has the columns `user_id`, `history` (list of ids, time order, never empty) and `session` (list of ids).
+    Every dataset has the columns `user_id`, `history` (list of ids, time order, never empty) and `session` (list of ids); validation and test of a
+    table with times also `request_time`, the time of the session's first item.
 
     Args:
         train: sliding windows over `train_sequences`, with histories truncated to `max_history`.
@@ -98,7 +99,7 @@ def leave_one_out(
         >>> rows = pd.DataFrame({"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "timestamp": [0, 1, 2, 3]})
         >>> split = leave_one_out(UserSequences.from_interactions(rows))
         >>> split.train[0], split.validation[0]["session"], split.test[0]
-        ({'user_id': 1, 'history': [5], 'session': [6]}, [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8]})
+        ({'user_id': 1, 'history': [5], 'session': [6]}, [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8], 'request_time': 3})
     """
     train_sequences, held_out = hold_out_last_two(sequences, min_length)
     if not held_out.any():
@@ -107,7 +108,7 @@ def leave_one_out(
             f"{sequences.lengths.max()}). Add data, or split by time with temporal_split."
         )
     train = train_windows(train_sequences, session_length, max_history, stride)
-    validation, test = (last_items(sequences, held_out, before_end) for before_end in (1, 0))
+    validation, test = (last_items(sequences, held_out, before_end, times=True) for before_end in (1, 0))
     description = describe_leave_one_out(
         int(held_out.sum()), int((~held_out).sum()), len(train), session_length, max_history, stride, min_length
     )
@@ -136,13 +137,16 @@ def hold_out_last_two(sequences: UserSequences, min_length: int = 3) -> tuple[Us
     return sequences.where((from_end > 2) | ~held_out[users]), held_out
 
 
-def last_items(sequences: UserSequences, users: np.ndarray, before_end: int = 0) -> datasets.Dataset:
+def last_items(
+    sequences: UserSequences, users: np.ndarray, before_end: int = 0, times: bool = False
+) -> datasets.Dataset:
     """
     Examples of the users where the mask is true: one item as session and everything before it as history.
 
     Args:
         users: (U,) bool.
         before_end: 0 for the last item (the test target), 1 for the one before it (the validation target).
+        times: also the column `request_time`, of a table with times.
 
     Example:
         >>> rows = pd.DataFrame({"user_id": [1] * 3, "item_id": [5, 6, 7], "timestamp": [0, 1, 2]})
@@ -152,7 +156,7 @@ def last_items(sequences: UserSequences, users: np.ndarray, before_end: int = 0)
     from datasets import Dataset
 
     at = sequences.offsets[1:][users] - 1 - before_end
-    return Dataset(cut(sequences, np.flatnonzero(users), at, at + 1))
+    return Dataset(cut(sequences, np.flatnonzero(users), at, at + 1, times=times))
 
 
 def describe_leave_one_out(
@@ -199,7 +203,7 @@ def temporal_split(
         >>> rows = pd.DataFrame({"user_id": [1] * 5, "item_id": [5, 6, 7, 8, 9], "timestamp": [0, 1, 2, 3, 4]})
         >>> split = temporal_split(rows, validation_start=2, test_start=3)
         >>> list(split.train["session"]), split.validation[0]["session"], split.test[0]
-        ([[6]], [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8, 9]})
+        ([[6]], [7], {'user_id': 1, 'history': [5, 6, 7], 'session': [8, 9], 'request_time': 3})
     """
     from datasets import Dataset
 
@@ -224,7 +228,7 @@ def temporal_split(
                 f"temporal split: no user has items both in the {name} period and before it. Change its start."
             )
         ends = np.minimum(stops, at + targets)
-        parts[name] = Dataset(cut(sequences, np.flatnonzero(usable), at[usable], ends[usable]))
+        parts[name] = Dataset(cut(sequences, np.flatnonzero(usable), at[usable], ends[usable], times=True))
     description = (
         f"Temporal split: training on {len(train_sequences.item_ids):,} of {len(times):,} interactions, those before "
         f"{validation_start}; {len(parts['validation']):,} validation users from then to {test_start} and "
@@ -260,7 +264,7 @@ def given_split(
         ...     return UserSequences.from_interactions(pd.DataFrame(table))
         >>> split = given_split(rows([5, 6, 7], 0), rows([8], 3), rows([9, 4], 4))
         >>> split.validation[0]["session"], split.test[0]
-        ([8], {'user_id': 1, 'history': [5, 6, 7, 8], 'session': [9, 4]})
+        ([8], {'user_id': 1, 'history': [5, 6, 7, 8], 'session': [9, 4], 'request_time': 4})
     """
     from datasets import Dataset
 
@@ -273,7 +277,7 @@ def given_split(
             raise DataError(f"given split: no {name} user has a history in the tables before. Check the user ids.")
         at = (after.offsets[:-1] + known)[usable]
         ends = at + np.minimum(new[usable], targets)
-        parts[name] = Dataset(cut(after, np.flatnonzero(usable), at, ends))
+        parts[name] = Dataset(cut(after, np.flatnonzero(usable), at, ends, times=True))
         without[name], before = int(((known == 0) & (new > 0)).sum()), after
     windows = train_windows(train, session_length, max_history, stride)
     left_out = ", ".join(f"{count:,} {name} users" for name, count in without.items() if count)

@@ -6,7 +6,7 @@ An example is a `history` and the `session` that follows it. Both are slices of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from onerec_hf.data.sequences import UserSequences
 
 if TYPE_CHECKING:
     import datasets
+
+#: Column of held-out examples: when the request was made, in the table's unit.
+REQUEST_TIME = "request_time"
 
 
 def window_bounds(
@@ -108,7 +111,12 @@ def later_windows(
 
 
 def cut(
-    sequences: UserSequences, users: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_history: int | None = None
+    sequences: UserSequences,
+    users: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    max_history: int | None = None,
+    times: bool = False,
 ) -> pa.Table:
     """
     Examples of sequences as an Arrow table: what is read before each session, and the session. Where the sequences have features, columns of their
@@ -118,6 +126,7 @@ def cut(
         users: (E,) rows of the users.
         starts, stops: (E,) slices of `sequences.item_ids`: the sessions.
         max_history: at most so many items of a history, the latest.
+        times: a column `request_time` too, int64: the time of each session's first item, where the table has times.
 
     Example:
         >>> import pandas as pd
@@ -135,7 +144,21 @@ def cut(
     )
     for name, column in read.columns(users, begins, ends).items():
         table = table.append_column(name, column)
+    if times and sequences.timed:
+        table = table.append_column(REQUEST_TIME, pa.array(sequences.timestamps[starts]))
     return table
+
+
+def request_times(held_out: Any) -> np.ndarray | None:
+    """
+    (users,) int64 times of the requests of held-out examples, a dataset or its columns by name; None where they have none.
+
+    Example:
+        >>> request_times({"history": [[7]], "request_time": [30]}).tolist()
+        [30]
+    """
+    names = getattr(held_out, "column_names", None) or list(held_out)
+    return np.asarray(held_out[REQUEST_TIME], dtype=np.int64) if REQUEST_TIME in names else None
 
 
 def examples(

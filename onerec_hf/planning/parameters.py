@@ -288,7 +288,7 @@ def buffer_bytes(config: OneRecConfig) -> int:
     """
     Bytes of buffers: the balancing biases of the experts and the rotary frequencies (each twice; in both stacks of an encoder-decoder), all float32; the item head's 64-bit
     keys, with `rank` the items' 64-bit places, its content vectors in float16 with their mean and scale, its neighbour lists (three of an int32 and a float32 per neighbour), interaction
-    counts and seven weights, with `recent` as many counts again and an eighth weight; three 64-bit numbers per slot of features.
+    counts and seven weights, with `recent` two more and twelve bytes per interaction of the log; three 64-bit numbers per slot of features.
     """
     own = features(config)
     biases, stacks = config.sparse_layers * config.num_experts, 1 if is_lazy(config) else 2
@@ -297,6 +297,6 @@ def buffer_bytes(config: OneRecConfig) -> int:
         2 * rows * content + 4 * content + 4 if content else 0
     )
     if head is not None and head.evidence:
-        of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7 + (4 * rows + 4) * head.recent
+        of_head += rows * (3 * head.neighbours * 8 + 4) + 4 * 7 + (12 * head.recent + 4 * 2 if head.recent else 0)
     of_slots = 0 if own is None else 3 * 8 * own.slots
     return 4 * (biases + stacks * 2 * ((config.head_dim or 0) // 2)) + of_head + of_slots

@@ -47,11 +47,12 @@ def fit_evidence(
 
     Example:
         >>> fit_evidence(result.model, result.processor, dataset)  # doctest: +SKIP
-        {'head': 1.1, 'near': 0.4, 'next': 0.3, 'before': 0.2, 'content': 1.5, 'content_last': 1.0, 'popular': 0.1, 'recent': 0.3}
+        {'head': 1.1, 'near': 0.4, 'next': 0.3, 'before': 0.2, 'content': 1.5, 'content_last': 1.0, 'popular': 0.1, 'recent': 0.3, 'trending': 0.2}
     """
     import torch
 
-    from onerec_hf.data.evidence_counts import count_evidence, fit_evidence_weights, recent_counts
+    from onerec_hf.data.evidence_counts import count_evidence, event_log, fit_evidence_weights
+    from onerec_hf.data.windows import request_times
     from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS
 
     head = item_head(model)
@@ -62,19 +63,19 @@ def fit_evidence(
     rows = rows_of_items(model, catalogue.indices(sequences.item_ids))
     count_evidence(head.evidence, (rows - 1, sequences.offsets))
     fitted = None if weights_of is None else item_head(weights_of).evidence
-    fades = sequences.timed if fitted is None else fitted.recent_counts is not None
-    recent = recent_counts(rows - 1, sequences.times, len(head.keys)) if fades else None
+    timed = sequences.timed if fitted is None else fitted.recent > 0
+    log = event_log(rows - 1, sequences.times) if timed else None
     if fitted is not None:
-        head.evidence.set_recent(None if recent is None else torch.from_numpy(recent))
+        head.evidence.set_log(*(log or ()))
         head.evidence.set_weights(fitted.weights)
     else:
-        head.evidence.set_recent(None)
+        head.evidence.set_log()
         # The default weights choose the candidates, in a second fit as in the first.
         head.evidence.set_weights(torch.tensor(DEFAULT_WEIGHTS))
         users = sample(data.validation, MOST_USERS, seed)
         found = candidate_features(model, processor, users, exclude_seen)
-        fit_evidence_weights(head.evidence, *found, recent=recent)
-    head.config.recent = head.evidence.recent_counts is not None
+        fit_evidence_weights(head.evidence, *found, log=log, times=request_times(users))
+    head.config.recent = head.evidence.recent
     weights: dict[str, float] = dict(zip(head.evidence.names, head.evidence.weights.tolist(), strict=True))
     counted = [name for name in weights if head.content is not None or not name.startswith("content")]
     say("evidence weights: " + ", ".join(f"{name} {weights[name]:.2f}" for name in counted))

@@ -132,7 +132,8 @@ def _examples(data: InMemoryDataset, kept, trained: np.ndarray | None, counts: s
     train_sequences, held_out = hold_out_last_two(kept)
     train = window_examples(train_sequences, settings.session_length, settings.max_history, settings.stride, trained)
     validation, test = (
-        last_items(kept, held_out & (kept.lengths - 1 - before_end >= behind), before_end) for before_end in (1, 0)
+        last_items(kept, held_out & (kept.lengths - 1 - before_end >= behind), before_end, times=True)
+        for before_end in (1, 0)
     )
     if not len(train) or not len(test):
         what = "training sessions" if not len(train) else "user with a newer item to evaluate on"

@@ -138,7 +138,7 @@ def update(
                 raise ValueError(
                     f"these rows were counted into {how.model} on {each['date']}. Pass the rows that are new."
                 )
-        indices, is_new, offsets, told = _sequences(new, before, items)
+        indices, is_new, offsets, times, told = _sequences(new, before, items)
         counts = {
             "rows": rows_read,
             "positive": len(new),
@@ -150,7 +150,10 @@ def update(
         if evidence is not None:
             from onerec_hf.data.evidence_counts import add_to_evidence
 
-            counts |= add_to_evidence(evidence, (to_rows(indices), offsets), is_new)
+            when = None if how.timestamp_column == "none" else times
+            counts |= add_to_evidence(evidence, (to_rows(indices), offsets), is_new, when)
+            of_evidence = model.config if model_type(how.model) == SEQUENTIAL else model.config.item_head
+            of_evidence.recent = evidence.recent
         if popularity is not None:
             added = np.bincount(indices[is_new], minlength=len(items))
             model.set_catalogue(model.catalogue.with_popularity(popularity + added))
@@ -206,9 +209,9 @@ def _read(table: TableSource, how: UpdateSettings) -> tuple[pd.DataFrame, int]:
 
 def _sequences(
     new: pd.DataFrame, history: pd.DataFrame | None, items: ItemLookup
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
     """
-    Item indices of the users with new rows in time order, concatenated, which of them are new, and the users' offsets; and how many rows of how many
+    Item indices of the users with new rows in time order, concatenated, which of them are new, the users' offsets and the items' times; and how many rows of how many
     items the model does not hold.
 
     Raises:
@@ -242,7 +245,7 @@ def _sequences(
     ordered = UserSequences.from_interactions(rows.assign(item_id=np.arange(len(rows))))
     order = ordered.item_ids.astype(np.int64)
     told = {"unknown_rows": len(unknown), "unknown_items": int(unknown.nunique())}
-    return indices[order], rows["new"].to_numpy()[order], ordered.offsets, told
+    return indices[order], rows["new"].to_numpy()[order], ordered.offsets, ordered.times, told
 
 
 def _notes(counts: dict[str, int], has_evidence: bool, has_history: bool) -> list[str]:

@@ -170,12 +170,12 @@ def test_what_is_asked_for_lately_counts(tmp_path):
     rows += [(u, f"m{10 + draw.integers(2)}", 200 + u) for u in range(60)]
     sequences = UserSequences.from_interactions(pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]))
     validation = held_out(*((["m0"], f"m{10 + draw.integers(2)}") for _ in range(100)))
+    validation = validation.add_column("request_time", [250] * 100)
     model, without = make(), make()
     add_evidence(model, sequences, validation)
     add_evidence(without, sequences.lists(), validation)
-    assert model.config.recent
-    assert model.evidence.names[-1] == "recent"
-    assert float(model.evidence.weights[-1]) > 0
+    assert model.config.recent == 660
+    assert float(model.evidence.weights[-2:].sum()) > 0
     assert not without.config.recent
     assert len(without.evidence.weights) == len(FEATURES)
     model.save_pretrained(tmp_path)

@@ -1,13 +1,17 @@
 """Sequences counted into neighbour lists at once, or some of them later; what is asked for lately, and whether it counts."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onerec_hf.data.evidence_counts import add_to_evidence, count_evidence, fit_evidence_weights, recent_counts
+from onerec_hf.data import evidence_counts
+from onerec_hf.data.evidence_counts import add_to_evidence, count_evidence, event_log, fit_evidence_weights
 from onerec_hf.data.item_pairs import follow_counts, near_counts, top_neighbours
+from onerec_hf.modeling import item_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS, ItemEvidence, fit_weights
 from tests.rounding import assert_close
 
@@ -92,71 +96,92 @@ def test_what_no_list_has_room_for_is_told():
     )  # its first count was cut
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 9)), min_size=1, max_size=40))
-def test_interactions_fade_by_how_many_are_later(rows):
-    """In any order of the rows, with ties, and in any unit of time."""
-    items, times = map(np.array, zip(*rows, strict=True))
-    wanted = np.zeros(5)
-    for item, time in rows:
-        if item >= 0:
-            wanted[item] += np.exp(-sum(other > time for _, other in rows) / (len(rows) / 10))
-    assert_close(recent_counts(items, times, 5), wanted, terms=64)
-    assert np.array_equal(recent_counts(items, times * 86_400 + 7, 5), recent_counts(items, times, 5))
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 9)), min_size=1, max_size=400),
+    st.lists(st.integers(-1, 11), min_size=1, max_size=3),
+)
+def test_what_was_asked_for_before_a_request(rows, requests):
+    """In any order of the rows, with ties, and in any unit of time: the latest tenth and hundredth of the log that are before the request."""
+    known = [(time, item) for item, time in rows if item >= 0]
+    log = sorted(known, key=lambda row: row[0])
+    for unit, zero in ((1, 0), (86_400, 7)):
+        evidence = ItemEvidence(5)
+        items, times = map(np.array, zip(*rows, strict=True))
+        evidence.set_log(*event_log(items, times * unit + zero))
+        if not known:
+            assert evidence.recent == 0
+            continue
+        found = evidence.recent_counts(torch.tensor(requests) * unit + zero)
+        for row, request in zip(found, requests, strict=True):
+            before = [item for time, item in log if time < request]
+            for counts, share in zip(row, (10, 100), strict=True):
+                last = before[-math.ceil(len(log) / share) :]
+                assert counts.tolist() == [0, *(last.count(item) for item in range(5))]
+        now = evidence.recent_counts()
+        assert torch.equal(now, evidence.recent_counts(torch.tensor([10**9])))
 
 
-def test_new_interactions_are_the_latest():
-    """Old counts fade as they would have in one log, but for their horizon; the new ones share what their places would have had."""
-    old, new = np.arange(1000) % 7, np.array([7, 7, 8, 7, 8, 8])
+def test_many_requests_are_counted_in_parts(monkeypatch):
+    evidence = ItemEvidence(5)
+    evidence.set_log(*event_log(np.arange(400) % 5, np.arange(400)))
+    times = torch.arange(0, 400, 7)
+    at_once = evidence.recent_counts(times)
+    monkeypatch.setattr(item_evidence, "_COUNTED_AT_ONCE", 100)
+    assert torch.equal(evidence.recent_counts(times), at_once)
+
+
+def test_new_interactions_join_the_log(monkeypatch):
+    """At their times, or as the latest where there are none; the earliest leave a log that is full. Old and new at once are the same log."""
+    old, new = np.arange(1000) % 7, np.array([7, 7, -1, 8, 7, 8])
     evidence = ItemEvidence(NUM_ITEMS, NUM_ITEMS)
     count_evidence(evidence, [old])
-    evidence.set_recent(torch.from_numpy(recent_counts(old, np.arange(1000), NUM_ITEMS)))
-    before = evidence.recent_counts.clone()
-    add_to_evidence(evidence, [new])
-    assert_close(evidence.recent_counts[1:8], before[1:8] * np.exp(-6 / 100.6), terms=8)
-    both = evidence.recent_counts[[8, 9]]
-    assert float(both[0]) == float(both[1])
-    # The sum over places stands for an integral: off by half a step of 1/100.
-    assert float(both.sum()) == pytest.approx(np.exp(-np.arange(6) / 100).sum(), rel=0.01)
-    many = ItemEvidence(NUM_ITEMS, NUM_ITEMS)
-    count_evidence(many, [old])
-    many.set_recent(torch.from_numpy(recent_counts(old, np.arange(1000), NUM_ITEMS)))
-    add_to_evidence(many, [np.full(1000, 9)])  # as many again: what was counted at once
-    at_once = recent_counts(np.append(old, np.full(1000, 9)), np.arange(2000), NUM_ITEMS)
-    assert float(many.recent_counts[10]) == pytest.approx(at_once[9], rel=0.01)
-    add_to_evidence(evidence, [np.array([-1])])
-    assert torch.equal(evidence.recent_counts[[8, 9]], both)
+    evidence.set_log(*event_log(old, np.arange(1000)))
+    add_to_evidence(evidence, [new], times=np.array([1005, 500, 501, 1006, 1007, 1008]))
+    at_once = event_log(np.append(old, [7, 7, 8, 7, 8]), np.append(np.arange(1000), [1005, 500, 1006, 1007, 1008]))
+    assert torch.equal(evidence.log_items, at_once[0])
+    assert torch.equal(evidence.log_times, at_once[1])
+    add_to_evidence(evidence, [np.array([0, 9])], new=np.array([False, True]))
+    assert evidence.log_items[-1] == 10
+    assert evidence.log_times[-1] == 1008
+    monkeypatch.setattr(evidence_counts, "_LONGEST_LOG", 20)
+    add_to_evidence(evidence, [np.array([3])], times=np.array([2000]))
+    assert evidence.recent == 20
+    assert evidence.log_items.tolist()[-6:] == [8, 9, 8, 9, 10, 4]
 
 
 def users(count, seed, lately):
-    """Features of candidates, their rows, and targets that the head explains, and where `lately` items 9 to 12 as well."""
+    """Features of candidates, their rows, targets that the head explains, and where `lately` the time as well; a log with a time for each item, and times."""
     draw = torch.Generator().manual_seed(seed)
     features, rows = torch.randn(count, 12, 7, generator=draw), torch.arange(1, 13).expand(count, 12)
-    logits = features[..., 0] + lately * (rows > 8)
-    return features, rows, torch.distributions.Categorical(logits=logits).sample() + 1
+    times = torch.randint(100, 1200, (count,), generator=draw)
+    logits = features[..., 0] + lately * (rows - 1 == ((times - 1) // 100)[:, None])
+    log = event_log(np.arange(1200) // 100, np.arange(1200))
+    targets = torch.distributions.Categorical(logits=logits).sample() + 1
+    return (features, rows, targets), log, times.numpy()
 
 
-@pytest.mark.parametrize(("count", "lately", "enters"), [(600, 2.0, True), (600, 0.0, False), (4, 2.0, False)])
+@pytest.mark.parametrize(("count", "lately", "enters"), [(600, 3.0, True), (600, 0.0, False), (4, 3.0, False)])
 def test_what_is_asked_for_lately_enters_where_it_predicts_other_users(count, lately, enters):
     """A planted trend is found; without one, or from four users, the evidence is what it is without times, bit for bit."""
     torch.manual_seed(1)
-    found = users(count, 0, lately)
-    recent = np.repeat([0.0, 20.0, 0.0], [8, 4, NUM_ITEMS - 12])
+    found, log, times = users(count, 0, lately)
     evidence = ItemEvidence(NUM_ITEMS)
-    fit_evidence_weights(evidence, *found, recent=recent)
-    assert (evidence.recent_counts is not None) == enters
+    fit_evidence_weights(evidence, *found, log, times)
+    assert (evidence.recent > 0) == enters
     if enters:
-        assert evidence.recent_counts.tolist() == [0, *recent]
-        # On log(1 + 20) the planted 2.
-        assert float(evidence.weights[-1]) == pytest.approx(2 / np.log(21), rel=0.3)
+        assert torch.equal(evidence.log_items, log[0])
+        # On log(1 + 12), of the last hundredth of the log, the planted 3.
+        assert float(evidence.weights[-1]) == pytest.approx(3 / np.log(13), rel=0.3)
     else:
         assert torch.equal(evidence.weights, fit_weights(*found))
-    fit_evidence_weights(evidence, *found)  # without times
-    assert evidence.recent_counts is None
-    assert torch.equal(evidence.weights, fit_weights(*found))
+    for without in ((), (log, None), (None, times)):
+        fit_evidence_weights(evidence, *found, *without)
+        assert not evidence.recent
+        assert torch.equal(evidence.weights, fit_weights(*found))
 
 
 def test_without_users_the_default_weights_stay():
-    evidence, nobody = ItemEvidence(NUM_ITEMS), users(1, 0, 0.0)
-    fit_evidence_weights(evidence, *(part[:0] for part in nobody), recent=np.ones(NUM_ITEMS))
+    evidence, (nobody, log, times) = ItemEvidence(NUM_ITEMS), users(1, 0, 0.0)
+    fit_evidence_weights(evidence, *(part[:0] for part in nobody), log, times[:0])
     assert evidence.weights.tolist() == pytest.approx(DEFAULT_WEIGHTS)

@@ -95,7 +95,8 @@ def test_temporal_split(lengths, seed, one, other, session_length):
             past = [item for item in items.tolist() if time[item] < first]
             future = [item for item in items.tolist() if first <= time[item] < last]
             if past and future:
-                expected.append({"user_id": user, "history": past, "session": future[:session_length]})
+                when = {"request_time": time[future[0]]}
+                expected.append({"user_id": user, "history": past, "session": future[:session_length], **when})
         assert data.to_list() == expected
     assert f"{len(split.test)} test users" in split.description
     again = temporal_split(sequences, start, end, session_length)

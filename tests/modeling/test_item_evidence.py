@@ -17,6 +17,7 @@ from onerec_hf.cli.export import export_onnx
 from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
 from onerec_hf.modeling.item_evidence import LISTS, ItemEvidence, fit_weights
 from onerec_hf.modeling.item_head import history_states
+from onerec_hf.modeling.requests import Recommender, Request
 from tests.conftest import make_catalogue, make_model
 from tests.rounding import assert_close
 
@@ -24,6 +25,7 @@ CATALOGUE = make_catalogue()
 PROCESSOR = OneRecProcessor.from_catalogue(CATALOGUE, max_history=8)
 HISTORIES = [["m1", "m2", "m3"], ["m5"]]
 ITEMS, WIDTH = len(CATALOGUE), 6
+LOG = 300  # interactions
 
 
 def filled(items, neighbours=4, candidates=200, seed=0, recent=False):
@@ -31,7 +33,8 @@ def filled(items, neighbours=4, candidates=200, seed=0, recent=False):
     random = torch.Generator().manual_seed(seed)
     evidence = ItemEvidence(items, neighbours, candidates)
     if recent:
-        evidence.set_recent(5 * torch.rand(items, generator=random))
+        log = torch.randint(0, items + 1, (LOG,), generator=random)
+        evidence.set_log(log, torch.arange(LOG))
     for name in LISTS:
         rows = torch.stack([torch.randperm(items, generator=random)[:neighbours] + 1 for _ in range(items)])
         rows[torch.rand(rows.shape, generator=random) < 0.3] = 0  # lists of different lengths
@@ -47,7 +50,7 @@ def content_of(items, seed=0):
     return F.normalize(vectors, dim=1)
 
 
-def by_hand(evidence, scores, history, content):
+def by_hand(evidence, scores, history, content, times):
     """The formula of the file's head, item by item."""
     weights = dict(zip(evidence.names, evidence.weights.tolist(), strict=True))
     lists = {
@@ -59,7 +62,7 @@ def by_hand(evidence, scores, history, content):
     }
     degree = (evidence.interactions + 1).tolist()
     out = []
-    for of_user, row in zip(scores.tolist(), history.tolist(), strict=True):
+    for of_user, row, time in zip(scores.tolist(), history.tolist(), times, strict=True):
         known = [item for item in row if item]
         values = []
         for item, score in enumerate(of_user, 1):
@@ -70,8 +73,10 @@ def by_hand(evidence, scores, history, content):
                 for j, other in enumerate(known)
             )
             total = weights["head"] * score + weights["popular"] * math.log1p(float(evidence.interactions[item]))
-            if evidence.recent_counts is not None:
-                total += weights["recent"] * math.log1p(float(evidence.recent_counts[item]))
+            for name, width in (("recent", LOG // 10), ("trending", LOG // 100)):
+                if evidence.recent:
+                    latest = evidence.log_items[:time].tolist()[-width:]
+                    total += weights[name] * math.log1p(latest.count(item))
             total += weights["near"] * math.log1p(10 * near)
             if known:
                 total += weights["next"] * math.log1p(lists["next"][known[-1]].get(item, 0))
@@ -96,7 +101,12 @@ def test_scores_are_those_of_the_formula(history, with_content, recent, seed):
     evidence, history = filled(12, seed=seed, recent=recent), torch.tensor(history)
     content = content_of(12, seed) if with_content else None
     scores = torch.randn(len(history), 12, generator=torch.Generator().manual_seed(seed))
-    found, wanted = evidence.add(scores, history, content), by_hand(evidence, scores, history, content)
+    times = torch.randint(0, LOG + 9, (len(history),), generator=torch.Generator().manual_seed(seed))
+    found = evidence.add(scores, history, content, times=times)
+    wanted = by_hand(evidence, scores, history, content, times.tolist())
+    assert_close(found - found[:, :1], wanted - wanted[:, :1], terms=64)
+    found = evidence.add(scores, history, content)  # now
+    wanted = by_hand(evidence, scores, history, content, [LOG] * len(history))
     assert_close(found - found[:, :1], wanted - wanted[:, :1], terms=64)
 
 
@@ -104,11 +114,15 @@ def test_scores_are_those_of_the_formula(history, with_content, recent, seed):
 def test_features_times_weights_are_the_scores(recent):
     evidence, content = filled(12, recent=recent), content_of(12)
     history, scores = torch.tensor([[1, 5, 0], [0, 7, 7]]), torch.randn(2, 12)
-    features, rows = evidence.features(scores, history, content, excluded=torch.tensor([[1, 5], [7, 0]]))
-    assert features.shape == (2, 12, 7 + recent)
+    times = torch.tensor([LOG // 2, 7])
+    features, rows = evidence.features(scores, history, content, torch.tensor([[1, 5], [7, 0]]), times)
+    assert features.shape == (2, 12, 7 + 2 * recent)
+    if recent:
+        assert torch.equal(evidence.recent_features(rows, times), features[..., 7:] * (rows > 0)[..., None])
     assert (rows == 0).sum(1).tolist() == [2, 1]  # in place of the excluded ones, which are last
     assert not (rows[0, :, None] == torch.tensor([1, 5])).any()
-    total, direct = features @ evidence.weights, evidence.add(scores, history, content).gather(1, (rows - 1).clamp(0))
+    direct = evidence.add(scores, history, content, times=times).gather(1, (rows - 1).clamp(0))
+    total = features @ evidence.weights
     for user, known in enumerate(rows > 0):
         assert_close((total - total[:, :1])[user, known], (direct - direct[:, :1])[user, known], terms=64)
 
@@ -167,7 +181,8 @@ def test_lists_that_do_not_fit(items, match):
 
 def make(content=True, evidence=True, recent=False, **config):
     """A model whose head has evidence, random lists and content."""
-    head = {"num_items": ITEMS, "score_codes": True, "evidence": evidence, "neighbours": 4, "recent": recent}
+    head = {"num_items": ITEMS, "score_codes": True, "evidence": evidence, "neighbours": 4}
+    head |= {"recent": LOG} if recent else {}
     head |= {"content_dim": WIDTH} if content else {}
     model = make_model(CATALOGUE, item_head=head, **config)
     item_head = model.get_encoder().item_head
@@ -214,7 +229,9 @@ def test_the_head_alone_ranks_items():
 def test_each_item_of_a_session_has_the_evidence_of_those_before_it(content, recent):
     """With all items as candidates a session's score is the sum of its items', each scored for the history and what was written before."""
     model, inputs = make(content=content, recent=recent), PROCESSOR(HISTORIES)
+    times = torch.tensor([LOG // 3, LOG // 2])
     options = {
+        "request_times": times,
         "session_length": 3,
         "num_beams": 20,
         "num_return_sequences": 5,
@@ -231,7 +248,8 @@ def test_each_item_of_a_session_has_the_evidence_of_those_before_it(content, rec
         for place, session in enumerate(sessions[user]):
             total, written = 0.0, history[user : user + 1]
             for item, index in enumerate(session):
-                scores = scorer.scores(states[user : user + 1], written)[:, trie.index_to_leaf]
+                mine = slice(user, user + 1)
+                scores = scorer.scores(states[mine], written, times=times[mine])[:, trie.index_to_leaf]
                 scores[:, session[:item]] = -torch.inf
                 total += 2 * float(scores.log_softmax(-1)[0, index])
                 written = torch.cat([written, rows[index].view(1, 1)], dim=1)
@@ -327,18 +345,43 @@ def test_scores_follow_the_weights(optimizer):
 
 
 def test_what_is_recent_comes_and_goes():
-    """Its weight is 0 until it is set, and without it the scores are what they were, bit for bit."""
+    """Its weights are 0 until they are set, and without it the scores are what they were, bit for bit."""
     evidence, history, scores = filled(12), torch.tensor([[1, 5]]), torch.randn(1, 12)
     before = evidence.add(scores, history)
-    evidence.set_recent(torch.arange(12.0))
+    evidence.set_log(torch.tensor([3, 4, 4]), torch.tensor([7, 8, 9]))
     assert torch.equal(evidence.add(scores, history), before)
-    evidence.set_weights(evidence.weights + F.pad(torch.tensor([2.0]), (7, 0)))
-    assert_close(evidence.add(scores, history) - before, 2 * torch.log1p(torch.arange(12.0))[None], terms=64)
-    evidence.set_recent(None)
+    evidence.set_weights(evidence.weights + torch.tensor([0.0] * 7 + [2.0, 3.0]))
+    wanted = F.one_hot(torch.tensor([3]), 12) * 5 * math.log(2)  # of three interactions the last one
+    assert_close(evidence.add(scores, history) - before, wanted, terms=64)
+    evidence.set_log()
     assert torch.equal(evidence.add(scores, history), before)
-    assert "recent_counts" not in evidence.state_dict()
-    with pytest.raises(StrictDataclassError, match="recent=True is a part of the evidence"):
-        ItemHeadConfig(num_items=3, recent=True)
+    assert "log_items" not in evidence.state_dict()
+    for recent, has in ((3, False), (-1, True)):
+        with pytest.raises(StrictDataclassError, match="length of a log that the evidence reads"):
+            ItemHeadConfig(num_items=3, evidence=has, recent=recent)
+
+
+@torch.no_grad()
+def test_a_request_of_the_past_is_answered_as_of_then():
+    """In `recommend()`, `generate()` and requests; a request without a time is one of now."""
+    model, inputs = make(recent=True), PROCESSOR(HISTORIES)
+    evidence = model.get_encoder().item_head.evidence
+    evidence.set_log(torch.tensor([4] * 50 + [9] * 50).int(), torch.arange(100))
+    evidence.set_weights(torch.tensor([0.0] * 7 + [1.0, 1.0]))
+    rows = model.get_encoder().item_head.rows_of(torch.tensor(CATALOGUE.codes, dtype=torch.long)).tolist()
+    old, new = (CATALOGUE.ids(np.array([rows.index(row)]))[0] for row in (4, 9))
+    options = {"session_length": 1, "item_score_weight": 1.0, "decoder_weight": 0.0}
+    then, sessions = torch.tensor([40, 100]), [[old], [new]]
+    assert PROCESSOR.batch_decode(model.recommend(**inputs, **options, request_times=then)) == sessions
+    assert PROCESSOR.batch_decode(model.recommend(**inputs, **options)) == [[new]] * 2
+    del options["session_length"]
+    tokens = model.config.tokens_per_item - 1
+    found = model.generate(**inputs, **options, max_new_tokens=tokens, num_beams=4, request_times=then)
+    assert PROCESSOR.batch_decode(found) == sessions
+    model.generation_config.item_score_weight, model.generation_config.decoder_weight = 1.0, 0.0
+    requests = [Request(HISTORIES[0], top_k=1, request_time=40, exclude_seen=False), Request(HISTORIES[1], top_k=1)]
+    answers = Recommender(model, PROCESSOR).recommend(requests)
+    assert [answer.sessions[0] for answer in answers] == sessions
 
 
 def test_nothing_left_to_rank_by():
@@ -359,7 +402,7 @@ def test_everything_is_saved(tmp_path, recent):
     head = again.get_encoder().item_head
     assert head.content.dtype == torch.float16
     assert head.evidence.near_items.dtype == torch.int32
-    assert head.config.recent == recent == (head.evidence.recent_counts is not None)
+    assert head.config.recent == head.evidence.recent == recent * LOG
     options = {"num_beams": 20, "num_return_sequences": 20, "session_length": 1}
     assert torch.equal(again.recommend(**inputs, **options), model.recommend(**inputs, **options))
 

@@ -191,18 +191,17 @@ def test_what_is_asked_for_lately(tables, tmp_path):
     head = model.get_encoder().item_head
     assert found["recent"] > 0.2
     assert fit_evidence(model, processor, dataset) == found  # whatever was fitted before
-    train_items, times = dataset.train_sequences.item_ids, dataset.train_sequences.timestamps
-    row = dict(zip(train_items.tolist(), rows_of_items(model, processor.catalogue.indices(train_items)), strict=True))
-    by_hand = dict.fromkeys(row, 0.0)
-    for item, time in zip(train_items.tolist(), times, strict=True):
-        by_hand[item] += np.exp(-(times > time).sum() / (len(times) / 10))
-    assert_close(head.evidence.recent_counts[[row[item] for item in row]], np.array(list(by_hand.values())), terms=200)
+    train = dataset.train_sequences
+    rows_of = rows_of_items(model, processor.catalogue.indices(train.item_ids))
+    order = np.argsort(train.timestamps, kind="stable")
+    assert head.evidence.log_items.tolist() == rows_of[order].tolist()
+    assert head.evidence.log_times.tolist() == train.timestamps[order].tolist()
     model.save_pretrained(tmp_path)
     again = OneRecForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(again.get_encoder().item_head.evidence.recent_counts, head.evidence.recent_counts)
+    assert torch.equal(again.get_encoder().item_head.evidence.log_items, head.evidence.log_items)
     other, _ = untrained(dataset)
     assert fit_evidence(other, processor, dataset, weights_of=model) == found
-    assert torch.equal(other.get_encoder().item_head.evidence.recent_counts, head.evidence.recent_counts)
+    assert torch.equal(other.get_encoder().item_head.evidence.log_items, head.evidence.log_items)
     places = {
         "interactions": log.sort_values("timestamp").drop(columns="timestamp"),
         "items": items,

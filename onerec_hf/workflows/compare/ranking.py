@@ -77,6 +77,7 @@ def rankings(
 def requests_of(recommender: Any, examples: Any, exclude_seen: bool) -> list[Request]:
     """Requests of held-out users, with the codes of their features for a model that reads them; for the others of positive interactions only."""
     from onerec_hf.data import positive_histories
+    from onerec_hf.data.windows import REQUEST_TIME
     from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
     from onerec_hf.modeling.requests import Request
 
@@ -85,6 +86,8 @@ def requests_of(recommender: Any, examples: Any, exclude_seen: bool) -> list[Req
     else:
         names = [name for name in ("history", *FEATURE_COLUMNS) if name in examples.column_names]
         columns = {name: examples[name] for name in names}
+    if REQUEST_TIME in examples.column_names:
+        columns[REQUEST_TIME] = examples[REQUEST_TIME]
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return [Request(**row, top_k=TOP_K, exclude_seen=exclude_seen) for row in rows]
 
