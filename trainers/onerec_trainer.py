@@ -26,8 +26,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from onerec_hf.data.collators import PREFIXES_OF_PATHWAYS, OneRecDataCollator, PackedDataCollator, draw_sessions
 from onerec_hf.data.packing import EXAMPLE_COLUMNS, PackedDataset, example_sizes
-from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.data.shards.stream import BatchStream, ExampleStream
+from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.evaluation.metrics import EMPTY, INVALID, invalid_id_rate
 from onerec_hf.hub_cards.training import write_trainer_card
 from onerec_hf.modeling.feature_codes import BESIDE_HISTORIES, check_lifelong, check_schema

@@ -74,7 +74,8 @@ class ReadHistories:
 
     def __getitem__(self, rows: slice) -> ReadHistories:
         parts: tuple[Any, ...] = (self.items, self.codes, self.positive, self.times)
-        return ReadHistories(*(None if part is None else part[rows] for part in parts))
+        cut: Any = [None if part is None else part[rows] for part in parts]
+        return ReadHistories(*cut)
 
     @property
     def seen(self) -> Sequence[np.ndarray]:

@@ -177,7 +177,7 @@ def add_to_evidence(
     counts = _counts(sequences, num_items, new)
     added = _interactions(items if new is None else items[new], num_items)
     degree = added + evidence.interactions[1:].double().cpu().numpy()
-    if evidence.recent:
+    if evidence.log_items is not None and evidence.log_times is not None:
         rows, held = evidence.log_items.cpu().numpy() - 1, evidence.log_times.cpu().numpy()
         which = slice(None) if new is None else new
         later = np.full(len(items), held[-1]) if times is None else times

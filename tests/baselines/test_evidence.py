@@ -4,13 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
 from onerec_hf.baselines import SequentialRecommender, add_evidence
 from onerec_hf.baselines.next_items import pad_left
+from onerec_hf.baselines.requests import ItemRecommender
 from onerec_hf.data import UserSequences
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, FEATURES, LISTS
-from onerec_hf.trainers import fit_sequential
+from onerec_hf.trainers import SequentialTrainer, SequentialTrainingArguments, fit_sequential
+from onerec_hf.workflows.compare.ranking import requests_of
 from tests.rounding import assert_close, close
 
 IDS = [f"m{i}" for i in range(12)]
@@ -180,3 +183,14 @@ def test_what_is_asked_for_lately_counts(tmp_path):
     assert len(without.evidence.weights) == len(FEATURES)
     model.save_pretrained(tmp_path)
     same_answers(SequentialRecommender.from_pretrained(tmp_path), model)
+    # What counts is what was asked for before a request: of examples, in the trainer and of requests.
+    model.evidence.set_weights(F.pad(torch.ones(2), (len(FEATURES), 0)))
+    earlier = validation.remove_columns("request_time").add_column("request_time", [90] * 100)
+    args = SequentialTrainingArguments(str(tmp_path / "scratch"), eval_top_k=[2], report_to="none", use_cpu=True)
+    trainer = SequentialTrainer(model, args)
+    for users, lately in ((validation, True), (earlier, False)):
+        requests = requests_of(ItemRecommender(model, model.items), users, exclude_seen=True)
+        answers = ItemRecommender(model, model.items).recommend(requests)
+        first = model.items.indices([answer.sessions[0][0] for answer in answers])
+        for ranked in (model.rank_examples(users, 2)[:, 0], trainer.predict(users).predictions[:, 0], first):
+            assert ((ranked >= 10) == lately).all()

@@ -11,8 +11,11 @@ from datasets import Dataset
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
 from onerec_hf.data.evidence_counts import count_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
+from onerec_hf.modeling.requests import Recommender
+from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
 from onerec_hf.workflows import evaluate, load_dataset, load_model, load_processor, train
 from onerec_hf.workflows.artefact import new_model
+from onerec_hf.workflows.compare.ranking import requests_of
 from onerec_hf.workflows.evidence import (
     candidate_features,
     content_of_catalogue,
@@ -199,6 +202,23 @@ def test_what_is_asked_for_lately(tables, tmp_path):
     model.save_pretrained(tmp_path)
     again = OneRecForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(again.get_encoder().item_head.evidence.log_items, head.evidence.log_items)
+    # Evaluations know when the held-out users came: within half a year of random items, or in the last days.
+    model.generation_config.item_score_weight, model.generation_config.decoder_weight = 1.0, 0.0
+    args = OneRecTrainingArguments(str(tmp_path / "scratch"), eval_top_k=[5], report_to="none", use_cpu=True)
+    trainer, users = OneRecTrainer(model, args, processing_class=processor), dataset.validation
+    ranked = [
+        trainer.predict(some).predictions
+        for some in (
+            users,
+            users.remove_columns("request_time"),
+            users.remove_columns("request_time").add_column("request_time", [5] * len(users)),
+        )
+    ]
+    late = processor.catalogue.indices([f"m{i}" for i in range(35, 40)])
+    when, now, long_ago = (np.isin(items, late).mean() for items in ranked)
+    assert min(when, now) > 2 * long_ago
+    asked = requests_of(Recommender(model, processor), users, exclude_seen=True)
+    assert [request.request_time for request in asked] == list(users["request_time"])
     other, _ = untrained(dataset)
     assert fit_evidence(other, processor, dataset, weights_of=model) == found
     assert torch.equal(other.get_encoder().item_head.evidence.log_items, head.evidence.log_items)
