@@ -20,6 +20,8 @@ request is made at the end of the log.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -387,6 +389,13 @@ def _at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if rows.dim() == 1:
         return values[:, rows]
     return values.expand(rows.shape[0], -1).gather(1, rows)
+
+
+def as_times(times: Sequence[int | None]) -> torch.Tensor | None:
+    """(users,) int64 times of requests, None for one that is made now, as the largest integer; None where all are made now."""
+    if all(time is None for time in times):
+        return None
+    return torch.tensor([torch.iinfo(torch.int64).max if time is None else time for time in times])
 
 
 def latest(history: torch.Tensor) -> torch.Tensor:

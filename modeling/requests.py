@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from .feature_codes import RequestFeatures, check_lifelong, check_schema, split_history
+from .item_evidence import as_times
 from .session_head import DECODINGS
 from .top_candidates import top_candidates
 
@@ -558,7 +559,7 @@ class Recommender:
             num_return_sequences=most,
             session_decoding=kind.session_decoding,
             diversity=kind.diversity,
-            request_times=request_times(requests),
+            request_times=as_times([resolved.request.request_time for resolved in requests]),
             exclude=_padded([resolved.exclude for resolved in requests]),
             allow=_padded([resolved.allow for resolved in requests if resolved.allow is not None]),
             return_dict_in_generate=True,
@@ -576,14 +577,6 @@ class Recommender:
                 answer.fields = [[dict(self.items.get(item, {})) for item in session] for session in answer.sessions]
             answers.append(answer)
         return answers
-
-
-def request_times(requests: Sequence[ResolvedRequest]) -> torch.Tensor | None:
-    """(users,) int64, when the requests were made; None where all are made now."""
-    times = [resolved.request.request_time for resolved in requests]
-    if all(time is None for time in times):
-        return None
-    return torch.tensor([torch.iinfo(torch.int64).max if time is None else time for time in times])
 
 
 def _padded(lists: list[np.ndarray]) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from onerec_hf.baselines.saved import RANKING_TYPES, load_ranking
 from onerec_hf.modeling.feature_codes import RequestFeatures
 from onerec_hf.modeling.features import FeatureSchema
 from onerec_hf.modeling.files import read_json_object
+from onerec_hf.modeling.item_evidence import as_times
 from onerec_hf.modeling.items_file import saved_items
 from onerec_hf.modeling.requests import (
     DEFAULT_BEAMS,
@@ -32,7 +33,6 @@ from onerec_hf.modeling.requests import (
     Request,
     RequestError,
     ResolvedRequest,
-    request_times,
 )
 
 #: The `model_type` of the artefacts that [`load_item_recommender`] reads.
@@ -113,7 +113,7 @@ class ItemRecommender(Recommender):
         allow = [resolved.allow for resolved in requests if resolved.allow is not None] or None
         if isinstance(self.model, SequentialRecommender):
             features = [resolved.features for resolved in requests if resolved.features is not None]
-            times = request_times(requests)
+            times = as_times([resolved.request.request_time for resolved in requests])
             read = replace(self._read(histories, features), times=None if times is None else times.numpy())
             best = self._sequential(read, most, exclude, allow)
         else:

@@ -82,6 +82,17 @@ def fit_evidence(
     return weights
 
 
+def about_lately(model: OneRecForConditionalGeneration) -> str:
+    """What the protocol says of evidence that knows when a request is made, behind the other sentences."""
+    head = item_head(model)
+    if head is None or head.evidence is None or not head.evidence.recent:
+        return ""
+    return (
+        " The model's evidence counts what all users had in training rows before each held-out request, so it knows the request's time: a served model "
+        "knows as much while new rows are counted into it (onerec-hf update)."
+    )
+
+
 def item_head(model: OneRecForConditionalGeneration) -> Any:
     """The model's [`ItemHead`], or None."""
     return model.get_encoder().item_head

@@ -33,7 +33,7 @@ from onerec_hf.workflows.data_options import excludes_seen, option_words, save_d
 from onerec_hf.workflows.dataset import InMemoryDataset, RecommendationDataset, check_catalogue
 from onerec_hf.workflows.distributed import is_first, num_ranks, say, wait
 from onerec_hf.workflows.evaluation import rank_beside_baselines
-from onerec_hf.workflows.evidence import content_of_catalogue, fit_evidence
+from onerec_hf.workflows.evidence import about_lately, content_of_catalogue, fit_evidence
 from onerec_hf.workflows.features import Worth, feature_worth, lifelong_history, set_features, worth_k
 from onerec_hf.workflows.id_map import write_id_map
 from onerec_hf.workflows.increment import newer, write_trained_on
@@ -631,6 +631,8 @@ def report(
     from onerec_hf.modeling.items_file import saved_items
 
     args, repo_id = cast("OneRecTrainingArguments", trainer.args), None
+    model = cast("OneRecForConditionalGeneration", trainer.model)
+    protocol = data.protocol + about_lately(model)
     about = {} if verdict is None else {"verdict": str(verdict), "differences": verdict.as_json()}
     write_results(
         folder / "results.json",
@@ -638,14 +640,14 @@ def report(
         command=command,
         seed=args.seed,
         dataset=data.name,
-        protocol=data.protocol,
+        protocol=protocol,
         settings=[row._asdict() for row in choices],
         **({"resumed_with": list(resumed)} if resumed else {}),
         **({} if refitted is None else {"refit": refitted.facts}),
         **about,
     )
     processor = cast("OneRecProcessor", trainer.processing_class)
-    write_training_report(folder, panels, [data.protocol, "" if verdict is None else verdict.sentences])
+    write_training_report(folder, panels, [protocol, "" if verdict is None else verdict.sentences])
     write_id_map(folder, catalogue_of(processor), saved_items(folder, catalogue_of(processor)))
     hub = HfApi(token=args.hub_token)
     if args.push_to_hub:
@@ -654,9 +656,9 @@ def report(
     write_generator_card(
         folder,
         processor,
-        cast("OneRecForConditionalGeneration", trainer.model),
+        model,
         data,
-        data.protocol,
+        protocol,
         rows,
         repo_id=repo_id,
         exclude_seen=args.eval_exclude_seen,
