@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from transformers import TrainerCallback
@@ -17,6 +17,9 @@ from transformers import TrainerCallback
 from benchmarks.harness import say
 from benchmarks.quality.alignment import align
 from benchmarks.quality.experiment import Experiment
+
+if TYPE_CHECKING:
+    import datasets
 
 Measured = dict[str, float]
 METRICS = ("recall@10", "ndcg@10")
@@ -84,13 +87,13 @@ class Benchmark:
         return ranking_metrics(ranked, relevant, (10,), len(self.data.item_ids))
 
     def evaluate(
-        self, rank: Callable[[list[np.ndarray]], np.ndarray], splits: Sequence[str], keep: str | None = None
+        self, rank: Callable[[datasets.Dataset], np.ndarray], splits: Sequence[str], keep: str | None = None
     ) -> Measured:
-        """Metrics of a function from histories to rankings; with `keep` the rankings are saved as `KEEP-SPLIT.npz`."""
+        """Metrics of a function from examples to rankings; with `keep` the rankings are saved as `KEEP-SPLIT.npz`."""
         found = {}
         for split in splits:
             examples = self.examples(split)
-            ranked = rank(self.rows(examples, "history"))
+            ranked = rank(examples)
             if keep is not None:
                 np.savez_compressed(f"{keep}-{split}.npz", rows=ranked.astype(np.int32))
             metrics = self.metrics(ranked, examples)
@@ -146,7 +149,11 @@ def _run_ranking(benchmark: Benchmark, experiment: Experiment, config: list[str]
     models = {"popularity": PopularityBaseline, "item_knn": ItemKNNBaseline}
     model = models[experiment.settings["model"]]()
     model.fit(benchmark.data.train_rows(), len(benchmark.data.item_ids))
-    return benchmark.evaluate(lambda histories: model.recommend(histories, 10, benchmark.exclude_seen), splits)
+
+    def rank(examples):
+        return model.recommend(benchmark.rows(examples, "history"), 10, benchmark.exclude_seen)
+
+    return benchmark.evaluate(rank, splits)
 
 
 def _run_sequential(benchmark: Benchmark, experiment: Experiment, config: list[str], splits: Sequence[str], keep):
@@ -171,7 +178,9 @@ def _run_sequential(benchmark: Benchmark, experiment: Experiment, config: list[s
             callbacks=[ended],
             **settings,
         )
-    found = benchmark.evaluate(lambda histories: model.rank(histories, DEPTH, benchmark.exclude_seen), splits, keep)
+    found = benchmark.evaluate(
+        lambda examples: model.rank_examples(examples, DEPTH, benchmark.exclude_seen), splits, keep
+    )
     return {**found, **_training_metrics(ended.state), "parameters": model.num_parameters()}
 
 
