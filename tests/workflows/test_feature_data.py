@@ -101,7 +101,7 @@ def test_columns_equal_the_schemas_encoding(feedback):
         # Targets and users are those of positive interactions, so that models are compared over the same.
         assert examples["session"][:] == before["session"][:]
         assert examples["user_id"][:] == before["user_id"][:]
-        assert before.column_names == ["user_id", "history", "session"]
+        assert before.column_names == ["user_id", "history", "session", *(["request_time"] if name != "train" else [])]
         if name != "train" or not everything_read:
             assert positive_histories(examples) == before["history"][:]
     assert plain.features is None
