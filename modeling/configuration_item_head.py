@@ -55,7 +55,7 @@ class ItemHeadConfig(PreTrainedConfig):
     content_dim: int = 0
     evidence: bool = False
     neighbours: int = 50
-    recent: int = 0
+    recent: int | bool = 0  # an earlier version wrote false
     rank: int | None = None
     blocks: list[int] | None = None
 
@@ -79,9 +79,10 @@ class ItemHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "item_head: evidence=True needs a loss_weight above 0, otherwise there are no item scores to add it to"
             )
-        if self.recent < 0 or (self.recent and not self.evidence):
+        if self.recent is True or self.recent < 0 or (self.recent and not self.evidence):
             raise ValueError(
-                f"item_head: recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative"
+                f"item_head: recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative (true: of an "
+                "earlier version, fit the evidence again)"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")

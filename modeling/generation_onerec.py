@@ -26,6 +26,7 @@ from .cpu_experts import packed
 from .diversity import SessionDiversity
 from .feature_codes import BESIDE_HISTORIES
 from .feature_embedding import positive_places
+from .item_evidence import times_of
 from .item_head import history_states
 from .item_scores import ItemScorer, ItemScores, SessionGuide, kept_scorer
 from .layers_onerec import at_places
@@ -192,7 +193,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
-        request_times: torch.Tensor | None = None,
+        request_times: torch.Tensor | Sequence | None = None,
         **kwargs,
     ):
         """
@@ -315,7 +316,7 @@ class OneRecGenerationMixin(GenerationMixin):
         distinct: bool = True,
         item_score_weight: float | None = None,
         decoder_weight: float | None = None,
-        request_times: torch.Tensor | None = None,
+        request_times: torch.Tensor | Sequence | None = None,
         unknown: str = "error",
         session_decoding: str = "beam",
         diversity: float = 0.0,
@@ -582,7 +583,7 @@ class OneRecGenerationMixin(GenerationMixin):
         if head.evidence is not None and input_ids is not None:
             rows = head.history_rows(input_ids) * positive_places(self.config.features, feature_ids)
         states = history_states(history, attention_mask)
-        times = None if request_times is None else request_times.to(states.device)
+        times = times_of(len(states), request_times, states.device)
         return ItemScores(self.item_scorer(trie), states, trie, weight, rows, times)
 
     def item_scorer(self, trie) -> ItemScorer:

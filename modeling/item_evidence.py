@@ -20,7 +20,10 @@ request is made at the end of the log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,7 @@ class ItemEvidence(PreciseBuffers):
         self.interactions = nn.Buffer(torch.zeros(num_items + 1))
         self.register_buffer("log_items", torch.zeros(recent, dtype=torch.int32) if recent else None)
         self.register_buffer("log_times", torch.zeros(recent, dtype=torch.int64) if recent else None)
+        self._now: tuple[torch.Tensor, int, torch.Tensor] | None = None
         # Nothing is known before lists and weights are set: the head alone.
         self.weights = nn.Buffer(torch.tensor([1.0] + [0.0] * (len(self.names) - 1)))
 
@@ -124,8 +128,16 @@ class ItemEvidence(PreciseBuffers):
         Args:
             items: (N,) rows in the order of time.
             times: (N,) int64, in any unit.
+
+        Raises:
+            ValueError: other lengths, rows that do not exist, or times out of order.
         """
         has, had = items is not None and len(items) > 0, self.recent > 0
+        if has:
+            if times is None or len(times) != len(items) or bool((times.diff() < 0).any()):
+                raise ValueError("the log needs a time for each item, in order")
+            if int(items.min()) < 0 or int(items.max()) >= len(self.interactions):
+                raise ValueError(f"the log's rows must lie between 0 and {len(self.interactions) - 1}")
         self.log_items = items.to(self.near_items) if has else None
         self.log_times = times.to(self.near_items.device, torch.int64) if has else None
         if has != had:
@@ -139,14 +151,23 @@ class ItemEvidence(PreciseBuffers):
         Args:
             times: (users,) int64 of requests, in the unit of the log: interactions before them count. The end of the log when not given.
         """
-        if times is None:
-            ends = torch.full((1,), self.recent, device=self.log_items.device)
-        else:
-            ends = torch.searchsorted(self.log_times, times.to(self.log_times))
         widths = [-(-self.recent // share) for share in RECENT.values()]
+        if times is None:
+            return self._counts_now(widths)
+        ends = torch.searchsorted(self.log_times, times.to(self.log_times))
         at_once = max(1, _COUNTED_AT_ONCE // max(widths))
         parts = [self._counted(some, widths) for some in ends.split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _counts_now(self, widths: list[int]) -> torch.Tensor:
+        """The counts of all requests that are made now, kept until the log changes."""
+        log: torch.Tensor = self.log_items  # pyright: ignore[reportAssignmentType]
+        if self._now is None or self._now[0] is not log or self._now[1] != log._version:
+            counts = self._counted(torch.full((1,), len(log), device=log.device), widths)
+            if torch.compiler.is_compiling():
+                return counts
+            self._now = log, log._version, counts
+        return self._now[2]
 
     def _counted(self, ends: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """(users, widths, num_items + 1) counts of the rows of the log before each end."""
@@ -160,8 +181,8 @@ class ItemEvidence(PreciseBuffers):
 
     def recent_features(self, rows: torch.Tensor, times: torch.Tensor | None = None) -> torch.Tensor:
         """(users, c, 2) the evidence `recent` and `trending` of rows (users, c), as [`features`] has it."""
-        counts = torch.log1p(self.recent_counts(times))
-        return torch.stack([_at(value, rows) for value in counts.unbind(1)], dim=-1)
+        counts = self.recent_counts(times).unbind(1)
+        return torch.log1p(torch.stack([_at(count, rows) for count in counts], dim=-1))
 
     def extend(self, spread, row: torch.Tensor) -> None:
         """For [`ItemHead.extend`]: `spread` moves a table's rows to their new places, `row` has the new row of each old one."""
@@ -391,11 +412,44 @@ def _at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return values.expand(rows.shape[0], -1).gather(1, rows)
 
 
-def as_times(times: Sequence[int | None]) -> torch.Tensor | None:
-    """(users,) int64 times of requests, None for one that is made now, as the largest integer; None where all are made now."""
-    if all(time is None for time in times):
+def as_times(times: Iterable[float | None]) -> torch.Tensor | None:
+    """
+    (users,) int64 times of requests, None for one that is made now, as the largest integer; None where all are made now.
+
+    Raises:
+        ValueError: what is no finite number.
+
+    Example:
+        >>> as_times([7, None, 8.5]).tolist()
+        [7, 9223372036854775807, 8]
+    """
+    whole = []
+    for time in times:
+        if time is not None and (isinstance(time, bool) or not isinstance(time, Real) or not math.isfinite(time)):
+            raise ValueError(f"request_time is a number in the unit of the training table's times; got {time!r:.80}")
+        whole.append(None if time is None else math.floor(time))
+    if all(time is None for time in whole):
         return None
-    return torch.tensor([torch.iinfo(torch.int64).max if time is None else time for time in times])
+    now = torch.iinfo(torch.int64).max
+    return torch.tensor([now if time is None else time for time in whole], dtype=torch.int64)
+
+
+def times_of(users: int, times: Any, device: torch.device) -> torch.Tensor | None:
+    """
+    `request_times` as they are passed, a tensor, an array or a list, on a device.
+
+    Raises:
+        ValueError: not one time per user, or no numbers.
+    """
+    if times is None:
+        return None
+    if not isinstance(times, torch.Tensor):
+        times = as_times(list(times))
+    if times is not None and (times.shape != (users,) or times.is_floating_point()):
+        raise ValueError(
+            f"request_times needs one whole number per user, shape ({users},); got {times.dtype} of shape {tuple(times.shape)}"
+        )
+    return None if times is None else times.to(device, torch.int64)
 
 
 def latest(history: torch.Tensor) -> torch.Tensor:

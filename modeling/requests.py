@@ -125,7 +125,7 @@ class Request:
     user: Any = None
     user_features: Any = None
     history_features: Any = None
-    request_time: int | None = None
+    request_time: float | None = None
 
     def __post_init__(self):
         for option in _COUNTS:
@@ -143,6 +143,7 @@ class Request:
                 raise RequestError(f"candidates are single items; got session_length={self.session_length}")
             if self.allow is not None:
                 raise RequestError("candidates and allow both name the items to choose from; pass one of them")
+        as_times([self.request_time])  # refuses what is no time
         if self.top_k > self.beams:
             raise RequestError(f"top_k={self.top_k} exceeds num_beams={self.num_beams}; raise num_beams")
 

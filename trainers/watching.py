@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from onerec_hf.data.collators import feature_columns, positive_items
+from onerec_hf.data.windows import REQUEST_TIME
+from onerec_hf.modeling.item_evidence import as_times
 from onerec_hf.modeling.processing_onerec import OneRecProcessor
 from onerec_hf.trainers.rewards import RewardFunction, reward_values
 from onerec_hf.trainers.rollouts import code_places, legal_codes, token_log_probs
@@ -42,7 +44,8 @@ def recommended_sessions(
         for some in _batches(examples):
             inputs = processor([row["history"] for row in some], **feature_columns(processor, some))
             exclude = [positive_items(row) for row in some] if exclude_seen else None
-            sequences = model.recommend(**inputs, **{"num_beams": 10, **options}, exclude=exclude)
+            when = as_times([row.get(REQUEST_TIME) for row in some])
+            sequences = model.recommend(**inputs, **{"num_beams": 10, **options}, exclude=exclude, request_times=when)
             found += processor.batch_decode(sequences)
     return found
 

@@ -308,7 +308,7 @@ def save_rankings(path: str, trainer, examples, depth: int = DEPTH) -> None:
     ):  # another data set: another loader
         found = model.recommend(
             batch["input_ids"], batch["attention_mask"], session_length=1, num_beams=depth, num_return_sequences=depth,
-            exclude=batch["exclude"], return_dict_in_generate=True,
+            exclude=batch["exclude"], request_times=batch.get("request_times"), return_dict_in_generate=True,
         )  # fmt: skip
         rows.append(processor.item_indices(found.sequences).view(-1, depth).cpu().numpy().astype(np.int32))
         scores.append(found.sequences_scores.view(-1, depth).float().cpu().numpy().astype(np.float16))

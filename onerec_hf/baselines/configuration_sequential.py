@@ -92,7 +92,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
     features: FeaturesConfig | dict | None = None
     score_features: bool = False
     evidence: bool = False
-    recent: int = 0
+    recent: int | bool = 0  # an earlier version wrote false
     neighbours: int = 50
     content_dim: int = 0
     item_id_bytes: int | None = None
@@ -136,6 +136,11 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
         for name, most in widths.items():
             if not 0 <= (getattr(self, name) or 0) < most:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, nor larger than any item's")
+        if self.recent is True or self.recent < 0 or (self.recent and not self.evidence):
+            raise ValueError(
+                f"recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative (true: of an earlier "
+                "version, fit the evidence again)"
+            )
         if self.architecture not in _RECURRENT and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -29,7 +29,7 @@ from onerec_hf.modeling.feature_embedding import FeatureEmbedding
 from onerec_hf.modeling.features import MISSING, FeatureSchema
 from onerec_hf.modeling.features_file import FEATURES_NAME, find_features, save_features
 from onerec_hf.modeling.hub import HubModel, check_complete
-from onerec_hf.modeling.item_evidence import ItemEvidence
+from onerec_hf.modeling.item_evidence import ItemEvidence, times_of
 
 if TYPE_CHECKING:
     from onerec_hf.data.feature_tables import DatasetFeatures
@@ -357,7 +357,8 @@ class SequentialRecommender(HubModel, PreTrainedModel):
             legal.scatter_(1, exclude_ids, False)
         states = self.encode(input_ids, feature_ids)
         positive = input_ids if positive_ids is None else positive_ids
-        scores = self._scores(states, positive, vectors, legal[:, 1:], request_times)
+        times = times_of(len(states), request_times, states.device)
+        scores = self._scores(states, positive, vectors, legal[:, 1:], times)
         values, ids = F.pad(scores, (1, 0)).masked_fill_(~legal, -torch.inf).topk(min(k, self.config.num_items))
         indices = (ids - 1).masked_fill(values == -torch.inf, -1)
         more = k - indices.shape[1]

@@ -13,6 +13,7 @@ import torch
 
 from onerec_hf.data.windows import REQUEST_TIME
 from onerec_hf.modeling.feature_codes import FEATURE_COLUMNS
+from onerec_hf.modeling.item_evidence import as_times
 
 if TYPE_CHECKING:
     from onerec_hf.modeling.processing_onerec import OneRecProcessor
@@ -67,8 +68,8 @@ class OneRecDataCollator:
             batch |= _padded(batch, ("decoder_input_ids", "decoder_attention_mask", "labels"), missing)
         if self.with_seen:
             batch["exclude"] = self._seen([positive_items(example) for example in examples])
-        if REQUEST_TIME in examples[0]:
-            batch["request_times"] = torch.tensor([example[REQUEST_TIME] for example in examples])
+        if (times := as_times([example.get(REQUEST_TIME) for example in examples])) is not None:
+            batch["request_times"] = times
         return batch
 
     def _seen(self, histories) -> torch.Tensor:

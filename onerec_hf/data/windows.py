@@ -158,7 +158,12 @@ def request_times(held_out: Any) -> np.ndarray | None:
         [30]
     """
     names = getattr(held_out, "column_names", None) or list(held_out)
-    return np.asarray(held_out[REQUEST_TIME], dtype=np.int64) if REQUEST_TIME in names else None
+    if REQUEST_TIME not in names:
+        return None
+    from onerec_hf.modeling.item_evidence import as_times
+
+    times = as_times(held_out[REQUEST_TIME])
+    return None if times is None else times.numpy()
 
 
 def examples(

@@ -151,6 +151,8 @@ def update(
             from onerec_hf.data.evidence_counts import add_to_evidence
 
             when = None if how.timestamp_column == "none" else times
+            if when is not None and evidence.recent:
+                _check_unit(float(evidence.log_times[-1]), float(np.median(when[is_new])))
             counts |= add_to_evidence(evidence, (to_rows(indices), offsets), is_new, when)
             of_evidence = model.config if model_type(how.model) == SEQUENTIAL else model.config.item_head
             of_evidence.recent = evidence.recent
@@ -246,6 +248,18 @@ def _sequences(
     order = ordered.item_ids.astype(np.int64)
     told = {"unknown_rows": len(unknown), "unknown_items": int(unknown.nunique())}
     return indices[order], rows["new"].to_numpy()[order], ordered.offsets, ordered.times, told
+
+
+def _check_unit(latest: float, new: float) -> None:
+    """
+    Raises:
+        ValueError: times since 1970 in another unit than the log's: the log would no longer be in the order of time.
+    """
+    if max(latest, new) > 1e8 and not 0.01 < new / max(latest, 1.0) < 100:
+        raise ValueError(
+            f"interactions: times around {new:.0f} are of another unit than those that the model was trained with (the latest: {latest:.0f}). Convert "
+            "the column"
+        )
 
 
 def _notes(counts: dict[str, int], has_evidence: bool, has_history: bool) -> list[str]:

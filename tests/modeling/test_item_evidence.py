@@ -1,6 +1,7 @@
 """Evidence about pairs of items: the formula, the candidates, sessions, fitted weights, items that join, and what is saved."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from onerec_hf import OneRecProcessor
 from onerec_hf.cli.export import export_onnx
 from onerec_hf.modeling.configuration_item_head import ItemHeadConfig
-from onerec_hf.modeling.item_evidence import LISTS, ItemEvidence, fit_weights
+from onerec_hf.modeling.item_evidence import LISTS, ItemEvidence, as_times, fit_weights
 from onerec_hf.modeling.item_head import history_states
 from onerec_hf.modeling.requests import Recommender, Request
 from tests.conftest import make_catalogue, make_model
@@ -356,7 +357,7 @@ def test_what_is_recent_comes_and_goes():
     evidence.set_log()
     assert torch.equal(evidence.add(scores, history), before)
     assert "log_items" not in evidence.state_dict()
-    for recent, has in ((3, False), (-1, True)):
+    for recent, has in ((3, False), (-1, True), (True, True)):
         with pytest.raises(StrictDataclassError, match="length of a log that the evidence reads"):
             ItemHeadConfig(num_items=3, evidence=has, recent=recent)
 
@@ -382,6 +383,45 @@ def test_a_request_of_the_past_is_answered_as_of_then():
     requests = [Request(HISTORIES[0], top_k=1, request_time=40, exclude_seen=False), Request(HISTORIES[1], top_k=1)]
     answers = Recommender(model, PROCESSOR).recommend(requests)
     assert [answer.sessions[0] for answer in answers] == sessions
+    # Times of requests are floats where they are those of a clock; others of the batch are answered now.
+    requests[0] = replace(requests[0], request_time=np.float64(40.9))
+    assert [answer.sessions[0] for answer in Recommender(model, PROCESSOR).recommend(requests)] == sessions
+    for listed in ([40, None], np.array([40, 100])):
+        found = model.recommend(**inputs, session_length=1, request_times=listed)
+        assert PROCESSOR.batch_decode(found) == sessions
+
+
+def test_times_that_are_none():
+    for wrong in (float("nan"), True, "1970-01-02", torch.inf):
+        with pytest.raises(ValueError, match="request_time is a number in the unit"):
+            Request(HISTORIES[0], request_time=wrong)
+    model, inputs = make(recent=True), PROCESSOR(HISTORIES)
+    for wrong in (torch.tensor([1]), torch.tensor([1, 2, 3]), [5], torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"one whole number per user, shape \(2,\)"):
+            model.recommend(**inputs, item_score_weight=1.0, request_times=wrong)
+    evidence = model.get_encoder().item_head.evidence
+    for items, times, match in (
+        ([1], [1, 2], "a time for each"),
+        ([1, 2], [2, 1], "in order"),
+        ([99], [1], "between 0 and 40"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            evidence.set_log(torch.tensor(items), torch.tensor(times))
+    assert as_times([2**53 + 1, None]).tolist() == [2**53 + 1, torch.iinfo(torch.int64).max]
+
+
+def test_counts_of_now_follow_the_log():
+    """They are kept until the log changes: set anew, in place, or by items that join."""
+    evidence = filled(12, recent=True)
+    now = evidence.recent_counts()
+    assert evidence.recent_counts() is now
+    evidence.log_items.fill_(3)
+    assert evidence.recent_counts()[0, 1].tolist() == [0, 0, 0, LOG // 100, *[0] * 9]
+    evidence.set_log(torch.tensor([5]), torch.tensor([0]))
+    assert evidence.recent_counts()[0, 0].nonzero().flatten().tolist() == [5]
+    evidence.double()
+    evidence.load_state_dict({**evidence.state_dict(), "log_items": torch.tensor([7], dtype=torch.int32)})
+    assert evidence.recent_counts()[0, 0].nonzero().flatten().tolist() == [7]
 
 
 def test_nothing_left_to_rank_by():

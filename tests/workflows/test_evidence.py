@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
 from onerec_hf.data.evidence_counts import count_evidence
 from onerec_hf.modeling.item_evidence import DEFAULT_WEIGHTS, LISTS
 from onerec_hf.modeling.requests import Recommender
 from onerec_hf.trainers import OneRecTrainer, OneRecTrainingArguments
+from onerec_hf.trainers.watching import recommended_sessions
 from onerec_hf.workflows import evaluate, load_dataset, load_model, load_processor, train
 from onerec_hf.workflows.artefact import new_model
 from onerec_hf.workflows.compare.ranking import requests_of
@@ -217,6 +218,11 @@ def test_what_is_asked_for_lately(tables, tmp_path):
     late = processor.catalogue.indices([f"m{i}" for i in range(35, 40)])
     when, now, long_ago = (np.isin(items, late).mean() for items in ranked)
     assert min(when, now) > 2 * long_ago
+    sessions = recommended_sessions(model, processor, users.to_list(), session_length=1)
+    assert (np.isin(processor.catalogue.indices([session[0] for session in sessions]), late).mean()) > 2 * long_ago
+    whole = concatenate_datasets([dataset.train, users])  # rows without a time are of now
+    trainer.train_dataset = whole
+    assert trainer.get_train_dataloader().collate_fn(whole.to_list()[-2:])["input_ids"].shape[0] == 2
     asked = requests_of(Recommender(model, processor), users, exclude_seen=True)
     assert [request.request_time for request in asked] == list(users["request_time"])
     other, _ = untrained(dataset)

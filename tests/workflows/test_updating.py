@@ -16,6 +16,7 @@ from onerec_hf.modeling import files
 from onerec_hf.modeling.item_evidence import LISTS
 from onerec_hf.workflows import load_dataset, train, update
 from onerec_hf.workflows.evidence import rows_of_items
+from onerec_hf.workflows.updating import _check_unit
 from tests.cli.commands import contents, onerec, refused, succeeded
 from tests.rounding import assert_close
 from tests.workflows.conftest import TINY
@@ -224,3 +225,37 @@ def test_wrong_input(mine, split, tmp_path):
     with pytest.raises(ValueError, match=r"of type str; got 7.*the ids that the model was trained with"):
         update(parts["new"].assign(item_id=7), model=str(mine))
     assert "updates.json" not in contents(mine)
+
+
+@pytest.mark.parametrize(("latest", "new"), [(1.6e9, 1.6e12), (1.6e12, 1.6e9), (50, 1.6e9)])
+def test_times_of_another_unit_are_refused(latest, new):
+    with pytest.raises(ValueError, match="of another unit than those that the model was trained with"):
+        _check_unit(latest, new)
+
+
+@pytest.mark.parametrize(("latest", "new"), [(1.4e9, 1.6e9), (50, 90_000), (-5, 3), (1.6e9, 1.5e9)])
+def test_times_of_the_same_unit_are_not(latest, new):
+    _check_unit(latest, new)
+
+
+def test_new_rows_join_the_log_of_what_is_asked_for(tmp_path):
+    """At their times, and the saved config knows the longer log; times of another unit leave the model as it is."""
+    start = 1_600_000_000
+    rows = pd.DataFrame(
+        {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 8, 9], "timestamp": [start, start + 5, start, start + 9]}
+    )
+    model = SequentialRecommender.from_items([7, 8, 9], hidden_size=8)
+    add_evidence(model, UserSequences.from_interactions(rows))
+    model.evidence.set_log(torch.tensor([1, 2, 2, 3]), torch.from_numpy(np.sort(rows.timestamp.to_numpy())))
+    model.config.recent = 4
+    model.save_pretrained(tmp_path / "model")
+    new = pd.DataFrame({"user_id": [1, 2], "item_id": [9, 7], "timestamp": [start + 20, start + 7]})
+    before = contents(tmp_path / "model")
+    with pytest.raises(ValueError, match="times around .* are of another unit"):
+        update(new.assign(timestamp=new.timestamp * 1000), model=str(tmp_path / "model"))
+    assert contents(tmp_path / "model") == before
+    update(new, model=str(tmp_path / "model"))
+    again = SequentialRecommender.from_pretrained(tmp_path / "model")
+    assert again.config.recent == 6
+    assert again.evidence.log_items.tolist() == [1, 2, 2, 1, 3, 3]
+    assert (again.evidence.log_times - start).tolist() == [0, 0, 5, 7, 9, 20]
