@@ -251,7 +251,7 @@ def test_new_rows_join_the_log_of_what_is_asked_for(tmp_path):
     model.save_pretrained(tmp_path / "model")
     new = pd.DataFrame({"user_id": [1, 2], "item_id": [9, 7], "timestamp": [start + 20, start + 7]})
     before = contents(tmp_path / "model")
-    with pytest.raises(ValueError, match="times around .* are of another unit"):
+    with pytest.raises(ValueError, match=r"times around .* are of another unit"):
         update(new.assign(timestamp=new.timestamp * 1000), model=str(tmp_path / "model"))
     assert contents(tmp_path / "model") == before
     update(new, model=str(tmp_path / "model"))
