@@ -267,9 +267,8 @@ class ItemEvidence(PreciseBuffers):
         items = scores.shape[1]
         if columns is None or rows is None:
             columns, rows = self._places(items)
-        out = F.pad(
-            self._with_head(scores.float(), rows, times), (0, 1)
-        )  # what is in no column goes into the last one
+        # What is in no column goes into the last one.
+        out = F.pad(self._with_head(scores.float(), rows, times), (0, 1))
         for name, where, value in self._from_lists(history, columns, items + 1):
             out.scatter_(1, where, out.gather(1, where) + self._weight(name) * value)
         out = out[:, :items]
