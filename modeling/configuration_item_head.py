@@ -6,6 +6,20 @@ from transformers.configuration_utils import PreTrainedConfig
 from .hub import check_sizes
 
 
+def check_log(config, name: str = "") -> None:
+    """
+    Checks `recent` of a config with `evidence`.
+
+    Raises:
+        ValueError: a log without evidence, of negative length, or of an earlier version, whose `recent` was true.
+    """
+    if config.recent is True or config.recent < 0 or (config.recent and not config.evidence):
+        raise ValueError(
+            f"{name}recent={config.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative (true: of an "
+            "earlier version, fit the evidence again)"
+        )
+
+
 @strict
 class ItemHeadConfig(PreTrainedConfig):
     r"""
@@ -79,11 +93,7 @@ class ItemHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "item_head: evidence=True needs a loss_weight above 0, otherwise there are no item scores to add it to"
             )
-        if self.recent is True or self.recent < 0 or (self.recent and not self.evidence):
-            raise ValueError(
-                f"item_head: recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative (true: of an "
-                "earlier version, fit the evidence again)"
-            )
+        check_log(self, "item_head: ")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"item_head: dropout={self.dropout} must lie between 0 and 1")
         if self.loss_weight < 0:

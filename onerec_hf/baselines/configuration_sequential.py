@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from onerec_hf.modeling.configuration_features import FeaturesConfig
+from onerec_hf.modeling.configuration_item_head import check_log
 from onerec_hf.modeling.hub import FORMAT_VERSION, CheckedConfig, check_sizes
 
 ARCHITECTURES = ("sasrec", "hstu", "gru4rec", "acvae")
@@ -136,11 +137,7 @@ class SequentialConfig(CheckedConfig, PreTrainedConfig):
         for name, most in widths.items():
             if not 0 <= (getattr(self, name) or 0) < most:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, nor larger than any item's")
-        if self.recent is True or self.recent < 0 or (self.recent and not self.evidence):
-            raise ValueError(
-                f"recent={self.recent} is the length of a log that the evidence reads; it needs evidence=True and is not negative (true: of an earlier "
-                "version, fit the evidence again)"
-            )
+        check_log(self)
         if self.architecture not in _RECURRENT and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -213,8 +213,8 @@ def _sequences(
     new: pd.DataFrame, history: pd.DataFrame | None, items: ItemLookup
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
     """
-    Item indices of the users with new rows in time order, concatenated, which of them are new, the users' offsets and the items' times; and how many rows of how many
-    items the model does not hold.
+    Item indices of the users with new rows in time order, concatenated, which of them are new, the users' offsets and the items' times; and how many
+    rows of how many items the model does not hold.
 
     Raises:
         ValueError: no new row is of the model's items, or ids are of the other type.

@@ -112,14 +112,11 @@ def measure(folder: Path, data: InMemoryDataset, exclude_seen: bool, users: int)
     """CPU milliseconds of a request with one history on one thread, through the path of the server, and the bytes of the artefact."""
     import torch
 
-    from onerec_hf.data.windows import REQUEST_TIME
-
     rows = np.random.default_rng(0).permutation(len(data.test))[:users]
     recommender, seconds, threads = recommender_of(folder), [], torch.get_num_threads()
-    users_now = data.test.select(rows)  # a server's requests are made now
-    if REQUEST_TIME in users_now.column_names:
-        users_now = users_now.remove_columns(REQUEST_TIME)
-    requests = requests_of(recommender, users_now, exclude_seen)
+    # A server's requests are made now.
+    asked = requests_of(recommender, data.test.select(rows), exclude_seen)
+    requests = [replace(request, request_time=None) for request in asked]
     torch.set_num_threads(1)
     try:
         with recommender.held():
